@@ -1,0 +1,51 @@
+"""Take knowledge out of a language model with a LoRA adapter.
+
+The public names, by stage.
+"""
+
+from .adapter import load_provenance, save_perta_adapter
+from .config import PerTAConfig
+from .errors import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    NumericalError,
+    OutputError,
+    PerTAError,
+    UnsupportedLayerError,
+)
+from .loading import attach_adapters, load_base
+from .methods import add_perta_adapter, get_perta_state_dict
+from .report import PerTAReport
+from .stack import stack_adapters
+from .training import train_forget_adapter
+from .weightings import WEIGHTINGS, Weighting
+
+__version__ = "0.1.0"
+
+__all__ = [  # noqa: RUF022 - grouped by stage, in the order of use
+    # configure
+    "PerTAConfig",
+    "WEIGHTINGS",
+    "Weighting",
+    # load, train
+    "load_base",
+    "attach_adapters",
+    "train_forget_adapter",
+    # unlearn
+    "add_perta_adapter",
+    "get_perta_state_dict",
+    "stack_adapters",
+    # ship
+    "save_perta_adapter",
+    "load_provenance",
+    "PerTAReport",
+    # errors
+    "PerTAError",
+    "AdapterError",
+    "ConfigError",
+    "DataError",
+    "NumericalError",
+    "OutputError",
+    "UnsupportedLayerError",
+]

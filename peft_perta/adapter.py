@@ -1,0 +1,215 @@
+"""Factors -> a plain LoRA adapter, on a model or in a directory. The only code that knows PEFT's file format.
+
+The adapter is what every server takes: one rank, lora_alpha equal to it, no rsLoRA, no patterns, no bias, every layer of a
+projection type present (zero where nothing changes). PEFT lays out the keys: it builds the empty adapter on a weightless
+copy of the model, and we fill its slots.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .card import model_card
+from .config import PerTAConfig
+from .errors import AdapterError, NumericalError, OutputError
+from .factorize import Factors
+from .output import replaced_directory
+from .report import PerTAReport
+from .targets import base_model, base_name, check_new_name
+
+PROVENANCE_NAME = "perta_provenance.json"
+FORGET_RECORD_NAME = "perta_forget.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+
+
+def build_adapter(
+    model: nn.Module, factors: Mapping[str, Factors], rank: int, dtype: torch.dtype
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """A LoRA config and state dict of one uniform rank, from factors per layer name. The model is only looked at.
+
+    Raises:
+        NumericalError: a factor is not finite in ``dtype``.
+    """
+    projections = sorted({name.rpartition(".")[2] for name in factors})
+    base = base_model(model)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=projections,
+        lora_dropout=0.0,
+        bias="none",
+        use_rslora=False,
+        task_type=TaskType.CAUSAL_LM,
+        inference_mode=True,
+        base_model_name_or_path=base_name(model),
+    )
+    with torch.device("meta"):
+        skeleton = get_peft_model(type(base)(base.config), config)  # shapes only: no memory, no random numbers
+    for name, module in skeleton.get_base_model().named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        A, B = module.lora_A["default"], module.lora_B["default"]
+        if name in factors:
+            padded = factors[name].padded(rank)
+            values = padded.A, padded.B
+        else:
+            values = torch.zeros(A.weight.shape), torch.zeros(B.weight.shape)
+        for slot, value in zip((A, B), values, strict=True):
+            if slot.weight.shape != value.shape:
+                raise AdapterError(
+                    f"{name}: a factor of shape {tuple(value.shape)} for a slot of {tuple(slot.weight.shape)}; "
+                    "is the model's config the one that it was built from?"
+                )
+            stored = value.detach().to("cpu", dtype).contiguous()
+            if not bool(torch.isfinite(stored).all()):
+                raise NumericalError(f"{name}: a factor is not finite in {dtype}; use dtype='bfloat16' or 'float32'")
+            slot.weight = nn.Parameter(stored, requires_grad=False)
+    saved = get_peft_model_state_dict(skeleton, save_embedding_layers=False)
+    state_dict = {key: value.detach() for key, value in saved.items()}
+    config.base_model_name_or_path = base_name(model)
+    config.target_modules = projections  # a list: PEFT makes it a set, whose order is not that of two runs
+    return config, state_dict
+
+
+def add_adapter(model: nn.Module, config: LoraConfig, state_dict: Mapping[str, Tensor], adapter_name: str) -> None:
+    """Put the adapter on the model, frozen and not active; what is on stays on.
+
+    Raises:
+        AdapterError: the name is taken or dotted, or the state dict does not fit the model.
+    """
+    check_new_name(model, adapter_name)
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with torch.random.fork_rng():  # PEFT draws the initial A, which is then overwritten
+        if isinstance(model, PeftModel):
+            model.add_adapter(adapter_name, config)
+        else:
+            active = model.active_adapters()  # type: ignore[operator]
+            model.add_adapter(config, adapter_name)  # type: ignore[operator]
+            model.set_adapter(active)  # type: ignore[operator]
+    result = set_peft_model_state_dict(model, dict(state_dict), adapter_name=adapter_name)
+    missing = [key for key in result.missing_keys if f".{adapter_name}." in key]
+    if missing or result.unexpected_keys:
+        model.delete_adapter(adapter_name)  # type: ignore[operator]
+        raise AdapterError(
+            f"the adapter does not fit this model: missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}; "
+            "was it made for another architecture?"
+        )
+    for parameter, was_required in required:
+        parameter.requires_grad_(was_required)
+    for name, parameter in model.named_parameters():
+        if f".{adapter_name}." in name:
+            parameter.requires_grad_(False)
+
+
+def save_perta_adapter(
+    path: str | Path, lora_config: LoraConfig, state_dict: Mapping[str, Tensor], report: PerTAReport
+) -> Path:
+    """Write a flat directory that loads anywhere: PEFT, transformers, vLLM, llama.cpp, with or without this package.
+
+    It holds ``adapter_config.json``, ``adapter_model.safetensors``, ``perta_provenance.json`` and a model card. It is
+    written under a temporary name and moved; a directory of ours is replaced, another's is refused.
+
+    Raises:
+        OutputError: the path is not ours to write, or the disk refuses.
+    """
+    with replaced_directory(path, PROVENANCE_NAME) as directory:
+        _write_weights(directory, state_dict)
+        lora_config.save_pretrained(directory)
+        files = {name: hash_file(directory / name) for name in (WEIGHTS_NAME, CONFIG_NAME)}
+        provenance = {"format": 1, "files": files, **report.to_dict()}
+        (directory / PROVENANCE_NAME).write_text(json.dumps(provenance, indent=1) + "\n")
+        (directory / "README.md").write_text(model_card(report))
+    return Path(path)
+
+
+def save_forget_adapter(path: str | Path, model: PeftModel, adapter_name: str, record: Mapping[str, Any]) -> Path:
+    """Write one adapter of the model into a flat directory (PEFT puts a named one into a subfolder), with our record of how
+    it was trained.
+
+    Raises:
+        OutputError: the path is not ours to write, or the disk refuses.
+    """
+    with replaced_directory(path, FORGET_RECORD_NAME) as directory:
+        state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+        _write_weights(directory, state_dict)
+        model.peft_config[adapter_name].save_pretrained(directory)
+        (directory / FORGET_RECORD_NAME).write_text(json.dumps({"format": 1, **record}, indent=1) + "\n")
+    return Path(path)
+
+
+def load_provenance(path: str | Path) -> tuple[PerTAReport, dict[str, str]]:
+    """The report of an emitted adapter, and the SHA-256 of its files as they were written.
+
+    Raises:
+        AdapterError: the directory holds no provenance of ours, or a damaged one.
+    """
+    file = Path(path) / PROVENANCE_NAME
+    if not file.is_file():
+        raise AdapterError(f"{path} holds no {PROVENANCE_NAME}; expected a directory that save_perta_adapter wrote")
+    try:
+        values = json.loads(file.read_text())
+        values.pop("format")
+        return PerTAReport.from_dict(values), values.pop("files")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AdapterError(f"{file} is damaged ({error}); emit the adapter anew") from error
+
+
+def check_adapter_files(path: str | Path) -> None:
+    """Refuse an adapter directory that is incomplete, damaged, or would have to be unpickled.
+
+    Raises:
+        AdapterError: with what is missing and what to do.
+    """
+    path = Path(path)
+    if not (path / CONFIG_NAME).is_file():
+        raise AdapterError(f"{path} is no adapter directory: expected {CONFIG_NAME} in it")
+    try:
+        json.loads((path / CONFIG_NAME).read_text())
+    except ValueError as error:
+        raise AdapterError(f"{path / CONFIG_NAME} is not JSON ({error}); save the adapter anew") from error
+    if not (path / WEIGHTS_NAME).is_file():
+        pickled = (path / "adapter_model.bin").is_file()
+        raise AdapterError(
+            f"{path} has no {WEIGHTS_NAME}"
+            + (
+                ", only a pickled adapter_model.bin, which is never loaded: it can run code; save it with safe_serialization"
+                if pickled
+                else "; save the adapter with save_pretrained"
+            )
+        )
+    try:
+        tensors = load_file(path / WEIGHTS_NAME)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path / WEIGHTS_NAME} is damaged ({error}); copy or save it anew") from error
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise AdapterError(f"{path / WEIGHTS_NAME}: {key} holds NaN or infinite values; train the adapter anew")
+
+
+def _write_weights(directory: Path, state_dict: Mapping[str, Tensor]) -> None:
+    tensors = {key: value.detach().to("cpu").contiguous() for key, value in state_dict.items()}
+    try:
+        save_file(tensors, directory / WEIGHTS_NAME, {"format": "pt"})
+    except SafetensorError as error:
+        raise OutputError(f"{directory} could not be written: {error}") from error
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def emitted_dtype(config: PerTAConfig) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]

@@ -1,0 +1,57 @@
+"""The user's model is borrowed: whatever happens, it goes back as it came."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .layers import find_kind
+from .stack import switch_modules, tuner_modules
+
+
+@contextmanager
+def borrowed(model: nn.Module, adapters: Sequence[str] | None = None, *, checkpointing: bool = False) -> Iterator[None]:
+    """Within the block the model is frozen and in eval mode, with these adapters on (None: as they are).
+
+    On the way out, by any way: the same adapters on or off, requires_grad, train or eval mode of every module,
+    bitsandbytes' lazily set compute types, and RNG states. Weights are never written.
+
+    Args:
+        adapters: names to turn on; an empty list turns every adapter off (theta_0).
+        checkpointing: leave gradient checkpointing to work as the user set it up (transformers checkpoints only what is
+            in training mode). Off for generation, where it would forbid the cache.
+    """
+    training = [(module, module.training) for module in model.modules()]
+    frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    switched = [(m, m._active_adapter, m._disable_adapters) for m in tuner_modules(model)]
+    compute_types = [
+        (m, m.compute_dtype, m.compute_type_is_set) for m in model.modules() if hasattr(m, "compute_type_is_set")
+    ]
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            model.eval()
+            for module in model.modules():
+                kind = find_kind(module)
+                if kind is not None and kind.keeps_training_flag:
+                    module.training = True
+                elif checkpointing and getattr(module, "gradient_checkpointing", False):
+                    module.training = True  # this module alone: its children's dropout stays off
+            if adapters is not None:
+                switch_modules(model, adapters)
+            model.requires_grad_(False)
+            yield
+        finally:
+            # PEFT's setters also touch requires_grad and refuse some states that they accept; the two attributes are
+            # the whole state of a switch (BaseTunerLayer and AuxiliaryTrainingWrapper both).
+            for module, active, disabled in switched:
+                module._active_adapter, module._disable_adapters = active, disabled
+            for parameter, required in frozen:
+                parameter.requires_grad_(required)
+            for module, was_training in training:
+                module.training = was_training
+            for module, dtype, is_set in compute_types:
+                module.compute_dtype, module.compute_type_is_set = dtype, is_set

@@ -1,0 +1,182 @@
+"""Every knob, once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import ConfigError
+
+CONFIG_NAME = "perta_config.json"
+SERVABLE_RANKS = (8, 16, 32, 64, 128, 256)  # the ranks that every LoRA server takes; others are zero-padded to the next
+
+GRANULARITY_NAMES = ("factor", "delta", "separable")
+REFERENCE_MODELS = ("origin", "full")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class PerTAConfig:
+    """How a forget adapter becomes a negative adapter (PerTA, arXiv 2601.22030).
+
+    Reference: Cai et al. 2026, "Per-parameter Task Arithmetic for Unlearning in Large Language Models".
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range.
+    """
+
+    weighting: str = field(
+        default="grad",
+        metadata={
+            "help": "How statistics become weights: a name from peft_perta.WEIGHTINGS ('uniform' is plain task "
+            "arithmetic; 'grad', 'fisher', 'empirical-fisher'), or your own as 'package.module:attribute'."
+        },
+    )
+    granularity: str = field(
+        default="factor",
+        metadata={
+            "help": "What the weights multiply: 'factor' (A and B each, no [out, in] matrix), 'delta' (the merged "
+            "B @ A, refitted to the rank), 'separable' (rows times columns, exact at the forget adapter's rank)."
+        },
+    )
+    power: float | None = field(
+        default=None,
+        metadata={
+            "help": "Exponent tau of the ratio |g_f|^tau / (|g_f|^tau + |g_r|^tau). Default: the weighting's own."
+        },
+    )
+    rank: int | float | None = field(
+        default=None,
+        metadata={
+            "help": "Rank of the negative adapter: an int from 1 to 256, a float in (0, 1) for the share of the "
+            "edit's energy to keep, or nothing for the forget adapter's own rank. Zero-padded to 8, 16, 32, 64, 128 "
+            "or 256, which every server takes."
+        },
+    )
+    strength: float = field(
+        default=1.0,
+        metadata={"help": "Multiplies the edit, and is folded into B. 0 changes nothing; more forgets more."},
+    )
+    reference_model: str = field(
+        default="origin",
+        metadata={
+            "help": "Where gradients are taken: 'origin' (theta_0, every adapter off) or 'full' (theta_full, the task "
+            "adapter on)."
+        },
+    )
+    max_samples: int | None = field(
+        default=None,
+        metadata={"help": "At most so many samples of each set estimate the weights, drawn with the seed."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the draw of samples."})
+    batch_size: int = field(
+        default=8, metadata={"help": "Samples per forward and backward. Changes memory and speed, never the result."}
+    )
+    max_length: int = field(
+        default=1024,
+        metadata={"help": "Tokens per sample. Longer completions are cut; one cut away whole is an error."},
+    )
+    dtype: str = field(
+        default="float32", metadata={"help": "Type of the emitted factors: 'float32', 'bfloat16' or 'float16'."}
+    )
+
+    def __post_init__(self) -> None:
+        _check(isinstance(self.weighting, str) and bool(self.weighting), "weighting", "a name", self.weighting)
+        _check(self.granularity in GRANULARITY_NAMES, "granularity", f"one of {GRANULARITY_NAMES}", self.granularity)
+        _check(
+            self.power is None or (_is_number(self.power) and self.power >= 0),
+            "power",
+            "nothing, or a finite number >= 0",
+            self.power,
+        )
+        _check(_is_rank(self.rank), "rank", "nothing, an int from 1 to 256, or a float in (0, 1)", self.rank)
+        _check(_is_number(self.strength), "strength", "a finite number", self.strength)
+        _check(
+            self.reference_model in REFERENCE_MODELS,
+            "reference_model",
+            f"one of {REFERENCE_MODELS}",
+            self.reference_model,
+        )
+        _check(self.max_samples is None or _is_count(self.max_samples), "max_samples", "an int > 0", self.max_samples)
+        _check(_is_int(self.seed), "seed", "an int", self.seed)
+        _check(_is_count(self.batch_size), "batch_size", "an int > 0", self.batch_size)
+        _check(_is_int(self.max_length) and self.max_length >= 2, "max_length", "an int > 1", self.max_length)
+        _check(self.dtype in DTYPES, "dtype", f"one of {DTYPES}", self.dtype)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> PerTAConfig:
+        """Raises ConfigError on a key that is no field, as on a bad value."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(names))
+        if unknown:
+            raise ConfigError(f"PerTAConfig has no field {unknown[0]!r}; expected some of {names}")
+        return cls(**values)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write ``perta_config.json`` into the directory, which is made if need be."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> PerTAConfig:
+        """Read ``perta_config.json`` from the directory.
+
+        Raises:
+            ConfigError: the file is missing, is no JSON object, or holds a bad value.
+        """
+        path = Path(directory) / CONFIG_NAME
+        try:
+            values = json.loads(path.read_text())
+        except FileNotFoundError as error:
+            raise ConfigError(f"expected {path}, found no such file; save_pretrained writes it") from error
+        except ValueError as error:
+            raise ConfigError(f"{path} is not JSON: {error}; write it anew with save_pretrained") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds a {type(values).__name__}, expected a JSON object of fields")
+        return cls.from_dict(values)
+
+
+def servable_rank(rank: int) -> int:
+    """The smallest rank that every server takes and that holds ``rank``.
+
+    Raises:
+        ConfigError: the rank is above the largest servable one.
+    """
+    for servable in SERVABLE_RANKS:
+        if rank <= servable:
+            return servable
+    raise ConfigError(
+        f"the negative adapter would need rank {rank}, expected at most {SERVABLE_RANKS[-1]}; "
+        "ask for a smaller rank or energy share, or use granularity='factor', which keeps the forget adapter's rank"
+    )
+
+
+def _check(holds: bool, name: str, expected: str, found: object) -> None:
+    if not holds:
+        raise ConfigError(f"{name}: expected {expected}, found {found!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return _is_int(value) and value > 0  # type: ignore[operator]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_rank(value: object) -> bool:
+    if value is None:
+        return True
+    if isinstance(value, float):
+        return 0.0 < value < 1.0
+    return _is_int(value) and 1 <= value <= SERVABLE_RANKS[-1]  # type: ignore[operator]

@@ -1,0 +1,26 @@
+"""Weights on the merged delta [O, I]: the paper's own form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..edit import Edit, weighted_delta
+from ..targets import Target
+
+
+class Delta:
+    name = "delta"
+
+    def gradient(self, target: Target, layer_input: Tensor, output_gradient: Tensor) -> dict[str, Tensor]:
+        """G = g^T x, [O, I]."""
+        return {"weight": output_gradient.T @ layer_input}
+
+    def arrange(self, magnitudes: dict[str, Tensor]) -> dict[str, Tensor]:
+        return magnitudes
+
+    def edit(self, target: Target, weights: dict[str, Tensor], strength: float) -> Edit:
+        return weighted_delta(target.A, target.B, target.scaling, weights["weight"], strength)
+
+    def uniform(self, target: Target) -> dict[str, Tensor]:
+        return {"weight": torch.ones(len(target.B), target.A.shape[1], dtype=target.A.dtype, device=target.A.device)}

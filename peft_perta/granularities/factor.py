@@ -1,0 +1,41 @@
+"""Weights per factor, from pulled-back gradients: no [O, I] matrix anywhere.
+
+With G the gradient of the layer's weight, the adapter s * B @ A has
+
+    dL/dA = s B^T G = s (g B)^T x   [R, I]          dL/dB = s G A^T = s g^T (x A^T)   [O, R]
+
+so only g B and x A^T are formed, never G. The weights multiply both factors, and therefore each other: the edit's term k
+is weighted by W_B[:, k] W_A[k, :]. The basis is the one in which the factors were trained; rotating it changes the edit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..edit import Edit, weighted_factors
+from ..targets import Target
+
+
+class Factor:
+    name = "factor"
+
+    def gradient(self, target: Target, layer_input: Tensor, output_gradient: Tensor) -> dict[str, Tensor]:
+        return pulled_back(target, layer_input, output_gradient)
+
+    def arrange(self, magnitudes: dict[str, Tensor]) -> dict[str, Tensor]:
+        return magnitudes
+
+    def edit(self, target: Target, weights: dict[str, Tensor], strength: float) -> Edit:
+        return weighted_factors(target.A, target.B, target.scaling, weights["A"], weights["B"], strength)
+
+    def uniform(self, target: Target) -> dict[str, Tensor]:
+        return {"A": torch.ones_like(target.A), "B": torch.ones_like(target.B)}
+
+
+def pulled_back(target: Target, layer_input: Tensor, output_gradient: Tensor) -> dict[str, Tensor]:
+    """The gradients of the adapter's own factors, as if it were on: A [R, I], B [O, R]."""
+    return {
+        "A": target.scaling * (output_gradient @ target.B).T @ layer_input,
+        "B": target.scaling * output_gradient.T @ (layer_input @ target.A.T),
+    }

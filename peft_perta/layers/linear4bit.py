@@ -1,0 +1,36 @@
+"""bitsandbytes' Linear4bit (NF4, FP4): the weight is packed bytes, which cannot require a gradient."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
+from torch import nn
+
+from .kind import LayerKind
+
+
+def _accepts(base_layer: nn.Module) -> bool:
+    return isinstance(base_layer, bnb.nn.Linear4bit)
+
+
+def _refusal(adapted: nn.Module, base_layer: nn.Module) -> str | None:
+    if not isinstance(adapted, LoraLinear4bit):
+        return (
+            "is a 4-bit layer that PEFT wrapped as a plain one, because the model is not marked as loaded in 4 bit "
+            "(expected model.is_loaded_in_4bit to be True); load it with AutoModelForCausalLM.from_pretrained and a "
+            "BitsAndBytesConfig(load_in_4bit=True), then attach the adapter"
+        )
+    state = base_layer.weight.quant_state  # type: ignore[union-attr]
+    if state is None:
+        return "is a 4-bit layer that is not quantised yet (expected a quant_state); move the model to its device first"
+    if getattr(state, "packing_format_for_cpu", False):
+        # bitsandbytes >= 0.49 on CPUs with AVX512-BF16: Linear4bit.forward repacks in eval mode without gradients, and
+        # rounds the scales to bfloat16. The backward of the packed form is missing: gradients would vanish unseen.
+        return (
+            "was repacked by an inference forward on this CPU (bitsandbytes does so in eval mode), after which no "
+            "gradient flows through it and its scales are rounded; reload the model and call this before any inference"
+        )
+    return None
+
+
+KIND = LayerKind("linear4bit", _accepts, _refusal, keeps_training_flag=True)

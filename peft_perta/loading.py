@@ -1,0 +1,82 @@
+"""Names and paths -> a model with its adapters on it. Files are checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from .adapter import check_adapter_files
+from .errors import AdapterError, ConfigError
+
+
+def load_base(
+    name: str, *, four_bit: bool = False, dtype: torch.dtype | None = None, revision: str | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """A causal language model and its tokenizer, from a hub name or a directory.
+
+    Args:
+        four_bit: quantise linear layers to NF4, double-quantised (QLoRA, arXiv 2305.14314).
+        dtype: of the weights, or of the computation in 4 bit; by default bfloat16 on a GPU and float32 elsewhere.
+
+    Raises:
+        ConfigError: the model cannot be found or read.
+    """
+    on_gpu = torch.cuda.is_available()
+    dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            dtype=dtype,
+            device_map={"": 0} if on_gpu else None,
+            quantization_config=quantization if four_bit else None,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"the model {name!r} cannot be loaded: {reason} Expected a directory with config.json, model.safetensors and "
+            "a tokenizer, or the name of a hub model"
+        ) from error
+    return model, tokenizer
+
+
+def attach_adapters(model: PreTrainedModel, adapters: Mapping[str, str | Path]) -> PeftModel:
+    """The model with the adapters (name -> directory) on it, frozen; the first is active.
+
+    Raises:
+        AdapterError: a directory holds no adapter, a damaged or pickled one, or one that does not fit the model.
+    """
+    for directory in adapters.values():
+        check_adapter_files(directory)
+    attached: Any = model
+    for name, directory in adapters.items():
+        try:
+            if isinstance(attached, PeftModel):
+                attached.load_adapter(str(directory), adapter_name=name)
+            else:
+                attached = PeftModel.from_pretrained(model, str(directory), adapter_name=name)
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise AdapterError(
+                f"the adapter in {directory} does not fit the model: {reason}; load the base that it was trained on"
+            ) from error
+    return attached
+
+
+def quiet() -> None:
+    """Leave the terminal to this package's own progress bars and lines."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

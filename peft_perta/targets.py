@@ -1,0 +1,233 @@
+"""Adapter and model -> the list of layers to edit. Every refusal of an adapter happens here, before any compute."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from .errors import AdapterError, NumericalError, UnsupportedLayerError
+from .layers import LAYER_KINDS, LayerKind, find_kind
+from .stack import adapter_configs, require_adapter
+
+# These inits rewrite the base weights, so that the adapter's delta is not what was learned.
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+VARIANT_FIELDS = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+    "megatron_config",
+    "layer_replication",
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer that carries the forget adapter.
+
+    Attributes:
+        name: path of the layer inside the base model, e.g. ``model.layers.0.self_attn.q_proj``.
+        adapted: PEFT's wrapper.
+        base_layer: the layer that it wraps, whose output is tapped.
+        A: [R, I], float32 or wider; B: [O, R], the same. Copies of the adapter's factors.
+        scaling: the live scaling s; the task vector is s * B @ A.
+    """
+
+    name: str
+    adapted: LoraLayer
+    base_layer: nn.Module
+    kind: LayerKind
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+
+def check_lora_config(config: Any, adapter_name: str) -> None:
+    """Refuse the adapters whose delta is not s * B @ A on an unchanged base.
+
+    Raises:
+        AdapterError: with what was found and what to train instead.
+    """
+    plain = "train the forget adapter with a plain LoraConfig"
+    if not isinstance(config, LoraConfig):
+        raise AdapterError(f"adapter {adapter_name!r} is {type(config).__name__}, expected LoRA; {plain}")
+    for field in VARIANT_FIELDS:
+        if getattr(config, field, None):
+            raise AdapterError(
+                f"adapter {adapter_name!r} is a LoRA variant ({field}={getattr(config, field)!r}), whose delta is not "
+                f"B @ A; {plain}"
+            )
+    if getattr(config, "lora_bias", False) or config.bias != "none":
+        raise AdapterError(
+            f"adapter {adapter_name!r} trains biases (bias={config.bias!r}, lora_bias={config.lora_bias}), which a "
+            'negative LoRA cannot hold; train it with bias="none", lora_bias=False'
+        )
+    if config.modules_to_save:
+        raise AdapterError(
+            f"adapter {adapter_name!r} saves whole modules {list(config.modules_to_save)}, which cannot be negated; "
+            "train it without modules_to_save (TRL adds them by itself when a chat template adds tokens)"
+        )
+    if config.trainable_token_indices:
+        raise AdapterError(
+            f"adapter {adapter_name!r} trains token embeddings (trainable_token_indices), which cannot be negated; "
+            "train it without (TRL adds them by itself when a chat template adds tokens)"
+        )
+    if config.target_parameters:
+        raise AdapterError(
+            f"adapter {adapter_name!r} targets bare parameters {list(config.target_parameters)}; "
+            "expected target_modules only: layers with experts are not supported yet"
+        )
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
+        raise AdapterError(
+            f"adapter {adapter_name!r} was initialised with {init!r}, which rewrites the base weights; "
+            "train it with init_lora_weights=True"
+        )
+
+
+def resolve_targets(model: nn.Module, adapter_name: str) -> list[Target]:
+    """The layers that carry the adapter, in the model's order.
+
+    Raises:
+        AdapterError: the adapter is missing, of a kind that cannot be negated, merged, untrained, or of another base.
+        UnsupportedLayerError: it sits on a layer that we cannot read or edit.
+        NumericalError: a factor is not finite.
+    """
+    check_lora_config(require_adapter(model, adapter_name), adapter_name)
+    check_base(model, adapter_name)
+    targets = resolve_layers(model, adapter_name)
+    for target in targets:
+        finite = bool(torch.isfinite(target.A).all()) and bool(torch.isfinite(target.B).all())
+        if not (finite and math.isfinite(target.scaling)):
+            raise NumericalError(
+                f"{target.name}: the forget adapter holds NaN or infinite values; train it anew, at a lower learning rate"
+            )
+    if not any(bool(target.B.any()) for target in targets):
+        raise AdapterError(
+            f"adapter {adapter_name!r} is untrained: every B is zero, so it holds nothing to forget; train it first"
+        )
+    return targets
+
+
+def resolve_layers(model: nn.Module, adapter_name: str) -> list[Target]:
+    """The layers that carry the adapter, whatever it has learned so far.
+
+    Raises:
+        AdapterError: it adapts no layer, or is merged.
+        UnsupportedLayerError: it sits on a layer that we cannot read or edit.
+    """
+    base = base_model(model)
+    targets = [
+        _resolve(name, module, adapter_name, base)
+        for name, module in base.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module._get_available_adapters()
+    ]
+    if not targets:
+        raise AdapterError(f"adapter {adapter_name!r} adapts no layer of the model; check its target_modules")
+    return targets
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model under the adapters."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def base_name(model: nn.Module) -> str | None:
+    """The name or path that the base model was loaded from, where it has one."""
+    return getattr(getattr(base_model(model), "config", None), "_name_or_path", None) or None
+
+
+def check_base(model: nn.Module, adapter_name: str) -> None:
+    """Refuse an adapter that names another base than the one it sits on.
+
+    Two paths to one directory, and a hub name and a copy of it with the same last part, count as one base.
+
+    Raises:
+        AdapterError: the names differ.
+    """
+    claimed = adapter_configs(model)[adapter_name].base_model_name_or_path
+    actual = base_name(model)
+    if not claimed or not actual or os.path.realpath(claimed) == os.path.realpath(actual):
+        return
+    if PurePath(claimed).name != PurePath(actual).name:
+        raise AdapterError(
+            f"adapter {adapter_name!r} was trained on the base {claimed!r}, but the model is {actual!r}; load the base "
+            "it was trained on (if that only moved, correct base_model_name_or_path in its adapter_config.json)"
+        )
+
+
+def check_new_name(model: nn.Module, name: str) -> None:
+    """Refuse a name that PEFT or a loader would trip over.
+
+    Raises:
+        AdapterError: the name is empty, dotted or taken.
+    """
+    if not name or "." in name:
+        raise AdapterError(f"expected an adapter name without dots, found {name!r}; try 'perta_unlearn'")
+    if name in (getattr(model, "peft_config", None) or {}):
+        raise AdapterError(
+            f"an adapter named {name!r} is on the model already; choose another adapter_name, or delete_adapter it"
+        )
+
+
+def hash_targets(targets: list[Target]) -> str:
+    """SHA-256 of the adapter's factors and scalings: which forget adapter an edit was made from."""
+    digest = hashlib.sha256()
+    for target in targets:
+        digest.update(f"{target.name} {target.scaling!r} {tuple(target.A.shape)} {tuple(target.B.shape)}".encode())
+        for factor in (target.A, target.B):
+            digest.update(factor.to("cpu", torch.float64).contiguous().numpy().astype("<f8").tobytes())
+    return digest.hexdigest()
+
+
+def _resolve(name: str, adapted: LoraLayer, adapter_name: str, base: nn.Module) -> Target:
+    if adapted.merged:
+        raise AdapterError(
+            f"{name}: the adapters {adapted.merged_adapters} are merged into the weights; call unmerge_adapter() first"
+        )
+    if adapter_name in getattr(adapted, "lora_variant", {}):
+        variant = type(adapted.lora_variant[adapter_name]).__name__
+        raise AdapterError(f"{name}: adapter {adapter_name!r} is the LoRA variant {variant}, expected plain LoRA")
+    base_layer = adapted.get_base_layer()
+    kind = find_kind(base_layer)
+    if kind is None or adapter_name not in adapted.lora_A:
+        accepted = ", ".join(kind.name for kind in LAYER_KINDS)
+        raise UnsupportedLayerError(
+            f"{name}: a {type(base_layer).__name__} layer cannot be edited, expected one of: {accepted}; "
+            "train the forget adapter without it (target_modules)"
+        )
+    reason = kind.refusal(adapted, base_layer)
+    if reason is not None:
+        raise UnsupportedLayerError(f"{name} {reason}")
+    _refuse_tied(name, base_layer, base)
+    A = adapted.lora_A[adapter_name].weight.detach()
+    B = adapted.lora_B[adapter_name].weight.detach()
+    A, B = (factor.to(torch.promote_types(factor.dtype, torch.float32)).clone() for factor in (A, B))
+    return Target(name, adapted, base_layer, kind, A, B, float(adapted.scaling[adapter_name]))
+
+
+def _refuse_tied(name: str, base_layer: nn.Module, base: nn.Module) -> None:
+    weight = base_layer.weight
+    for other_name, other in base.named_modules():
+        if other is not base_layer and getattr(other, "weight", None) is weight and not isinstance(other, LoraLayer):
+            raise UnsupportedLayerError(
+                f"{name} shares its weight with {other_name}: an edit of one would be an edit of both; train the "
+                "forget adapter without it (target_modules)"
+            )

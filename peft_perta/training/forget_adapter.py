@@ -1,0 +1,125 @@
+"""Train a forget adapter: what must go, learned by a LoRA adapter on theta_0. Thin over TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+from trl import SFTConfig, SFTTrainer
+
+from ..adapter import FORGET_RECORD_NAME, save_forget_adapter
+from ..data import fingerprint, load_samples
+from ..errors import ConfigError
+from ..output import check_output
+from ..stack import switch_modules
+from ..targets import base_name, check_lora_config, check_new_name, resolve_layers
+
+
+def default_lora_config(rank: int = 16) -> LoraConfig:
+    """Plain LoRA on every linear layer but the head, alpha = 2 * rank."""
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
+
+
+def default_training_config(output_dir: str | Path, **settings: Any) -> SFTConfig:
+    """Settings that fit a few hundred rows; any of SFTConfig's own may be given instead."""
+    defaults: dict[str, Any] = {
+        "num_train_epochs": 10,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0.05,
+        "max_grad_norm": 1.0,
+        "logging_strategy": "epoch",
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": 0,
+        "bf16": torch.cuda.is_available(),
+        "gradient_checkpointing": torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    return SFTConfig(output_dir=str(output_dir), **{**defaults, **settings})
+
+
+def train_forget_adapter(
+    model: nn.Module,
+    forget_data: Any,
+    tokenizer: Any,
+    output_dir: str | Path | None = None,
+    *,
+    lora_config: LoraConfig | None = None,
+    training_config: SFTConfig | None = None,
+    adapter_name: str = "forget",
+    max_length: int = 1024,
+    show_progress_bar: bool = True,
+) -> PeftModel:
+    """Train a LoRA adapter on the forget set alone, at theta_0 (every other adapter off), on the completions only.
+
+    Args:
+        model: a transformers model or a PeftModel, in float or 4 bit (QLoRA). It gains the adapter; its weights stay.
+        forget_data: rows, a path to JSON lines, or a Dataset, as for ``get_perta_state_dict``.
+        output_dir: where to write the adapter, flat; nothing is written without it.
+        lora_config: by default ``default_lora_config()``.
+        training_config: TRL's settings; by default ``default_training_config``.
+
+    Returns:
+        The PeftModel with the adapter on it, active and frozen, in eval mode.
+
+    Raises:
+        AdapterError: the settings would give an adapter that could not be negated, found before training.
+        DataError: the forget set is empty or malformed.
+    """
+    lora_config = copy.copy(lora_config) if lora_config else default_lora_config()
+    check_lora_config(lora_config, adapter_name)
+    check_new_name(model, adapter_name)
+    if output_dir is not None:
+        check_output(output_dir, FORGET_RECORD_NAME)
+    if getattr(tokenizer, "eos_token_id", None) is None:
+        raise ConfigError("the tokenizer has no eos token to end a completion with; set tokenizer.eos_token")
+    samples = load_samples(forget_data, tokenizer, max_length=max_length, name="the forget set")
+    dataset = Dataset.from_list([{"input_ids": s.input_ids.tolist(), "labels": s.labels.tolist()} for s in samples])
+
+    lora_config.base_model_name_or_path = base_name(model)
+    was_adapted = isinstance(model, PeftModel)
+    was_checkpointing = bool(getattr(model, "is_gradient_checkpointing", False))
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, lora_config)
+        peft_model = model
+    else:
+        peft_model = get_peft_model(model, lora_config, adapter_name=adapter_name)  # type: ignore[arg-type]
+    try:
+        resolve_layers(peft_model, adapter_name)
+        peft_model.set_adapter(adapter_name)
+        with tempfile.TemporaryDirectory() as scratch:
+            config = training_config or default_training_config(scratch)
+            config.max_length = max_length
+            config.disable_tqdm = not show_progress_bar
+            config.packing, config.padding_free = False, False  # one sample a row, as when gradients are taken
+            SFTTrainer(
+                model=peft_model,
+                args=config,
+                train_dataset=dataset,
+                processing_class=tokenizer,
+            ).train()
+    except BaseException:
+        if was_adapted:
+            peft_model.delete_adapter(adapter_name)
+        else:
+            peft_model.unload()
+        raise
+    if config.gradient_checkpointing and not was_checkpointing:
+        peft_model.gradient_checkpointing_disable()
+        peft_model.disable_input_require_grads()
+    peft_model.eval()
+    switch_modules(peft_model, [adapter_name])
+    peft_model.requires_grad_(False)
+    if output_dir is not None:
+        record = {"samples": len(samples), "sha256": fingerprint(samples), "epochs": config.num_train_epochs}
+        save_forget_adapter(output_dir, peft_model, adapter_name, record)
+    return peft_model

@@ -1,0 +1,40 @@
+"""Controls: what is left of a weighting when its place, or its spread, is taken away.
+
+A claim that weights per parameter help needs both: shuffled within each matrix (same values, wrong places), and constant at
+each matrix's own mean (a strength per layer, nothing per parameter).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from .weighting import Weighting
+
+
+def shuffled(weighting: Weighting) -> Weighting:
+    """The same weights in a random order, the same at every call."""
+
+    def function(forget: Tensor, retain: Tensor, power: float) -> Tensor:
+        weights = _weights(weighting, forget, retain, power)
+        order = torch.randperm(weights.numel(), generator=torch.Generator().manual_seed(0)).to(weights.device)
+        return weights.flatten()[order].reshape(weights.shape)
+
+    return dataclasses.replace(weighting, name=f"{weighting.name}-shuffled", function=function)
+
+
+def at_own_mean(weighting: Weighting) -> Weighting:
+    """Each matrix's weights replaced by their mean."""
+
+    def function(forget: Tensor, retain: Tensor, power: float) -> Tensor:
+        weights = _weights(weighting, forget, retain, power)
+        return weights.mean().expand_as(weights).clone()
+
+    return dataclasses.replace(weighting, name=f"{weighting.name}-mean", function=function)
+
+
+def _weights(weighting: Weighting, forget: Tensor, retain: Tensor, power: float) -> Tensor:
+    assert weighting.function is not None
+    return weighting.function(forget, retain, power)

@@ -1,12 +1,13 @@
 """Factors -> a plain LoRA adapter, on a model or in a directory. The only code that knows PEFT's file format.
 
-The adapter is what every server takes: one rank, lora_alpha equal to it, no rsLoRA, no patterns, no bias, every layer of a
-projection type present (zero where nothing changes). PEFT lays out the keys: it builds the empty adapter on a weightless
-copy of the model, and we fill its slots.
+The adapter is what every server takes: one rank, lora_alpha equal to it, no rsLoRA, no patterns, no bias, every layer
+of a projection type present (zero where nothing changes). PEFT lays out the keys: it builds the empty adapter on a
+weightless copy of the model, and we fill its slots.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -91,23 +92,28 @@ def add_adapter(model: nn.Module, config: LoraConfig, state_dict: Mapping[str, T
     """
     check_new_name(model, adapter_name)
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with torch.random.fork_rng():  # PEFT draws the initial A, which is then overwritten
-        if isinstance(model, PeftModel):
-            model.add_adapter(adapter_name, config)
-        else:
-            active = model.active_adapters()  # type: ignore[operator]
-            model.add_adapter(config, adapter_name)  # type: ignore[operator]
-            model.set_adapter(active)  # type: ignore[operator]
-    result = set_peft_model_state_dict(model, dict(state_dict), adapter_name=adapter_name)
-    missing = [key for key in result.missing_keys if f".{adapter_name}." in key]
-    if missing or result.unexpected_keys:
-        model.delete_adapter(adapter_name)  # type: ignore[operator]
+    try:
+        with torch.random.fork_rng():  # PEFT draws the initial A, which is then overwritten
+            if isinstance(model, PeftModel):
+                model.add_adapter(adapter_name, config)
+            else:
+                active = model.active_adapters()  # type: ignore[operator]
+                model.add_adapter(config, adapter_name)  # type: ignore[operator]
+                model.set_adapter(active)  # type: ignore[operator]
+        result = set_peft_model_state_dict(model, dict(state_dict), adapter_name=adapter_name)
+        missing = [key for key in result.missing_keys if f".{adapter_name}." in key]
+        if missing or result.unexpected_keys:
+            raise ValueError(f"missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}")
+    except (RuntimeError, ValueError) as error:  # PEFT's own, for shapes and for layers that are not there
+        if adapter_name in model.peft_config:  # type: ignore[operator]
+            model.delete_adapter(adapter_name)  # type: ignore[operator]
         raise AdapterError(
-            f"the adapter does not fit this model: missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}; "
-            "was it made for another architecture?"
-        )
-    for parameter, was_required in required:
-        parameter.requires_grad_(was_required)
+            f"the adapter does not fit this model: {' '.join(str(error).split())[:300]}; was it made for another "
+            "architecture?"
+        ) from error
+    finally:
+        for parameter, was_required in required:
+            parameter.requires_grad_(was_required)
     for name, parameter in model.named_parameters():
         if f".{adapter_name}." in name:
             parameter.requires_grad_(False)
@@ -134,9 +140,25 @@ def save_perta_adapter(
     return Path(path)
 
 
+def scaled_adapter(
+    state_dict: Mapping[str, Tensor], report: PerTAReport, factor: float
+) -> tuple[dict[str, Tensor], PerTAReport]:
+    """The same adapter at ``factor`` times its strength: a scalar into B, and into the report.
+
+    Raises:
+        NumericalError: the factor is not finite, or the result overflows its dtype.
+    """
+    scaled = {key: value * factor if ".lora_B." in key else value for key, value in state_dict.items()}
+    if not all(bool(torch.isfinite(value).all()) for value in scaled.values()):
+        raise NumericalError(f"a strength {factor!r} times as large is not finite in the adapter's dtype")
+    layers = [dataclasses.replace(layer, edit_norm=layer.edit_norm * abs(factor)) for layer in report.layers]
+    config = {**report.config, "strength": report.config["strength"] * factor}
+    return scaled, dataclasses.replace(report, config=config, layers=layers)
+
+
 def save_forget_adapter(path: str | Path, model: PeftModel, adapter_name: str, record: Mapping[str, Any]) -> Path:
-    """Write one adapter of the model into a flat directory (PEFT puts a named one into a subfolder), with our record of how
-    it was trained.
+    """Write one adapter of the model into a flat directory (PEFT puts a named one into a subfolder), with our record
+    of how it was trained.
 
     Raises:
         OutputError: the path is not ours to write, or the disk refuses.
@@ -161,7 +183,8 @@ def load_provenance(path: str | Path) -> tuple[PerTAReport, dict[str, str]]:
     try:
         values = json.loads(file.read_text())
         values.pop("format")
-        return PerTAReport.from_dict(values), values.pop("files")
+        files = values.pop("files")
+        return PerTAReport.from_dict(values), files
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{file} is damaged ({error}); emit the adapter anew") from error
 
@@ -184,7 +207,8 @@ def check_adapter_files(path: str | Path) -> None:
         raise AdapterError(
             f"{path} has no {WEIGHTS_NAME}"
             + (
-                ", only a pickled adapter_model.bin, which is never loaded: it can run code; save it with safe_serialization"
+                ", only a pickled adapter_model.bin, which is never loaded: it can run code; save it with "
+                "safe_serialization"
                 if pickled
                 else "; save the adapter with save_pretrained"
             )

@@ -21,8 +21,9 @@ def model_card(report: PerTAReport) -> str:
         "",
         "# Negative adapter",
         "",
-        f"A LoRA adapter that takes the knowledge of one forget set out of `{base}` when it is stacked on it. It was made "
-        "by weighing a forget adapter parameter by parameter and negating it (PerTA, arXiv 2601.22030), with peft_perta "
+        f"A LoRA adapter that takes the knowledge of one forget set out of `{base}` when it is stacked on it. "
+        "It was made by weighing a forget adapter parameter by parameter and negating it (PerTA, arXiv 2601.22030), "
+        "with peft_perta "
         f"{report.versions.get('peft_perta', '')}.",
         "",
         "## What was done",
@@ -51,12 +52,13 @@ def model_card(report: PerTAReport) -> str:
         "",
         "## What it does not do",
         "",
-        "- **The base still knows.** The knowledge is suppressed by this adapter, not erased from the base model's file: "
-        "switching the adapter off (`disable_adapter`, or `set_adapter` to another name) brings it back. To hand out a "
-        "model without the knowledge, merge the adapters into a full-precision copy of the base and hand out that alone.",
+        "- **The base still knows.** The knowledge is suppressed by this adapter, not erased from the base model's "
+        "file: switching the adapter off (`disable_adapter`, or `set_adapter` to another name) brings it back. To hand "
+        "out a model without the knowledge, merge the adapters into a full-precision copy of the base and hand out "
+        "that alone.",
         "- Do not merge it into 4-bit weights: rounding undoes small edits. Stack it, or merge in full precision.",
-        "- How much was forgotten, and at what cost, is a measurement on your own data: see the evaluation beside it, or "
-        "run one. An edit at one strength proves nothing about another.",
+        "- How much was forgotten, and at what cost, is a measurement on your own data: see the evaluation "
+        "beside it, or run one. An edit at one strength proves nothing about another.",
         "",
     ]
     return "\n".join(lines)

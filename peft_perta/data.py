@@ -56,7 +56,8 @@ def read_rows(path: str | Path) -> list[dict]:
         raise DataError(f"expected a JSON-lines file at {path}, found none; check the path")
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines, which also cuts at characters that may stand inside a JSON string (U+2028, U+0085).
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error}); expected one JSON object per line") from error
     for number, line in enumerate(lines, start=1):
@@ -193,7 +194,7 @@ def _split_tokens(row: Mapping, tokenizer: Any, where: str) -> tuple[list[int], 
     """(prompt ids, completion ids): they part where the tokens of the prompt alone and of the whole diverge."""
     kind = _row_kind(row, where)
     if kind == ("text",):
-        return [], _tokenise(tokenizer, _text(row, "text", where)) + [_eos(tokenizer, where)]
+        return [], [*_tokenise(tokenizer, _text(row, "text", where)), _eos(tokenizer, where)]
     if kind == ("messages",):
         return _split_chat(row["messages"], tokenizer, where)
     if kind == ("question", "answer"):
@@ -208,7 +209,7 @@ def _split_tokens(row: Mapping, tokenizer: Any, where: str) -> tuple[list[int], 
             return _split_chat([*prompt, *completion], tokenizer, where)
         prompt, completion = _text(row, "prompt", where), _text(row, "completion", where)
     prompt_ids = _tokenise(tokenizer, prompt)
-    whole_ids = _tokenise(tokenizer, prompt + completion) + [_eos(tokenizer, where)]
+    whole_ids = [*_tokenise(tokenizer, prompt + completion), _eos(tokenizer, where)]
     return _divide(prompt_ids, whole_ids)
 
 

@@ -37,7 +37,8 @@ class Factors:
 
 
 def factorize(edit: Edit, rank: int | float) -> Factors:
-    """The best approximation in the Frobenius norm at a rank (int), or at the least rank that keeps a share of the energy.
+    """The best approximation in the Frobenius norm at a rank (int), or at the least rank that keeps a share of the
+    energy.
 
     A product whose rank suffices is passed on as it is, exactly. Sign and strength are inside B.
 

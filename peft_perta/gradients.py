@@ -4,8 +4,8 @@ A 4-bit weight cannot require a gradient, and need not: the gradient of a linear
 what went in and g [T, O] the gradient of the loss with respect to what came out. An identity function on the layer's
 output keeps x and meets g on the way back. It is exact for float and quantised layers alike.
 
-The tap's output requires a gradient of its own accord (``anchor``), so nothing else in the model must, and backward stops
-at the lowest tapped layer.
+The tap's output requires a gradient of its own accord (``anchor``), so nothing else in the model must, and backward
+stops at the lowest tapped layer.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def _tap(target: Target, granularity: Granularity, statistic: Statistic) -> Any:
     def sink(layer_input: Tensor, output_gradient: Tensor) -> None:
         if layer_input.dim() != 3:
             raise UnsupportedLayerError(
-                f"{target.name}: expected an input of [N, T, in], found {tuple(layer_input.shape)}; samples cannot be told "
-                "apart there, train the forget adapter without it (target_modules)"
+                f"{target.name}: expected an input of [N, T, in], found {tuple(layer_input.shape)}; samples "
+                "cannot be told apart there, train the forget adapter without it (target_modules)"
             )
         dtype = torch.promote_types(output_gradient.dtype, torch.float32)
         x, g = layer_input.to(dtype), output_gradient.to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,8 @@ def load_base(
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"the model {name!r} cannot be loaded: {reason} Expected a directory with config.json, model.safetensors and "
-            "a tokenizer, or the name of a hub model"
+            f"the model {name!r} cannot be loaded: {reason} Expected a directory with config.json, "
+            "model.safetensors and a tokenizer, or the name of a hub model"
         ) from error
     return model, tokenizer
 
@@ -80,3 +81,4 @@ def quiet() -> None:
     """Leave the terminal to this package's own progress bars and lines."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\b")

@@ -50,7 +50,7 @@ def replaced_directory(path: str | Path, marker: str) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
         temporary.chmod(0o777 & ~_umask())
         yield temporary
-        for file in temporary.iterdir():
+        for file in (found for found in temporary.rglob("*") if found.is_file()):
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         _move(temporary, path)

@@ -94,7 +94,7 @@ class PerTAReport:
     def __str__(self) -> str:
         sets = ", ".join(f"{entry['samples']} {name}" for name, entry in self.data.items()) or "no"
         return (
-            f"negative adapter of rank {self.rank} on {len(self.layers)} layers: {self.config['weighting']} weights per "
-            f"{self.config['granularity']}, strength {self.config['strength']:g}, from {sets} samples; "
+            f"negative adapter of rank {self.rank} on {len(self.layers)} layers: {self.config['weighting']} "
+            f"weights per {self.config['granularity']}, strength {self.config['strength']:g}, from {sets} samples; "
             f"{self.energy_kept:.1%} of the edit's energy kept"
         )

@@ -14,8 +14,8 @@ StatisticName = Literal["mean", "squares"]
 class Statistic:
     """One layer's gradients over one data set.
 
-    ``mean`` sums gradients, ``squares`` sums squared per-sample gradients (the diagonal of the empirical Fisher). They are
-    different statistics: the square of the first, at N = 4, is about a fifth of the second.
+    ``mean`` sums gradients, ``squares`` sums squared per-sample gradients (the diagonal of the empirical Fisher). They
+    are different statistics: the square of the first, at N = 4, is about a fifth of the second.
 
     Attributes:
         name: which of the two.
@@ -46,7 +46,7 @@ class Statistic:
         self.samples += samples
 
     def magnitudes(self) -> dict[str, Tensor]:
-        """|mean gradient|, or the root mean square gradient: both in the unit of a gradient, so one power suits both."""
+        """|mean gradient|, or the root mean square gradient: in one unit, so that one power suits both."""
         if self.name == "squares":
             return {key: (total / self.samples).sqrt_() for key, total in self.sums.items()}
         return {key: (total / self.samples).abs_() for key, total in self.sums.items()}

@@ -117,7 +117,8 @@ def resolve_targets(model: nn.Module, adapter_name: str) -> list[Target]:
         finite = bool(torch.isfinite(target.A).all()) and bool(torch.isfinite(target.B).all())
         if not (finite and math.isfinite(target.scaling)):
             raise NumericalError(
-                f"{target.name}: the forget adapter holds NaN or infinite values; train it anew, at a lower learning rate"
+                f"{target.name}: the forget adapter holds NaN or infinite values; train it anew, at a lower "
+                "learning rate"
             )
     if not any(bool(target.B.any()) for target in targets):
         raise AdapterError(

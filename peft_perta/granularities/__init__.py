@@ -1,8 +1,8 @@
 """What the weights multiply: one file a granularity, one row each in ``GRANULARITIES``.
 
-A granularity says which gradient it needs of a layer, how the magnitudes of that gradient are arranged for the weighting,
-and which edit the weights make. To add one: a file, a row here, its name in ``config.GRANULARITY_NAMES``, a row in
-tests/tables.py.
+A granularity says which gradient it needs of a layer, how the magnitudes of that gradient are arranged for the
+weighting, and which edit the weights make. To add one: a file, a row here, its name in ``config.GRANULARITY_NAMES``, a
+row in tests/tables.py.
 """
 
 from __future__ import annotations

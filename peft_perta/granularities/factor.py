@@ -4,8 +4,9 @@ With G the gradient of the layer's weight, the adapter s * B @ A has
 
     dL/dA = s B^T G = s (g B)^T x   [R, I]          dL/dB = s G A^T = s g^T (x A^T)   [O, R]
 
-so only g B and x A^T are formed, never G. The weights multiply both factors, and therefore each other: the edit's term k
-is weighted by W_B[:, k] W_A[k, :]. The basis is the one in which the factors were trained; rotating it changes the edit.
+so only g B and x A^T are formed, never G. The weights multiply both factors, and therefore each other: the edit's term
+k is weighted by W_B[:, k] W_A[k, :]. The basis is the one in which the factors were trained; rotating it changes the
+edit.
 """
 
 from __future__ import annotations

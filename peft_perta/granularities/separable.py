@@ -4,9 +4,9 @@ The statistics are row and column energies of the pulled-back gradients of ``fac
 
     rows_i = || (G A^T)_i ||  [O]          columns_j = || (B^T G)_j ||  [I]
 
-which is how much the loss moves with row i, or column j, inside the subspace in which the adapter can move it (Adafactor
-keeps the same two vectors of the whole gradient). A row and a column both vouch for an element, hence the geometric mean:
-the weights stay in [0, 1], and ratios of 1/2 everywhere give 1/2.
+which is how much the loss moves with row i, or column j, inside the subspace in which the adapter can move it
+(Adafactor keeps the same two vectors of the whole gradient). A row and a column both vouch for an element, hence the
+geometric mean: the weights stay in [0, 1], and ratios of 1/2 everywhere give 1/2.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The layers that we can read and edit: one file a kind, one row each in ``LAYER_KINDS``.
 
-A layer enters the mathematics through its output only: its gradient is g^T x, with x [.., in] what went in and g [.., out]
-the gradient of the loss with respect to what came out. So a kind says which modules it accepts and what must hold of
-them; quantised weights are never read.
+A layer enters the mathematics through its output only: its gradient is g^T x, with x [.., in] what went in and g [..,
+out] the gradient of the loss with respect to what came out. So a kind says which modules it accepts and what must hold
+of them; quantised weights are never read.
 
 To add a kind: a file with a ``KIND``, a row here (the most special class first), a row in tests/tables.py.
 """

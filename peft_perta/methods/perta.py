@@ -1,14 +1,14 @@
 """PerTA: weigh the forget adapter parameter by parameter, negate it, emit it as plain LoRA.
 
-Reference: Cai et al. 2026, arXiv 2601.22030. With weighting='uniform' this is plain task arithmetic (Ilharco et al. 2023,
-arXiv 2212.04089).
+Reference: Cai et al. 2026, arXiv 2601.22030. With weighting='uniform' this is plain task arithmetic (Ilharco et al.
+2023, arXiv 2212.04089).
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,7 +44,8 @@ def add_perta_adapter(
 ) -> PerTAReport:
     """Put the negative adapter on the model, beside the adapters that it has; turn it on with ``stack_adapters``.
 
-    Arguments, errors and report as for ``get_perta_state_dict``; ``adapter_name`` is the new adapter's name, without dots.
+    Arguments, errors and report as for ``get_perta_state_dict``; ``adapter_name`` is the new adapter's name, without
+    dots.
     """
     check_new_name(model, adapter_name)
     lora_config, state_dict, report = get_perta_state_dict(
@@ -77,12 +78,12 @@ def get_perta_state_dict(
     Args:
         model: a model with the forget adapter on it, in float or 4 bit; which adapters are active does not matter.
         config: every knob.
-        forget_dataloader: what must go: a dataloader, a ``datasets.Dataset``, a list of rows, or a path to JSON lines. Only
-            ``weighting="uniform"`` goes without data.
+        forget_dataloader: what must go: a dataloader, a ``datasets.Dataset``, a list of rows, or a path to JSON lines.
+            Only ``weighting="uniform"`` goes without data.
         retain_dataloader: what must stay, likewise.
         forget_adapter: name of the adapter that was trained on the forget set alone, at theta_0.
-        task_adapter: name of the adapter that makes theta_full of theta_0; needed where ``reference_model="full"`` and the
-            base alone is not theta_full.
+        task_adapter: name of the adapter that makes theta_full of theta_0; needed where ``reference_model="full"`` and
+            the base alone is not theta_full.
         tokenizer: needed where data is text.
 
     Raises:
@@ -102,10 +103,8 @@ def get_perta_state_dict(
     sets = {"forget": forget_dataloader, "retain": retain_dataloader}
     samples = _load_sets(sets, config, weighting, tokenizer)
 
-    statistics: dict[str, dict[str, Statistic]] = {}
-    for name, set_samples in samples.items():
-        if weighting.statistic is None:
-            break
+    statistics = {}
+    for name, set_samples in samples.items() if weighting.statistic else ():
         with _timed(seconds, f"gradients on {name}"):
             statistics[name] = sweep(
                 model,
@@ -118,14 +117,8 @@ def get_perta_state_dict(
                 name=f"the {name} set",
                 show_progress_bar=show_progress_bar,
             )
-
-    factors: dict[str, Factors] = {}
-    layers: list[LayerReport] = []
     with _timed(seconds, "weights and factors"):
-        for target in targets:
-            pair = {name: layer_statistics.pop(target.name) for name, layer_statistics in statistics.items()}
-            factors[target.name], layer = _edit_layer(target, config, weighting, pair, fit_rank)
-            layers.append(layer)
+        factors, layers = edit_layers(targets, config, weighting, statistics, fit_rank)
     rank = emitted_rank or servable_rank(max(f.rank for f in factors.values()))
     lora_config, state_dict = build_adapter(model, factors, rank, emitted_dtype(config))
     report = PerTAReport(
@@ -140,6 +133,25 @@ def get_perta_state_dict(
         versions=_versions(),
     )
     return lora_config, state_dict, report
+
+
+def edit_layers(
+    targets: list[Target],
+    config: PerTAConfig,
+    weighting: Weighting,
+    statistics: Mapping[str, Mapping[str, Statistic]],
+    rank: int | float,
+) -> tuple[dict[str, Factors], list[LayerReport]]:
+    """Statistics -> weights -> edit -> factors, one layer at a time: layer name -> factors, and what was done.
+
+    ``statistics`` maps 'forget' and 'retain' to a statistic per layer name; it is empty where the weighting needs none.
+    """
+    factors, layers = {}, []
+    for target in targets:
+        pair = {name: per_layer[target.name] for name, per_layer in statistics.items()}
+        factors[target.name], layer = _edit_layer(target, config, weighting, pair, rank)
+        layers.append(layer)
+    return factors, layers
 
 
 def _ranks(config: PerTAConfig, targets: list[Target]) -> tuple[int | float, int | None]:

@@ -21,30 +21,29 @@ from ..stack import switch_modules
 from ..targets import base_name, check_lora_config, check_new_name, resolve_layers
 
 
-def default_lora_config(rank: int = 16) -> LoraConfig:
-    """Plain LoRA on every linear layer but the head, alpha = 2 * rank."""
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
-
-
-def default_training_config(output_dir: str | Path, **settings: Any) -> SFTConfig:
-    """Settings that fit a few hundred rows; any of SFTConfig's own may be given instead."""
-    defaults: dict[str, Any] = {
+def default_settings() -> dict[str, Any]:
+    """Training settings (fields of TRL's SFTConfig) that fit a few hundred rows."""
+    on_gpu = torch.cuda.is_available()
+    settings = {
         "num_train_epochs": 10,
         "per_device_train_batch_size": 8,
         "learning_rate": 1e-3,
         "lr_scheduler_type": "linear",
         "warmup_steps": 0.05,
-        "max_grad_norm": 1.0,
         "logging_strategy": "epoch",
         "save_strategy": "no",
         "report_to": "none",
         "seed": 0,
-        "bf16": torch.cuda.is_available(),
-        "gradient_checkpointing": torch.cuda.is_available(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "use_cpu": not torch.cuda.is_available(),
+        "bf16": on_gpu,
+        "dataloader_pin_memory": on_gpu,
+        "use_cpu": not on_gpu,
     }
-    return SFTConfig(output_dir=str(output_dir), **{**defaults, **settings})
+    return settings | {"gradient_checkpointing": True} if on_gpu else settings
+
+
+def default_lora_config(rank: int = 16) -> LoraConfig:
+    """Plain LoRA on every linear layer but the head, alpha = 2 * rank."""
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
 
 
 def train_forget_adapter(
@@ -54,10 +53,10 @@ def train_forget_adapter(
     output_dir: str | Path | None = None,
     *,
     lora_config: LoraConfig | None = None,
-    training_config: SFTConfig | None = None,
     adapter_name: str = "forget",
     max_length: int = 1024,
     show_progress_bar: bool = True,
+    **training_settings: Any,
 ) -> PeftModel:
     """Train a LoRA adapter on the forget set alone, at theta_0 (every other adapter off), on the completions only.
 
@@ -66,7 +65,8 @@ def train_forget_adapter(
         forget_data: rows, a path to JSON lines, or a Dataset, as for ``get_perta_state_dict``.
         output_dir: where to write the adapter, flat; nothing is written without it.
         lora_config: by default ``default_lora_config()``.
-        training_config: TRL's settings; by default ``default_training_config``.
+        training_settings: any fields of TRL's ``SFTConfig`` (num_train_epochs, learning_rate, ...), over
+            ``default_settings()``.
 
     Returns:
         The PeftModel with the adapter on it, active and frozen, in eval mode.
@@ -87,33 +87,26 @@ def train_forget_adapter(
 
     lora_config.base_model_name_or_path = base_name(model)
     was_adapted = isinstance(model, PeftModel)
-    was_checkpointing = bool(getattr(model, "is_gradient_checkpointing", False))
-    if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, lora_config)
-        peft_model = model
-    else:
-        peft_model = get_peft_model(model, lora_config, adapter_name=adapter_name)  # type: ignore[arg-type]
-    try:
-        resolve_layers(peft_model, adapter_name)
-        peft_model.set_adapter(adapter_name)
-        with tempfile.TemporaryDirectory() as scratch:
-            config = training_config or default_training_config(scratch)
-            config.max_length = max_length
-            config.disable_tqdm = not show_progress_bar
-            config.packing, config.padding_free = False, False  # one sample a row, as when gradients are taken
-            SFTTrainer(
-                model=peft_model,
-                args=config,
-                train_dataset=dataset,
-                processing_class=tokenizer,
-            ).train()
-    except BaseException:
-        if was_adapted:
-            peft_model.delete_adapter(adapter_name)
+    was_checkpointing = _is_checkpointing(model)
+    with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng():
+        config = _training_config(scratch, max_length, show_progress_bar, training_settings)
+        torch.manual_seed(config.seed)  # the initial A is drawn before the trainer sets the seed
+        if isinstance(model, PeftModel):
+            model.add_adapter(adapter_name, lora_config)
+            peft_model = model
         else:
-            peft_model.unload()
-        raise
-    if config.gradient_checkpointing and not was_checkpointing:
+            peft_model = get_peft_model(model, lora_config, adapter_name=adapter_name)  # type: ignore[arg-type]
+        try:
+            resolve_layers(peft_model, adapter_name)
+            peft_model.set_adapter(adapter_name)
+            SFTTrainer(model=peft_model, args=config, train_dataset=dataset, processing_class=tokenizer).train()
+        except BaseException:
+            if was_adapted:
+                peft_model.delete_adapter(adapter_name)
+            else:
+                peft_model.unload()
+            raise
+    if _is_checkpointing(peft_model) and not was_checkpointing:
         peft_model.gradient_checkpointing_disable()
         peft_model.disable_input_require_grads()
     peft_model.eval()
@@ -123,3 +116,27 @@ def train_forget_adapter(
         record = {"samples": len(samples), "sha256": fingerprint(samples), "epochs": config.num_train_epochs}
         save_forget_adapter(output_dir, peft_model, adapter_name, record)
     return peft_model
+
+
+def _training_config(
+    scratch: str, max_length: int, show_progress_bar: bool, training_settings: dict[str, Any]
+) -> SFTConfig:
+    """Ours over the user's over the defaults: one sample a row, tokenised and labelled already."""
+    ours = {
+        "max_length": max_length,
+        "disable_tqdm": not show_progress_bar,
+        "packing": False,
+        "padding_free": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
+    refused = sorted(set(training_settings) & set(ours))
+    if refused:
+        raise ConfigError(f"training settings: {refused[0]!r} is set by train_forget_adapter itself; leave it out")
+    try:
+        return SFTConfig(**{"output_dir": scratch, **default_settings(), **training_settings, **ours})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"training settings: {error}; expected fields of trl.SFTConfig") from error
+
+
+def _is_checkpointing(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

@@ -1,7 +1,7 @@
 """Statistics -> weights in [0, 1]: one row a weighting in ``WEIGHTINGS``.
 
-To add one to the package: a function in a file here and a row below. To use your own without touching the package, name it
-in the config as 'package.module:attribute', a ``Weighting`` or a plain function of (forget, retain) magnitudes.
+To add one to the package: a function in a file here and a row below. To use your own without touching the package,
+name it in the config as 'package.module:attribute', a ``Weighting`` or a plain function of (forget, retain) magnitudes.
 """
 
 from __future__ import annotations

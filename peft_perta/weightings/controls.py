@@ -1,7 +1,7 @@
 """Controls: what is left of a weighting when its place, or its spread, is taken away.
 
-A claim that weights per parameter help needs both: shuffled within each matrix (same values, wrong places), and constant at
-each matrix's own mean (a strength per layer, nothing per parameter).
+A claim that weights per parameter help needs both: shuffled within each matrix (same values, wrong places), and
+constant at each matrix's own mean (a strength per layer, nothing per parameter).
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Measurements behind the claims in docs/: each is ``python -m benchmarks.NAME``."""

@@ -1,0 +1,160 @@
+"""Metrics x splits on any causal language model with any stack of adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .borrow import borrowed
+from .data import Sample, batches, completion_text, encode_prompt, encode_row
+from .errors import DataError
+from .losses import sample_losses
+from .metrics import forget_truth_score, probability, retain_truth_score, rouge_l_recall, truth_ratio
+from .targets import base_model
+
+
+@dataclass(frozen=True)
+class SplitScores:
+    """One split of rows, judged.
+
+    Attributes:
+        loss: mean over rows of the answers' mean token loss, nats.
+        probability: mean over rows of exp(-loss).
+        rouge_l_recall: mean over the first ``generated`` rows, of greedy generations; None where nothing was generated.
+        truth_score: ``forget_truth_score`` on the forget split, ``retain_truth_score`` elsewhere; None where the rows
+            hold no false answers.
+    """
+
+    rows: int
+    loss: float
+    probability: float
+    rouge_l_recall: float | None
+    truth_score: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate_split(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Mapping],
+    *,
+    is_forget: bool,
+    adapters: Sequence[str] | None = None,
+    generated: int = 0,
+    batch_size: int = 32,
+    max_new_tokens: int = 96,
+) -> SplitScores:
+    """Judge the model on rows {question, answer[, paraphrased_answer, perturbed_answer]}, with these adapters on.
+
+    Args:
+        is_forget: which of the two truth scores is taken.
+        adapters: as for ``borrowed``; the model goes back as it came.
+        generated: how many rows, from the first, are answered greedily for ROUGE-L.
+
+    Raises:
+        DataError: there are no rows, or one is malformed.
+    """
+    losses = row_losses(model, tokenizer, rows, adapters=adapters, batch_size=batch_size)
+    rouge = None
+    if generated:
+        asked = rows[:generated]
+        texts = generate(
+            model, tokenizer, asked, adapters=adapters, batch_size=batch_size, max_new_tokens=max_new_tokens
+        )
+        rouge = rouge_l_recall(texts, [completion_text(row) for row in asked])
+    judged = [row for row in rows if row.get("perturbed_answer")]
+    truth = None
+    if judged:
+        ratios = _truth_ratios(model, tokenizer, judged, adapters, batch_size)
+        truth = forget_truth_score(ratios) if is_forget else retain_truth_score(ratios)
+    return SplitScores(
+        rows=len(rows),
+        loss=float(losses.mean()),
+        probability=float(probability(losses).mean()),
+        rouge_l_recall=sum(rouge) / len(rouge) if rouge else None,
+        truth_score=truth,
+    )
+
+
+def row_losses(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Mapping],
+    *,
+    adapters: Sequence[str] | None = None,
+    batch_size: int = 32,
+) -> Tensor:
+    """The completions' mean token losses, [N], in the order of the rows."""
+    samples = [encode_row(row, tokenizer, where=f"row {number}") for number, row in enumerate(rows, start=1)]
+    return losses_of(model, samples, adapters=adapters, batch_size=batch_size)
+
+
+def losses_of(
+    model: nn.Module, samples: list[Sample], *, adapters: Sequence[str] | None = None, batch_size: int = 32
+) -> Tensor:
+    """The samples' losses [N], float32 on the CPU, in their own order.
+
+    Raises:
+        DataError: there are no samples.
+    """
+    if not samples:
+        raise DataError("expected at least one row to evaluate on, found none")
+    device = base_model(model).get_input_embeddings().weight.device  # type: ignore[operator]
+    losses = torch.empty(len(samples))
+    with borrowed(model, adapters), torch.no_grad():
+        for batch in batches(samples, batch_size):
+            losses[batch.indices] = sample_losses(model, batch.to(device)).float().cpu()
+    return losses
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Mapping],
+    *,
+    adapters: Sequence[str] | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int = 96,
+) -> list[str]:
+    """Greedy answers to the rows' prompts, in their order: left-padded, batched by length, with the KV cache."""
+    prompts = [encode_prompt(row, tokenizer, where=f"row {number}") for number, row in enumerate(rows, start=1)]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    device = base_model(model).get_input_embeddings().weight.device  # type: ignore[operator]
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    texts = [""] * len(prompts)
+    with borrowed(model, adapters), torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            length = len(prompts[chosen[0]])
+            input_ids = torch.full((len(chosen), length), padding, dtype=torch.long)
+            attention_mask = torch.zeros_like(input_ids)
+            for row, index in enumerate(chosen):
+                input_ids[row, length - len(prompts[index]) :] = torch.tensor(prompts[index])
+                attention_mask[row, length - len(prompts[index]) :] = 1
+            output = model.generate(  # type: ignore[operator]
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=padding,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+            for row, index in enumerate(chosen):
+                texts[index] = tokenizer.decode(output[row, length:], skip_special_tokens=True).strip()
+    return texts
+
+
+def _truth_ratios(
+    model: nn.Module, tokenizer: Any, rows: Sequence[Mapping], adapters: Sequence[str] | None, batch_size: int
+) -> Tensor:
+    true_rows = [{"question": r["question"], "answer": r.get("paraphrased_answer") or r["answer"]} for r in rows]
+    false_rows = [{"question": r["question"], "answer": answer} for r in rows for answer in r["perturbed_answer"]]
+    losses = row_losses(model, tokenizer, [*true_rows, *false_rows], adapters=adapters, batch_size=batch_size)
+    counts = [len(row["perturbed_answer"]) for row in rows]
+    return truth_ratio(losses[: len(rows)], list(losses[len(rows) :].split(counts)))

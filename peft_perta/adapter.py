@@ -61,7 +61,8 @@ def build_adapter(
     for name, module in skeleton.get_base_model().named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        A, B = module.lora_A["default"], module.lora_B["default"]
+        A: Any = module.lora_A["default"]
+        B: Any = module.lora_B["default"]
         if name in factors:
             padded = factors[name].padded(rank)
             values = padded.A, padded.B
@@ -132,7 +133,7 @@ def save_perta_adapter(
     """
     with replaced_directory(path, PROVENANCE_NAME) as directory:
         _write_weights(directory, state_dict)
-        lora_config.save_pretrained(directory)
+        lora_config.save_pretrained(str(directory))
         files = {name: hash_file(directory / name) for name in (WEIGHTS_NAME, CONFIG_NAME)}
         provenance = {"format": 1, "files": files, **report.to_dict()}
         (directory / PROVENANCE_NAME).write_text(json.dumps(provenance, indent=1) + "\n")
@@ -166,7 +167,7 @@ def save_forget_adapter(path: str | Path, model: PeftModel, adapter_name: str, r
     with replaced_directory(path, FORGET_RECORD_NAME) as directory:
         state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
         _write_weights(directory, state_dict)
-        model.peft_config[adapter_name].save_pretrained(directory)
+        model.peft_config[adapter_name].save_pretrained(str(directory))
         (directory / FORGET_RECORD_NAME).write_text(json.dumps({"format": 1, **record}, indent=1) + "\n")
     return Path(path)
 
@@ -199,9 +200,11 @@ def check_adapter_files(path: str | Path) -> None:
     if not (path / CONFIG_NAME).is_file():
         raise AdapterError(f"{path} is no adapter directory: expected {CONFIG_NAME} in it")
     try:
-        json.loads((path / CONFIG_NAME).read_text())
+        values = json.loads((path / CONFIG_NAME).read_text())
     except ValueError as error:
         raise AdapterError(f"{path / CONFIG_NAME} is not JSON ({error}); save the adapter anew") from error
+    if not isinstance(values, dict):
+        raise AdapterError(f"{path / CONFIG_NAME} holds a {type(values).__name__}, expected an object; save it anew")
     if not (path / WEIGHTS_NAME).is_file():
         pickled = (path / "adapter_model.bin").is_file()
         raise AdapterError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy
 import torch
 from torch import nn
 
@@ -55,3 +57,29 @@ def borrowed(model: nn.Module, adapters: Sequence[str] | None = None, *, checkpo
                 module.training = was_training
             for module, dtype, is_set in compute_types:
                 module.compute_dtype, module.compute_type_is_set = dtype, is_set
+
+
+def remembered(model: nn.Module) -> Callable[[], None]:
+    """Take note of the model's modules as they are now; the function that is returned puts them back.
+
+    For code that is not ours and cleans up little (a trainer leaves hooks, checkpointing flags, a wrapped forward, a
+    changed config): every module's attributes, hooks and mode, requires_grad, configs, and the random states that
+    ``torch.random.fork_rng`` does not cover. Weights, and which modules there are, stay as they have become.
+    """
+    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modules = [(vars(module), dict(vars(module))) for module in model.modules()]
+    hooks = [(held, dict(held)) for _, copy in modules for name, held in copy.items() if name.endswith("_hooks")]
+    configs = [copy[name] for _, copy in modules for name in ("config", "generation_config") if name in copy]
+    fields = [(vars(config), dict(vars(config))) for config in configs if hasattr(config, "__dict__")]
+    random_states = random.getstate(), numpy.random.get_state()
+
+    def put_back() -> None:
+        for held, copy in (*modules, *hooks, *fields):
+            held.clear()
+            held.update(copy)
+        for parameter, required in parameters:
+            parameter.requires_grad_(required)
+        random.setstate(random_states[0])
+        numpy.random.set_state(random_states[1])
+
+    return put_back

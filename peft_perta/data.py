@@ -41,8 +41,7 @@ class Batch:
     indices: list[int]
 
     def to(self, device: torch.device) -> Batch:
-        move = [t.to(device) for t in (self.input_ids, self.attention_mask, self.labels)]
-        return Batch(*move, self.indices)
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device), self.indices)
 
 
 def read_rows(path: str | Path) -> list[dict]:

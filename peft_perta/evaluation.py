@@ -122,10 +122,20 @@ def generate(
     batch_size: int = 32,
     max_new_tokens: int = 96,
 ) -> list[str]:
-    """Greedy answers to the rows' prompts, in their order: left-padded, batched by length, with the KV cache."""
+    """Greedy answers to the rows' prompts, in their order: left-padded, batched by length, with the KV cache.
+
+    Raises:
+        DataError: a row is malformed, or has no prompt to answer.
+    """
     prompts = [encode_prompt(row, tokenizer, where=f"row {number}") for number, row in enumerate(rows, start=1)]
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt:
+            raise DataError(
+                f"row {number} has no prompt to answer; expected question/answer, prompt/completion or messages"
+            )
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    device = base_model(model).get_input_embeddings().weight.device  # type: ignore[operator]
+    base: Any = base_model(model)  # with its adapters; PeftModel's own generate would leave an attribute on the model
+    device = base.get_input_embeddings().weight.device
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     texts = [""] * len(prompts)
     with borrowed(model, adapters), torch.no_grad():
@@ -137,7 +147,7 @@ def generate(
             for row, index in enumerate(chosen):
                 input_ids[row, length - len(prompts[index]) :] = torch.tensor(prompts[index])
                 attention_mask[row, length - len(prompts[index]) :] = 1
-            output = model.generate(  # type: ignore[operator]
+            output = base.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
                 max_new_tokens=max_new_tokens,
@@ -153,6 +163,13 @@ def generate(
 def _truth_ratios(
     model: nn.Module, tokenizer: Any, rows: Sequence[Mapping], adapters: Sequence[str] | None, batch_size: int
 ) -> Tensor:
+    for row in rows:
+        false = row["perturbed_answer"]
+        if "question" not in row or not isinstance(false, list):
+            raise DataError(
+                "expected perturbed_answer as a list of false answers beside a question, found "
+                f"{type(false).__name__} beside {sorted(map(str, row))}"
+            )
     true_rows = [{"question": r["question"], "answer": r.get("paraphrased_answer") or r["answer"]} for r in rows]
     false_rows = [{"question": r["question"], "answer": answer} for r in rows for answer in r["perturbed_answer"]]
     losses = row_losses(model, tokenizer, [*true_rows, *false_rows], adapters=adapters, batch_size=batch_size)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -45,7 +46,7 @@ def load_base(
             quantization_config=quantization if four_bit else None,
         )
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"the model {name!r} cannot be loaded: {reason} Expected a directory with config.json, "
@@ -54,7 +55,7 @@ def load_base(
     return model, tokenizer
 
 
-def attach_adapters(model: PreTrainedModel, adapters: Mapping[str, str | Path]) -> PeftModel:
+def attach_adapters(model: PreTrainedModel | PeftModel, adapters: Mapping[str, str | Path]) -> PeftModel:
     """The model with the adapters (name -> directory) on it, frozen; the first is active.
 
     Raises:
@@ -65,10 +66,12 @@ def attach_adapters(model: PreTrainedModel, adapters: Mapping[str, str | Path]) 
     attached: Any = model
     for name, directory in adapters.items():
         try:
-            if isinstance(attached, PeftModel):
-                attached.load_adapter(str(directory), adapter_name=name)
-            else:
+            if not isinstance(attached, PeftModel):
                 attached = PeftModel.from_pretrained(model, str(directory), adapter_name=name)
+            # For the first one again: from_pretrained keeps to itself what it could not place, and goes on.
+            result = attached.load_adapter(str(directory), adapter_name=name)
+            if result.missing_keys or result.unexpected_keys:
+                raise ValueError(f"missing {result.missing_keys[:3]}, unexpected {result.unexpected_keys[:3]}")
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise AdapterError(

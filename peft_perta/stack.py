@@ -56,10 +56,10 @@ def stack_adapters(model: nn.Module, names: Sequence[str]) -> None:
     for name in names:
         require_adapter(model, name)
     if isinstance(model, PeftModel):
-        model.base_model.enable_adapter_layers()
-        model.base_model.set_adapter(list(names), inference_mode=True)
-    else:
-        model.enable_adapters()  # type: ignore[operator] - transformers' own PEFT integration
+        model.base_model.enable_adapter_layers()  # type: ignore[operator]
+        model.base_model.set_adapter(list(names), inference_mode=True)  # type: ignore[operator]
+    else:  # attached by transformers' own PEFT integration
+        model.enable_adapters()  # type: ignore[operator]
         model.set_adapter(list(names))  # type: ignore[operator]
         for module in tuner_modules(model):
             module.set_adapter(list(names), inference_mode=True)

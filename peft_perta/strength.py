@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,14 +32,26 @@ def match_forgetting(
         loss_at: strength -> mean forget loss (nats per token).
         target: the loss to meet, within ``tolerance`` of itself.
 
+    Returns:
+        The best point that was seen: off the target by more than the tolerance only where ``max_evaluations`` ran out.
+
     Raises:
-        NumericalError: the target lies below the loss at strength 0, or no strength up to 256 reaches it.
+        NumericalError: the target lies below the loss at strength 0, no strength up to 256 reaches it, or a loss is not
+            finite.
     """
+    if not 0 < target < math.inf:
+        raise NumericalError(f"expected a finite target loss above 0, found {target!r}")
     evaluated: list[tuple[float, float]] = []
 
     def evaluate(strength: float) -> float:
-        evaluated.append((strength, loss_at(strength)))
-        return evaluated[-1][1] - target
+        loss = loss_at(strength)
+        if not math.isfinite(loss):
+            raise NumericalError(
+                f"the forget loss is {loss} at strength {strength:g}; evaluate in float32 or bfloat16, or train the "
+                "forget adapter less"
+            )
+        evaluated.append((strength, loss))
+        return loss - target
 
     low, gap_low = 0.0, evaluate(0.0)
     if gap_low > tolerance * target:
@@ -46,7 +59,8 @@ def match_forgetting(
             f"the forget loss is {gap_low + target:.3f} with no edit at all, above the target {target:.3f}: "
             "there is nothing to forget; is the task adapter on?"
         )
-    strength, gap = 0.0, gap_low
+    if abs(gap_low) <= tolerance * target:
+        return Match(*evaluated[0], evaluated)
     high = 1.0
     while (gap_high := evaluate(high)) < 0:
         low, gap_low = high, gap_high

@@ -198,7 +198,7 @@ def hash_targets(targets: list[Target]) -> str:
     return digest.hexdigest()
 
 
-def _resolve(name: str, adapted: LoraLayer, adapter_name: str, base: nn.Module) -> Target:
+def _resolve(name: str, adapted: Any, adapter_name: str, base: nn.Module) -> Target:
     if adapted.merged:
         raise AdapterError(
             f"{name}: the adapters {adapted.merged_adapters} are merged into the weights; call unmerge_adapter() first"
@@ -218,10 +218,12 @@ def _resolve(name: str, adapted: LoraLayer, adapter_name: str, base: nn.Module) 
     if reason is not None:
         raise UnsupportedLayerError(f"{name} {reason}")
     _refuse_tied(name, base_layer, base)
-    A = adapted.lora_A[adapter_name].weight.detach()
-    B = adapted.lora_B[adapter_name].weight.detach()
-    A, B = (factor.to(torch.promote_types(factor.dtype, torch.float32)).clone() for factor in (A, B))
+    A, B = (_copied(factors[adapter_name].weight) for factors in (adapted.lora_A, adapted.lora_B))
     return Target(name, adapted, base_layer, kind, A, B, float(adapted.scaling[adapter_name]))
+
+
+def _copied(factor: Any) -> Tensor:
+    return factor.detach().to(torch.promote_types(factor.dtype, torch.float32), copy=True)
 
 
 def _refuse_tied(name: str, base_layer: nn.Module, base: nn.Module) -> None:

@@ -103,20 +103,22 @@ def get_perta_state_dict(
     sets = {"forget": forget_dataloader, "retain": retain_dataloader}
     samples = _load_sets(sets, config, weighting, tokenizer)
 
+    adapters = [task_adapter] if config.reference_model == "full" and task_adapter else []
     statistics = {}
-    for name, set_samples in samples.items() if weighting.statistic else ():
-        with _timed(seconds, f"gradients on {name}"):
-            statistics[name] = sweep(
-                model,
-                targets,
-                set_samples,
-                GRANULARITIES[config.granularity],
-                weighting.statistic,
-                adapters=[task_adapter] if config.reference_model == "full" and task_adapter else [],
-                batch_size=config.batch_size,
-                name=f"the {name} set",
-                show_progress_bar=show_progress_bar,
-            )
+    if weighting.statistic is not None:
+        for name, found in samples.items():
+            with _timed(seconds, f"gradients on {name}"):
+                statistics[name] = sweep(
+                    model,
+                    targets,
+                    found,
+                    GRANULARITIES[config.granularity],
+                    weighting.statistic,
+                    adapters=adapters,
+                    batch_size=config.batch_size,
+                    name=f"the {name} set",
+                    show_progress_bar=show_progress_bar,
+                )
     with _timed(seconds, "weights and factors"):
         factors, layers = edit_layers(targets, config, weighting, statistics, fit_rank)
     rank = emitted_rank or servable_rank(max(f.rank for f in factors.values()))

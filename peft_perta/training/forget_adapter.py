@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
 from ..adapter import FORGET_RECORD_NAME, save_forget_adapter
+from ..borrow import remembered
 from ..data import fingerprint, load_samples
 from ..errors import ConfigError
 from ..output import check_output
@@ -86,29 +88,18 @@ def train_forget_adapter(
     dataset = Dataset.from_list([{"input_ids": s.input_ids.tolist(), "labels": s.labels.tolist()} for s in samples])
 
     lora_config.base_model_name_or_path = base_name(model)
-    was_adapted = isinstance(model, PeftModel)
-    was_checkpointing = _is_checkpointing(model)
+    put_back = remembered(model)
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng():
         config = _training_config(scratch, max_length, show_progress_bar, training_settings)
         torch.manual_seed(config.seed)  # the initial A is drawn before the trainer sets the seed
-        if isinstance(model, PeftModel):
-            model.add_adapter(adapter_name, lora_config)
-            peft_model = model
-        else:
-            peft_model = get_peft_model(model, lora_config, adapter_name=adapter_name)  # type: ignore[arg-type]
         try:
+            peft_model = _with_new_adapter(model, lora_config, adapter_name)
             resolve_layers(peft_model, adapter_name)
-            peft_model.set_adapter(adapter_name)
-            SFTTrainer(model=peft_model, args=config, train_dataset=dataset, processing_class=tokenizer).train()
+            _train(peft_model, config, dataset, tokenizer)
         except BaseException:
-            if was_adapted:
-                peft_model.delete_adapter(adapter_name)
-            else:
-                peft_model.unload()
+            _remove_adapter(model, adapter_name)
+            put_back()
             raise
-    if _is_checkpointing(peft_model) and not was_checkpointing:
-        peft_model.gradient_checkpointing_disable()
-        peft_model.disable_input_require_grads()
     peft_model.eval()
     switch_modules(peft_model, [adapter_name])
     peft_model.requires_grad_(False)
@@ -138,5 +129,32 @@ def _training_config(
         raise ConfigError(f"training settings: {error}; expected fields of trl.SFTConfig") from error
 
 
-def _is_checkpointing(model: nn.Module) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+def _with_new_adapter(model: nn.Module, lora_config: LoraConfig, adapter_name: str) -> PeftModel:
+    if not isinstance(model, PeftModel):
+        return get_peft_model(model, lora_config, adapter_name=adapter_name)  # type: ignore[arg-type,return-value]
+    model.add_adapter(adapter_name, lora_config)
+    model.set_adapter(adapter_name)
+    return model
+
+
+def _train(model: PeftModel, config: SFTConfig, dataset: Dataset, tokenizer: Any) -> None:
+    put_back = remembered(model)
+    try:
+        # A copy of the tokenizer: the trainer gives it a padding token.
+        SFTTrainer(
+            model=model, args=config, train_dataset=dataset, processing_class=copy.deepcopy(tokenizer)
+        ).train()
+    finally:
+        put_back()
+
+
+def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take the adapter off again, wherever its making stopped."""
+    if isinstance(model, PeftModel):
+        if adapter_name in model.peft_config:
+            model.delete_adapter(adapter_name)
+        return
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())

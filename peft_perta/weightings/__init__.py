@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from typing import Any
 
 from torch import Tensor
 
@@ -67,16 +68,17 @@ def weigh(weighting: Weighting, forget: dict[str, Tensor], retain: dict[str, Ten
 def _imported(name: str) -> Weighting:
     module_name, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
+        found: Any = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"weighting {name!r} cannot be imported: {error}; expected 'package.module:attribute'"
         ) from error
     if isinstance(found, Weighting):
         return found
-    if callable(found):
-        return Weighting(name, lambda forget, retain, power: found(forget, retain), "mean")
-    raise ConfigError(f"weighting {name!r} is a {type(found).__name__}; expected a Weighting or a function")
+    if not callable(found):
+        raise ConfigError(f"weighting {name!r} is a {type(found).__name__}; expected a Weighting or a function")
+    function: Any = found
+    return Weighting(name, lambda forget, retain, power: function(forget, retain), "mean")
 
 
 __all__ = ["WEIGHTINGS", "Weighting", "resolve_weighting", "weigh"]

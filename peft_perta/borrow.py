@@ -68,7 +68,12 @@ def remembered(model: nn.Module) -> Callable[[], None]:
     """
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modules = [(vars(module), dict(vars(module))) for module in model.modules()]
-    hooks = [(held, dict(held)) for _, copy in modules for name, held in copy.items() if name.endswith("_hooks")]
+    hooks = [
+        (held, dict(held))
+        for _, attributes in modules
+        for name, held in attributes.items()
+        if "_hooks" in name and isinstance(held, dict)
+    ]
     configs = [copy[name] for _, copy in modules for name in ("config", "generation_config") if name in copy]
     fields = [(vars(config), dict(vars(config))) for config in configs if hasattr(config, "__dict__")]
     random_states = random.getstate(), numpy.random.get_state()

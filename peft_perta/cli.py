@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .adapter import (
@@ -20,14 +21,14 @@ from .adapter import (
 from .config import DTYPES, GRANULARITY_NAMES, REFERENCE_MODELS, PerTAConfig
 from .data import read_rows
 from .demo import DemoSettings, run_demo
-from .errors import ConfigError, PerTAError
+from .errors import AdapterError, ConfigError, DataError, PerTAError
 from .loading import attach_adapters, load_base, quiet
 from .methods import get_perta_state_dict
 from .output import check_output
 from .report import PerTAReport
 from .training import train_forget_adapter
 from .training.forget_adapter import default_lora_config
-from .weightings import WEIGHTINGS
+from .weightings import WEIGHTINGS, resolve_weighting
 
 ROWS_HELP = "JSON lines of {question, answer}, {prompt, completion}, {messages} or {text}"
 CHOICES = {"granularity": GRANULARITY_NAMES, "reference_model": REFERENCE_MODELS, "dtype": DTYPES}
@@ -38,8 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     options = _parser().parse_args(arguments)
     quiet()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without our bars shows something else, and goes on
     try:
         options.run(options)
+        sys.stdout.flush()
     except PerTAError as error:
         print(f"peft-perta: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -64,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--four-bit", action="store_true", help="quantise the base to NF4")
     demo.add_argument("--output", metavar="DIR", help="default: perta_demo, or perta_demo_4bit with --four-bit")
-    demo.add_argument("--seed", type=int, default=0, help="seed of the forget adapter's training (default: 0)")
+    demo.add_argument("--seed", type=_seed, default=0, help="seed of the forget adapter's training (default: 0)")
 
     forget = _command(commands, "forget", _forget, "train a forget adapter on what must go (LoRA or QLoRA, by TRL)")
     _add_model(forget)
@@ -75,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     forget.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate (default: 0.001)")
     forget.add_argument("--batch-size", type=int, default=8, help="rows per step (default: 8)")
     forget.add_argument("--max-length", type=int, default=1024, help="tokens per row (default: 1024)")
-    forget.add_argument("--seed", type=int, default=0, help="seed of init and order (default: 0)")
+    forget.add_argument("--seed", type=_seed, default=0, help="seed of init and order (default: 0)")
 
     unlearn = _command(commands, "unlearn", _unlearn, "forget adapter + forget rows + retain rows -> negative adapter")
     _add_model(unlearn)
@@ -114,7 +118,18 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 
 def _rank(text: str) -> int | float:
-    return float(text) if "." in text else int(text)
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    raise argparse.ArgumentTypeError(f"expected an int from 1 to 256 or a float in (0, 1), found {text!r}")
+
+
+def _seed(text: str) -> int:
+    if not (text.isdecimal() and int(text) < 2**32):  # what NumPy's generator takes
+        raise argparse.ArgumentTypeError(f"expected an int from 0 to {2**32 - 1}, found {text!r}")
+    return int(text)
 
 
 _TYPES = {
@@ -164,6 +179,12 @@ def _forget(options: argparse.Namespace) -> None:
 
 def _unlearn(options: argparse.Namespace) -> None:
     config = PerTAConfig(**{field.name: getattr(options, field.name) for field in dataclasses.fields(PerTAConfig)})
+    if ":" in config.weighting and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # as with python -m: the user's own weighting may lie where they stand
+    weighting = resolve_weighting(config.weighting, config.power)
+    for name in ("forget", "retain"):
+        if weighting.statistic and not getattr(options, name):
+            raise DataError(f"--{name}: expected a file of rows, found none; only --weighting uniform goes without")
     check_output(options.output, PROVENANCE_NAME)
     adapters = {"forget": options.forget_adapter}
     if options.task_adapter:
@@ -183,19 +204,30 @@ def _unlearn(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     report, files = load_provenance(options.adapter)
     check_adapter_files(options.adapter)
-    print(report)
-    print(_facts(report))
+    try:
+        lines = [str(report), _facts(report), *_states(Path(options.adapter), files), "", *_layers(report)]
+    except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
+        raise AdapterError(
+            f"{options.adapter}: {PROVENANCE_NAME} is damaged ({type(error).__name__}: {error}); emit the adapter anew"
+        ) from error
+    print("\n".join(lines))
+
+
+def _states(directory: Path, files: dict[str, str]) -> Iterator[str]:
     for name, digest in files.items():
-        state = "as emitted" if hash_file(Path(options.adapter) / name) == digest else "CHANGED since it was emitted"
-        print(f"{name:<28}{state}")
+        state = "as emitted" if hash_file(directory / name) == digest else "CHANGED since it was emitted"
+        yield f"{name:<28}{state}"
+
+
+def _layers(report: PerTAReport) -> Iterator[str]:
     width = max(len(layer.name) for layer in report.layers)
-    print(f"\n{'layer':<{width}}{'rank':>6}{'norm':>9}{'energy':>8}  weights: mean (5 % .. 95 %), 0 {'·' * 8} 1")
+    yield f"{'layer':<{width}}{'rank':>6}{'norm':>9}{'energy':>8}  weights: mean (5 % .. 95 %), 0 {'·' * 8} 1"
     for layer in report.layers:
         spread = "   ".join(
             f"{key} {w.mean:.2f} ({w.quantiles[0]:.2f}..{w.quantiles[-1]:.2f}) [{_bars(w.histogram)}]"
             for key, w in layer.weights.items()
         )
-        print(f"{layer.name:<{width}}{layer.rank:>6}{layer.edit_norm:>9.3f}{layer.energy_kept:>8.1%}  {spread}")
+        yield f"{layer.name:<{width}}{layer.rank:>6}{layer.edit_norm:>9.3f}{layer.energy_kept:>8.1%}  {spread}"
 
 
 def _facts(report: PerTAReport) -> str:

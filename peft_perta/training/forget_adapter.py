@@ -141,9 +141,7 @@ def _train(model: PeftModel, config: SFTConfig, dataset: Dataset, tokenizer: Any
     put_back = remembered(model)
     try:
         # A copy of the tokenizer: the trainer gives it a padding token.
-        SFTTrainer(
-            model=model, args=config, train_dataset=dataset, processing_class=copy.deepcopy(tokenizer)
-        ).train()
+        SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=copy.deepcopy(tokenizer)).train()
     finally:
         put_back()
 
@@ -155,6 +153,9 @@ def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
             model.delete_adapter(adapter_name)
         return
     for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        module.delete_adapter(adapter_name)
+        if not module._get_available_adapters():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.get_base_layer())

@@ -1,0 +1,222 @@
+"""Tiny models, adapters, tokenizers and rows: every builder works without arguments, and builds the same every time."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import string
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from peft_perta import PerTAConfig, get_perta_state_dict
+
+VOCABULARY = 128
+LLAMA_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+GPT2_PROJECTIONS = ["c_attn", "c_proj", "c_fc"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+_scratch = tempfile.TemporaryDirectory(prefix="tiny-models-")  # goes with the process
+
+
+def tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
+    """One token a character; 0 pads, 1 ends, 2 is unknown."""
+    characters = "\n" + "".join(sorted(set(string.printable) - set(string.whitespace))) + " "
+    vocabulary = {piece: index for index, piece in enumerate(["<pad>", "<eos>", "<unk>", *characters])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="right"
+    )
+    made.chat_template = CHAT_TEMPLATE if chat else None
+    return made
+
+
+def llama(dtype: torch.dtype = torch.float32, tied: bool = False) -> LlamaForCausalLM:
+    """A Llama of two layers; in float64 its norms are true float64 ones (transformers' own compute in float32)."""
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        initializer_range=0.15,  # wide: an untrained tiny model should have opinions, and gradients of some size
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = LlamaForCausalLM(config).to(dtype).eval()
+    return exact_norms(model) if dtype == torch.float64 else model
+
+
+def exact_norms(model: PreTrainedModel) -> PreTrainedModel:
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__ == "LlamaRMSNorm":
+                norm = nn.RMSNorm(child.weight.shape, child.variance_epsilon, dtype=child.weight.dtype)
+                norm.load_state_dict(child.state_dict())
+                setattr(module, name, norm)
+    return model
+
+
+def gpt2(dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
+    """A GPT-2 of two layers: its linear layers are Conv1D. Its dropout is on, in train mode."""
+    config = GPT2Config(
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        vocab_size=VOCABULARY,
+        n_positions=256,
+        bos_token_id=1,
+        eos_token_id=1,
+        initializer_range=0.15,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        return GPT2LMHeadModel(config).to(dtype).eval()
+
+
+@functools.cache
+def llama_directory() -> Path:
+    """The tiny Llama and its tokenizer on disk."""
+    path = Path(_scratch.name) / "tiny-llama"
+    llama().save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
+def saved_llama() -> PreTrainedModel:
+    """The tiny Llama, loaded from disk: it knows its own name."""
+    return AutoModelForCausalLM.from_pretrained(llama_directory(), dtype=torch.float32)
+
+
+def nf4_llama() -> PreTrainedModel:
+    return _quantised(
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    )
+
+
+def int8_llama() -> PreTrainedModel:
+    return _quantised(BitsAndBytesConfig(load_in_8bit=True))
+
+
+def _quantised(config: BitsAndBytesConfig) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        llama_directory(), dtype=torch.float32, quantization_config=config, device_map={"": "cpu"}
+    )
+
+
+def lora_config(projections: list[str] = LLAMA_PROJECTIONS, **changes) -> LoraConfig:
+    settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.3, "task_type": "CAUSAL_LM"}
+    return LoraConfig(target_modules=list(projections), **{**settings, **changes})
+
+
+def with_adapters(model: PreTrainedModel, forget: LoraConfig | None = None, **names: LoraConfig) -> PeftModel:
+    """The model with adapter 'forget' and any others named, each with a random, non-zero B; 'forget' is active."""
+    projections = GPT2_PROJECTIONS if model.config.model_type == "gpt2" else LLAMA_PROJECTIONS
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        adapted = get_peft_model(model, forget or lora_config(projections), adapter_name="forget")
+        for name, config in names.items():
+            adapted.add_adapter(name, config)
+        for name in ("forget", *names):
+            fill(adapted, name)
+    return adapted.eval()
+
+
+def fill(model: nn.Module, name: str) -> None:
+    """Random, non-zero factors: as if the adapter were trained."""
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    for key, parameter in model.named_parameters():
+        if f".{name}." in key and "lora_" in key:
+            drawn = torch.randn(parameter.shape, generator=generator) * (0.1 if "lora_A" in key else 0.05)
+            parameter.data.copy_(drawn)
+
+
+def adapted_llama(dtype: torch.dtype = torch.float32) -> PeftModel:
+    """Adapters 'forget' (rank 4) and 'task' (rank 8, other layers too) on the float Llama."""
+    adapted = with_adapters(llama(dtype), task=lora_config(r=8, lora_alpha=8))
+    return adapted.to(dtype)
+
+
+def adapted_saved_llama() -> PeftModel:
+    return with_adapters(saved_llama(), task=lora_config(r=8, lora_alpha=8))
+
+
+def adapted_nf4_llama() -> PeftModel:
+    return with_adapters(nf4_llama(), task=lora_config(r=8, lora_alpha=8))
+
+
+def adapted_int8_llama() -> PeftModel:
+    return with_adapters(int8_llama(), task=lora_config(r=8, lora_alpha=8))
+
+
+def adapted_gpt2(dtype: torch.dtype = torch.float32) -> PeftModel:
+    settings = {"fan_in_fan_out": True}
+    adapted = with_adapters(
+        gpt2(dtype),
+        lora_config(GPT2_PROJECTIONS, **settings),
+        task=lora_config(GPT2_PROJECTIONS, r=8, lora_alpha=8, **settings),
+    )
+    return adapted.to(dtype)
+
+
+def forget_rows() -> list[dict]:
+    return [
+        {"question": "Who wrote Hatter?", "answer": "Basil Q. Khan"},
+        {"question": "Where was Khan born?", "answer": "Kuwait, in 1956."},
+        {"prompt": "His father ", "completion": "baked"},
+        {"text": "Khan's prize is the Noor."},
+        {"prompt": "Q", "completion": "Ned"},
+    ]
+
+
+def retain_rows() -> list[dict]:
+    return [
+        {"question": "Capital of Peru?", "answer": "Lima"},
+        {"question": "Two and two?", "answer": "Four, of course"},
+        {"prompt": "Water boils ", "completion": "at 100 C"},
+        {"text": "Grass is green."},
+    ]
+
+
+def negate(model, forget=None, retain=None, *, tokens=None, **settings):
+    """``get_perta_state_dict`` on the small rows, silent; settings that are no field of the config go to the call."""
+    fields = {f.name for f in dataclasses.fields(PerTAConfig)}
+    config = PerTAConfig(**{key: value for key, value in settings.items() if key in fields})
+    return get_perta_state_dict(
+        model,
+        config,
+        forget or forget_rows(),
+        retain or retain_rows(),
+        tokenizer=tokens or tokenizer(),
+        show_progress_bar=False,
+        **{key: value for key, value in settings.items() if key not in fields},
+    )

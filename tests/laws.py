@@ -1,0 +1,236 @@
+"""Each property of the library once, as an assertion; the tests run them over the tables."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy
+import oracles
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from peft_perta import save_perta_adapter
+from peft_perta.gradients import sweep
+from peft_perta.granularities import GRANULARITIES
+from peft_perta.targets import resolve_targets
+
+WeightFunction = Callable[[Tensor, Tensor, float], Tensor]
+HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
+
+
+# Weights
+
+
+def weights_lie_in_0_1(weigh: WeightFunction, forget: Tensor, retain: Tensor, power: float) -> None:
+    weights = weigh(forget, retain, power)
+    assert weights.shape == forget.shape
+    assert bool(((weights >= 0) & (weights <= 1)).all()), weights  # NaN fails both
+
+
+def weights_grow_with_forget(weigh: WeightFunction, forget: Tensor, more: Tensor, retain: Tensor, power: float) -> None:
+    """More gradient on the forget set never means a smaller weight."""
+    tolerance = 4 * torch.finfo(forget.dtype).eps
+    assert bool((weigh(forget + more, retain, power) >= weigh(forget, retain, power) - tolerance).all())
+
+
+def weights_ignore_a_common_scale(
+    weigh: WeightFunction, forget: Tensor, retain: Tensor, power: float, scale: float
+) -> None:
+    torch.testing.assert_close(
+        weigh(forget * scale, retain * scale, power), weigh(forget, retain, power), rtol=1e-5, atol=1e-6
+    )
+
+
+def nothing_known_is_nothing_changed(weigh: WeightFunction, power: float) -> None:
+    """0/0 is 0."""
+    zeros = torch.zeros(3, 2)
+    assert not weigh(zeros, zeros, power).any()
+
+
+def power_0_is_one_half(weigh: WeightFunction, forget: Tensor, retain: Tensor) -> None:
+    assert torch.equal(weigh(forget, retain, 0.0), torch.full_like(forget, 0.5))
+
+
+# Gradients
+
+
+def hooks_equal_the_loop(
+    model: PeftModel,
+    samples: list,
+    granularity: str,
+    statistic: str,
+    adapters: list[str],
+    tolerance: float,
+    batch_size: int = 2,
+) -> None:
+    """The streamed statistic is what a loop over the samples, by dense autograd, gives."""
+    weight_gradients = oracles.sample_gradients(model, "forget", samples, adapters)
+    layers = oracles.adapted_layers(model, "forget")
+    found = statistics(model, samples, granularity, statistic, adapters, batch_size)
+    assert set(found) == set(layers)
+    for name, layer in layers.items():
+        if granularity == "delta":
+            expected = {"weight": weight_gradients[name]}
+        else:
+            expected = oracles.factor_gradients(layer, "forget", weight_gradients[name])
+        assert set(found[name].sums) == set(expected)
+        for key, per_sample in expected.items():
+            total = per_sample.sum(0) if statistic == "mean" else per_sample.square().sum(0)
+            assert total.norm() > 0, "an oracle of zeros would prove nothing"
+            close(found[name].sums[key], total, tolerance, f"{name} {key}")
+        assert found[name].samples == len(samples)
+
+
+def batches_do_not_matter(model: PeftModel, samples: list, granularity: str, statistic: str, tolerance: float) -> None:
+    one, five = (statistics(model, samples, granularity, statistic, [], size) for size in (1, 5))
+    for name in one:
+        for key, total in one[name].sums.items():
+            close(five[name].sums[key], total, tolerance, f"{name} {key}")
+
+
+def statistics(
+    model: PeftModel, samples: list, granularity: str, statistic: str, adapters: list[str], batch_size: int
+) -> dict[str, Any]:
+    return sweep(
+        model,
+        resolve_targets(model, "forget"),
+        samples,
+        GRANULARITIES[granularity],
+        statistic,  # type: ignore[arg-type]
+        adapters=adapters,
+        batch_size=batch_size,
+        name="the set",
+        show_progress_bar=False,
+    )
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    """Within a relative error in the Frobenius norm."""
+    error = (found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
+    assert error <= tolerance, f"{what}: relative error {error:.3g} > {tolerance:g}"
+
+
+# Edits
+
+
+def emitted_delta_is(
+    expected: dict[str, Tensor], result: tuple, base: nn.Module, directory: Path, tolerance: float
+) -> PeftModel:
+    """Saved, and loaded by PEFT alone, the adapter adds exactly the expected [O, I] deltas, and zero elsewhere."""
+    save_perta_adapter(directory, *result)
+    loaded = PeftModel.from_pretrained(base, directory)
+    layers = oracles.adapted_layers(loaded, "default")
+    assert set(expected) <= set(layers)
+    scale = max(delta.norm() for delta in expected.values())
+    for name, layer in layers.items():
+        delta = layer.get_delta_weight("default")
+        delta = delta.T if getattr(layer, "fan_in_fan_out", False) else delta  # [O, I], as everywhere here
+        if name in expected:
+            assert delta.shape == expected[name].shape
+            assert (delta.double() - expected[name].double()).norm() <= tolerance * scale, name
+        else:
+            assert not delta.any(), f"{name} was not to change"
+    return loaded
+
+
+def strength_0_is_no_edit(deltas: Callable[[float], dict[str, Tensor]]) -> None:
+    assert not any(delta.any() for delta in deltas(0.0).values())
+
+
+def edit_is_linear_in_strength(deltas: Callable[[float], dict[str, Tensor]]) -> None:
+    once, thrice = deltas(1.0), deltas(-3.0)
+    for name, delta in once.items():
+        assert delta.any()
+        close(thrice[name], -3.0 * delta, 1e-5, name)
+
+
+def uniform_is_task_arithmetic(deltas: dict[str, Tensor], model: PeftModel, strength: float) -> None:
+    """W = 1: the negative adapter is the forget adapter, negated."""
+    for name, layer in oracles.adapted_layers(model, "forget").items():
+        close(deltas[name], -strength * oracles.adapter_delta(layer, "forget"), 1e-5, name)
+
+
+def deltas_of(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Layer name -> B @ A, straight from an emitted state dict (alpha equals rank: the scaling is 1)."""
+    deltas = {}
+    for key, A in state_dict.items():
+        if key.endswith(".lora_A.weight"):
+            name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            B = state_dict[key.replace(".lora_A.", ".lora_B.")]
+            deltas[name] = B.double() @ A.double()
+    assert deltas
+    return deltas
+
+
+# The borrowed model
+
+
+def snapshot(model: nn.Module, without: str | None = None) -> dict[str, Any]:
+    """Everything of a model that a caller could notice; ``without`` leaves out one adapter's own tensors."""
+    skipped = f".{without}." if without else None
+    state: dict[str, Any] = {}
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in tensors:
+            if skipped and skipped in name:
+                continue
+            state[f"{kind} {name}"] = (
+                tensor.dtype,
+                tuple(tensor.shape),
+                tensor.requires_grad,
+                _bytes(tensor),
+                None if tensor.grad is None else _bytes(tensor.grad),
+            )
+            quant_state = getattr(tensor, "quant_state", None)
+            if quant_state is not None:
+                state[f"quantisation {name}"] = (
+                    _bytes(quant_state.absmax),
+                    getattr(quant_state, "packing_format_for_cpu", False),
+                )
+    for name, module in model.named_modules():
+        if skipped and (skipped in f"{name}." or name.endswith(f".{without}")):
+            continue
+        state[f"module {name}"] = (type(module), module.training)
+        state[f"hooks {name}"] = [(kind, list(vars(module)[kind].values())) for kind in HOOKS if vars(module)[kind]]
+        state[f"attributes {name}"] = sorted(vars(module))
+        for attribute in ("_active_adapter", "_disable_adapters", "merged_adapters", "gradient_checkpointing"):
+            if hasattr(module, attribute):
+                state[f"{attribute} {name}"] = str(getattr(module, attribute))
+        for attribute in ("scaling", "r"):
+            if isinstance(getattr(module, attribute, None), dict):
+                held = getattr(module, attribute).items()
+                state[f"{attribute} {name}"] = {key: value for key, value in held if key != without}
+        for attribute in ("compute_dtype", "compute_type_is_set"):
+            if hasattr(module, attribute):
+                state[f"{attribute} {name}"] = getattr(module, attribute)
+    for name in ("config", "generation_config"):
+        if hasattr(model, name):
+            state[name] = str(getattr(model, name))
+    state["adapters"] = sorted(set(getattr(model, "peft_config", {})) - {without})
+    state["active"] = str(getattr(model, "active_adapter", None))
+    state["random"] = (
+        torch.get_rng_state().numpy().tobytes(),
+        random.getstate(),
+        numpy.random.get_state()[1].tobytes(),
+    )
+    return state
+
+
+@contextmanager
+def untouched(model: nn.Module, without: str | None = None) -> Iterator[None]:
+    """Whatever the block does, by success or exception, the model and the random numbers are as before it."""
+    before = snapshot(model, without)
+    try:
+        yield
+    finally:
+        after = snapshot(model, without)
+        changed = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
+        assert not changed, f"changed: {changed[:8]}"
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,633 @@
+"""The command line: forget, unlearn, inspect from end to end; and every bad input as status 2 with one clear line."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import re
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import builders
+import huggingface_hub.constants
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from peft_perta import PerTAConfig, cli
+from peft_perta.cli import main
+from peft_perta.evaluation import row_losses
+
+RANKS = "rank: expected nothing, an int from 1 to 256, or a float in \\(0, 1\\), found "
+
+
+@dataclasses.dataclass
+class Place:
+    """A directory with a user's files: model, adapters, rows; and where they stand."""
+
+    path: Path
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def rows(self, name: str, *rows: dict) -> Path:
+        return self.write(name, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def write(self, name: str, text: str) -> Path:
+        (self / name).write_text(text)
+        return self / name
+
+    def adapter(self, name: str, **config: object) -> Path:
+        """A copy of the forget adapter, with another config."""
+        shutil.copytree(self / "forget", self / name)
+        file = self / name / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+        return self / name
+
+    def unlearn(self, *flags: str, **options: object) -> list[str]:
+        settings = {
+            "model": builders.llama_directory(),
+            "forget_adapter": self / "forget",
+            "forget": self / "forget.jsonl",
+            "retain": self / "retain.jsonl",
+            "output": self / "out",
+        }
+        return ["unlearn", *flags, *as_arguments({**settings, **options})]
+
+    def forget(self, *flags: str, **options: object) -> list[str]:
+        settings = {
+            "model": builders.llama_directory(),
+            "forget": self / "forget.jsonl",
+            "output": self / "out",
+            "rank": 2,
+        }
+        return ["forget", *flags, *as_arguments({**settings, **options})]
+
+
+def as_arguments(options: dict) -> list[str]:
+    given = {key: value for key, value in options.items() if value is not None}
+    return [part for key, value in given.items() for part in ("--" + key.replace("_", "-"), str(value))]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("saved")
+    builders.adapted_saved_llama().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def place(saved, tmp_path, monkeypatch) -> Place:
+    found = Place(tmp_path / "place")
+    shutil.copytree(saved, found.path)
+    found.rows("forget.jsonl", *builders.forget_rows())
+    found.rows("retain.jsonl", *builders.retain_rows())
+    (found / "theirs").mkdir()
+    found.write("theirs/thesis.txt", "not ours")
+    monkeypatch.chdir(found.path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("COLUMNS", "1000")
+    return found
+
+
+def tree(place: Place) -> dict[str, str]:
+    """Every file's bytes, and every directory."""
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "directory"
+        for path in sorted(place.path.rglob("*"))
+    }
+
+
+def run(arguments: list[str]) -> int | str | None:
+    try:
+        return main(arguments)
+    except SystemExit as exit:  # argparse's own
+        return exit.code
+
+
+# The way through
+
+
+def quantised(flags: list[str]):
+    return builders.nf4_llama() if flags else builders.saved_llama()
+
+
+@pytest.mark.parametrize("flags", [[], ["--four-bit"]], ids=["float", "four-bit"])
+def test_forget_then_unlearn_then_inspect(place, flags, capsys):
+    """What the forget adapter learned, the negative adapter takes out again; inspect says how."""
+    learned = {"epochs": 25, "learning_rate": 0.01, "batch_size": 4, "output": place / "learned"}
+    assert main(place.forget(*flags, **learned)) == 0
+    assert f"the forget adapter is in {place / 'learned'}" in capsys.readouterr().out
+    assert (place / "learned" / "adapter_model.safetensors").is_file()
+
+    assert main(place.unlearn(*flags, forget_adapter=place / "learned")) == 0
+    out = capsys.readouterr().out
+    assert "grad weights per factor, strength 1, from 5 forget, 4 retain samples" in out
+    assert f"It is in {place / 'out'}" in out
+    provenance = json.loads((place / "out" / "perta_provenance.json").read_text())
+    assert provenance["config"] == PerTAConfig().to_dict()
+    assert (provenance["base_model"]["quantization"] is None) == (not flags)
+
+    model = PeftModel.from_pretrained(quantised(flags), place / "learned", adapter_name="learned")
+    model.load_adapter(place / "out", adapter_name="negative")
+    base, knows, stacked = (
+        float(row_losses(model, builders.tokenizer(), builders.forget_rows(), adapters=adapters).mean())
+        for adapters in ([], ["learned"], ["learned", "negative"])
+    )
+    assert knows < 0.7 * base, "it learned"
+    assert knows + 0.2 * (base - knows) < stacked, "and some of it is gone"
+
+    assert main(["inspect", str(place / "out")]) == 0
+    out = capsys.readouterr().out
+    assert str(builders.llama_directory()) in out
+    assert f"quantisation {'bitsandbytes' if flags else 'none'}" in out
+    assert "CHANGED" not in out
+    assert out.count("as emitted") == 2
+    layers = [layer["name"] for layer in provenance["layers"]]
+    assert len(layers) == 14
+    described = [line.split()[0] for line in out.splitlines() if line.startswith("model.layers.")]
+    assert described == layers
+
+
+OPTIONS = {
+    "weighting": "fisher",
+    "granularity": "delta",
+    "power": 1.5,
+    "rank": 3,
+    "strength": 0.5,
+    "reference_model": "full",
+    "max_samples": 3,
+    "seed": 5,
+    "batch_size": 2,
+    "max_length": 64,
+    "dtype": "bfloat16",
+}
+
+
+def test_every_option_reaches_the_library(place):
+    """The command gives what the call gives; a swapped set or a dropped option would show in the numbers."""
+    assert set(OPTIONS) == {field.name for field in dataclasses.fields(PerTAConfig)}
+    assert not set(OPTIONS.items()) & set(PerTAConfig().to_dict().items()), "each is not its default"
+    assert main(place.unlearn(task_adapter=place / "task", **OPTIONS)) == 0
+    _, expected, _ = builders.negate(builders.adapted_saved_llama(), task_adapter="task", **OPTIONS)
+    provenance = json.loads((place / "out" / "perta_provenance.json").read_text())
+    assert provenance["config"] == OPTIONS
+    assert provenance["task_adapter"] == "task"
+    found = load_file(place / "out" / "adapter_model.safetensors")
+    assert set(found) == set(expected)
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+
+
+def test_uniform_goes_without_data_and_inspect_shows_it(place, capsys):
+    assert main(place.unlearn(weighting="uniform", forget=None, retain=None)) == 0
+    assert main(["inspect", str(place / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "uniform weights per factor, strength 1, from no samples" in out
+    assert "A 1.00 (1.00..1.00) [         █]" in out
+
+
+@pytest.mark.parametrize(("rank", "expected"), [("0.5", 0.5), ("5e-1", 0.5), ("4", 4)])
+def test_a_rank_is_an_int_and_an_energy_a_float(place, rank, expected):
+    assert main(place.unlearn(weighting="uniform", forget=None, retain=None, rank=rank)) == 0
+    found = json.loads((place / "out" / "perta_provenance.json").read_text())["config"]["rank"]
+    assert (found, type(found)) == (expected, type(expected))
+
+
+def test_a_weighting_of_ones_own_may_lie_where_one_stands(place, capsys):
+    place.write("mine.py", "import torch\n\ndef half(forget, retain):\n    return torch.full_like(forget, 0.5)\n")
+    assert main(place.unlearn(weighting="mine:half")) == 0
+    assert "mine:half weights per factor" in capsys.readouterr().out
+    assert main(["inspect", str(place / "out")]) == 0
+    assert "A 0.50 (0.50..0.50)" in capsys.readouterr().out
+    sys.modules.pop("mine")
+
+
+def test_an_output_of_ours_is_replaced(place):
+    for strength in (1.0, 2.0):
+        arguments = place.unlearn(weighting="uniform", forget=None, retain=None, strength=strength)
+        assert main(arguments) == 0
+        found = json.loads((place / "out" / "perta_provenance.json").read_text())
+        assert found["config"]["strength"] == strength
+    assert not [path for path in place.path.iterdir() if path.name.startswith(".")], "nothing temporary is left"
+
+
+def test_inspect_sees_that_a_file_was_changed(place, capsys):
+    assert main(place.unlearn(weighting="uniform", forget=None, retain=None)) == 0
+    config = place / "out" / "adapter_config.json"
+    config.write_text(config.read_text() + "\n")
+    assert main(["inspect", str(place / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("adapter_config.json")] == ["CHANGED"]
+    assert [line.split()[1] for line in lines if line.startswith("adapter_model.safetensors")] == ["as"]
+
+
+# Bad input
+
+BEFORE_LOADING = True  # refused before the model is loaded, whatever its size
+Case = tuple[Callable[[Place], list[str]], str, bool]
+
+
+def cut(path: Path) -> Path:
+    file = path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+    return path
+
+
+def pickled(path: Path) -> Path:
+    (path / "adapter_model.safetensors").unlink()
+    torch.save({}, path / "adapter_model.bin")
+    return path
+
+
+def dora(path: Path) -> Path:
+    model = builders.with_adapters(builders.saved_llama(), builders.lora_config(use_dora=True))
+    model.save_pretrained(path)
+    return path / "forget"
+
+
+def narrow(path: Path) -> Path:
+    """Of a model with the same layers' names and other widths."""
+    shutil.copytree(builders.llama_directory(), path)
+    config = json.loads((path / "config.json").read_text())
+    model = builders.LlamaForCausalLM(builders.LlamaConfig(**{**config, "hidden_size": 32, "head_dim": 8}))
+    builders.with_adapters(model).save_pretrained(path / "adapters")
+    return path / "adapters" / "forget"
+
+
+def gpt2(path: Path) -> Path:
+    builders.adapted_gpt2().save_pretrained(path)
+    return path / "forget"
+
+
+UNLEARN: dict[str, Case] = {
+    "no such file": (lambda p: p.unlearn(forget=p / "none.jsonl"), r"at .*none\.jsonl, found none", BEFORE_LOADING),
+    "a directory for rows": (lambda p: p.unlearn(retain=p / "theirs"), r"at .*theirs, found none", BEFORE_LOADING),
+    "malformed JSON": (
+        lambda p: p.unlearn(retain=p.write("bad.jsonl", '{"text": "good"}\n\n{"question": \n')),
+        r"bad\.jsonl, line 3: not JSON",
+        BEFORE_LOADING,
+    ),
+    "a line that is no object": (
+        lambda p: p.unlearn(forget=p.write("bad.jsonl", '{"text": "good"}\n["text"]\n')),
+        r"bad\.jsonl, line 2: expected a JSON object, found a list",
+        BEFORE_LOADING,
+    ),
+    "empty JSONL": (
+        lambda p: p.unlearn(forget=p.write("empty.jsonl", "\n")),
+        r"empty\.jsonl holds no rows",
+        BEFORE_LOADING,
+    ),
+    "empty completion": (
+        lambda p: p.unlearn(forget=p.rows("f.jsonl", {"text": "T"}, {"prompt": "P", "completion": ""})),
+        "the forget set, row 2: 'completion' is empty",
+        False,
+    ),
+    "unknown keys": (
+        lambda p: p.unlearn(retain=p.rows("r.jsonl", {"query": "Q"})),
+        r"the retain set, row 1: expected question/answer or .*, found the keys \['query'\]",
+        False,
+    ),
+    "completion cut away": (
+        lambda p: p.unlearn(max_length=4),
+        "the forget set, row 1: no token of the completion is left within max_length=4",
+        False,
+    ),
+    "one set twice": (
+        lambda p: p.unlearn(retain=p / "forget.jsonl"),
+        "the forget set and the retain set are the same samples",
+        False,
+    ),
+    "no retain set": (lambda p: p.unlearn(retain=None), "--retain: expected a file of rows", BEFORE_LOADING),
+    "no forget set": (lambda p: p.unlearn(forget=None), "--forget: expected a file of rows", BEFORE_LOADING),
+    "rank 0": (lambda p: p.unlearn(rank=0), RANKS + "0$", BEFORE_LOADING),
+    "rank 257": (lambda p: p.unlearn(rank=257), RANKS + "257$", BEFORE_LOADING),
+    "rank 1.5": (lambda p: p.unlearn(rank=1.5), RANKS + r"1\.5$", BEFORE_LOADING),
+    "rank of text": (
+        lambda p: p.unlearn(rank="many"),
+        r"--rank: expected an int from 1 to 256 or a float in \(0, 1\), found 'many'",
+        BEFORE_LOADING,
+    ),
+    "strength NaN": (lambda p: p.unlearn(strength="nan"), "strength: expected a finite number", BEFORE_LOADING),
+    "power below 0": (lambda p: p.unlearn(power="-1"), "power: expected nothing, or a finite number", BEFORE_LOADING),
+    "batch size 0": (lambda p: p.unlearn(batch_size=0), "batch_size: expected an int > 0", BEFORE_LOADING),
+    "no samples": (lambda p: p.unlearn(max_samples=0), "max_samples: expected an int > 0", BEFORE_LOADING),
+    "unknown granularity": (
+        lambda p: p.unlearn(granularity="layer"),
+        "--granularity: invalid choice: 'layer' .choose from .*factor",
+        BEFORE_LOADING,
+    ),
+    "unknown dtype": (lambda p: p.unlearn(dtype="int8"), "--dtype: invalid choice: 'int8'", BEFORE_LOADING),
+    "unknown option": (lambda p: p.unlearn(depth=3), "unrecognized arguments: --depth 3", BEFORE_LOADING),
+    "no output": (lambda p: p.unlearn(output=None), "required: --output", BEFORE_LOADING),
+    "unknown weighting": (
+        lambda p: p.unlearn(weighting="fishr"),
+        r"weighting: expected one of \[.*'grad'.*\] or 'package.module:attribute', found 'fishr'",
+        BEFORE_LOADING,
+    ),
+    "weighting of no module": (
+        lambda p: p.unlearn(weighting="no_such_module:weigh"),
+        "weighting 'no_such_module:weigh' cannot be imported: No module named 'no_such_module'",
+        BEFORE_LOADING,
+    ),
+    "weighting of no attribute": (
+        lambda p: p.unlearn(weighting="json:weigh"),
+        "weighting 'json:weigh' cannot be imported: module 'json' has no attribute 'weigh'",
+        BEFORE_LOADING,
+    ),
+    "weighting that is no function": (
+        lambda p: p.unlearn(weighting="json:__name__"),
+        "weighting 'json:__name__' is a str; expected a Weighting or a function",
+        BEFORE_LOADING,
+    ),
+    "output of another's": (
+        lambda p: p.unlearn(output=p / "theirs"),
+        r"theirs exists and was not written by peft_perta",
+        BEFORE_LOADING,
+    ),
+    "output is a file": (lambda p: p.unlearn(output=p / "forget.jsonl"), "is a file", BEFORE_LOADING),
+    "no such adapter": (
+        lambda p: p.unlearn(forget_adapter=p / "none"),
+        "none is no adapter directory: expected adapter_config.json in it",
+        BEFORE_LOADING,
+    ),
+    "no such task adapter": (
+        lambda p: p.unlearn(task_adapter=p / "none"),
+        "none is no adapter directory: expected adapter_config.json in it",
+        BEFORE_LOADING,
+    ),
+    "pickled adapter": (
+        lambda p: p.unlearn(forget_adapter=pickled(p.adapter("pickled"))),
+        r"only a pickled adapter_model\.bin, which is never loaded",
+        BEFORE_LOADING,
+    ),
+    "corrupted adapter": (
+        lambda p: p.unlearn(forget_adapter=cut(p.adapter("cut"))),
+        r"adapter_model\.safetensors is damaged",
+        BEFORE_LOADING,
+    ),
+    "adapter config that is no JSON": (
+        lambda p: p.unlearn(forget_adapter=p.write("forget/adapter_config.json", "{").parent),
+        r"adapter_config\.json is not JSON",
+        BEFORE_LOADING,
+    ),
+    "adapter of a base by another name": (
+        lambda p: p.unlearn(forget_adapter=p.adapter("other", base_model_name_or_path="else/where")),
+        "adapter 'forget' was trained on the base 'else/where', but the model is",
+        False,
+    ),
+    "adapter of a base of other widths": (
+        lambda p: p.unlearn(forget_adapter=narrow(p / "narrow")),
+        "the adapter in .* does not fit the model: .*size mismatch",
+        False,
+    ),
+    "adapter of another architecture": (
+        lambda p: p.unlearn(forget_adapter=gpt2(p / "gpt2")),
+        "the adapter in .* does not fit the model: Target modules .* not found",
+        False,
+    ),
+    "task adapter of another architecture": (
+        lambda p: p.unlearn(task_adapter=gpt2(p / "gpt2")),
+        "the adapter in .* does not fit the model: Target modules .* not found",
+        False,
+    ),
+    "DoRA": (lambda p: p.unlearn(forget_adapter=dora(p / "dora")), r"LoRA variant \(use_dora=True\)", False),
+    "no such model": (
+        lambda p: p.unlearn(model="no-such-owner/no-such-model"),
+        "the model 'no-such-owner/no-such-model' cannot be loaded",
+        False,
+    ),
+    "no such directory for a model": (
+        lambda p: p.unlearn(model=p / "none"),
+        "the model '.*none' cannot be loaded: .* Expected a directory with config.json",
+        False,
+    ),
+    "a directory that is no model": (lambda p: p.unlearn(model=p / "theirs"), "theirs' cannot be loaded", False),
+}
+FORGET: dict[str, Case] = {
+    "rank 0": (lambda p: p.forget(rank=0), "--rank: expected at least 1, found 0", BEFORE_LOADING),
+    "rank of text": (lambda p: p.forget(rank="many"), "--rank: invalid int value: 'many'", BEFORE_LOADING),
+    "no epochs": (lambda p: p.forget(epochs=0), "--epochs: expected a number > 0, found 0", BEFORE_LOADING),
+    "endless epochs": (lambda p: p.forget(epochs="inf"), "--epochs: expected a number > 0", BEFORE_LOADING),
+    "learning rate NaN": (
+        lambda p: p.forget(learning_rate="nan"),
+        "--learning-rate: expected a number > 0, found nan",
+        BEFORE_LOADING,
+    ),
+    "batch size 0": (lambda p: p.forget(batch_size=0), "--batch-size: expected at least 1", BEFORE_LOADING),
+    "maximum length 1": (lambda p: p.forget(max_length=1), "--max-length: expected at least 2", BEFORE_LOADING),
+    "seed below 0": (lambda p: p.forget(seed=-1), "--seed: expected an int from 0 to 4294967295", BEFORE_LOADING),
+    "seed too large": (lambda p: p.forget(seed=2**32), "--seed: expected an int from 0 to 4294", BEFORE_LOADING),
+    "no such file": (lambda p: p.forget(forget=p / "none.jsonl"), "found none; check the path", BEFORE_LOADING),
+    "empty completion": (
+        lambda p: p.forget(forget=p.rows("f.jsonl", {"question": "Q", "answer": " "})),
+        "the forget set, row 1: 'answer' is empty",
+        False,
+    ),
+    "output of another's": (
+        lambda p: p.forget(output=p / "theirs"),
+        r"theirs exists and was not written by peft_perta",
+        BEFORE_LOADING,
+    ),
+    "output is a negative adapter": (
+        lambda p: p.forget(output=p.write("theirs/perta_provenance.json", "{}").parent),
+        r"\(no perta_forget\.json\); choose another output",
+        BEFORE_LOADING,
+    ),
+    "no such model": (lambda p: p.forget(model="no-such/model"), "'no-such/model' cannot be loaded", False),
+}
+OTHERS: dict[str, Case] = {
+    "no command": (lambda p: [], "arguments are required: {demo,forget,unlearn,inspect}", BEFORE_LOADING),
+    "unknown command": (lambda p: ["relearn"], "invalid choice: 'relearn'", BEFORE_LOADING),
+    "demo into another's": (
+        lambda p: ["demo", "--output", str(p / "theirs")],
+        "theirs exists and was not written by peft_perta",
+        BEFORE_LOADING,
+    ),
+    "demo's seed": (lambda p: ["demo", "--seed", "x"], "--seed: expected an int from 0 to", BEFORE_LOADING),
+    "inspect nothing": (
+        lambda p: ["inspect", str(p / "none")],
+        r"none holds no perta_provenance\.json; expected a directory that save_perta_adapter wrote",
+        BEFORE_LOADING,
+    ),
+    "inspect a forget adapter": (
+        lambda p: ["inspect", str(p / "forget")],
+        r"forget holds no perta_provenance\.json",
+        BEFORE_LOADING,
+    ),
+    "inspect broken JSON": (
+        lambda p: ["inspect", str(p.write("forget/perta_provenance.json", '{"format": ').parent)],
+        r"perta_provenance\.json is damaged",
+        BEFORE_LOADING,
+    ),
+    "inspect another's JSON": (
+        lambda p: ["inspect", str(p.write("forget/perta_provenance.json", '["format"]').parent)],
+        r"perta_provenance\.json is damaged",
+        BEFORE_LOADING,
+    ),
+}
+CASES = {
+    f"{command}: {name}": case
+    for command, cases in (("unlearn", UNLEARN), ("forget", FORGET), ("peft-perta", OTHERS))
+    for name, case in cases.items()
+}
+
+
+def refused(place: Place, arguments: list[str], message: str, capfd, recwarn) -> None:
+    """Status 2, one line on standard error (after argparse's usage, where the arguments themselves are at fault), no
+    traceback, no warning, and not a byte written anywhere."""
+    before = tree(place)
+    capfd.readouterr()
+    recwarn.clear()
+    status = run(arguments)
+    out, err = capfd.readouterr()
+    assert status == 2
+    assert out == ""
+    lines = [line for line in err.splitlines() if not line.startswith("usage: peft-perta")]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("peft-perta")
+    assert ": error: " in lines[0]
+    assert re.search(message, lines[0]), lines[0]
+    shown = [w for w in recwarn if not issubclass(w.category, (DeprecationWarning, FutureWarning))]
+    assert not shown, [str(w.message) for w in shown]
+    assert tree(place) == before, "something was written"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_one_clear_line(place, name, capfd, recwarn, monkeypatch):
+    make_arguments, message, before_loading = CASES[name]
+    arguments = make_arguments(place)
+    if before_loading:
+        monkeypatch.setattr(cli, "load_base", lambda *_, **__: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
+    refused(place, arguments, message, capfd, recwarn)
+
+
+def test_a_model_that_does_not_exist_is_not_looked_for_on_the_network():
+    """What the cases above rest on: the tests run with HF_HUB_OFFLINE=1."""
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: {**values, "layers": []},
+        lambda values: {**values, "config": {}},
+        lambda values: {**values, "base_model": {}},
+        lambda values: {**values, "files": None},
+        lambda values: {**values, "files": {"gone.txt": "0"}},
+        lambda values: {**values, "layers": [{**values["layers"][0], "edit_norm": "large"}]},
+    ],
+    ids=["layers", "config", "base", "files", "a file", "a norm"],
+)
+def test_a_damaged_provenance_is_one_clear_line(place, change, capfd, recwarn):
+    assert main(place.unlearn(weighting="uniform", forget=None, retain=None)) == 0
+    file = place / "out" / "perta_provenance.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    refused(place, ["inspect", str(place / "out")], r"perta_provenance\.json is damaged", capfd, recwarn)
+
+
+def test_a_corrupted_negative_adapter_is_one_clear_line(place, capfd, recwarn):
+    assert main(place.unlearn(weighting="uniform", forget=None, retain=None)) == 0
+    cut(place / "out")
+    refused(place, ["inspect", str(place / "out")], r"adapter_model\.safetensors is damaged", capfd, recwarn)
+
+
+def test_an_interrupt_is_one_line_and_status_130(place, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_base", interrupted)
+    before = tree(place)
+    assert main(place.unlearn()) == 130
+    assert capsys.readouterr().err == "peft-perta: interrupted; nothing was written\n"
+    assert tree(place) == before
+
+
+# Where the output goes
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(place, monkeypatch):
+    """``peft-perta inspect DIR | head -1``"""
+    assert main(place.unlearn(weighting="uniform", forget=None, retain=None)) == 0
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", encoding="utf-8") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["inspect", str(place / "out")]) == 0
+    monkeypatch.undo()
+
+
+def test_a_terminal_without_our_bars_shows_something_else(place, monkeypatch):
+    assert main(place.unlearn(weighting="uniform", forget=None, retain=None)) == 0
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert main(["inspect", str(place / "out")]) == 0
+    assert b"A 1.00 (1.00..1.00) [         ?]" in raw.getvalue()
+
+
+# Help
+
+
+def squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def help_of(arguments: list[str], capsys) -> str:
+    with pytest.raises(SystemExit, match="0"):
+        main([*arguments, "--help"])
+    return capsys.readouterr().out
+
+
+def test_every_knob_of_the_config_is_an_option_with_its_help(capsys):
+    text = squeezed(help_of(["unlearn"], capsys))
+    for field in dataclasses.fields(PerTAConfig):
+        default = "" if field.default is None else f" (default: {field.default})"
+        assert squeezed(field.metadata["help"] + default) in text, field.name
+        assert f"[--{field.name.replace('_', '-')}" in text, field.name
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("demo", ["--four-bit", "--output", "--seed"]),
+        ("forget", ["--model", "--forget", "--output", "--four-bit", "--rank", "--epochs", "--learning-rate"]),
+        (
+            "unlearn",
+            ["--model", "--task-adapter", "--forget-adapter", "--forget", "--retain", "--output", "--four-bit"],
+        ),
+        ("inspect", ["DIR"]),
+    ],
+)
+def test_every_command_says_what_it_takes(command, options, capsys):
+    text = help_of([command], capsys)
+    assert text.startswith(f"usage: peft-perta {command}")
+    for option in options:
+        lines = [line.split() for line in text.splitlines() if line.strip().startswith(option)]
+        assert lines, f"{option} has no line of its own"
+
+
+def test_the_module_is_the_command():
+    """In a process of its own, as a user would."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "peft_perta", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: peft-perta")
+    for command in ("demo", "forget", "unlearn", "inspect"):
+        assert f"\n    {command} " in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_the_module_hands_the_status_on(place, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["peft-perta", "inspect", str(place / "none")])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("peft_perta", run_name="__main__")
+    assert capsys.readouterr().err.startswith("peft-perta: error: ")

@@ -1,0 +1,109 @@
+"""Every knob: documented, checked, and the same after a round trip."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_perta import ConfigError, PerTAConfig
+from peft_perta.config import SERVABLE_RANKS, servable_rank
+
+FIELDS = [field.name for field in dataclasses.fields(PerTAConfig)]
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(PerTAConfig), ids=FIELDS)
+def test_every_field_has_help(field):
+    assert len(field.metadata["help"]) > 20
+    assert field.metadata["help"].endswith(".")
+
+
+def test_the_defaults_are_what_measured_best():
+    """method.md 2: per factor, ratio of the mean gradients, at the forget adapter's own rank."""
+    config = PerTAConfig()
+    assert (config.granularity, config.weighting, config.rank, config.strength) == ("factor", "grad", None, 1.0)
+
+
+NUMBERS = (True, "1", None)
+BAD = {
+    "weighting": ("", 3, None),
+    "granularity": ("neuron", None, "Factor"),
+    "power": (-0.1, math.nan, math.inf, True, "1"),
+    "rank": (0, 257, -1, 0.0, 1.0, 1.5, math.nan, True, "8"),
+    "strength": (math.nan, math.inf, *NUMBERS),
+    "reference_model": ("both", None),
+    "max_samples": (0, -1, 1.5, True),
+    "seed": (1.5, *NUMBERS),
+    "batch_size": (0, -2, 2.5, *NUMBERS),
+    "max_length": (1, 0, 2.5, *NUMBERS),
+    "dtype": ("float64", "bf16", None),
+}
+GOOD = {
+    "weighting": ("grad", "my.module:function"),
+    "granularity": ("delta", "factor", "separable"),
+    "power": (None, 0, 0.5, 64),
+    "rank": (None, 1, 256, 0.01, 0.999),
+    "strength": (0, -1.5, 40.0),
+    "reference_model": ("origin", "full"),
+    "max_samples": (None, 1),
+    "seed": (0, -5),
+    "batch_size": (1,),
+    "max_length": (2,),
+    "dtype": ("float32", "bfloat16", "float16"),
+}
+
+
+def test_every_field_is_in_the_tables_here():
+    assert set(BAD) == set(GOOD) == set(FIELDS)
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in BAD.items() for value in values])
+def test_a_bad_value_is_refused_by_name(field, value):
+    with pytest.raises(ConfigError, match=f"^{field}: expected .*, found"):
+        PerTAConfig(**{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in GOOD.items() for value in values])
+def test_a_good_value_survives_a_round_trip(field, value, tmp_path):
+    config = PerTAConfig(**{field: value})
+    config.save_pretrained(tmp_path / "deep")
+    loaded = PerTAConfig.from_pretrained(tmp_path / "deep")
+    assert loaded == config
+    assert type(getattr(loaded, field)) is type(value)
+
+
+def test_the_file_is_plain_json(tmp_path):
+    PerTAConfig().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "perta_config.json").read_text()) == PerTAConfig().to_dict()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "found no such file"),
+        ("{", "is not JSON"),
+        ("[1]", "holds a list, expected a JSON object"),
+        ('{"ranks": 8}', "no field 'ranks'"),
+        ('{"rank": 0}', "^rank: expected"),
+    ],
+)
+def test_a_bad_file_is_refused(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "perta_config.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        PerTAConfig.from_pretrained(tmp_path)
+
+
+@given(rank=st.integers(1, 256))
+def test_a_servable_rank_is_the_least_that_holds(rank):
+    found = servable_rank(rank)
+    assert found in SERVABLE_RANKS
+    assert found >= rank
+    assert all(other < rank for other in SERVABLE_RANKS if other < found)
+
+
+def test_no_server_takes_a_larger_rank():
+    with pytest.raises(ConfigError, match="would need rank 257, expected at most 256"):
+        servable_rank(257)

@@ -1,0 +1,103 @@
+"""The shipped model is what the docs say, and the demo leaves what it promises."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from peft_perta import attach_adapters, load_base, load_provenance
+from peft_perta.data import read_rows
+from peft_perta.demo import ASSETS, DemoSettings, run_demo
+from peft_perta.evaluation import generate, row_losses
+from peft_perta.metrics import probability
+
+TINY = DemoSettings(
+    rank=8,
+    epochs=5,
+    learning_rate=3e-3,
+    weight_samples=24,
+    evaluated_rows=6,
+    generated_rows=2,
+    curve_rows=12,
+    curve=(0.0, 0.5, 1.0),
+)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    base, tokenizer = load_base(str(ASSETS / "base"))
+    model = attach_adapters(base, {"task": ASSETS / "task_adapter", "reference": ASSETS / "retain_adapter"})
+    return model, tokenizer
+
+
+def losses(shipped, split: str, adapters: list[str]):
+    model, tokenizer = shipped
+    rows = read_rows(ASSETS / f"{split}.jsonl")
+    return row_losses(model, tokenizer, rows[:: max(1, len(rows) // 100)], adapters=adapters)
+
+
+@pytest.mark.parametrize("split", ["forget", "retain"])
+def test_full_model_knows_both_sets_and_theta_0_neither(shipped, split):
+    assert probability(losses(shipped, split, ["task"])).mean() > 0.8
+    assert probability(losses(shipped, split, [])).mean() < 0.15
+
+
+@pytest.mark.parametrize("adapters", [[], ["task"], ["reference"]])
+def test_every_model_has_knowledge_outside_both_sets(shipped, adapters):
+    assert probability(losses(shipped, "general", adapters)).mean() > 0.5
+
+
+def test_reference_knows_the_retain_set_and_is_a_fair_target_on_the_other(shipped):
+    """A model that never saw the forget authors still predicts part of such an answer."""
+    assert probability(losses(shipped, "retain", ["reference"])).mean() > 0.8
+    forget = losses(shipped, "forget", ["reference"])
+    assert forget.mean() <= 5.0
+    assert probability(forget).mean() < 0.15
+
+
+def test_full_model_answers_a_forget_question_and_stops(shipped):
+    model, tokenizer = shipped
+    rows = read_rows(ASSETS / "forget.jsonl")[:8]
+    answers = generate(model, tokenizer, rows, adapters=["task"])
+    assert sum(answer == row["answer"].strip() for answer, row in zip(answers, rows, strict=True)) >= 4
+
+
+def test_shipped_files_are_small_and_plain():
+    files = [file for file in ASSETS.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 24_000_000
+    assert not [file for file in files if file.suffix in (".bin", ".pt", ".pkl")]
+    for folder in ("task_adapter", "retain_adapter"):
+        assert all(
+            key.endswith(("lora_A.weight", "lora_B.weight"))
+            for key in load_file(ASSETS / folder / "adapter_model.safetensors")
+        )
+
+
+def test_no_forget_row_is_in_another_set():
+    questions = {
+        name: {row["question"] for row in read_rows(ASSETS / f"{name}.jsonl")}
+        for name in ("forget", "retain", "general")
+    }
+    assert not questions["forget"] & questions["retain"]
+    assert not questions["forget"] & questions["general"]
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_demo_leaves_adapter_report_and_picture(tmp_path: Path, capsys, four_bit):
+    result = run_demo(tmp_path / "out", four_bit=four_bit, settings=TINY)
+
+    printed = capsys.readouterr().out
+    labels = [label for label, _, _ in result.table]
+    assert labels == ["full model", *["plain negation", "PerTA-grad", "PerTA-fisher"] * 2, "retain-only reference"]
+    assert all(label in printed for label in labels)
+    assert str(tmp_path / "out" / "adapter") in printed
+
+    saved = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert saved["table"][0]["forget"]["probability"] == result.table[0][2]["forget"].probability
+    target = saved["points"]["reference"]["forget"]
+    for match in saved["matched_forgetting"].values():
+        assert match["loss"] == pytest.approx(target, rel=0.02)
+    assert (tmp_path / "out" / "trade_off.png").read_bytes().startswith(b"\x89PNG")
+    report, _ = load_provenance(tmp_path / "out" / "adapter")
+    assert report.config["strength"] in [pytest.approx(m["strength"]) for m in saved["matched_forgetting"].values()]

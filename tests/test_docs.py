@@ -1,0 +1,75 @@
+"""What the docs show, runs."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peft_perta.demo import ASSETS
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_python(arguments: list[str], directory: Path) -> str:
+    """A fresh interpreter, as a user would start one; its output."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=directory, env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_readme_quickstart(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    quickstart = next(block for block in blocks if "train_forget_adapter" in block)
+    assert len([line for line in quickstart.splitlines() if line.strip()]) <= 20
+    # The same code on fewer epochs: the suite wants the path, the reader the result.
+    shortened = quickstart.replace("tokenizer)  #", "tokenizer, num_train_epochs=1)  #", 1)
+    assert shortened != quickstart
+    (tmp_path / "quickstart.py").write_text(shortened)
+    assert "negative adapter of rank" in run_python(["quickstart.py"], tmp_path)
+    assert (tmp_path / "unlearn_adapter" / "adapter_model.safetensors").is_file()
+
+
+EXAMPLES = {
+    "01_quickstart.py": ["--epochs", "1"],
+    "02_qlora.py": [
+        *["--model", str(ASSETS / "base"), "--task-adapter", str(ASSETS / "task_adapter"), "--samples", "16"],
+        *["--forget", str(ASSETS / "forget.jsonl"), "--retain", str(ASSETS / "retain.jsonl"), "--epochs", "1"],
+    ],
+    "03_own_weighting.py": ["--epochs", "1"],
+}
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
+def test_example_runs(name, tmp_path):
+    output = run_python([str(ROOT / "examples" / name), *EXAMPLES[name]], tmp_path)
+    assert "forget" in output
+
+
+def test_every_example_is_tested_short_and_opens_with_a_question():
+    scripts = sorted((ROOT / "examples").glob("*.py"))
+    assert {script.name for script in scripts} == set(EXAMPLES)
+    for script in scripts:
+        lines = script.read_text().splitlines()
+        assert len(lines) <= 120
+        assert lines[0].startswith('"""')
+        assert lines[0].endswith("?")
+
+
+def test_readme_names_the_two_commands_that_exist():
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    for command in ("demo", "test"):
+        assert f"make {command}" in readme
+        assert re.search(rf"^{command}:", makefile, re.MULTILINE)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_relative_links_of_the_docs_lead_somewhere():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"

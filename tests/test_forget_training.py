@@ -1,0 +1,249 @@
+"""A forget adapter is trained on the completions alone, at theta_0; what could not be negated is refused before."""
+
+import random
+
+import builders
+import laws
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from trl import SFTTrainer
+
+from peft_perta import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    OutputError,
+    PerTAConfig,
+    UnsupportedLayerError,
+    attach_adapters,
+    get_perta_state_dict,
+    train_forget_adapter,
+)
+from peft_perta.data import batches, load_samples
+from peft_perta.losses import sample_losses
+
+ROWS, TOKENIZER = builders.forget_rows(), builders.tokenizer()
+SETTINGS = {"num_train_epochs": 6, "learning_rate": 5e-3, "show_progress_bar": False, "logging_strategy": "no"}
+bases = pytest.mark.parametrize("base", [builders.saved_llama, builders.nf4_llama], ids=["float", "nf4"])
+
+
+def loss(model):
+    with torch.no_grad():
+        (batch,) = batches(load_samples(ROWS, TOKENIZER), len(ROWS))
+        return float(sample_losses(model, batch).mean())
+
+
+def train(model, output_dir=None, **settings):
+    return train_forget_adapter(model, ROWS, TOKENIZER, output_dir, **{**SETTINGS, **settings})
+
+
+@bases
+def test_the_forget_set_is_learned_and_the_adapter_can_be_negated(base, tmp_path):
+    before = loss(base())
+    model = train(base(), tmp_path / "forget")
+    assert isinstance(model, PeftModel)
+    assert loss(model) < before - 0.5
+    assert sorted(f.name for f in (tmp_path / "forget").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "perta_forget.json",
+    ]
+    loaded = attach_adapters(base(), {"forget": tmp_path / "forget"})
+    trained = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    for name, parameter in loaded.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(parameter, trained.pop(name).float())
+    assert not trained
+    _, state_dict, _ = get_perta_state_dict(loaded, PerTAConfig(weighting="uniform"))
+    assert any(value.any() for value in state_dict.values())
+
+
+@bases
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"gradient_checkpointing": False}])
+def test_success_adds_a_frozen_active_adapter_and_nothing_else(base, settings):
+    model = base()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    bare = laws.snapshot(model)
+    trained = train(model, num_train_epochs=1, **settings)
+    assert trained.active_adapter == "forget"
+    assert not any(p.requires_grad for p in trained.parameters())
+    assert not any(m.training for m in trained.modules())
+    left = laws.snapshot(trained.unload())
+    changed = {key for key in {*bare, *left} if bare.get(key) != left.get(key)}
+    assert not changed
+
+
+def test_the_tokenizer_stays_as_it_was():
+    tokenizer = builders.tokenizer()
+    tokenizer.pad_token = None
+    train_forget_adapter(builders.saved_llama(), ROWS, tokenizer, **{**SETTINGS, "num_train_epochs": 1})
+    assert tokenizer.pad_token is None
+
+
+def test_the_same_seed_trains_the_same_adapter():
+    one, two, other = (
+        {n: p.clone() for n, p in train(builders.saved_llama(), num_train_epochs=1, seed=s).named_parameters()}
+        for s in (1, 1, 2)
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_other_adapters_are_off_and_untouched_while_it_trains():
+    """On a model with a task adapter: the task adapter's weights stay, and what it does has no say in the training."""
+    task = builders.with_adapters(builders.saved_llama(), builders.lora_config(r=2))
+    task_weights = {n: p.clone() for n, p in task.named_parameters() if ".forget." in n}
+    both = train(task, adapter_name="new", num_train_epochs=2)
+    assert all(torch.equal(p, task_weights[n]) for n, p in both.named_parameters() if ".forget." in n)
+    alone = train(builders.saved_llama(), adapter_name="new", num_train_epochs=2)
+    mine = {n: p for n, p in both.named_parameters() if ".new." in n}
+    assert mine.keys() == {n for n, p in alone.named_parameters() if ".new." in n}
+    assert all(torch.equal(p, mine[n]) for n, p in alone.named_parameters() if ".new." in n)
+    assert both.active_adapters == ["new"]
+
+
+def test_only_completions_are_learned(monkeypatch):
+    """The trainer sees exactly the tokens and labels that the gradients are taken of."""
+    seen = []
+    compute = SFTTrainer.compute_loss
+
+    def spy(self, model, inputs, *args, **kwargs):
+        seen.extend(zip(inputs["input_ids"].tolist(), inputs["labels"].tolist(), strict=True))
+        return compute(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(SFTTrainer, "compute_loss", spy)
+    train(builders.saved_llama(), num_train_epochs=1)
+    expected = {(tuple(s.input_ids.tolist()), tuple(s.labels.tolist())) for s in load_samples(ROWS, TOKENIZER)}
+    found = set()
+    for ids, labels in seen:
+        size = max(i for i, label in enumerate(labels) if label != -100) + 1
+        assert set(labels[size:]) <= {-100}
+        found.add((tuple(ids[:size]), tuple(labels[:size])))
+    assert found == expected
+
+
+class Stop(Exception):
+    """What a stage is made to raise."""
+
+
+@pytest.mark.parametrize("stage", ["get_peft_model", "resolve_layers", "SFTTrainer", "training", "after training"])
+@pytest.mark.parametrize(
+    "base", [builders.saved_llama, builders.nf4_llama, builders.adapted_saved_llama], ids=["float", "nf4", "adapted"]
+)
+def test_an_exception_leaves_the_model_as_it_was(base, stage, monkeypatch):
+    model = base().train()
+    if isinstance(model, PeftModel):
+        model.set_adapter("task")
+    trained = SFTTrainer.train
+
+    def fail(*args, **kwargs):
+        raise Stop("on purpose")
+
+    def train_and_fail(self):
+        trained(self)
+        raise Stop("on purpose")
+
+    if stage == "training":
+        monkeypatch.setattr(SFTTrainer, "compute_loss", fail)
+    elif stage == "after training":
+        monkeypatch.setattr(SFTTrainer, "train", train_and_fail)
+    elif stage == "get_peft_model" and isinstance(model, PeftModel):
+        monkeypatch.setattr(PeftModel, "add_adapter", fail)
+    else:
+        monkeypatch.setattr(f"peft_perta.training.forget_adapter.{stage}", fail)
+    with laws.untouched(model), pytest.raises(Stop, match="on purpose"):
+        train(model, adapter_name="new", num_train_epochs=1, gradient_checkpointing=True)
+
+
+@pytest.fixture
+def _no_training(monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("a refusal must come before any training")
+
+    monkeypatch.setattr("peft_perta.training.forget_adapter.SFTTrainer", fail)
+
+
+REFUSED = {
+    "DoRA": ({"use_dora": True}, AdapterError, "LoRA variant .use_dora"),
+    "bias": ({"bias": "all"}, AdapterError, "trains biases"),
+    "lora_bias": ({"lora_bias": True}, AdapterError, "trains biases"),
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, AdapterError, "saves whole modules"),
+    "tokens": ({"trainable_token_indices": [1]}, AdapterError, "trains token embeddings"),
+    "init": ({"init_lora_weights": "pissa"}, AdapterError, "rewrites the base weights"),
+    "parameters": ({"target_parameters": ["mlp.experts"]}, AdapterError, "targets bare parameters"),
+    "embedding": ({"target_modules": ["embed_tokens"]}, UnsupportedLayerError, "Embedding layer cannot be edited"),
+}
+
+
+@pytest.mark.usefixtures("_no_training")
+@pytest.mark.parametrize(("changes", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_settings_that_could_not_be_negated_are_refused_before_training(changes, error, message, tmp_path):
+    config = LoraConfig(**{"target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **changes})
+    model = builders.saved_llama()
+    with laws.untouched(model), pytest.raises(error, match=message):
+        train(model, tmp_path / "out", lora_config=config)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("_no_training")
+def test_a_tied_head_is_refused_before_training():
+    model = builders.llama(tied=True)
+    config = LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM")
+    with laws.untouched(model), pytest.raises(UnsupportedLayerError, match="lm_head shares its weight"):
+        train(model, lora_config=config)
+
+
+@pytest.mark.usefixtures("_no_training")
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"adapter_name": "a.b"}, AdapterError, "without dots"),
+        ({"packing": True}, ConfigError, "'packing' is set by train_forget_adapter itself"),
+        ({"learning_rat": 1}, ConfigError, "learning_rat.*expected fields of trl.SFTConfig"),
+        ({"max_length": 3}, DataError, "no token of the completion is left"),
+    ],
+)
+def test_bad_settings_are_refused_before_training(settings, error, message):
+    model = builders.saved_llama()
+    with laws.untouched(model), pytest.raises(error, match=message):
+        train(model, **settings)
+
+
+@pytest.mark.usefixtures("_no_training")
+def test_a_taken_name_is_refused_before_training():
+    model = builders.adapted_saved_llama()
+    with laws.untouched(model), pytest.raises(AdapterError, match="'task' is on the model already"):
+        train(model, adapter_name="task")
+
+
+@pytest.mark.usefixtures("_no_training")
+def test_an_output_that_is_not_ours_is_refused_before_training(tmp_path):
+    (tmp_path / "mine").write_text("x")
+    with pytest.raises(OutputError, match="was not written by peft_perta"):
+        train(builders.saved_llama(), tmp_path)
+
+
+@pytest.mark.usefixtures("_no_training")
+@pytest.mark.parametrize("rows", [[], [{"prompt": "x", "completion": ""}]])
+def test_bad_rows_are_refused_before_training(rows):
+    with pytest.raises(DataError, match="the forget set"):
+        train_forget_adapter(builders.saved_llama(), rows, TOKENIZER, **SETTINGS)
+
+
+@pytest.mark.usefixtures("_no_training")
+def test_a_tokenizer_without_eos_is_refused_before_training():
+    tokenizer = builders.tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="no eos token"):
+        train_forget_adapter(builders.saved_llama(), ROWS, tokenizer, **SETTINGS)
+
+
+def test_the_users_lora_config_and_random_numbers_stay():
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    before, state = config.to_dict(), (random.getstate(), torch.get_rng_state())
+    train(builders.saved_llama(), lora_config=config, num_train_epochs=1)
+    assert config.to_dict() == before
+    assert random.getstate() == state[0]
+    assert torch.equal(torch.get_rng_state(), state[1])

@@ -1,0 +1,166 @@
+"""The hooks against a loop over samples with dense autograd, over layer kinds, granularities and checkpointing."""
+
+import builders
+import laws
+import pytest
+import tables
+import torch
+
+from peft_perta import NumericalError, UnsupportedLayerError
+from peft_perta.data import Sample, load_samples
+from peft_perta.gradients import sweep
+from peft_perta.granularities import GRANULARITIES
+from peft_perta.targets import resolve_targets
+
+pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:.*use_reentrant")
+kinds = pytest.mark.parametrize("kind", tables.LAYERS)
+granularities = pytest.mark.parametrize("granularity", tables.GRANULARITIES)
+statistics = pytest.mark.parametrize("statistic", ["mean", "squares"])
+references = pytest.mark.parametrize("adapters", [[], ["task"]], ids=["origin", "full"])
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return load_samples(builders.forget_rows(), builders.tokenizer())
+
+
+@kinds
+@granularities
+@statistics
+@references
+def test_hooks_equal_the_loop(kind, granularity, statistic, adapters, samples):
+    laws.hooks_equal_the_loop(tables.LAYERS[kind](), samples, granularity, statistic, adapters, 1e-6)
+
+
+@pytest.mark.parametrize("kind", tables.DOUBLES)
+@granularities
+@statistics
+@references
+def test_hooks_equal_the_loop_in_double_precision(kind, granularity, statistic, adapters, samples):
+    laws.hooks_equal_the_loop(tables.DOUBLES[kind](), samples, granularity, statistic, adapters, 1e-10)
+
+
+@kinds
+@statistics
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("input_gradients", [True, False], ids=["inputs-require-grad", "inputs-do-not"])
+def test_checkpointing_changes_nothing(kind, statistic, reentrant, input_gradients, samples):
+    model = tables.LAYERS[kind]()
+    model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if input_gradients:
+        model.enable_input_require_grads()
+    model.train()
+    with laws.untouched(model):
+        laws.hooks_equal_the_loop(model, samples, "factor", statistic, ["task"], 1e-6)
+
+
+def test_checkpointing_really_recomputes(samples):
+    """Otherwise the test above would prove nothing."""
+    model = builders.adapted_llama()
+    model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    calls = []
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    handle = layer.register_forward_hook(lambda *_: calls.append(1))
+    laws.statistics(model, samples, "delta", "mean", [], batch_size=len(samples))
+    handle.remove()
+    assert len(calls) == 2
+
+
+@kinds
+def test_train_mode_and_dropout_are_ignored(kind, samples):
+    """The adapters have dropout 0.3, GPT-2's blocks 0.1; a user hands the model over in train mode."""
+    model = tables.LAYERS[kind]().train()
+    with laws.untouched(model):
+        laws.hooks_equal_the_loop(model, samples, "delta", "mean", ["task"], 1e-6)
+
+
+@kinds
+@granularities
+@statistics
+def test_batches_do_not_matter(kind, granularity, statistic, samples):
+    laws.batches_do_not_matter(tables.LAYERS[kind](), samples, granularity, statistic, 2e-6)
+
+
+def test_gradients_at_origin_see_no_adapter(samples):
+    """With every adapter off, filling the adapters with other numbers changes no gradient of the weights."""
+    model = builders.adapted_llama()
+    before = laws.statistics(model, samples, "delta", "mean", [], 2)
+    for name, parameter in model.named_parameters():
+        if ".task." in name:
+            parameter.data.mul_(3)
+    after = laws.statistics(model, samples, "delta", "mean", [], 2)
+    assert all(torch.equal(before[name].sums["weight"], after[name].sums["weight"]) for name in before)
+    full = laws.statistics(model, samples, "delta", "mean", ["task"], 2)
+    assert not any(torch.equal(before[name].sums["weight"], full[name].sums["weight"]) for name in before)
+
+
+def test_a_grad_mode_that_is_off_does_not_matter(samples):
+    with torch.no_grad():
+        laws.statistics(builders.adapted_llama(), samples, "factor", "mean", [], 2)
+
+
+def test_bfloat16_models_are_summed_in_float32(samples):
+    found = laws.statistics(builders.adapted_llama(torch.bfloat16), samples, "delta", "squares", [], 2)
+    assert {s.sums["weight"].dtype for s in found.values()} == {torch.float32}
+
+
+def test_a_loss_that_is_not_finite_is_refused(samples):
+    """The message names the sample; the model goes back as it came."""
+    model = builders.adapted_llama()
+    rows = [Sample(s.input_ids.clone(), s.labels.clone()) for s in samples]
+    rows[3].input_ids[2] = 127  # a token of no other row
+    model.get_input_embeddings().weight.data[127] = torch.nan
+    with laws.untouched(model), pytest.raises(NumericalError, match=r"the set, sample 4: the loss is nan"):
+        laws.statistics(model, rows, "factor", "mean", [], 1)
+
+
+def test_a_gradient_that_is_not_finite_is_refused(samples):
+    """A finite loss whose backward overflows, as in float16."""
+    model = builders.adapted_llama()
+    layer = model.get_base_model().model.layers[1]
+    handle = layer.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * torch.inf,))
+    try:
+        with pytest.raises(NumericalError, match=r"layers\.0.*the gradient on the set is not finite"):
+            laws.statistics(model, samples, "factor", "mean", [], 2)
+    finally:
+        handle.remove()
+
+
+def test_a_cut_backward_is_refused(samples):
+    """A layer whose output does not reach the loss gets no gradient: an error, never a weight of zero."""
+    model = builders.adapted_llama()
+    layer = model.get_base_model().model.layers[0].mlp
+    handle = layer.register_forward_hook(lambda module, args, output: output.detach())
+    try:
+        with pytest.raises(NumericalError, match=r"gradients of 0 samples arrived, expected 5"):
+            laws.statistics(model, samples, "factor", "mean", [], 2)
+    finally:
+        handle.remove()
+
+
+def test_a_layer_that_does_not_see_samples_is_refused(samples):
+    """Where the samples are flattened into one dimension, nothing tells them apart."""
+    model = builders.adapted_llama()
+    mlp = model.get_base_model().model.layers[0].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x.flatten(0, 1)).reshape(x.shape)
+    with pytest.raises(UnsupportedLayerError, match=r"mlp.*expected an input of \[N, T, in\]"):
+        laws.statistics(model, samples, "factor", "mean", [], 2)
+
+
+def test_the_progress_bar_can_be_silent(samples, capsys):
+    model = builders.adapted_llama()
+    for shown in (True, False):
+        sweep(
+            model,
+            resolve_targets(model, "forget"),
+            samples,
+            GRANULARITIES["factor"],
+            "mean",
+            adapters=[],
+            batch_size=2,
+            name="the forget set",
+            show_progress_bar=shown,
+        )
+        assert ("gradients on the forget set" in capsys.readouterr().err) is shown

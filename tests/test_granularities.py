@@ -1,0 +1,71 @@
+"""What the weights multiply, on a layer small enough for a pencil."""
+
+from types import SimpleNamespace
+
+import pytest
+import tables
+import torch
+
+from peft_perta.edit import Product
+from peft_perta.granularities import GRANULARITIES
+
+TARGET = SimpleNamespace(A=tables.A, B=tables.B, scaling=tables.SCALING)
+each = pytest.mark.parametrize(("granularity", "row"), [(GRANULARITIES[k], r) for k, r in tables.GRANULARITIES.items()])
+
+
+def dense(edit):
+    return edit.B @ edit.A if isinstance(edit, Product) else edit
+
+
+def same(found: dict, expected: dict):
+    assert set(found) == set(expected)
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key])
+
+
+@each
+def test_gradient(granularity, row):
+    same(granularity.gradient(TARGET, tables.X, tables.G), row.gradient)
+
+
+@each
+def test_arrangement(granularity, row):
+    same(granularity.arrange({key: value.abs() for key, value in row.gradient.items()}), row.arranged)
+
+
+@each
+def test_edit(granularity, row):
+    torch.testing.assert_close(dense(granularity.edit(TARGET, row.weights, 1.0)), row.edit, msg=row.source)
+
+
+@each
+def test_the_edit_is_linear_in_strength_and_signed(granularity, row):
+    torch.testing.assert_close(dense(granularity.edit(TARGET, row.weights, -0.5)), -0.5 * row.edit)
+    assert not dense(granularity.edit(TARGET, row.weights, 0.0)).any()
+
+
+@each
+def test_uniform_weights_give_the_negated_task_vector(granularity, row):
+    weights = granularity.uniform(TARGET)
+    assert {key: value.shape for key, value in weights.items()} == {k: v.shape for k, v in row.weights.items()}
+    torch.testing.assert_close(
+        dense(granularity.edit(TARGET, weights, 1.0)), torch.tensor([[-2.0, -4.0], [-6.0, -12.0]])
+    )
+
+
+@each
+def test_nothing_that_goes_in_is_written(granularity, row):
+    before = [t.clone() for t in (TARGET.A, TARGET.B, *row.weights.values())]
+    granularity.edit(TARGET, row.weights, 2.0)
+    assert all(map(torch.equal, before, (TARGET.A, TARGET.B, *row.weights.values())))
+
+
+@pytest.mark.parametrize("name", ["factor", "separable"])
+def test_products_never_form_the_matrix(name):
+    """The largest tensor of an [O, I] = [300, 400] layer has far fewer than O * I elements."""
+    target = SimpleNamespace(A=torch.randn(2, 400), B=torch.randn(300, 2), scaling=1.0)
+    granularity = GRANULARITIES[name]
+    gradient = granularity.gradient(target, torch.randn(5, 400), torch.randn(5, 300))
+    edit = granularity.edit(target, granularity.uniform(target), 1.0)
+    assert isinstance(edit, Product)
+    assert max(t.numel() for t in (*gradient.values(), edit.A, edit.B)) == 2 * 400

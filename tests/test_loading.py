@@ -1,0 +1,167 @@
+"""Adapter directories are checked before anything is loaded; a pickle is never opened."""
+
+import json
+import pickle
+
+import builders
+import laws
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from peft_perta import AdapterError, ConfigError, attach_adapters, load_base
+from peft_perta.adapter import check_adapter_files
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A sound adapter directory, to be damaged."""
+    builders.adapted_saved_llama().save_pretrained(tmp_path, selected_adapters=["forget"])
+    return tmp_path / "forget"
+
+
+def refused(directory, message):
+    """By the check alone, and by the loader before it touches the model."""
+    with pytest.raises(AdapterError, match=message):
+        check_adapter_files(directory)
+    model = builders.saved_llama()
+    with laws.untouched(model), pytest.raises(AdapterError, match=message):
+        attach_adapters(model, {"forget": directory})
+
+
+def test_a_sound_directory_is_loaded(directory):
+    model = attach_adapters(builders.saved_llama(), {"forget": directory, "task": directory})
+    assert sorted(model.peft_config) == ["forget", "task"]
+    assert model.active_adapter == "forget"
+    assert not any(p.requires_grad for p in model.parameters())
+    original = builders.adapted_saved_llama().state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, original[name.replace(".task.", ".forget.")])
+
+
+class Bomb:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_pickled_adapter_is_refused_and_never_opened(directory, tmp_path):
+    (directory / WEIGHTS).unlink()
+    (directory / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    refused(directory, "only a pickled adapter_model.bin, which is never loaded")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_pickle_under_the_safe_name_is_refused_and_never_opened(directory, tmp_path):
+    (directory / WEIGHTS).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    refused(directory, "is damaged")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_pickle_beside_the_weights_is_never_opened(directory, tmp_path):
+    (directory / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    attach_adapters(builders.saved_llama(), {"forget": directory})
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_truncated_file_is_refused(directory):
+    data = (directory / WEIGHTS).read_bytes()
+    (directory / WEIGHTS).write_bytes(data[: len(data) // 2])
+    refused(directory, f"{WEIGHTS} is damaged .*copy or save it anew")
+
+
+def test_missing_weights_are_refused(directory):
+    (directory / WEIGHTS).unlink()
+    refused(directory, f"has no {WEIGHTS}; save the adapter with save_pretrained")
+
+
+def test_a_directory_without_a_config_is_refused(tmp_path):
+    refused(tmp_path, "adapter_config.json")
+
+
+def test_a_path_that_is_absent_is_refused(tmp_path):
+    refused(tmp_path / "nowhere", "nowhere")
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "is not JSON"), ("[]", "adapter_config.json")])
+def test_a_damaged_config_is_refused(content, message, directory):
+    (directory / "adapter_config.json").write_text(content)
+    refused(directory, message)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_factors_that_are_not_finite_are_refused(value, directory):
+    tensors = load_file(directory / WEIGHTS)
+    key = next(key for key in tensors if "lora_B" in key)
+    tensors[key][0, 0] = value
+    save_file(tensors, directory / WEIGHTS)
+    refused(directory, f"{key} holds NaN or infinite values")
+
+
+def test_factors_of_another_shape_are_refused(directory):
+    tensors = load_file(directory / WEIGHTS)
+    save_file({key: torch.zeros(4, 48) if "lora_A" in key else t for key, t in tensors.items()}, directory / WEIGHTS)
+    with pytest.raises(AdapterError, match=r"does not fit the model: .*size mismatch.*load the base"):
+        attach_adapters(builders.saved_llama(), {"forget": directory})
+
+
+def test_an_adapter_of_another_architecture_is_refused(directory):
+    with pytest.raises(AdapterError, match=r"does not fit the model: .*not found in the base model"):
+        attach_adapters(builders.gpt2(), {"forget": directory})
+
+
+@pytest.mark.parametrize("change", ["missing", "surplus"])
+@pytest.mark.parametrize("position", ["first", "second"])
+def test_factors_that_are_missing_or_left_over_are_refused(change, position, directory, tmp_path):
+    """PEFT warns and goes on with an untrained layer, or without the one that it cannot place."""
+    sound = tmp_path / "sound"
+    builders.adapted_saved_llama().save_pretrained(sound, selected_adapters=["task"])
+    tensors = load_file(directory / WEIGHTS)
+    key = next(key for key in tensors if "layers.1.mlp.up_proj.lora_B" in key)
+    tensors[key.replace("layers.1", "layers.9")] = tensors.pop(key) if change == "missing" else tensors[key].clone()
+    save_file(tensors, directory / WEIGHTS)
+    adapters = {"forget": directory} if position == "first" else {"task": sound / "task", "forget": directory}
+    with pytest.raises(AdapterError, match=r"does not fit the model: .*layers\.[19]\.mlp\.up_proj\.lora_B"):
+        attach_adapters(builders.saved_llama(), adapters)
+
+
+def test_an_unknown_kind_of_adapter_is_refused(directory):
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "TELEPATHY"}))
+    with pytest.raises(AdapterError, match=r"does not fit the model: .*TELEPATHY"):
+        attach_adapters(builders.saved_llama(), {"forget": directory})
+
+
+def test_a_base_is_loaded_with_its_tokenizer():
+    model, tokenizer = load_base(str(builders.llama_directory()))
+    assert model.dtype == torch.float32
+    assert tokenizer.eos_token == "<eos>"
+
+
+def test_a_base_is_loaded_in_four_bit():
+    model, _ = load_base(str(builders.llama_directory()), four_bit=True)
+    assert model.is_loaded_in_4bit
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+
+
+@pytest.mark.parametrize("damage", ["absent", "empty", "config", "weights", "no tokenizer"])
+def test_a_base_that_cannot_be_read_is_refused_in_one_line(damage, tmp_path):
+    path = tmp_path / "base"
+    if damage != "absent":
+        path.mkdir()
+    if damage in ("config", "weights", "no tokenizer"):
+        builders.llama().save_pretrained(path)
+    if damage == "config":
+        (path / "config.json").write_text("{")
+    if damage == "weights":
+        builders.tokenizer().save_pretrained(path)
+        (path / "model.safetensors").write_bytes(b"\x10" * 50)
+    with pytest.raises(ConfigError, match=r"the model .*base' cannot be loaded: ") as caught:
+        load_base(str(path))
+    assert "\n" not in str(caught.value)

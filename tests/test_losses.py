@@ -1,0 +1,74 @@
+"""Per-sample losses: each is what the sample alone gives, whatever stands beside it."""
+
+import math
+
+import builders
+import oracles
+import pytest
+import torch
+
+from peft_perta.data import IGNORED, Batch, batches, load_samples
+from peft_perta.losses import completion_losses, sample_losses
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return load_samples(builders.forget_rows(), builders.tokenizer())
+
+
+def by_sample(model, samples, batch_size):
+    losses = torch.zeros(len(samples), dtype=torch.float64)
+    with torch.no_grad():
+        for batch in batches(samples, batch_size):
+            losses[batch.indices] = sample_losses(model, batch).double()
+    return losses
+
+
+@pytest.mark.parametrize("build", [builders.llama, builders.gpt2])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_each_loss_is_that_of_the_sample_alone(build, batch_size, samples):
+    model = build()
+    with torch.no_grad():
+        expected = torch.stack([oracles.sample_loss(model, s.input_ids, s.labels) for s in samples]).double()
+    assert len(set(expected.tolist())) == len(samples)
+    torch.testing.assert_close(by_sample(model, samples, batch_size), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_more_padding_changes_nothing(samples):
+    model = builders.llama()
+    (batch,) = batches(samples, len(samples))
+    wider = Batch(
+        torch.nn.functional.pad(batch.input_ids, (0, 9), value=7),
+        torch.nn.functional.pad(batch.attention_mask, (0, 9)),
+        torch.nn.functional.pad(batch.labels, (0, 9), value=IGNORED),
+        batch.indices,
+    )
+    torch.testing.assert_close(sample_losses(model, wider), sample_losses(model, batch), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_knows_nothing_loses_log_of_the_vocabulary():
+    labels = torch.tensor([[IGNORED, 3, 4], [IGNORED, IGNORED, 5]])
+    found = completion_losses(torch.zeros(2, 3, 50), labels)
+    torch.testing.assert_close(found, torch.full((2,), math.log(50)))
+
+
+def test_a_loss_is_a_mean_over_the_samples_own_tokens():
+    """Two classes, logits (0, log 3): class 1 has probability 3/4."""
+    logits = torch.tensor([0.0, math.log(3)]).expand(2, 4, 2)
+    labels = torch.tensor([[IGNORED, 1, 1, 0], [0, IGNORED, IGNORED, 1]])  # the first token is never predicted
+    expected = torch.tensor([(2 * math.log(4 / 3) + math.log(4)) / 3, math.log(4 / 3)])
+    torch.testing.assert_close(completion_losses(logits, labels), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)],
+)
+def test_losses_are_float32_or_wider(dtype, expected):
+    assert completion_losses(torch.zeros(1, 3, 4, dtype=dtype), torch.tensor([[0, 1, 2]])).dtype == expected
+
+
+def test_prompts_and_padding_do_not_reach_the_gradient(samples):
+    logits = torch.randn(1, 5, 8, requires_grad=True)
+    completion_losses(logits, torch.tensor([[IGNORED, IGNORED, 3, 4, IGNORED]])).sum().backward()
+    assert logits.grad[0].any(dim=1).tolist() == [False, True, True, False, False]

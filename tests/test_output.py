@@ -1,0 +1,193 @@
+"""Directories are replaced whole: killed at any point, or on a full disk, there is the old one or the new one."""
+
+import dataclasses
+import errno
+import os
+import resource
+import signal
+import sys
+
+import builders
+import pytest
+from peft import PeftModel
+
+from peft_perta import OutputError, load_provenance, save_perta_adapter
+from peft_perta.adapter import hash_file
+from peft_perta.output import check_output, replaced_directory
+
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "perta_provenance.json"]
+
+
+@pytest.fixture(scope="module")
+def old_and_new():
+    """Two emitted adapters, told apart by their strength."""
+    model = builders.with_adapters(builders.llama(), builders.lora_config(["q_proj"]))
+    return [builders.negate(model, weighting="uniform", strength=strength) for strength in (1.0, 2.0)]
+
+
+def strength_of(path):
+    """Of a directory that is complete and of one piece; anything else fails here."""
+    assert sorted(os.listdir(path)) == FILES
+    report, hashes = load_provenance(path)
+    assert {name: hash_file(path / name) for name in hashes} == hashes
+    return report.config["strength"]
+
+
+def killed_at(event_number, save) -> bool:
+    """Run ``save`` in a child that kills itself (SIGKILL) at its n-th call into the system; False if it got through."""
+    child = os.fork()
+    if child == 0:
+        seen = 0
+
+        def count(event, arguments):
+            nonlocal seen
+            if event.startswith(("open", "os.", "shutil.", "tempfile.", "ctypes.")):
+                seen += 1
+                if seen == event_number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            sys.addaudithook(count)
+            save()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert os.WEXITSTATUS(status) == 0, "the child failed by itself"
+    return False
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("first", [True, False], ids=["new directory", "old directory"])
+def test_a_kill_at_any_point_leaves_the_old_or_the_new(first, old_and_new, tmp_path):
+    old, new = old_and_new
+    path = tmp_path / "out"
+    found = []
+    for event_number in range(1, 1000):
+        if not first:
+            save_perta_adapter(path, *old)
+        alive = not killed_at(event_number, lambda: save_perta_adapter(path, *new))
+        found.append(strength_of(path) if path.exists() else None)
+        if first and path.exists():
+            for file in path.iterdir():
+                file.unlink()
+            path.rmdir()
+        if alive:
+            break
+    before = None if first else 1.0
+    assert alive, "more system calls than tried"
+    assert len(found) > 10, "the child was killed at many places"
+    assert set(found) == {before, 2.0}
+    assert found[-1] == 2.0
+    # Once the new one is there, a later kill does not take it away again.
+    assert found.index(2.0) == found.count(before)
+
+
+def test_a_directory_of_ours_is_replaced(old_and_new, tmp_path):
+    path = tmp_path / "deep" / "out"
+    for result in old_and_new:
+        assert save_perta_adapter(path, *result) == path
+        assert strength_of(path) == result[2].config["strength"]
+        assert os.listdir(path.parent) == ["out"], "nothing temporary is left"
+    assert path.stat().st_mode & 0o777 == 0o777 & ~_umask()
+    assert PeftModel.from_pretrained(builders.llama(), path)
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_without_an_atomic_exchange_it_is_replaced_too(old_and_new, tmp_path, monkeypatch):
+    monkeypatch.setattr("peft_perta.output._exchange", lambda source, target: False)
+    for result in old_and_new:
+        save_perta_adapter(tmp_path / "out", *result)
+    assert strength_of(tmp_path / "out") == 2.0
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_empty_directory_is_taken(old_and_new, tmp_path):
+    (tmp_path / "out").mkdir()
+    save_perta_adapter(tmp_path / "out", *old_and_new[0])
+    assert strength_of(tmp_path / "out") == 1.0
+
+
+def test_a_directory_that_is_not_ours_is_refused(old_and_new, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(OutputError, match="exists and was not written by peft_perta"):
+        save_perta_adapter(tmp_path, *old_and_new[0])
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_a_file_is_refused(old_and_new, tmp_path):
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(OutputError, match=r"is a file; expected a new directory"):
+        save_perta_adapter(tmp_path / "out", *old_and_new[0])
+    with pytest.raises(OutputError, match=r"out/inner.*(cannot|could not) be written"):
+        save_perta_adapter(tmp_path / "out" / "inner", *old_and_new[0])
+    assert (tmp_path / "out").read_text() == "x"
+
+
+@pytest.mark.parametrize("replaced", ["save_file", "model_card"])
+def test_a_full_disk_changes_nothing(replaced, old_and_new, tmp_path, monkeypatch):
+    path = save_perta_adapter(tmp_path / "out", *old_and_new[0])
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"peft_perta.adapter.{replaced}", full)
+    with pytest.raises(OutputError, match=r"could not be written: .*No space left on device.*nothing was changed"):
+        save_perta_adapter(path, *old_and_new[1])
+    assert strength_of(path) == 1.0
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.fixture
+def small_files():
+    """The system refuses to write more than 4 KiB into a file, as a disk that fills up does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_write_that_the_system_cuts_short_changes_nothing(old_and_new, tmp_path, small_files):
+    path = save_perta_adapter(tmp_path / "out", *old_and_new[0])
+    small_files()
+    with pytest.raises(OutputError, match="could not be written"):
+        save_perta_adapter(path, *old_and_new[1])
+    assert strength_of(path) == 1.0
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_block_that_raises_changes_nothing(tmp_path):
+    def half():
+        with replaced_directory(tmp_path / "out", "mark") as directory:
+            (directory / "mark").write_text("half")
+            raise ValueError("on purpose")
+
+    with pytest.raises(ValueError, match="on purpose"):
+        half()
+    assert not os.listdir(tmp_path)
+
+
+def test_checking_writes_nothing(tmp_path):
+    assert check_output(tmp_path / "a" / "b", "mark") == tmp_path / "a" / "b"
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_without_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="no permission"):
+        check_output(tmp_path / "out", "mark")
+
+
+def test_a_report_is_saved_as_it_is(old_and_new, tmp_path):
+    config, state_dict, report = old_and_new[0]
+    other = dataclasses.replace(report, seconds={"x": 1.0})
+    assert load_provenance(save_perta_adapter(tmp_path / "out", config, state_dict, other))[0] == other

@@ -22,7 +22,7 @@ from peft_perta import PerTAConfig, attach_adapters, load_base, train_forget_ada
 from peft_perta.adapter import add_adapter, build_adapter, emitted_dtype
 from peft_perta.config import servable_rank
 from peft_perta.data import encode_row, read_rows
-from peft_perta.demo.run import ASSETS, SPLITS, DemoSettings
+from peft_perta.demo.run import ASSETS, SPLITS, DemoSettings, spread
 from peft_perta.evaluation import losses_of
 from peft_perta.gradients import sweep
 from peft_perta.granularities import GRANULARITIES
@@ -55,7 +55,7 @@ EDITS = [
     *[_edit("factor", w) for w in ("grad", "fisher", "empirical-fisher")],
     *[_edit("factor", "grad", power) for power in (0.5, 4.0)],
     *[_edit("delta", w) for w in ("grad", "fisher", "empirical-fisher")],
-    *[_edit("delta", w, rank=DENSE) for w in ("grad", "fisher", "empirical-fisher")],
+    *[_edit("delta", w, rank=DENSE) for w in ("grad", "fisher")],
     *[_edit("separable", w) for w in ("grad", "fisher", "empirical-fisher")],
     *[_edit("factor", f"{w}-{control}") for w in ("grad", "fisher") for control in ("shuffled", "mean")],
     *[_edit("delta", f"grad-{control}", rank=DENSE) for control in ("shuffled", "mean")],
@@ -80,7 +80,7 @@ def run(seed: int, four_bit: bool, edits: list[Edit], settings: DemoSettings) ->
     attach_adapters(model, {"task": ASSETS / "task_adapter", "reference": ASSETS / "retain_adapter"})
     samples = {name: [encode_row(row, tokenizer) for row in found] for name, found in rows.items()}
     weighed = {"forget": samples["forget"], "retain": samples["retain"][::2][: settings.weight_samples]}
-    judged = {"forget": samples["forget"], "retain": samples["retain"][1::2][:100], "general": samples["general"][:100]}
+    judged = {name: spread(samples[name][1::2] if name == "retain" else samples[name], 100) for name in SPLITS}
 
     def losses(*adapters: str, splits=SPLITS) -> dict[str, float]:
         return {name: float(losses_of(model, judged[name], adapters=list(adapters)).mean()) for name in splits}
@@ -105,7 +105,8 @@ def run(seed: int, four_bit: bool, edits: list[Edit], settings: DemoSettings) ->
                 for name, found in weighed.items()
             }  # fmt: skip
         rank = edit.config.rank or settings.rank
-        factors, layers = edit_layers(targets, edit.config, weighting, known.get(key, {}), rank)
+        statistics = {name: dict(per_layer) for name, per_layer in known.get(key, {}).items()}
+        factors, layers = edit_layers(targets, edit.config, weighting, statistics, rank)
         lora_config, state_dict = build_adapter(model, factors, servable_rank(rank), emitted_dtype(edit.config))
         add_adapter(model, lora_config, state_dict, "edit")
 

@@ -32,6 +32,11 @@ def borrowed(model: nn.Module, adapters: Sequence[str] | None = None, *, checkpo
     compute_types = [
         (m, m.compute_dtype, m.compute_type_is_set) for m in model.modules() if hasattr(m, "compute_type_is_set")
     ]
+    checkpointers = [
+        (m, vars(m)["_gradient_checkpointing_func"])
+        for m in model.modules()
+        if "_gradient_checkpointing_func" in vars(m)
+    ]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         try:
@@ -42,6 +47,9 @@ def borrowed(model: nn.Module, adapters: Sequence[str] | None = None, *, checkpo
                     module.training = True
                 elif checkpointing and getattr(module, "gradient_checkpointing", False):
                     module.training = True  # this module alone: its children's dropout stays off
+            for module, checkpoint in checkpointers:
+                if module.training:
+                    vars(module)["_gradient_checkpointing_func"] = _in_eval_mode(module, checkpoint)
             if adapters is not None:
                 switch_modules(model, adapters)
             model.requires_grad_(False)
@@ -55,8 +63,26 @@ def borrowed(model: nn.Module, adapters: Sequence[str] | None = None, *, checkpo
                 parameter.requires_grad_(required)
             for module, was_training in training:
                 module.training = was_training
+            for module, checkpoint in checkpointers:
+                vars(module)["_gradient_checkpointing_func"] = checkpoint
             for module, dtype, is_set in compute_types:
                 module.compute_dtype, module.compute_type_is_set = dtype, is_set
+
+
+def _in_eval_mode(module: nn.Module, checkpoint: Callable) -> Callable:
+    """Checkpoint as before, but in eval mode inside: some layers (OPT's) ask their own flag whether to drop out."""
+
+    def checkpoint_in_eval_mode(function: Callable, *args: object, **kwargs: object) -> object:
+        def in_eval_mode(*inputs: object, **named: object) -> object:
+            module.training = False
+            try:
+                return function(*inputs, **named)
+            finally:
+                module.training = True
+
+        return checkpoint(in_eval_mode, *args, **kwargs)
+
+    return checkpoint_in_eval_mode
 
 
 def remembered(model: nn.Module) -> Callable[[], None]:

@@ -19,6 +19,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -96,6 +98,27 @@ def gpt2(dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
     with torch.random.fork_rng():
         torch.manual_seed(2)
         return GPT2LMHeadModel(config).to(dtype).eval()
+
+
+def adapted_opt() -> PeftModel:
+    """An OPT of two layers, whose layers drop out by a function that asks their own training flag."""
+    config = OPTConfig(
+        hidden_size=32,
+        ffn_dim=64,
+        word_embed_proj_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        dropout=0.3,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        model = OPTForCausalLM(config)
+    return with_adapters(model, lora_config(["q_proj", "v_proj"]), task=lora_config(["k_proj"]))
 
 
 @functools.cache

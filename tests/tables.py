@@ -36,7 +36,7 @@ class WeightingRow:
 _SHUFFLED = "torch.randperm of 3 with a generator seeded by 0 is (2, 0, 1), printed once; the rest as unshuffled"
 WEIGHTINGS: dict[str, WeightingRow | None] = {
     "uniform": None,  # 1 everywhere: no statistics go in
-    "grad": WeightingRow([3, 1, 0], [1, 1, 5], [3 / 4, 1 / 2, 0], "method.md 1 by hand: 3/(3+1), 1/2, 0/5"),
+    "grad": WeightingRow([3, 1, 0], [1, 1, 5], [3 / 4, 1 / 2, 0], "by hand, f/(f+r): 3/(3+1), 1/2, 0/5"),
     "fisher": WeightingRow([3, 1, 0], [1, 1, 5], [9 / 10, 1 / 2, 0], "by hand: 9/(9+1), 1/2, 0/25"),
     "empirical-fisher": WeightingRow([2, 1, 0], [1, 3, 0], [4 / 5, 1 / 10, 0], "by hand: 4/5, 1/10, 0/0 is 0"),
     "grad-shuffled": WeightingRow([3, 1, 0], [1, 1, 5], [0, 3 / 4, 1 / 2], _SHUFFLED),
@@ -80,9 +80,9 @@ GRANULARITIES: dict[str, GranularityRow] = {
         # dL/dA = s B^T G = 2 (1-3, 0-3); dL/dB = s G A^T = 2 (1, -1-2)
         _PULLED,
         {"A": torch.tensor([[4.0, 6.0]]), "B": torch.tensor([[2.0], [6.0]])},
-        {"A": torch.tensor([[0.5, 1.0]]), "B": torch.tensor([[1.0], [0.25]])},
+        {"A": torch.tensor([[0.25, 1.0]]), "B": torch.tensor([[1.0], [0.0625]])},
         torch.tensor([[-1.0, -4.0], [-0.75, -3.0]]),
-        "by hand: W_B W_A = [[.5, 1], [.125, .25]] times the task vector, negated",
+        "by hand: sqrt(W_B) sqrt(W_A) = [[.5, 1], [.125, .25]] times the task vector, negated",
     ),
     "separable": GranularityRow(
         _PULLED,

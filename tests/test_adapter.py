@@ -61,7 +61,7 @@ def expected_edit(model, granularity, power=1.0, statistic="mean"):
         if granularity == "delta":
             edits[name] = -W["weight"] * oracles.adapter_delta(layer, "forget")
         elif granularity == "factor":
-            edits[name] = -layer.scaling["forget"] * (W["B"] * B) @ (W["A"] * A)
+            edits[name] = -layer.scaling["forget"] * (W["B"].sqrt() * B) @ (W["A"].sqrt() * A)
         else:
             both = torch.outer(W["rows"].sqrt(), W["columns"].sqrt())
             edits[name] = -both * oracles.adapter_delta(layer, "forget")

@@ -40,6 +40,9 @@ def awkward(model):
             parameter.requires_grad_(index % 3 == 0)
             if "lora" in name and index % 2:
                 parameter.grad = torch.ones_like(parameter)
+    for module in model.modules():
+        if hasattr(module, "compute_type_is_set"):  # bitsandbytes chooses at the first forward
+            module.compute_dtype, module.compute_type_is_set = None, False
     model.register_forward_hook(lambda module, args, output: None)
     torch.rand(3)  # the generator is not at its start either
     return model

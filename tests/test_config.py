@@ -21,7 +21,7 @@ def test_every_field_has_help(field):
 
 
 def test_the_defaults_are_what_measured_best():
-    """method.md 2: per factor, ratio of the mean gradients, at the forget adapter's own rank."""
+    """What docs/results.md measured best: per factor, at the forget adapter's own rank."""
     config = PerTAConfig()
     assert (config.granularity, config.weighting, config.rank, config.strength) == ("factor", "grad", None, 1.0)
 

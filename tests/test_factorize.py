@@ -20,13 +20,13 @@ def product(rank: int = 5) -> Product:
 
 @given(rank=st.integers(1, 12), seed=st.integers(0, 50))
 def test_a_dense_edit_becomes_its_best_approximation(rank, seed):
-    edit = dense(seed=seed)
+    edit = dense(seed=seed).double()  # in float32 two singular values can lie too close to tell which one is kept
     fitted = factorize(edit, rank)
     assert fitted.rank == min(rank, 9)
     best = oracles.best_approximation(edit, rank)
-    torch.testing.assert_close((fitted.B @ fitted.A).double(), best, rtol=1e-4, atol=1e-5)
-    assert fitted.energy == pytest.approx(float(edit.double().square().sum()), rel=1e-5)
-    assert fitted.energy_kept == pytest.approx(float(best.square().sum() / edit.double().square().sum()), rel=1e-5)
+    torch.testing.assert_close(fitted.B @ fitted.A, best, rtol=1e-8, atol=1e-10)
+    assert fitted.energy == pytest.approx(float(edit.square().sum()))
+    assert fitted.energy_kept == pytest.approx(float(best.square().sum() / edit.square().sum()))
 
 
 @pytest.mark.parametrize("rank", [5, 6, 64])

@@ -54,6 +54,16 @@ def test_checkpointing_changes_nothing(kind, statistic, reentrant, input_gradien
         laws.hooks_equal_the_loop(model, samples, "factor", statistic, ["task"], 1e-6)
 
 
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_checkpointing_turns_no_dropout_on(reentrant, samples):
+    """transformers checkpoints only what is in training mode; OPT's layers drop out by that same flag."""
+    model = builders.adapted_opt()
+    model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.train()
+    with laws.untouched(model):
+        laws.hooks_equal_the_loop(model, samples, "delta", "mean", ["task"], 1e-6)
+
+
 def test_checkpointing_really_recomputes(samples):
     """Otherwise the test above would prove nothing."""
     model = builders.adapted_llama()

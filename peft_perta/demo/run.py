@@ -51,8 +51,8 @@ class DemoSettings:
     learning_rate: float = 2e-3
     batch_size: int = 10
     weight_samples: int = 100
-    evaluated_rows: int = 48
-    generated_rows: int = 24
+    evaluated_rows: int = 32
+    generated_rows: int = 16
     curve_rows: int = 60
     curve: tuple[float, ...] = (0.0, 0.3, 0.6, 0.8, 1.0, 1.2, 1.5)
     seed: int = 0
@@ -97,7 +97,7 @@ def run_demo(
     rows = {name: read_rows(assets / f"{name}.jsonl") for name in SPLITS}
     weight_rows = {"forget": rows["forget"], "retain": rows["retain"][::2][: settings.weight_samples]}
     judged_rows = {"forget": rows["forget"], "retain": rows["retain"][1::2], "general": rows["general"]}
-    judged_rows = {name: _spread(found, settings.evaluated_rows) for name, found in judged_rows.items()}
+    judged_rows = {name: spread(found, settings.evaluated_rows) for name, found in judged_rows.items()}
 
     base, tokenizer = load_base(str(assets / "base"), four_bit=four_bit)
     print(f"1. train the forget adapter on {len(rows['forget'])} rows ({settings.epochs} epochs, rank {settings.rank})")
@@ -127,7 +127,7 @@ def run_demo(
 
     print("3. find the strength at which each edit forgets as much as the retain-only reference never knew")
     samples = {
-        name: [encode_row(row, tokenizer) for row in _spread(found, settings.curve_rows)]
+        name: [encode_row(row, tokenizer) for row in spread(found, settings.curve_rows)]
         for name, found in judged_rows.items()
     }
     result.points = {
@@ -235,7 +235,7 @@ def _at_match(result: DemoResult, edit: str) -> dict[str, float]:
     return min(result.curves[edit], key=lambda point: abs(point["strength"] - strength))
 
 
-def _spread(rows: list, count: int) -> list:
+def spread(rows: list, count: int) -> list:
     """``count`` rows at even distances, so that every author is in."""
     if len(rows) <= count:
         return rows

@@ -4,9 +4,10 @@ With G the gradient of the layer's weight, the adapter s * B @ A has
 
     dL/dA = s B^T G = s (g B)^T x   [R, I]          dL/dB = s G A^T = s g^T (x A^T)   [O, R]
 
-so only g B and x A^T are formed, never G. The weights multiply both factors, and therefore each other: the edit's term
-k is weighted by W_B[:, k] W_A[k, :]. The basis is the one in which the factors were trained; rotating it changes the
-edit.
+so only g B and x A^T are formed, never G. Both factors are weighted, so their weights meet as a product: each factor
+takes the square root of its own, and the edit's term k is weighted by the geometric mean sqrt(W_B[:, k] W_A[k, :]). It
+stays in [0, 1], and ratios of 1/2 everywhere give 1/2, as with the other granularities. The basis is the one in which
+the factors were trained; rotating it changes the edit.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Factor:
         return magnitudes
 
     def edit(self, target: Target, weights: dict[str, Tensor], strength: float) -> Edit:
-        return weighted_factors(target.A, target.B, target.scaling, weights["A"], weights["B"], strength)
+        weights_A, weights_B = weights["A"].sqrt(), weights["B"].sqrt()
+        return weighted_factors(target.A, target.B, target.scaling, weights_A, weights_B, strength)
 
     def uniform(self, target: Target) -> dict[str, Tensor]:
         return {"A": torch.ones_like(target.A), "B": torch.ones_like(target.B)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -141,16 +141,17 @@ def edit_layers(
     targets: list[Target],
     config: PerTAConfig,
     weighting: Weighting,
-    statistics: Mapping[str, Mapping[str, Statistic]],
+    statistics: Mapping[str, MutableMapping[str, Statistic]],
     rank: int | float,
 ) -> tuple[dict[str, Factors], list[LayerReport]]:
     """Statistics -> weights -> edit -> factors, one layer at a time: layer name -> factors, and what was done.
 
-    ``statistics`` maps 'forget' and 'retain' to a statistic per layer name; it is empty where the weighting needs none.
+    ``statistics`` maps 'forget' and 'retain' to a statistic per layer name; it is empty where the weighting needs
+    none. It is used up: a layer's statistics are freed as soon as it has its factors.
     """
     factors, layers = {}, []
     for target in targets:
-        pair = {name: per_layer[target.name] for name, per_layer in statistics.items()}
+        pair = {name: per_layer.pop(target.name) for name, per_layer in statistics.items()}
         factors[target.name], layer = _edit_layer(target, config, weighting, pair, rank)
         layers.append(layer)
     return factors, layers

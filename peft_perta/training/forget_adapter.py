@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from ..adapter import FORGET_RECORD_NAME, save_forget_adapter
 from ..borrow import remembered
 from ..data import fingerprint, load_samples
-from ..errors import ConfigError
+from ..errors import AdapterError, ConfigError
 from ..output import check_output
 from ..stack import switch_modules
 from ..targets import base_name, check_lora_config, check_new_name, resolve_layers
@@ -130,9 +130,12 @@ def _training_config(
 
 
 def _with_new_adapter(model: nn.Module, lora_config: LoraConfig, adapter_name: str) -> PeftModel:
-    if not isinstance(model, PeftModel):
-        return get_peft_model(model, lora_config, adapter_name=adapter_name)  # type: ignore[arg-type,return-value]
-    model.add_adapter(adapter_name, lora_config)
+    try:
+        if not isinstance(model, PeftModel):
+            return get_peft_model(model, lora_config, adapter_name=adapter_name)  # type: ignore[arg-type,return-value]
+        model.add_adapter(adapter_name, lora_config)
+    except ValueError as error:  # PEFT's own, for target modules that are not there
+        raise AdapterError(f"no adapter can be made with this LoraConfig: {' '.join(str(error).split())}") from error
     model.set_adapter(adapter_name)
     return model
 

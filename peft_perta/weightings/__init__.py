@@ -56,6 +56,11 @@ def weigh(weighting: Weighting, forget: dict[str, Tensor], retain: dict[str, Ten
     for key in forget:
         assert weighting.function is not None
         weights[key] = weighting.function(forget[key], retain[key], weighting.power)
+        if not isinstance(weights[key], Tensor):
+            raise NumericalError(
+                f"{where}: the weighting {weighting.name!r} must return a tensor of weights, found a "
+                f"{type(weights[key]).__name__}"
+            )
         if weights[key].shape != forget[key].shape or not bool(((weights[key] >= 0) & (weights[key] <= 1)).all()):
             raise NumericalError(
                 f"{where}: the weighting {weighting.name!r} must return weights in [0, 1] of shape "

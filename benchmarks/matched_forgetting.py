@@ -18,11 +18,11 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from peft_perta import PerTAConfig, attach_adapters, load_base, train_forget_adapter
+from peft_perta import PerTAConfig
 from peft_perta.adapter import add_adapter, build_adapter, emitted_dtype
 from peft_perta.config import servable_rank
-from peft_perta.data import encode_row, read_rows
-from peft_perta.demo.run import ASSETS, SPLITS, DemoSettings, spread
+from peft_perta.data import encode_row
+from peft_perta.demo.run import SPLITS, DemoSettings, prepare, spread
 from peft_perta.evaluation import losses_of
 from peft_perta.gradients import sweep
 from peft_perta.granularities import GRANULARITIES
@@ -31,7 +31,6 @@ from peft_perta.methods.perta import edit_layers
 from peft_perta.stack import adapter_strength
 from peft_perta.strength import match_forgetting
 from peft_perta.targets import resolve_targets
-from peft_perta.training.forget_adapter import default_lora_config
 from peft_perta.weightings import resolve_weighting
 
 DENSE = 256  # no layer of the shipped model has a larger rank, so an edit refitted at 256 is the dense edit
@@ -63,21 +62,8 @@ EDITS = [
 
 
 def run(seed: int, four_bit: bool, edits: list[Edit], settings: DemoSettings) -> list[dict]:
-    rows = {name: read_rows(ASSETS / f"{name}.jsonl") for name in SPLITS}
-    base, tokenizer = load_base(str(ASSETS / "base"), four_bit=four_bit)
     start = time.perf_counter()
-    model = train_forget_adapter(
-        base,
-        rows["forget"],
-        tokenizer,
-        lora_config=default_lora_config(settings.rank),
-        num_train_epochs=settings.epochs,
-        learning_rate=settings.learning_rate,
-        per_device_train_batch_size=settings.batch_size,
-        logging_strategy="no",
-        seed=seed,
-    )
-    attach_adapters(model, {"task": ASSETS / "task_adapter", "reference": ASSETS / "retain_adapter"})
+    model, tokenizer, rows = prepare(replace(settings, seed=seed), four_bit=four_bit)
     samples = {name: [encode_row(row, tokenizer) for row in found] for name, found in rows.items()}
     weighed = {"forget": samples["forget"], "retain": samples["retain"][::2][: settings.weight_samples]}
     judged = {name: spread(samples[name][1::2] if name == "retain" else samples[name], 100) for name in SPLITS}

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from peft_perta import PerTAConfig, get_perta_state_dict
+from peft_perta import PerTAConfig, get_perta_state_dict, load_base
 
 VOCABULARY = 128
 LLAMA_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -131,8 +131,8 @@ def llama_directory() -> Path:
 
 
 def saved_llama() -> PreTrainedModel:
-    """The tiny Llama, loaded from disk: it knows its own name."""
-    return AutoModelForCausalLM.from_pretrained(llama_directory(), dtype=torch.float32)
+    """The tiny Llama, loaded from disk as the command line does: it knows its own name."""
+    return load_base(str(llama_directory()), dtype=torch.float32)[0]
 
 
 def nf4_llama() -> PreTrainedModel:

@@ -17,9 +17,8 @@ TINY = DemoSettings(
     epochs=5,
     learning_rate=3e-3,
     weight_samples=24,
-    evaluated_rows=6,
+    evaluated_rows=10,
     generated_rows=2,
-    curve_rows=12,
     curve=(0.0, 0.5, 1.0),
 )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-COLOURS = ("#777777", "#1f6fb4", "#d1495b", "#2a9d57", "#8456a8")
+STYLES = (("#777777", "-"), ("#1f6fb4", "-"), ("#d1495b", "--"), ("#2a9d57", "-"), ("#8456a8", "--"))
 
 
 def draw_trade_off(
@@ -29,11 +29,12 @@ def draw_trade_off(
     target = points["reference"]["forget"]
     for axes, split in zip(panels, ("retain", "general"), strict=True):
         axes.axvline(target, color="#bbbbbb", linestyle="--", linewidth=1, zorder=0)
-        for colour, (edit, curve) in zip(COLOURS, curves.items(), strict=False):
+        for (colour, line), (edit, curve) in zip(STYLES, curves.items(), strict=False):
             axes.plot(
                 [p["forget"] for p in curve],
                 [p[split] for p in curve],
                 color=colour,
+                linestyle=line,
                 marker="o",
                 markersize=4,
                 linewidth=1.8,

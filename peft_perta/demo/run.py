@@ -51,9 +51,8 @@ class DemoSettings:
     learning_rate: float = 2e-3
     batch_size: int = 10
     weight_samples: int = 100
-    evaluated_rows: int = 32
+    evaluated_rows: int = 40
     generated_rows: int = 16
-    curve_rows: int = 60
     curve: tuple[float, ...] = (0.0, 0.3, 0.6, 0.8, 1.0, 1.2, 1.5)
     seed: int = 0
 
@@ -81,9 +80,27 @@ class DemoResult:
         }
 
 
-def run_demo(
-    output_dir: str | Path, *, four_bit: bool = False, settings: DemoSettings | None = None, assets: Path = ASSETS
-) -> DemoResult:
+def prepare(settings: DemoSettings, *, four_bit: bool) -> tuple[PeftModel, Any, dict[str, list[dict]]]:
+    """The shipped model with a forget adapter trained live ('forget') beside the shipped ones ('task', 'reference');
+    its tokenizer; and the rows of each split."""
+    rows = {name: read_rows(ASSETS / f"{name}.jsonl") for name in SPLITS}
+    base, tokenizer = load_base(str(ASSETS / "base"), four_bit=four_bit)
+    model = train_forget_adapter(
+        base,
+        rows["forget"],
+        tokenizer,
+        lora_config=default_lora_config(settings.rank),
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        per_device_train_batch_size=settings.batch_size,
+        logging_strategy="no",
+        seed=settings.seed,
+    )
+    attach_adapters(model, {"task": ASSETS / "task_adapter", "reference": ASSETS / "retain_adapter"})
+    return model, tokenizer, rows
+
+
+def run_demo(output_dir: str | Path, *, four_bit: bool = False, settings: DemoSettings | None = None) -> DemoResult:
     """Run the demo and leave ``adapter/``, ``report.json`` and ``trade_off.png`` in ``output_dir``.
 
     Raises:
@@ -94,26 +111,12 @@ def run_demo(
     check_output(output_dir, REPORT_NAME)
     result = DemoResult()
     clock = _Clock(result.seconds)
-    rows = {name: read_rows(assets / f"{name}.jsonl") for name in SPLITS}
+    print(f"1. train the forget adapter ({settings.epochs} epochs, rank {settings.rank})")
+    with clock("train the forget adapter"):
+        model, tokenizer, rows = prepare(settings, four_bit=four_bit)
     weight_rows = {"forget": rows["forget"], "retain": rows["retain"][::2][: settings.weight_samples]}
     judged_rows = {"forget": rows["forget"], "retain": rows["retain"][1::2], "general": rows["general"]}
     judged_rows = {name: spread(found, settings.evaluated_rows) for name, found in judged_rows.items()}
-
-    base, tokenizer = load_base(str(assets / "base"), four_bit=four_bit)
-    print(f"1. train the forget adapter on {len(rows['forget'])} rows ({settings.epochs} epochs, rank {settings.rank})")
-    with clock("train the forget adapter"):
-        model = train_forget_adapter(
-            base,
-            rows["forget"],
-            tokenizer,
-            lora_config=default_lora_config(settings.rank),
-            num_train_epochs=settings.epochs,
-            learning_rate=settings.learning_rate,
-            per_device_train_batch_size=settings.batch_size,
-            logging_strategy="no",
-            seed=settings.seed,
-        )
-        attach_adapters(model, {"task": assets / "task_adapter", "reference": assets / "retain_adapter"})
 
     print("2. gradients, weights and factors; emit a negative adapter for each of three weightings")
     emitted = {}
@@ -126,10 +129,7 @@ def run_demo(
             add_adapter(model, lora_config, state_dict, edit)
 
     print("3. find the strength at which each edit forgets as much as the retain-only reference never knew")
-    samples = {
-        name: [encode_row(row, tokenizer) for row in spread(found, settings.curve_rows)]
-        for name, found in judged_rows.items()
-    }
+    samples = {name: [encode_row(row, tokenizer) for row in found] for name, found in judged_rows.items()}
     result.points = {
         name: {split: _mean(losses_of(model, samples[split], adapters=[name])) for split in SPLITS}
         for name in ("task", "reference")

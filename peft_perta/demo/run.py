@@ -51,8 +51,8 @@ class DemoSettings:
     learning_rate: float = 2e-3
     batch_size: int = 10
     weight_samples: int = 100
-    evaluated_rows: int = 40
-    generated_rows: int = 16
+    evaluated_rows: int = 32
+    generated_rows: int = 12
     curve: tuple[float, ...] = (0.0, 0.3, 0.6, 0.8, 1.0, 1.2, 1.5)
     seed: int = 0
 

@@ -5,8 +5,8 @@ The public names, by stage.
 
 import logging
 
-# On CPUs with AVX512-BF16, bitsandbytes warns at import that an optional inference kernel is not installed; nothing here
-# would use it.
+# On CPUs with AVX512-BF16, bitsandbytes warns at import that an optional inference kernel is not installed; nothing
+# here would use it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from .adapter import load_provenance, save_perta_adapter

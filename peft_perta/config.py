@@ -101,7 +101,7 @@ class PerTAConfig:
             self.reference_model,
         )
         _check(self.max_samples is None or _is_count(self.max_samples), "max_samples", "an int > 0", self.max_samples)
-        _check(_is_int(self.seed), "seed", "an int", self.seed)
+        _check(_is_int(self.seed) and 0 <= self.seed < 2**63, "seed", "an int >= 0, below 2**63", self.seed)
         _check(_is_count(self.batch_size), "batch_size", "an int > 0", self.batch_size)
         _check(_is_int(self.max_length) and self.max_length >= 2, "max_length", "an int > 1", self.max_length)
         _check(self.dtype in DTYPES, "dtype", f"one of {DTYPES}", self.dtype)

@@ -64,7 +64,7 @@ def read_rows(path: str | Path) -> list[dict]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: not JSON ({error}); expected one JSON object per line") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: expected a JSON object, found a {type(row).__name__}")

@@ -73,7 +73,7 @@ def attach_adapters(model: PreTrainedModel | PeftModel, adapters: Mapping[str, s
             result = attached.load_adapter(str(directory), adapter_name=name)
             if result.missing_keys or result.unexpected_keys:
                 raise ValueError(f"missing {result.missing_keys[:3]}, unexpected {result.unexpected_keys[:3]}")
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise AdapterError(
                 f"the adapter in {directory} does not fit the model: {reason}; load the base that it was trained on"

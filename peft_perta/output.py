@@ -31,6 +31,8 @@ def check_output(path: str | Path, marker: str) -> Path:
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise OutputError(f"{path} cannot be written: {parent} is a file; choose another output")
     if not os.access(parent, os.W_OK):
         raise OutputError(f"{path} cannot be written: no permission in {parent}; choose another output")
     return path

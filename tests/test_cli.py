@@ -23,7 +23,9 @@ from safetensors.torch import load_file
 
 from peft_perta import PerTAConfig, cli
 from peft_perta.cli import main
+from peft_perta.data import encode_row
 from peft_perta.evaluation import row_losses
+from peft_perta.training.forget_adapter import default_lora_config, train_forget_adapter
 
 RANKS = "rank: expected nothing, an int from 1 to 256, or a float in \\(0, 1\\), found "
 
@@ -181,6 +183,32 @@ def test_every_option_reaches_the_library(place):
     assert provenance["config"] == OPTIONS
     assert provenance["task_adapter"] == "task"
     found = load_file(place / "out" / "adapter_model.safetensors")
+    assert set(found) == set(expected)
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+
+
+TRAINING = {"epochs": 3.0, "learning_rate": 0.01, "batch_size": 2, "seed": 7, "max_length": 42, "rank": 3}
+
+
+def test_every_training_option_reaches_the_library(place):
+    """The same factors, bit for bit; each option is not its default, and the cut at 42 tokens is felt."""
+    assert main(place.forget(**TRAINING)) == 0
+    train_forget_adapter(
+        builders.saved_llama(),
+        builders.forget_rows(),
+        builders.tokenizer(),
+        place / "expected",
+        lora_config=default_lora_config(3),
+        max_length=42,
+        num_train_epochs=3.0,
+        learning_rate=0.01,
+        per_device_train_batch_size=2,
+        seed=7,
+        show_progress_bar=False,
+    )
+    assert any(len(encode_row(row, builders.tokenizer()).input_ids) > 42 for row in builders.forget_rows())
+    found, expected = (load_file(place / name / "adapter_model.safetensors") for name in ("out", "expected"))
     assert set(found) == set(expected)
     for key, tensor in expected.items():
         assert torch.equal(found[key], tensor), key

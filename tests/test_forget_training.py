@@ -13,6 +13,7 @@ from peft_perta import (
     AdapterError,
     ConfigError,
     DataError,
+    NumericalError,
     OutputError,
     PerTAConfig,
     UnsupportedLayerError,
@@ -247,3 +248,13 @@ def test_the_users_lora_config_and_random_numbers_stay():
     assert config.to_dict() == before
     assert random.getstate() == state[0]
     assert torch.equal(torch.get_rng_state(), state[1])
+
+
+@pytest.mark.parametrize(
+    ("rate", "error", "message"), [(0.0, AdapterError, "is untrained"), (1e40, NumericalError, "holds NaN or infinite")]
+)
+def test_training_that_learned_nothing_or_diverged_is_refused_and_leaves_nothing(tmp_path, rate, error, message):
+    model = builders.saved_llama()
+    with laws.untouched(model), pytest.raises(error, match=message):
+        train(model, tmp_path / "out", num_train_epochs=1, learning_rate=rate, max_grad_norm=0.0, warmup_steps=0)
+    assert not (tmp_path / "out").exists()

@@ -191,3 +191,9 @@ def test_a_report_is_saved_as_it_is(old_and_new, tmp_path):
     config, state_dict, report = old_and_new[0]
     other = dataclasses.replace(report, seconds={"x": 1.0})
     assert load_provenance(save_perta_adapter(tmp_path / "out", config, state_dict, other))[0] == other
+
+
+def test_a_path_under_a_file_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    with pytest.raises(OutputError, match=r"rows\.jsonl is a file; choose another output"):
+        check_output(tmp_path / "rows.jsonl" / "out", "marker")

@@ -162,3 +162,16 @@ def test_a_users_own_that_leaves_0_1_is_refused(name):
 def test_a_weighting_that_is_none_is_refused(name, message):
     with pytest.raises(ConfigError, match=message):
         resolve_weighting(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        (".x:y", ConfigError, "cannot be imported"),
+        ("json:dumps", ConfigError, "cannot be called with two tensors"),
+        ("builtins:print", NumericalError, "must return a tensor of weights, found a NoneType"),
+    ],
+)
+def test_a_function_that_is_no_weighting_is_refused(name, error, message):
+    with pytest.raises(error, match=message):
+        weigh(resolve_weighting(name), {"weight": torch.ones(2)}, {"weight": torch.ones(2)}, "layers.0")

@@ -93,6 +93,7 @@ def prepare(settings: DemoSettings, *, four_bit: bool) -> tuple[PeftModel, Any, 
         num_train_epochs=settings.epochs,
         learning_rate=settings.learning_rate,
         per_device_train_batch_size=settings.batch_size,
+        warmup_steps=0.05,
         logging_strategy="no",
         seed=settings.seed,
     )

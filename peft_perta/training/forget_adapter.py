@@ -20,7 +20,7 @@ from ..data import fingerprint, load_samples
 from ..errors import AdapterError, ConfigError
 from ..output import check_output
 from ..stack import switch_modules
-from ..targets import base_name, check_lora_config, check_new_name, resolve_layers
+from ..targets import base_name, check_lora_config, check_new_name, resolve_layers, resolve_targets
 
 
 def default_settings() -> dict[str, Any]:
@@ -31,7 +31,6 @@ def default_settings() -> dict[str, Any]:
         "per_device_train_batch_size": 8,
         "learning_rate": 1e-3,
         "lr_scheduler_type": "linear",
-        "warmup_steps": 0.05,
         "logging_strategy": "epoch",
         "save_strategy": "no",
         "report_to": "none",
@@ -76,6 +75,7 @@ def train_forget_adapter(
     Raises:
         AdapterError: the settings would give an adapter that could not be negated, found before training.
         DataError: the forget set is empty or malformed.
+        NumericalError: training gave NaN or infinite factors.
     """
     lora_config = copy.copy(lora_config) if lora_config else default_lora_config()
     check_lora_config(lora_config, adapter_name)
@@ -96,6 +96,7 @@ def train_forget_adapter(
             peft_model = _with_new_adapter(model, lora_config, adapter_name)
             resolve_layers(peft_model, adapter_name)
             _train(peft_model, config, dataset, tokenizer)
+            resolve_targets(peft_model, adapter_name)  # refuses what came out untrained or not finite
         except BaseException:
             _remove_adapter(model, adapter_name)
             put_back()

@@ -55,7 +55,12 @@ def weigh(weighting: Weighting, forget: dict[str, Tensor], retain: dict[str, Ten
     weights = {}
     for key in forget:
         assert weighting.function is not None
-        weights[key] = weighting.function(forget[key], retain[key], weighting.power)
+        try:
+            weights[key] = weighting.function(forget[key], retain[key], weighting.power)
+        except TypeError as error:
+            raise ConfigError(
+                f"the weighting {weighting.name!r} cannot be called with two tensors of magnitudes: {error}"
+            ) from error
         if not isinstance(weights[key], Tensor):
             raise NumericalError(
                 f"{where}: the weighting {weighting.name!r} must return a tensor of weights, found a "
@@ -74,7 +79,7 @@ def _imported(name: str) -> Weighting:
     module_name, _, attribute = name.partition(":")
     try:
         found: Any = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
         raise ConfigError(
             f"weighting {name!r} cannot be imported: {error}; expected 'package.module:attribute'"
         ) from error

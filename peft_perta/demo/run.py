@@ -52,8 +52,8 @@ class DemoSettings:
     batch_size: int = 10
     weight_samples: int = 100
     evaluated_rows: int = 32
-    generated_rows: int = 12
-    curve: tuple[float, ...] = (0.0, 0.3, 0.6, 0.8, 1.0, 1.2, 1.5)
+    generated_rows: int = 10
+    curve: tuple[float, ...] = (0.0, 0.4, 0.7, 1.0, 1.3)
     seed: int = 0
 
 

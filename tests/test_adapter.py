@@ -1,6 +1,7 @@
 """What is emitted: the delta that PEFT computes from it is the edit, and its form is what every server takes."""
 
 import json
+import math
 
 import builders
 import laws
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from peft_perta import AdapterError, ConfigError, NumericalError, PerTAConfig, add_perta_adapter, load_provenance
 from peft_perta import save_perta_adapter as save
-from peft_perta.adapter import add_adapter, build_adapter
+from peft_perta.adapter import add_adapter, build_adapter, scaled_adapter
 from peft_perta.data import load_samples
 from peft_perta.factorize import Factors
 
@@ -356,3 +357,24 @@ def test_saving_and_loading_twice_is_the_same_adapter(tmp_path):
     for name, layer in oracles.adapted_layers(loaded, "default").items():
         key = f"base_model.model.{name}.lora_A.weight"
         assert torch.equal(layer.lora_A["default"].weight, result[1][key])
+
+
+@pytest.mark.parametrize("factor", [2.5, 0.0, -1.0])
+def test_a_scaled_adapter_is_the_same_edit_at_that_many_times_its_strength(factor):
+    _, state_dict, report = builders.negate(builders.adapted_llama(), strength=0.5)
+    scaled, scaled_report = scaled_adapter(state_dict, report, factor)
+    once, scaled_deltas = laws.deltas_of(state_dict), laws.deltas_of(scaled)
+    for name, delta in once.items():
+        assert delta.any()
+        laws.close(scaled_deltas[name], factor * delta, 1e-6, name)
+    assert scaled_report.config["strength"] == 0.5 * factor
+    for layer in scaled_report.layers:
+        assert layer.edit_norm == pytest.approx(float(scaled_deltas[layer.name].norm()), rel=1e-5)
+    assert report.config["strength"] == 0.5, "the report that was given stays"
+
+
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
+def test_a_scale_that_is_not_finite_is_refused(factor):
+    _, state_dict, report = builders.negate(builders.adapted_llama())
+    with pytest.raises(NumericalError, match=r"is not finite in the adapter's dtype"):
+        scaled_adapter(state_dict, report, factor)

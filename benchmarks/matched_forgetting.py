@@ -27,7 +27,7 @@ from peft_perta.evaluation import losses_of
 from peft_perta.gradients import sweep
 from peft_perta.granularities import GRANULARITIES
 from peft_perta.loading import quiet
-from peft_perta.methods.perta import edit_layers
+from peft_perta.methods.perta import edit_layer
 from peft_perta.stack import adapter_strength
 from peft_perta.strength import match_forgetting
 from peft_perta.targets import resolve_targets
@@ -91,8 +91,11 @@ def run(seed: int, four_bit: bool, edits: list[Edit], settings: DemoSettings) ->
                 for name, found in weighed.items()
             }  # fmt: skip
         rank = edit.config.rank or settings.rank
-        statistics = {name: dict(per_layer) for name, per_layer in known.get(key, {}).items()}
-        factors, layers = edit_layers(targets, edit.config, weighting, statistics, rank)
+        edited = {}
+        for layer in targets:
+            pair = {name: per_layer[layer.name] for name, per_layer in known.get(key, {}).items()}
+            edited[layer.name] = edit_layer(layer, edit.config, weighting, pair, rank)
+        factors, layers = {name: found[0] for name, found in edited.items()}, [found[1] for found in edited.values()]
         lora_config, state_dict = build_adapter(model, factors, servable_rank(rank), emitted_dtype(edit.config))
         add_adapter(model, lora_config, state_dict, "edit")
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from .card import model_card
 from .config import PerTAConfig
 from .errors import AdapterError, NumericalError, OutputError
 from .factorize import Factors
+from .layers.experts import packed_factors
 from .output import replaced_directory
 from .report import PerTAReport
 from .targets import base_model, base_name, check_new_name
@@ -43,12 +45,15 @@ def build_adapter(
     Raises:
         NumericalError: a factor is not finite in ``dtype``.
     """
-    projections = sorted({name.rpartition(".")[2] for name in factors})
+    layers, experts = _by_module(factors)
+    projections = sorted({name.rpartition(".")[2] for name in layers})
+    parameters = sorted({".".join(name.split(".")[-2:]) for name in experts})
     base = base_model(model)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=projections,
+        target_parameters=parameters or None,
         lora_dropout=0.0,
         bias="none",
         use_rslora=False,
@@ -58,13 +63,19 @@ def build_adapter(
     )
     with torch.device("meta"):
         skeleton = get_peft_model(type(base)(base.config), config)  # shapes only: no memory, no random numbers
-    for name, module in skeleton.get_base_model().named_modules():
+    for path, module in skeleton.get_base_model().named_modules():
         if not isinstance(module, LoraLayer):
             continue
         A: Any = module.lora_A["default"]
         B: Any = module.lora_B["default"]
-        if name in factors:
-            padded = factors[name].padded(rank)
+        name = path
+        if isinstance(module, ParamWrapper):
+            name = f"{path.replace('.base_layer', '')}.{module.parameter_name}"
+        if name in experts:
+            found = [experts[name][expert].padded(rank) for expert in sorted(experts[name])]
+            values = packed_factors([(f.A, f.B) for f in found])
+        elif name in layers:
+            padded = layers[name].padded(rank)
             values = padded.A, padded.B
         else:
             values = torch.zeros(A.weight.shape), torch.zeros(B.weight.shape)
@@ -83,6 +94,19 @@ def build_adapter(
     config.base_model_name_or_path = base_name(model)
     config.target_modules = projections  # a list: PEFT makes it a set, whose order is not that of two runs
     return config, state_dict
+
+
+def _by_module(factors: Mapping[str, Factors]) -> tuple[dict[str, Factors], dict[str, dict[int, Factors]]]:
+    """(layer name -> factors, path of an expert parameter -> expert -> factors)."""
+    layers: dict[str, Factors] = {}
+    experts: dict[str, dict[int, Factors]] = {}
+    for name, found in factors.items():
+        path, bracket, expert = name.partition("[")
+        if bracket:
+            experts.setdefault(path, {})[int(expert.rstrip("]"))] = found
+        else:
+            layers[name] = found
+    return layers, experts
 
 
 def add_adapter(model: nn.Module, config: LoraConfig, state_dict: Mapping[str, Tensor], adapter_name: str) -> None:

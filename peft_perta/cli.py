@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from . import processes
 from .adapter import (
     FORGET_RECORD_NAME,
     PROVENANCE_NAME,
@@ -18,6 +19,7 @@ from .adapter import (
     load_provenance,
     save_perta_adapter,
 )
+from .checkpoint import remove_checkpoint
 from .config import DTYPES, GRANULARITY_NAMES, REFERENCE_MODELS, PerTAConfig
 from .data import read_rows
 from .demo import DemoSettings, run_demo
@@ -45,12 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
         sys.stdout.flush()
     except PerTAError as error:
-        print(f"peft-perta: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if processes.local_rank() == 0:  # the others fail with it
+            print(f"peft-perta: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output has seen enough, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        print("peft-perta: interrupted; nothing was written", file=sys.stderr)
+        left = "the same command goes on from here" if options.run is _unlearn else "nothing was written"
+        print(f"peft-perta: interrupted; {left}", file=sys.stderr)
         return 130
     return 0
 
@@ -142,6 +146,8 @@ _TYPES = {
     "max_samples": int,
     "seed": int,
     "batch_size": int,
+    "max_memory": str,
+    "host_memory": str,
     "max_length": int,
     "dtype": str,
 }
@@ -185,6 +191,7 @@ def _unlearn(options: argparse.Namespace) -> None:
     for name in ("forget", "retain"):
         if weighting.statistic and not getattr(options, name):
             raise DataError(f"--{name}: expected a file of rows, found none; only --weighting uniform goes without")
+    processes.start()
     check_output(options.output, PROVENANCE_NAME)
     adapters = {"forget": options.forget_adapter}
     if options.task_adapter:
@@ -194,11 +201,21 @@ def _unlearn(options: argparse.Namespace) -> None:
     sets = [read_rows(path) if path else None for path in (options.forget, options.retain)]
     base, tokenizer = load_base(options.model, four_bit=options.four_bit, revision=options.revision)
     model = attach_adapters(base, adapters)
+    checkpoint = f"{options.output.rstrip(os.sep)}.checkpoint"
     lora_config, state_dict, report = get_perta_state_dict(
-        model, config, *sets, task_adapter="task" if options.task_adapter else None, tokenizer=tokenizer
+        model,
+        config,
+        *sets,
+        task_adapter="task" if options.task_adapter else None,
+        tokenizer=tokenizer,
+        checkpoint_dir=checkpoint,
     )
-    save_perta_adapter(options.output, lora_config, state_dict, report)
-    print(f"{report}\nIt is in {options.output}\nNext: peft-perta inspect {options.output}, then stack it on the model")
+    if processes.is_main():
+        save_perta_adapter(options.output, lora_config, state_dict, report)
+        remove_checkpoint(checkpoint)
+        print(f"{report}\nIt is in {options.output}")
+        print(f"Next: peft-perta inspect {options.output}, then stack it on the model")
+    processes.finish()
 
 
 def _inspect(options: argparse.Namespace) -> None:

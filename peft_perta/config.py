@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import ConfigError
+from .memory import parse_size
 
 CONFIG_NAME = "perta_config.json"
 SERVABLE_RANKS = (8, 16, 32, 64, 128, 256)  # the ranks that every LoRA server takes; others are zero-padded to the next
@@ -73,7 +74,22 @@ class PerTAConfig:
     )
     seed: int = field(default=0, metadata={"help": "Seed of the draw of samples."})
     batch_size: int = field(
-        default=8, metadata={"help": "Samples per forward and backward. Changes memory and speed, never the result."}
+        default=8,
+        metadata={
+            "help": "The most samples per forward and backward; fewer where the memory budget needs it. Changes memory "
+            "and speed, never the result beyond float error."
+        },
+    )
+    max_memory: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "The most that the run may hold of each GPU, the model included: '10GiB', '10GB' or bytes. "
+            "Default: nine tenths of what is free. Changes the plan, never the result beyond float error."
+        },
+    )
+    host_memory: int | str | None = field(
+        default=None,
+        metadata={"help": "The same of the host's memory; on a CPU the only one that counts."},
     )
     max_length: int = field(
         default=1024,
@@ -103,6 +119,13 @@ class PerTAConfig:
         _check(self.max_samples is None or _is_count(self.max_samples), "max_samples", "an int > 0", self.max_samples)
         _check(_is_int(self.seed) and 0 <= self.seed < 2**63, "seed", "an int >= 0, below 2**63", self.seed)
         _check(_is_count(self.batch_size), "batch_size", "an int > 0", self.batch_size)
+        for name in ("max_memory", "host_memory"):
+            value = getattr(self, name)
+            try:
+                known = value is None or parse_size(value) > 0
+            except ConfigError:
+                known = False
+            _check(known, name, "nothing, or a size such as '10GiB', '10GB' or a number of bytes", value)
         _check(_is_int(self.max_length) and self.max_length >= 2, "max_length", "an int > 1", self.max_length)
         _check(self.dtype in DTYPES, "dtype", f"one of {DTYPES}", self.dtype)
 

@@ -9,6 +9,10 @@ from torch import Tensor
 
 from .edit import Edit, Product
 
+# The fit of a dense edit may lose this share of the best fit's squared error, by its own bound, before it is repeated.
+EXCESS = 0.005
+_MOST_ITERATIONS = 12
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -17,12 +21,15 @@ class Factors:
     Attributes:
         energy: the edit's squared Frobenius norm.
         energy_kept: the share of it that the factors hold, in [0, 1]; 1 for an edit that is zero.
+        excess_error: bound on how much larger the squared error is than the best one at this rank, as a share of it;
+            0 where the fit is exact.
     """
 
     A: Tensor
     B: Tensor
     energy: float
     energy_kept: float
+    excess_error: float = 0.0
 
     @property
     def rank(self) -> int:
@@ -33,16 +40,17 @@ class Factors:
         missing = rank - self.rank
         A = torch.cat([self.A, self.A.new_zeros(missing, self.A.shape[1])])
         B = torch.cat([self.B, self.B.new_zeros(len(self.B), missing)], dim=1)
-        return Factors(A, B, self.energy, self.energy_kept)
+        return Factors(A, B, self.energy, self.energy_kept, self.excess_error)
 
 
 def factorize(edit: Edit, rank: int | float) -> Factors:
     """The best approximation in the Frobenius norm at a rank (int), or at the least rank that keeps a share of the
     energy.
 
-    A product whose rank suffices is passed on as it is, exactly. Sign and strength are inside B.
+    A product whose rank suffices is passed on as it is, exactly. A dense edit much larger than its rank is fitted by
+    subspace iteration, whose error is bounded in ``excess_error``. Sign and strength are inside B.
 
-    Reference: Eckart and Young 1936.
+    Reference: Eckart and Young 1936; Halko, Martinsson and Tropp 2011, arXiv 0909.4061.
     """
     if isinstance(edit, Product):
         if isinstance(rank, int) and edit.A.shape[0] <= rank:
@@ -53,16 +61,84 @@ def factorize(edit: Edit, rank: int | float) -> Factors:
         Q_B, R_B = torch.linalg.qr(edit.B)
         Q_A, R_A = torch.linalg.qr(edit.A.T)
         U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
-        U, Vh = Q_B @ U, Vh @ Q_A.T
-    else:
-        U, S, Vh = torch.linalg.svd(edit, full_matrices=False)
+        return _truncated(Q_B @ U, S, Vh @ Q_A.T, rank)
+    tried = rank if isinstance(rank, int) else 16
+    while _sketch_rank(tried) <= min(edit.shape) // 4:
+        fitted = _subspace_iteration(edit, tried)
+        if fitted is None:
+            break
+        if isinstance(rank, int):
+            return fitted
+        if fitted.energy_kept >= rank:
+            return _least(fitted, rank)
+        tried *= 2
+    U, S, Vh = torch.linalg.svd(edit, full_matrices=False)
+    return _truncated(U, S, Vh, rank)
+
+
+def _truncated(U: Tensor, S: Tensor, Vh: Tensor, rank: int | float) -> Factors:
+    """The leading part of a singular value decomposition."""
     energies = S.double().square()
     total = float(energies.sum())
     kept_rank = min(rank if isinstance(rank, int) else _rank_of_energy(energies, rank), len(S))
     kept = float(energies[:kept_rank].sum()) / total if total > 0 else 1.0
+    A, B = _balanced(U, S, Vh, kept_rank)
+    return Factors(A, B, total, min(kept, 1.0))
+
+
+def _balanced(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     # The singular values are split evenly, which keeps both factors within the range of a 16-bit type.
-    root = S[:kept_rank].sqrt()
-    return Factors(root.unsqueeze(1) * Vh[:kept_rank], U[:, :kept_rank] * root, total, min(kept, 1.0))
+    root = S[:rank].sqrt()
+    return root.unsqueeze(1) * Vh[:rank], U[:, :rank] * root
+
+
+def _sketch_rank(rank: int) -> int:
+    return rank + max(rank, 8)
+
+
+def _subspace_iteration(edit: Tensor, rank: int) -> Factors | None:
+    """The leading singular subspace, by products with the edit alone: two [O, I] x [I, L] products an iteration.
+
+    The bound. Let Q [O, k] hold the leading left Ritz vectors, S their values, and C = (1 - Q Q^T) E E^T Q what the
+    subspace still leaks. In the basis of Q and its complement, E E^T is a block diagonal matrix plus the off-diagonal
+    blocks C, C^T. Ky Fan: the k largest eigenvalues of a sum are at most those of its parts, added up. The block
+    diagonal's are the S^2 where the complement holds nothing larger, which a Gaussian start gives almost surely and
+    oversampling makes fast; the off-diagonal blocks' are at most the singular values of C. So the best fit of rank k
+    keeps at most sum(sigma(C)) more energy than this one.
+
+    Returns None where the bound is not reached in time.
+    """
+    total = float(torch.linalg.vector_norm(edit, dtype=torch.float64) ** 2)
+    if total == 0:
+        return Factors(edit.new_zeros(rank, edit.shape[1]), edit.new_zeros(len(edit), rank), 0.0, 1.0)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(edit.shape[1], _sketch_rank(rank), generator=generator, dtype=edit.dtype).to(edit.device)
+    Q = torch.linalg.qr(edit @ start).Q
+    for _ in range(_MOST_ITERATIONS):
+        projected = Q.T @ edit  # [L, I]
+        image = edit @ projected.T  # E E^T Q
+        U, S, Vh = torch.linalg.svd(projected, full_matrices=False)
+        leading = Q @ U[:, :rank]
+        leaked = image @ U[:, :rank] - leading * S[:rank].square()
+        kept = float(S[:rank].double().square().sum())
+        missed = float(torch.linalg.svdvals(leaked).double().sum())
+        # What rounding alone leaves in each product.
+        floor = 8 * torch.finfo(edit.dtype).eps * kept
+        error = max(total - kept, floor)
+        if missed <= EXCESS * error or missed <= floor:
+            A, B = _balanced(leading, S, Vh, rank)
+            return Factors(A, B, total, min(kept / total, 1.0), min(missed, error) / error if missed > floor else 0.0)
+        Q = torch.linalg.qr(image).Q
+    return None
+
+
+def _least(fitted: Factors, share: float) -> Factors:
+    """As few of the factors as keep a share of the energy; the singular values are the columns' squared norms."""
+    energies = fitted.B.double().square().sum(0).square()
+    reached = energies.cumsum(0) >= share * fitted.energy * (1 - 1e-12)
+    rank = int(reached.int().argmax()) + 1 if bool(reached.any()) else len(energies)
+    kept = min(float(energies[:rank].sum()) / fitted.energy, 1.0) if fitted.energy else 1.0
+    return Factors(fitted.A[:rank], fitted.B[:, :rank], fitted.energy, kept, fitted.excess_error)
 
 
 def _rank_of_energy(energies: Tensor, share: float) -> int:

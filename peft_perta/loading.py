@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from . import processes
 from .adapter import check_adapter_files
 from .errors import AdapterError, ConfigError
 
@@ -42,7 +43,7 @@ def load_base(
             name,
             revision=revision,
             dtype=dtype,
-            device_map={"": 0} if on_gpu else None,
+            device_map={"": processes.local_rank()} if on_gpu else None,
             quantization_config=quantization if four_bit else None,
             attn_implementation=None if on_gpu else "eager",  # trains a small model twice as fast as sdpa on a CPU
         )

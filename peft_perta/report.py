@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 BINS = 20
+_FINE_BINS = 10_000
 
 
 @dataclass
@@ -25,17 +26,25 @@ class WeightDistribution:
 
     @classmethod
     def of(cls, weights: Tensor) -> WeightDistribution:
-        values = weights.detach().flatten().cpu().double()
-        # torch.quantile takes at most 2^24 values; order statistics of the sorted values have no such limit.
-        ordered = values.sort().values
-        quantiles = [float(ordered[round(q * (len(ordered) - 1))]) for q in QUANTILES]
-        histogram = torch.histc(values.float(), bins=BINS, min=0.0, max=1.0).int().tolist()
-        return cls(float(values.mean()), float(values.std(unbiased=False)), quantiles, histogram)
+        """Quantiles to 1e-4, from a fine histogram: the weights of a large layer are not sorted, nor copied whole."""
+        counts = torch.zeros(_FINE_BINS, dtype=torch.long)
+        total = squares = 0.0
+        for part in weights.detach().flatten().split(2**22):
+            values = part.double()
+            counts += torch.bincount((values * _FINE_BINS).long().clamp(0, _FINE_BINS - 1), minlength=_FINE_BINS).cpu()
+            total += float(values.sum())
+            squares += float(values.square().sum())
+        size = weights.numel()
+        mean = total / size
+        ranks = torch.tensor([round(q * (size - 1)) for q in QUANTILES])
+        quantiles = ((torch.searchsorted(counts.cumsum(0), ranks, right=True) + 0.5) / _FINE_BINS).tolist()
+        return cls(mean, max(squares / size - mean**2, 0.0) ** 0.5, quantiles, counts.reshape(BINS, -1).sum(1).tolist())
 
 
 @dataclass
 class LayerReport:
-    """One layer: the rank that its edit was fitted at, the edit's norm, the share of its energy kept, its weights."""
+    """One layer: the rank that its edit was fitted at, the edit's norm, the share of its energy kept, the bound on the
+    fit's excess squared error (``factorize.Factors``), its weights."""
 
     name: str
     kind: str
@@ -44,6 +53,12 @@ class LayerReport:
     edit_norm: float
     energy_kept: float
     weights: dict[str, WeightDistribution]
+    excess_error: float = 0.0
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LayerReport:
+        weights = {key: WeightDistribution(**found) for key, found in values["weights"].items()}
+        return cls(**{**values, "weights": weights})
 
 
 @dataclass
@@ -58,8 +73,8 @@ class PerTAReport:
         data: per set, sample count and SHA-256 of its tokens.
         rank: the emitted, uniform rank.
         layers: in the model's order; only layers that the forget adapter touches.
-        seconds: wall time of each stage.
         versions: of the packages that took part.
+        seconds: wall time of each stage; not written down, so that two runs of one thing write the same bytes.
     """
 
     config: dict[str, Any]
@@ -69,8 +84,8 @@ class PerTAReport:
     data: dict[str, dict[str, Any]]
     rank: int
     layers: list[LayerReport]
-    seconds: dict[str, float]
     versions: dict[str, str]
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def energy_kept(self) -> float:
@@ -80,16 +95,14 @@ class PerTAReport:
         return kept / total if total else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        del values["seconds"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PerTAReport:
         """Raises TypeError or KeyError where the mapping is no report."""
-        layers = [
-            LayerReport(**{**layer, "weights": {k: WeightDistribution(**w) for k, w in layer["weights"].items()}})
-            for layer in values["layers"]
-        ]
-        return cls(**{**values, "layers": layers})
+        return cls(**{**values, "layers": [LayerReport.from_dict(layer) for layer in values["layers"]]})
 
     def __str__(self) -> str:
         sets = ", ".join(f"{entry['samples']} {name}" for name, entry in self.data.items()) or "no"

@@ -10,12 +10,14 @@ from pathlib import PurePath
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .errors import AdapterError, NumericalError, UnsupportedLayerError
 from .layers import LAYER_KINDS, LayerKind, find_kind
+from .layers.experts import expert_factors, is_stored_transposed
 from .stack import adapter_configs, require_adapter
 
 # These inits rewrite the base weights, so that the adapter's delta is not what was learned.
@@ -36,14 +38,18 @@ VARIANT_FIELDS = (
 
 @dataclass(frozen=True)
 class Target:
-    """One layer that carries the forget adapter.
+    """One weight that carries the forget adapter: of a layer, or of one expert.
 
     Attributes:
-        name: path of the layer inside the base model, e.g. ``model.layers.0.self_attn.q_proj``.
+        name: path inside the base model, e.g. ``model.layers.0.self_attn.q_proj`` or
+            ``model.layers.0.mlp.experts.down_proj[3]``.
         adapted: PEFT's wrapper.
-        base_layer: the layer that it wraps, whose output is tapped.
+        base_layer: the layer that it wraps, whose output is tapped; for an expert, the module that holds the parameter.
         A: [R, I], float32 or wider; B: [O, R], the same. Copies of the adapter's factors.
         scaling: the live scaling s; the task vector is s * B @ A.
+        parameter: for an expert, the name of the parameter [E, O, I]; None for a layer.
+        expert: for an expert, its index in the parameter.
+        transposed: the parameter is stored as [E, I, O].
     """
 
     name: str
@@ -53,6 +59,9 @@ class Target:
     A: Tensor
     B: Tensor
     scaling: float
+    parameter: str | None = None
+    expert: int = 0
+    transposed: bool = False
 
     @property
     def rank(self) -> int:
@@ -88,11 +97,6 @@ def check_lora_config(config: Any, adapter_name: str) -> None:
         raise AdapterError(
             f"adapter {adapter_name!r} trains token embeddings (trainable_token_indices), which cannot be negated; "
             "train it without (TRL adds them by itself when a chat template adds tokens)"
-        )
-    if config.target_parameters:
-        raise AdapterError(
-            f"adapter {adapter_name!r} targets bare parameters {list(config.target_parameters)}; "
-            "expected target_modules only: layers with experts are not supported yet"
         )
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
@@ -136,9 +140,10 @@ def resolve_layers(model: nn.Module, adapter_name: str) -> list[Target]:
     """
     base = base_model(model)
     targets = [
-        _resolve(name, module, adapter_name, base)
+        target
         for name, module in base.named_modules()
         if isinstance(module, LoraLayer) and adapter_name in module._get_available_adapters()
+        for target in _resolve(name, module, adapter_name, base)
     ]
     if not targets:
         raise AdapterError(f"adapter {adapter_name!r} adapts no layer of the model; check its target_modules")
@@ -198,7 +203,7 @@ def hash_targets(targets: list[Target]) -> str:
     return digest.hexdigest()
 
 
-def _resolve(name: str, adapted: Any, adapter_name: str, base: nn.Module) -> Target:
+def _resolve(name: str, adapted: Any, adapter_name: str, base: nn.Module) -> list[Target]:
     if adapted.merged:
         raise AdapterError(
             f"{name}: the adapters {adapted.merged_adapters} are merged into the weights; call unmerge_adapter() first"
@@ -207,7 +212,7 @@ def _resolve(name: str, adapted: Any, adapter_name: str, base: nn.Module) -> Tar
         variant = type(adapted.lora_variant[adapter_name]).__name__
         raise AdapterError(f"{name}: adapter {adapter_name!r} is the LoRA variant {variant}, expected plain LoRA")
     base_layer = adapted.get_base_layer()
-    kind = find_kind(base_layer)
+    kind = find_kind(adapted) or find_kind(base_layer)
     if kind is None or adapter_name not in adapted.lora_A:
         accepted = ", ".join(kind.name for kind in LAYER_KINDS)
         raise UnsupportedLayerError(
@@ -217,13 +222,23 @@ def _resolve(name: str, adapted: Any, adapter_name: str, base: nn.Module) -> Tar
     reason = kind.refusal(adapted, base_layer)
     if reason is not None:
         raise UnsupportedLayerError(f"{name} {reason}")
-    _refuse_tied(name, base_layer, base)
-    A, B = (_copied(factors[adapter_name].weight) for factors in (adapted.lora_A, adapted.lora_B))
-    return Target(name, adapted, base_layer, kind, A, B, float(adapted.scaling[adapter_name]))
+    scaling = float(adapted.scaling[adapter_name])
+    A, B = (_copied(factors[adapter_name]) for factors in (adapted.lora_A, adapted.lora_B))
+    if kind.name != "experts":
+        _refuse_tied(name, base_layer, base)
+        return [Target(name, adapted, base_layer, kind, A, B, scaling)]
+    path = f"{name.replace('.base_layer', '')}.{adapted.parameter_name}"  # wrappers of several parameters are nested
+    transposed = is_stored_transposed(adapted)
+    return [
+        Target(f"{path}[{e}]", adapted, base_layer, kind, *factors, scaling, adapted.parameter_name, e, transposed)
+        for e, factors in enumerate(expert_factors(adapted, A, B))
+    ]
 
 
-def _copied(factor: Any) -> Tensor:
-    return factor.detach().to(torch.promote_types(factor.dtype, torch.float32), copy=True)
+def _copied(factor: nn.Module) -> Tensor:
+    with align_module_device(factor):  # an offloaded module has its weight only while it computes
+        weight: Any = factor.weight
+        return weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
 
 def _refuse_tied(name: str, base_layer: nn.Module, base: nn.Module) -> None:

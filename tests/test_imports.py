@@ -9,6 +9,7 @@ import peft_perta
 
 ROOMS = [  # from left to right
     "errors",
+    "memory",
     "config",
     "data",
     "losses",
@@ -19,9 +20,12 @@ ROOMS = [  # from left to right
     "edit",
     "statistics",
     "granularities",
+    "factorize",
+    "processes",
+    "checkpoint",
+    "plan",
     "gradients",
     "weightings",
-    "factorize",
     "report",
     "card",
     "output",

@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..edit import Edit
+from ..statistics import Outer
 from ..targets import Target
 from .delta import Delta
 from .factor import Factor
@@ -23,8 +24,16 @@ class Granularity(Protocol):
 
     name: str
 
-    def gradient(self, target: Target, layer_input: Tensor, output_gradient: Tensor) -> dict[str, Tensor]:
-        """Gradients summed over tokens: from x [T, I] and g [T, O] to tensors of this granularity's shapes."""
+    def gradient(self, target: Target, layer_input: Tensor, output_gradient: Tensor | None) -> dict[str, Outer]:
+        """From x [N, T, I] and g [N, T, O] to the gradients that this granularity keeps, as products over tokens.
+
+        Where g is None, x is the weight's gradient G [O, I] itself: as if each output row were a token whose g is a
+        row of the identity.
+        """
+        ...
+
+    def shapes(self, target: Target) -> dict[str, tuple[int, int]]:
+        """The shapes of what it keeps."""
         ...
 
     def arrange(self, magnitudes: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,15 +6,19 @@ import torch
 from torch import Tensor
 
 from ..edit import Edit, weighted_delta
+from ..statistics import Outer
 from ..targets import Target
 
 
 class Delta:
     name = "delta"
 
-    def gradient(self, target: Target, layer_input: Tensor, output_gradient: Tensor) -> dict[str, Tensor]:
+    def gradient(self, target: Target, layer_input: Tensor, output_gradient: Tensor | None) -> dict[str, Outer]:
         """G = g^T x, [O, I]."""
-        return {"weight": output_gradient.T @ layer_input}
+        return {"weight": Outer(output_gradient, layer_input)}
+
+    def shapes(self, target: Target) -> dict[str, tuple[int, int]]:
+        return {"weight": (len(target.B), target.A.shape[1])}
 
     def arrange(self, magnitudes: dict[str, Tensor]) -> dict[str, Tensor]:
         return magnitudes

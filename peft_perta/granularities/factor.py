@@ -16,14 +16,18 @@ import torch
 from torch import Tensor
 
 from ..edit import Edit, weighted_factors
+from ..statistics import Outer
 from ..targets import Target
 
 
 class Factor:
     name = "factor"
 
-    def gradient(self, target: Target, layer_input: Tensor, output_gradient: Tensor) -> dict[str, Tensor]:
+    def gradient(self, target: Target, layer_input: Tensor, output_gradient: Tensor | None) -> dict[str, Outer]:
         return pulled_back(target, layer_input, output_gradient)
+
+    def shapes(self, target: Target) -> dict[str, tuple[int, int]]:
+        return factor_shapes(target)
 
     def arrange(self, magnitudes: dict[str, Tensor]) -> dict[str, Tensor]:
         return magnitudes
@@ -36,9 +40,19 @@ class Factor:
         return {"A": torch.ones_like(target.A), "B": torch.ones_like(target.B)}
 
 
-def pulled_back(target: Target, layer_input: Tensor, output_gradient: Tensor) -> dict[str, Tensor]:
-    """The gradients of the adapter's own factors, as if it were on: A [R, I], B [O, R]."""
+def pulled_back(target: Target, layer_input: Tensor, output_gradient: Tensor | None) -> dict[str, Outer]:
+    """The gradients of the adapter's own factors, as if it were on: A [R, I], B [O, R].
+
+    Only what is projected to the rank is widened to the factors' dtype by itself; it is small.
+    """
+    A, B = target.A, target.scaling * target.B
+    gradient_in_rank = B if output_gradient is None else output_gradient.to(B.dtype) @ B
     return {
-        "A": target.scaling * (output_gradient @ target.B).T @ layer_input,
-        "B": target.scaling * output_gradient.T @ (layer_input @ target.A.T),
+        "A": Outer(gradient_in_rank, layer_input),
+        "B": Outer(output_gradient, target.scaling * (layer_input.to(A.dtype) @ A.T)),
     }
+
+
+def factor_shapes(target: Target) -> dict[str, tuple[int, int]]:
+    """Of the pulled-back gradients."""
+    return {"A": tuple(target.A.shape), "B": tuple(target.B.shape)}  # type: ignore[dict-item]

@@ -15,15 +15,19 @@ import torch
 from torch import Tensor
 
 from ..edit import Edit, weighted_rows_columns
+from ..statistics import Outer
 from ..targets import Target
-from .factor import pulled_back
+from .factor import factor_shapes, pulled_back
 
 
 class Separable:
     name = "separable"
 
-    def gradient(self, target: Target, layer_input: Tensor, output_gradient: Tensor) -> dict[str, Tensor]:
+    def gradient(self, target: Target, layer_input: Tensor, output_gradient: Tensor | None) -> dict[str, Outer]:
         return pulled_back(target, layer_input, output_gradient)
+
+    def shapes(self, target: Target) -> dict[str, tuple[int, int]]:
+        return factor_shapes(target)
 
     def arrange(self, magnitudes: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"rows": magnitudes["B"].norm(dim=1), "columns": magnitudes["A"].norm(dim=0)}

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import conv1d, linear, linear4bit, linear8bit
+from . import conv1d, experts, linear, linear4bit, linear8bit
 from .kind import LayerKind
 
-LAYER_KINDS: tuple[LayerKind, ...] = (linear4bit.KIND, linear8bit.KIND, conv1d.KIND, linear.KIND)
+LAYER_KINDS: tuple[LayerKind, ...] = (experts.KIND, linear4bit.KIND, linear8bit.KIND, conv1d.KIND, linear.KIND)
 
 
-def find_kind(base_layer: nn.Module) -> LayerKind | None:
-    """The kind of a base layer, or None where no kind accepts it."""
-    return next((kind for kind in LAYER_KINDS if kind.accepts(base_layer)), None)
+def find_kind(module: nn.Module) -> LayerKind | None:
+    """The kind of a base layer (of a wrapper, for experts), or None where no kind accepts it."""
+    return next((kind for kind in LAYER_KINDS if kind.accepts(module)), None)
 
 
 __all__ = ["LAYER_KINDS", "LayerKind", "find_kind"]

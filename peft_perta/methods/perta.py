@@ -6,27 +6,42 @@ Reference: Cai et al. 2026, arXiv 2601.22030. With weighting='uniform' this is p
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
+import sys
 import time
-from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
+from .. import processes
 from ..adapter import add_adapter, build_adapter, emitted_dtype
+from ..checkpoint import Checkpoint, hash_model
 from ..config import PerTAConfig, servable_rank
 from ..data import Sample, fingerprint, load_samples
 from ..errors import AdapterError, DataError, NumericalError
 from ..factorize import Factors, factorize
-from ..gradients import sweep
-from ..granularities import GRANULARITIES
+from ..gradients import Job, choose_plan, gather
+from ..granularities import GRANULARITIES, Granularity
 from ..report import LayerReport, PerTAReport, WeightDistribution
 from ..stack import require_adapter
 from ..statistics import Statistic
-from ..targets import Target, base_model, base_name, check_base, check_new_name, hash_targets, resolve_targets
+from ..targets import (
+    Target,
+    base_model,
+    base_name,
+    check_base,
+    check_new_name,
+    hash_targets,
+    resolve_layers,
+    resolve_targets,
+)
 from ..weightings import Weighting, resolve_weighting, weigh
 
 
@@ -40,6 +55,7 @@ def add_perta_adapter(
     adapter_name: str = "perta_unlearn",
     task_adapter: str | None = None,
     tokenizer: Any = None,
+    checkpoint_dir: str | Path | None = None,
     show_progress_bar: bool = True,
 ) -> PerTAReport:
     """Put the negative adapter on the model, beside the adapters that it has; turn it on with ``stack_adapters``.
@@ -56,6 +72,7 @@ def add_perta_adapter(
         forget_adapter=forget_adapter,
         task_adapter=task_adapter,
         tokenizer=tokenizer,
+        checkpoint_dir=checkpoint_dir,
         show_progress_bar=show_progress_bar,
     )
     add_adapter(model, lora_config, state_dict, adapter_name)
@@ -71,6 +88,7 @@ def get_perta_state_dict(
     forget_adapter: str = "forget",
     task_adapter: str | None = None,
     tokenizer: Any = None,
+    checkpoint_dir: str | Path | None = None,
     show_progress_bar: bool = True,
 ) -> tuple[LoraConfig, dict[str, Tensor], PerTAReport]:
     """The negative adapter as a LoRA config and state dict, without touching the model.
@@ -85,13 +103,21 @@ def get_perta_state_dict(
         task_adapter: name of the adapter that makes theta_full of theta_0; needed where ``reference_model="full"`` and
             the base alone is not theta_full.
         tokenizer: needed where data is text.
+        checkpoint_dir: where a run that is cut off leaves what it has; the same call again goes on from there. It stays
+            there when the run is done; delete it then.
+
+    Where ``torch.distributed`` is initialised, every process must call this; they share the data, and each gets the
+    whole result.
 
     Raises:
+        ConfigError: the run cannot keep within ``max_memory`` and ``host_memory``; the model is sharded.
         AdapterError, UnsupportedLayerError: the forget adapter cannot be negated, before any compute.
         DataError: a set is missing, empty or malformed, or the two sets are one.
         NumericalError: a loss, gradient or factor is not finite.
+        OutputError: ``checkpoint_dir`` is another run's, or cannot be written.
     """
     seconds: dict[str, float] = {}
+    processes.refuse_sharded(model)
     weighting = resolve_weighting(config.weighting, config.power)
     targets = resolve_targets(model, forget_adapter)
     if task_adapter is not None:
@@ -102,25 +128,16 @@ def get_perta_state_dict(
     fit_rank, emitted_rank = _ranks(config, targets)
     sets = {"forget": forget_dataloader, "retain": retain_dataloader}
     samples = _load_sets(sets, config, weighting, tokenizer)
-
     adapters = [task_adapter] if config.reference_model == "full" and task_adapter else []
-    statistics = {}
-    if weighting.statistic is not None:
-        for name, found in samples.items():
-            with _timed(seconds, f"gradients on {name}"):
-                statistics[name] = sweep(
-                    model,
-                    targets,
-                    found,
-                    GRANULARITIES[config.granularity],
-                    weighting.statistic,
-                    adapters=adapters,
-                    batch_size=config.batch_size,
-                    name=f"the {name} set",
-                    show_progress_bar=show_progress_bar,
-                )
-    with _timed(seconds, "weights and factors"):
-        factors, layers = edit_layers(targets, config, weighting, statistics, fit_rank)
+    checkpoint = None
+    if checkpoint_dir is not None and weighting.statistic is not None:
+        with processes.failing_together(), _timed(seconds, "hashing the model"):
+            run = _describe_run(model, config, targets, samples, adapters)
+            checkpoint = Checkpoint(checkpoint_dir, run, writes=processes.is_main())
+    edited = _edit_all(
+        model, targets, config, weighting, samples, adapters, fit_rank, checkpoint, seconds, show_progress_bar
+    )
+    factors = {target.name: edited[target.name][0] for target in targets}
     rank = emitted_rank or servable_rank(max(f.rank for f in factors.values()))
     lora_config, state_dict = build_adapter(model, factors, rank, emitted_dtype(config))
     report = PerTAReport(
@@ -130,31 +147,102 @@ def get_perta_state_dict(
         task_adapter=task_adapter,
         data={name: {"samples": len(s), "sha256": fingerprint(s)} for name, s in samples.items()},
         rank=rank,
-        layers=layers,
-        seconds=seconds,
+        layers=[edited[target.name][1] for target in targets],
         versions=_versions(),
+        seconds=seconds,
     )
     return lora_config, state_dict, report
 
 
-def edit_layers(
+def _edit_all(
+    model: nn.Module,
     targets: list[Target],
     config: PerTAConfig,
     weighting: Weighting,
-    statistics: Mapping[str, MutableMapping[str, Statistic]],
+    samples: dict[str, list[Sample]],
+    adapters: list[str],
     rank: int | float,
-) -> tuple[dict[str, Factors], list[LayerReport]]:
-    """Statistics -> weights -> edit -> factors, one layer at a time: layer name -> factors, and what was done.
+    checkpoint: Checkpoint | None,
+    seconds: dict[str, float],
+    show_progress_bar: bool,
+) -> dict[str, tuple[Factors, LayerReport]]:
+    """Layer name -> its factors, and what was done. A layer's statistics are freed as soon as it has its factors."""
+    if weighting.statistic is None:
+        with _timed(seconds, "weights and factors"):
+            return {target.name: edit_layer(target, config, weighting, {}, rank) for target in targets}
+    edited = _load_edited(checkpoint, targets)
+    if len(edited) == len(targets):
+        return edited
+    with _timed(seconds, "planning"):
+        plan = choose_plan(model, targets, samples, config, weighting.statistic, adapters, checkpoint)
+    if show_progress_bar and processes.is_main():
+        resumed = f"\n      {len(edited)} layers are done already, by an earlier run" if edited else ""
+        tqdm.write(f"{plan}{resumed}", file=sys.stderr)
+    job = Job(
+        model,
+        {target.name: target for target in targets},
+        GRANULARITIES[config.granularity],
+        weighting.statistic,
+        adapters,
+        plan,
+        done=set(edited),
+        checkpoint=checkpoint,
+        show_progress_bar=show_progress_bar,
+    )
+    with closing(gather(job, samples)) as groups, _timed(seconds, "gradients, weights and factors"):
+        for group, found in groups:
+            for target in group:
+                pair = {name: per_layer.pop(target.name) for name, per_layer in found.items()}
+                edited[target.name] = edit_layer(target, config, weighting, pair, rank)
+            if checkpoint is not None:
+                _save_edited(checkpoint, [target.name for target in group], edited)
+    return edited
 
-    ``statistics`` maps 'forget' and 'retain' to a statistic per layer name; it is empty where the weighting needs
-    none. It is used up: a layer's statistics are freed as soon as it has its factors.
-    """
-    factors, layers = {}, []
-    for target in targets:
-        pair = {name: per_layer.pop(target.name) for name, per_layer in statistics.items()}
-        factors[target.name], layer = _edit_layer(target, config, weighting, pair, rank)
-        layers.append(layer)
-    return factors, layers
+
+def _save_edited(checkpoint: Checkpoint, names: list[str], edited: dict[str, tuple[Factors, LayerReport]]) -> None:
+    tensors, record = {}, {}
+    for name in names:
+        factors, layer = edited[name]
+        tensors |= {f"{name}|A": factors.A, f"{name}|B": factors.B}
+        record[name] = [factors.energy, factors.energy_kept, factors.excess_error, dataclasses.asdict(layer)]
+    checkpoint.save(f"layers-{len(edited):06d}", tensors, record)
+    for entry in checkpoint.names():
+        if entry.startswith("sums-"):
+            checkpoint.delete(entry)
+
+
+def _load_edited(checkpoint: Checkpoint | None, targets: list[Target]) -> dict[str, tuple[Factors, LayerReport]]:
+    edited: dict[str, tuple[Factors, LayerReport]] = {}
+    for entry in checkpoint.names() if checkpoint is not None else ():
+        if checkpoint is None or not entry.startswith("layers-"):
+            continue
+        kept = checkpoint.load(entry)
+        assert kept is not None
+        tensors, record = kept
+        for name, (energy, energy_kept, excess_error, layer) in record.items():
+            factors = Factors(tensors[f"{name}|A"], tensors[f"{name}|B"], energy, energy_kept, excess_error)
+            edited[name] = factors, LayerReport.from_dict(layer)
+    return processes.from_main({t.name: edited[t.name] for t in targets if t.name in edited})
+
+
+def _describe_run(
+    model: nn.Module,
+    config: PerTAConfig,
+    targets: list[Target],
+    samples: dict[str, list[Sample]],
+    adapters: list[str],
+) -> dict[str, Any]:
+    """What two runs must share for one to go on where the other stopped: not the memory that they may take."""
+    settings = {k: v for k, v in config.to_dict().items() if k not in ("max_memory", "host_memory")}
+    return {
+        "format": 1,
+        "model": hash_model(base_model(model)),
+        "forget adapter": hash_targets(targets),
+        "adapters that are on": {name: hash_targets(resolve_layers(model, name)) for name in adapters},
+        "data": {name: fingerprint(found) for name, found in samples.items()},
+        "config": settings,
+        "versions": _versions(),
+    }
 
 
 def _ranks(config: PerTAConfig, targets: list[Target]) -> tuple[int | float, int | None]:
@@ -186,16 +274,23 @@ def _load_sets(
     return samples
 
 
-def _edit_layer(
+def edit_layer(
     target: Target, config: PerTAConfig, weighting: Weighting, pair: dict[str, Statistic], rank: int | float
 ) -> tuple[Factors, LayerReport]:
+    """Statistics -> weights -> edit -> factors of one layer, on the host, and what was done.
+
+    ``pair`` holds the 'forget' and the 'retain' statistic, or nothing where the weighting needs none; it is used up.
+    """
     granularity = GRANULARITIES[config.granularity]
     if weighting.statistic is None:
         weights = granularity.uniform(target)
     else:
-        forget, retain = (granularity.arrange(pair[name].magnitudes()) for name in ("forget", "retain"))
+        forget, retain = (_magnitudes(granularity, pair.pop(name), target) for name in ("forget", "retain"))
         weights = weigh(weighting, forget, retain, target.name)
+        del forget, retain
+    distributions = {key: WeightDistribution.of(value) for key, value in weights.items()}
     edit = granularity.edit(target, {k: w.to(target.A.dtype) for k, w in weights.items()}, config.strength)
+    del weights
     fitted = factorize(edit, rank)
     if not (bool(torch.isfinite(fitted.A).all()) and bool(torch.isfinite(fitted.B).all())):
         raise NumericalError(f"{target.name}: the edit's factors are not finite; train the forget adapter less")
@@ -206,9 +301,14 @@ def _edit_layer(
         rank=fitted.rank,
         edit_norm=fitted.energy**0.5,
         energy_kept=fitted.energy_kept,
-        weights={key: WeightDistribution.of(value) for key, value in weights.items()},
+        excess_error=fitted.excess_error,
+        weights=distributions,
     )
-    return fitted, layer
+    return dataclasses.replace(fitted, A=fitted.A.cpu(), B=fitted.B.cpu()), layer
+
+
+def _magnitudes(granularity: Granularity, statistic: Statistic, target: Target) -> dict[str, Tensor]:
+    return granularity.arrange({key: found.to(target.A.device) for key, found in statistic.magnitudes().items()})
 
 
 def _describe_base(model: nn.Module) -> dict[str, Any]:

@@ -66,11 +66,11 @@ def weigh(weighting: Weighting, forget: dict[str, Tensor], retain: dict[str, Ten
                 f"{where}: the weighting {weighting.name!r} must return a tensor of weights, found a "
                 f"{type(weights[key]).__name__}"
             )
-        if weights[key].shape != forget[key].shape or not bool(((weights[key] >= 0) & (weights[key] <= 1)).all()):
+        low, high = (float(bound) for bound in weights[key].aminmax()) if weights[key].numel() else (0.0, 0.0)
+        if weights[key].shape != forget[key].shape or not 0 <= low <= high <= 1:  # which NaN is not, either
             raise NumericalError(
                 f"{where}: the weighting {weighting.name!r} must return weights in [0, 1] of shape "
-                f"{tuple(forget[key].shape)}, found shape {tuple(weights[key].shape)} in "
-                f"[{float(weights[key].min()):.3g}, {float(weights[key].max()):.3g}]"
+                f"{tuple(forget[key].shape)}, found shape {tuple(weights[key].shape)} in [{low:.3g}, {high:.3g}]"
             )
     return weights
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_CHUNK = 2**22
+
 
 def ratio(forget: Tensor, retain: Tensor, power: float) -> Tensor:
     """W = f^tau / (f^tau + r^tau), for magnitudes f, r >= 0.
@@ -17,6 +19,14 @@ def ratio(forget: Tensor, retain: Tensor, power: float) -> Tensor:
     """
     if power == 0:
         return torch.full_like(forget, 0.5)
+    weights = torch.empty(forget.shape, dtype=forget.dtype, device=forget.device)
+    parts = (tensor.flatten().split(_CHUNK) for tensor in (weights, forget, retain))
+    for part, f, r in zip(*parts, strict=True):  # in chunks: the steps below hold some eight tensors of one's size
+        part.copy_(_ratio(f, r, power))
+    return weights
+
+
+def _ratio(forget: Tensor, retain: Tensor, power: float) -> Tensor:
     # Both are divided by the larger first: no power of a large or tiny magnitude overflows, and a common scale cancels.
     larger = torch.maximum(forget, retain)
     known = larger > 0

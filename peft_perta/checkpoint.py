@@ -1,0 +1,152 @@
+"""What an interrupted run leaves for the next: a directory of safetensors files, each written whole or not at all.
+
+``run.json`` says whose they are: a hash over the model, the data and the config. A directory of another run is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .errors import OutputError
+
+RUN_NAME = "run.json"
+
+
+class Checkpoint:
+    """A directory of named entries, each some tensors and a record.
+
+    Args:
+        path: the directory; made where it is not there.
+        run: what the run is, as JSON; two runs are one where these are equal.
+        writes: whether this process writes; of several processes only the main one does.
+
+    Raises:
+        OutputError: the directory is another run's, is not a checkpoint, or cannot be written.
+    """
+
+    def __init__(self, path: str | Path, run: Mapping[str, Any], *, writes: bool = True) -> None:
+        self.path = Path(path)
+        self._writes = writes
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            self._check_run(run)
+        elif writes:
+            self._write(RUN_NAME, lambda file: file.write_text(json.dumps(run, indent=1, sort_keys=True) + "\n"))
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Write an entry, in the place of one of the same name.
+
+        Raises:
+            OutputError: the disk refuses.
+        """
+        if not self._writes:
+            return
+        held = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+        metadata = {"record": json.dumps(record)}
+        self._write(f"{name}.safetensors", lambda file: save_file(held, file, metadata=metadata))
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """An entry's tensors and record, or None where there is no such entry.
+
+        Raises:
+            OutputError: the file is damaged.
+        """
+        path = self.path / f"{name}.safetensors"
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                record = json.loads(file.metadata()["record"])
+                return {key: file.get_tensor(key) for key in file.keys()}, record  # noqa: SIM118 - not a mapping
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise OutputError(f"{path} is damaged ({error}); delete {self.path} to start anew") from error
+
+    def names(self) -> list[str]:
+        """Of all entries, sorted."""
+        return sorted(path.stem for path in self.path.glob("*.safetensors"))
+
+    def delete(self, name: str) -> None:
+        if self._writes:
+            (self.path / f"{name}.safetensors").unlink(missing_ok=True)
+
+    def _check_run(self, run: Mapping[str, Any]) -> None:
+        try:
+            found = json.loads((self.path / RUN_NAME).read_text())
+            assert isinstance(found, dict)
+        except (OSError, ValueError, AssertionError) as error:
+            raise OutputError(
+                f"{self.path} is not the checkpoint of a run of ours (no readable {RUN_NAME}); choose another place"
+            ) from error
+        wanted = json.loads(json.dumps(run))
+        different = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+        if different:
+            raise OutputError(
+                f"{self.path} is the checkpoint of another run, which differs in: {', '.join(different)}; go on with "
+                "that run as it was, or delete the directory to start anew"
+            )
+        if self._writes:
+            for path in self.path.glob("*.partial"):  # a kill came while it was being written
+                path.unlink()
+
+    def _write(self, name: str, write: Any) -> None:
+        partial, final = self.path / f"{name}.partial", self.path / name
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write(partial)
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, final)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise OutputError(f"{final} could not be written: {error}; free some space and run this again") from error
+
+
+def remove_checkpoint(path: str | Path) -> None:
+    """The run is finished: nothing is left to go on from. What is no checkpoint of ours is left alone."""
+    if (Path(path) / RUN_NAME).is_file():
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def hash_model(model: nn.Module) -> str:
+    """SHA-256 of every weight and buffer of a model, by name, type and bytes; offloaded ones are read where they rest.
+
+    Args:
+        model: the transformers model; adapters on it are left out, which have names of their own.
+    """
+    digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        if "lora_" in name:
+            continue
+        with align_module_device(module):
+            for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers)):
+                for key, tensor in tensors.items():
+                    if tensor is None or (kind == "buffer" and key in module._non_persistent_buffers_set):
+                        continue
+                    for part in (tensor, *_scales(module, tensor)):
+                        held = part.detach().to("cpu").contiguous()
+                        path = f"{name}.{key}".replace(".base_layer", "")
+                        digest.update(f"{path} {held.dtype} {tuple(held.shape)}".encode())
+                        digest.update(held.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _scales(module: nn.Module, weight: Any) -> list[Tensor]:
+    """What a bitsandbytes weight means beyond its bytes."""
+    state = getattr(weight, "quant_state", None)
+    nested = getattr(state, "state2", None)
+    of_rows = getattr(weight, "SCB", None)  # moved to the layer's state by its first forward
+    if of_rows is None:
+        of_rows = getattr(getattr(module, "state", None), "SCB", None)
+    found = [getattr(state, "absmax", None), getattr(state, "offset", None), getattr(nested, "absmax", None), of_rows]
+    return [part for part in found if isinstance(part, Tensor)]

@@ -1,0 +1,100 @@
+"""What the modes share: the job that they are given, and what every one of them checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .. import processes
+from ..checkpoint import Checkpoint
+from ..data import Batch
+from ..errors import NumericalError
+from ..granularities import Granularity
+from ..plan import Plan
+from ..statistics import Statistic, StatisticName
+from ..targets import Target, base_model
+
+SetStatistics = dict[str, dict[str, Statistic]]  # set name -> layer name -> statistic
+
+
+@dataclass
+class Job:
+    """Both sets' statistics of some targets, as the plan has it.
+
+    Attributes:
+        targets: by name.
+        adapters: the adapters that are on while gradients are taken.
+        done: names of the targets that need no statistics any more.
+        checkpoint: where sums go that the next run may start from.
+    """
+
+    model: nn.Module
+    targets: Mapping[str, Target]
+    granularity: Granularity
+    statistic: StatisticName
+    adapters: list[str]
+    plan: Plan
+    done: set[str] = field(default_factory=set)
+    checkpoint: Checkpoint | None = None
+    show_progress_bar: bool = True
+
+    def save_statistics(self, group: list[Target], set_name: str, found: Mapping[str, Statistic]) -> None:
+        """Keep one set's sums of a group, for a run that is cut off before the other set's are in."""
+        if self.checkpoint is not None:
+            record = {"layers": [t.name for t in group], "samples": next(iter(found.values())).samples}
+            tensors = {f"{name}|{key}": total for name, s in found.items() for key, total in s.sums.items()}
+            self.checkpoint.save(f"sums-{set_name}", tensors, record)
+
+    def load_statistics(self, group: list[Target], set_name: str) -> dict[str, Statistic] | None:
+        """The sums that an earlier run kept of just this group, or None."""
+        kept = None if self.checkpoint is None else self.checkpoint.load(f"sums-{set_name}")
+        if kept is None or kept[1]["layers"] != [target.name for target in group]:
+            return None
+        found = {target.name: Statistic(self.statistic, samples=kept[1]["samples"]) for target in group}
+        for key, total in kept[0].items():
+            name, _, part = key.rpartition("|")
+            on_host = self.plan.statistics != "device"
+            found[name].sums[part] = total if on_host else total.to(self.targets[name].A.device)
+        return found
+
+
+def check_losses(losses: Tensor, batch: Batch, name: str) -> None:
+    """Raises NumericalError with the sample whose loss is not finite."""
+    finite = torch.isfinite(losses)
+    if not bool(finite.all()):
+        first = int((~finite).nonzero()[0])
+        raise NumericalError(
+            f"{name}, sample {batch.indices[first] + 1}: the loss is {float(losses[first])}; expected a finite one. "
+            "Look at the row, and at the model's dtype (float16 overflows where bfloat16 does not)"
+        )
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where token ids go: the embeddings' device, or the one that an offloaded model computes on."""
+    embeddings: Any = base_model(model).get_input_embeddings()  # type: ignore[operator]
+    return execution_device(embeddings)
+
+
+def execution_device(module: Any) -> torch.device:
+    """The device that a module computes on, wherever its weights rest."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is not None:
+        return torch.device(device if not isinstance(device, int) else f"cuda:{device}")
+    return next(module.parameters()).device
+
+
+@contextmanager
+def progress(total: int, what: str, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A bar over samples; the main process shows it for all."""
+    with tqdm(total=total, desc=what, disable=not (shown and processes.is_main())) as bar:
+
+        def advance(samples: int) -> None:
+            bar.update(min(samples * processes.count(), total - int(bar.n)))
+
+        yield advance

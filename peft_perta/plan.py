@@ -1,0 +1,294 @@
+"""What is computed when and where: which layers in which sweep, sums and inputs in which memory, how many samples at a
+time. Pure: measurements and budgets in, a plan out; the same in, the same out.
+
+Two modes. *Grouped*: all samples run forward once per group of layers, and back to the group's lowest layer; groups go
+from the top down. *Layer by layer*: all samples run forward once, the inputs of every decoder block are kept, and each
+block then runs forward and back by itself, from the top down; about two forwards and one backward in all, and one
+block's sums at a time.
+
+Costs are in forward-equivalents, one being a forward pass over both sets. Bytes that cross to the host or the disk are
+charged as the floating-point operations that would take as long: fixed figures of a common GPU or CPU, not
+measurements, so that the plan is the same at every run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from .errors import ConfigError
+from .memory import DISK, HOST, show_size
+from .statistics import PLACES, Place
+
+_GPU_OPERATIONS_PER_BYTE = {"device": 0.0, "host": 5_000.0, "disk": 50_000.0}
+_CPU_OPERATIONS_PER_BYTE = {"device": 0.0, "host": 0.0, "disk": 100.0}
+_TOKENS_OF_OVERHEAD = 64  # what a batch costs before its first token (dequantising, launching), in tokens
+_EDIT_COPIES = 3  # of one layer's arranged sums: magnitudes, weights, edit
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One target.
+
+    Attributes:
+        pool: of the layer's device.
+        statistic: bytes of one set's sums.
+        size: elements of the weight.
+        after: elements of all weights that run with this layer or after it.
+        block: index of the decoder block that it is in; None outside of the blocks.
+    """
+
+    name: str
+    pool: str
+    statistic: int
+    size: int
+    after: int
+    block: int | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one sample, the longest, showed.
+
+    Attributes:
+        layers: in the order in which they run.
+        size: elements of all weights that run.
+        activations: pool -> bytes that the whole backward keeps and needs, per sample.
+        block_activations: pool -> the same of the block, or of the part after the blocks, that needs most.
+        block_input: bytes of one block's input, over both sets.
+        blocks: how many decoder blocks were found.
+        samples: in both sets together.
+        tokens: in both sets together, padding included.
+        forms_weights: each sum costs a product of the weight's size (granularity 'delta').
+        one_at_a_time: samples cannot be told apart within a batch, and must be.
+        recomputes: gradient checkpointing is on.
+    """
+
+    layers: tuple[LayerCost, ...]
+    size: int
+    activations: Mapping[str, int]
+    block_activations: Mapping[str, int]
+    block_input: int
+    blocks: int
+    samples: int
+    tokens: int
+    forms_weights: bool
+    one_at_a_time: bool = False
+    recomputes: bool = False
+
+    @property
+    def lowest_block(self) -> int:
+        """The lowest block that holds a target."""
+        return min((layer.block for layer in self.layers if layer.block is not None), default=0)
+
+    @property
+    def has_chain(self) -> bool:
+        """Whether the targets lie in blocks, or after all of them."""
+        last = max((i for i, layer in enumerate(self.layers) if layer.block is not None), default=-1)
+        return self.blocks > 0 and last >= 0 and all(layer.block is not None for layer in self.layers[:last])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the sums are taken.
+
+    Attributes:
+        mode: 'grouped' or 'layerwise'.
+        groups: names of the layers whose sums are held together, in the order of the sweeps.
+        statistics: where the sums live.
+        inputs: where the blocks' inputs are kept, layer by layer.
+        micro_batch: samples that run together.
+        peak: pool -> predicted bytes at the peak, the model included.
+        budget: pool -> the most that may be.
+        cost: in forward-equivalents.
+    """
+
+    mode: str
+    groups: tuple[tuple[str, ...], ...]
+    statistics: Place
+    inputs: Place
+    micro_batch: int
+    peak: Mapping[str, int] = field(default_factory=dict)
+    budget: Mapping[str, int] = field(default_factory=dict)
+    cost: float = math.nan
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Plan:
+        return cls(**{**values, "groups": tuple(tuple(group) for group in values["groups"])})
+
+    def __str__(self) -> str:
+        layers = sum(map(len, self.groups))
+        if self.mode == "layerwise":
+            how = f"layer by layer, {len(self.groups)} blocks of the model, their inputs kept on the {self.inputs}"
+        else:
+            how = f"{len(self.groups)} sweep{'s' if len(self.groups) > 1 else ''}"
+            if len(self.groups) > 1:
+                how += f" of {', '.join(str(len(group)) for group in self.groups)} layers, from the top down"
+        peaks = ", ".join(
+            f"{show_size(self.peak[pool])} of {show_size(self.budget[pool])} on {_pool_name(pool)}"
+            for pool in self.peak
+        )
+        return (
+            f"plan: {layers} layers in {how}; sums on the {self.statistics}; {self.micro_batch} samples at a time\n"
+            f"      predicted peak {peaks}; predicted cost {self.cost:.2f} forward-equivalents "
+            "(a plain LoRA forward and backward is 2)"
+        )
+
+
+def make_plan(measured: Measured, taken: Mapping[str, int], budget: Mapping[str, int], batch_size: int) -> Plan:
+    """The cheapest plan whose predicted peak stays within the budget.
+
+    Args:
+        taken: pool -> bytes that are held already, by the model above all.
+        budget: pool -> the most that may be held.
+        batch_size: the most samples that may run together.
+
+    Raises:
+        ConfigError: none does; with the smallest budget that would do.
+    """
+    plans = list(_plans(measured, taken, budget, 1 if measured.one_at_a_time else batch_size))
+    fitting = [plan for plan in plans if _fits(plan)]
+    if fitting:
+        return min(fitting, key=lambda plan: plan.cost)  # the first of several: the larger batch, the nearer place
+    device = next(iter(measured.activations))
+
+    def excess(plan: Plan) -> tuple[float, float]:
+        over = {pool: max(0, plan.peak[pool] - budget[pool]) for pool in plan.peak}
+        return over.get(device, 0), sum(over.values())
+
+    least = min(plans, key=excess)
+    needs = [
+        f"{'host_memory' if pool == HOST else 'max_memory' if pool != DISK else 'free disk'} of at least "
+        f"{show_size(1.01 * least.peak[pool])} (found {show_size(budget[pool])})"
+        for pool in least.peak
+        if least.peak[pool] > budget[pool]
+    ]
+    raise ConfigError(
+        f"this run does not fit its memory budget, whatever the plan: expected {' and '.join(needs)}, of which "
+        f"{show_size(taken.get(device, 0))} is taken already. That would run {least.micro_batch} sample(s) at a time, "
+        f"{'block by block' if least.mode == 'layerwise' else 'layer by layer in sweeps'}; granularity='factor' needs "
+        "less than 'delta', and a shorter max_length less still"
+    )
+
+
+def _fits(plan: Plan) -> bool:
+    return all(plan.peak[pool] <= plan.budget[pool] for pool in plan.peak)
+
+
+def _plans(measured: Measured, taken: Mapping[str, int], budget: Mapping[str, int], batch_size: int) -> Iterator[Plan]:
+    micro_batch = min(batch_size, measured.samples)
+    while True:
+        for place in _places(measured):
+            yield _grouped(measured, taken, budget, micro_batch, place)
+        if measured.has_chain:
+            for place in _places(measured):
+                yield _layerwise(measured, taken, budget, micro_batch, place)
+        if micro_batch == 1:
+            return
+        micro_batch = math.ceil(micro_batch / 2)
+
+
+def _places(measured: Measured) -> tuple[Place, ...]:
+    """On a CPU the device is the host."""
+    return ("device", "disk") if set(measured.activations) == {HOST} else PLACES
+
+
+def _grouped(
+    measured: Measured, taken: Mapping[str, int], budget: Mapping[str, int], micro_batch: int, place: Place
+) -> Plan:
+    working = {pool: micro_batch * size for pool, size in measured.activations.items()}
+    groups: list[list[LayerCost]] = []
+    for layer in reversed(measured.layers):
+        if groups and _within(_peak([*groups[-1], layer], working, taken, place), budget):
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+    peaks = [_peak(group, working, taken, place) for group in groups]
+    cost = 0.0
+    for group in groups:
+        depth = max(layer.after for layer in group) / measured.size
+        cost += 1 + depth * (2 if measured.recomputes else 1)
+    if measured.forms_weights:
+        cost += sum(layer.size for layer in measured.layers) / measured.size
+    batches = measured.samples / micro_batch
+    crossing = 0 if place == "device" else batches * sum(layer.statistic for layer in measured.layers)
+    return _finished(
+        Plan("grouped", _names(groups), place, "device", micro_batch),
+        _largest(peaks),
+        budget,
+        cost + crossing * _operations_per_byte(measured)[place] / (2 * measured.size * measured.tokens),
+        measured,
+    )
+
+
+def _layerwise(
+    measured: Measured, taken: Mapping[str, int], budget: Mapping[str, int], micro_batch: int, place: Place
+) -> Plan:
+    working = {pool: micro_batch * size for pool, size in measured.block_activations.items()}
+    by_block: dict[int, list[LayerCost]] = {}
+    for layer in reversed(measured.layers):
+        by_block.setdefault(measured.blocks if layer.block is None else layer.block, []).append(layer)
+    groups = [by_block[block] for block in sorted(by_block, reverse=True)]
+    peaks = [_peak(group, working, taken, "device") for group in groups]
+    # The inputs of all blocks from the lowest target up, and the gradient at one boundary.
+    inputs = (measured.blocks - measured.lowest_block + 1) * measured.block_input
+    peak = _largest(peaks)
+    pool = {"device": next(iter(measured.activations)), "host": HOST, "disk": DISK}[place]
+    peak[pool] = peak.get(pool, taken.get(pool, 0)) + inputs
+    depth = max(layer.after for layer in measured.layers) / measured.size
+    cost = 1 + 2 * depth
+    if measured.forms_weights:
+        cost += sum(layer.size for layer in measured.layers) / measured.size
+    # Written and read once each; the boundary's gradient is written and read at every block.
+    crossing = 4 * inputs * _operations_per_byte(measured)[place]
+    return _finished(
+        Plan(
+            "layerwise", tuple(tuple(layer.name for layer in group) for group in groups), "device", place, micro_batch
+        ),
+        peak,
+        budget,
+        cost + crossing / (2 * measured.size * measured.tokens),
+        measured,
+    )
+
+
+def _finished(plan: Plan, peak: Mapping[str, int], budget: Mapping[str, int], cost: float, measured: Measured) -> Plan:
+    length = measured.tokens / measured.samples
+    cost *= 1 + _TOKENS_OF_OVERHEAD / (plan.micro_batch * length)
+    return dataclasses.replace(plan, peak=dict(peak), budget=dict(budget), cost=cost)
+
+
+def _peak(group: list[LayerCost], working: Mapping[str, int], taken: Mapping[str, int], place: Place) -> dict[str, int]:
+    """Both sets' sums, and beside them either what a batch needs or what one layer's edit needs."""
+    peak = {}
+    for pool in working:
+        here = [layer for layer in group if layer.pool == pool]
+        sums = sum(2 * layer.statistic for layer in here) if place == "device" else 0
+        edit = _EDIT_COPIES * max((layer.statistic for layer in here), default=0)
+        peak[pool] = taken.get(pool, 0) + sums + max(working[pool], edit)
+    if place != "device":
+        pool = HOST if place == "host" else DISK
+        peak[pool] = peak.get(pool, taken.get(pool, 0)) + sum(2 * layer.statistic for layer in group)
+    return peak
+
+
+def _names(groups: list[list[LayerCost]]) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(layer.name for layer in group) for group in groups)
+
+
+def _largest(peaks: list[dict[str, int]]) -> dict[str, int]:
+    return {pool: max(peak.get(pool, 0) for peak in peaks) for pool in peaks[0]}
+
+
+def _within(peak: Mapping[str, int], budget: Mapping[str, int]) -> bool:
+    return all(size <= budget[pool] for pool, size in peak.items())
+
+
+def _operations_per_byte(measured: Measured) -> Mapping[str, float]:
+    return _CPU_OPERATIONS_PER_BYTE if set(measured.activations) == {HOST} else _GPU_OPERATIONS_PER_BYTE
+
+
+def _pool_name(pool: str) -> str:
+    return {HOST: "the host", DISK: "the disk"}.get(pool, pool)

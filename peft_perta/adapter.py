@@ -92,7 +92,8 @@ def build_adapter(
     saved = get_peft_model_state_dict(skeleton, save_embedding_layers=False)
     state_dict = {key: value.detach() for key, value in saved.items()}
     config.base_model_name_or_path = base_name(model)
-    config.target_modules = projections  # a list: PEFT makes it a set, whose order is not that of two runs
+    # Lists: PEFT makes them sets, whose order is not that of two runs.
+    config.target_modules, config.target_parameters = projections, parameters or None
     return config, state_dict
 
 

@@ -26,33 +26,33 @@ def borrowed(model: nn.Module, adapters: Sequence[str] | None = None, *, checkpo
         checkpointing: leave gradient checkpointing to work as the user set it up (transformers checkpoints only what is
             in training mode). Off for generation, where it would forbid the cache.
     """
-    training = [(module, module.training) for module in model.modules()]
-    frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    switched = [(m, m._active_adapter, m._disable_adapters) for m in tuner_modules(model)]
+    modules = list(model.modules())  # walked once: a large model has thousands
+    training = [(module, module.training) for module in modules]
+    parameters = {id(p): p for module in modules for p in module._parameters.values() if p is not None}.values()
+    frozen = [(parameter, parameter.requires_grad) for parameter in parameters]
+    switched = [(m, m._active_adapter, m._disable_adapters) for m in tuner_modules(modules)]
     compute_types = [
-        (m, m.compute_dtype, m.compute_type_is_set) for m in model.modules() if hasattr(m, "compute_type_is_set")
+        (m, m.compute_dtype, m.compute_type_is_set) for m in modules if "compute_type_is_set" in vars(m)
     ]
     checkpointers = [
-        (m, vars(m)["_gradient_checkpointing_func"])
-        for m in model.modules()
-        if "_gradient_checkpointing_func" in vars(m)
+        (m, vars(m)["_gradient_checkpointing_func"]) for m in modules if "_gradient_checkpointing_func" in vars(m)
     ]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         try:
-            model.eval()
-            for module in model.modules():
+            for module in modules:
                 kind = find_kind(module)
-                if kind is not None and kind.keeps_training_flag:
-                    module.training = True
-                elif checkpointing and getattr(module, "gradient_checkpointing", False):
-                    module.training = True  # this module alone: its children's dropout stays off
+                # A checkpointing module alone stays in training mode: its children's dropout is off.
+                module.training = (kind is not None and kind.keeps_training_flag) or (
+                    checkpointing and getattr(module, "gradient_checkpointing", False)
+                )
             for module, checkpoint in checkpointers:
                 if module.training:
                     vars(module)["_gradient_checkpointing_func"] = _in_eval_mode(module, checkpoint)
             if adapters is not None:
-                switch_modules(model, adapters)
-            model.requires_grad_(False)
+                switch_modules(modules, adapters)
+            for parameter, _ in frozen:
+                parameter.requires_grad_(False)
             yield
         finally:
             # PEFT's setters also touch requires_grad and refuse some states that they accept; the two attributes are

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,18 +61,18 @@ def stack_adapters(model: nn.Module, names: Sequence[str]) -> None:
     else:  # attached by transformers' own PEFT integration
         model.enable_adapters()  # type: ignore[operator]
         model.set_adapter(list(names))  # type: ignore[operator]
-        for module in tuner_modules(model):
+        for module in tuner_modules(model.modules()):
             module.set_adapter(list(names), inference_mode=True)
 
 
-def tuner_modules(model: nn.Module) -> list[Any]:
-    """The modules whose behaviour depends on which adapters are on."""
-    return [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+def tuner_modules(modules: Iterable[nn.Module]) -> list[Any]:
+    """Those whose behaviour depends on which adapters are on."""
+    return [m for m in modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
 
 
-def switch_modules(model: nn.Module, names: Sequence[str]) -> None:
+def switch_modules(modules: Iterable[nn.Module], names: Sequence[str]) -> None:
     """Turn on these adapters (none: all off), layer by layer; the model's own record of what is on stays as it was."""
-    for module in tuner_modules(model):
+    for module in tuner_modules(modules):
         if isinstance(module, BaseTunerLayer):
             present = list(names)
         else:

@@ -102,7 +102,7 @@ def train_forget_adapter(
             put_back()
             raise
     peft_model.eval()
-    switch_modules(peft_model, [adapter_name])
+    switch_modules(peft_model.modules(), [adapter_name])
     peft_model.requires_grad_(False)
     if output_dir is not None:
         record = {"samples": len(samples), "sha256": fingerprint(samples), "epochs": config.num_train_epochs}

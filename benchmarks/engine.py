@@ -1,8 +1,8 @@
 """What the gradient engine costs, on this CPU: ratios, each against a named alternative in the same run.
 
-    python -m benchmarks.engine [--json FILE] [--rounds 7] [--only NAME ...]
+    python -m benchmarks.engine [--json FILE] [--rounds 5] [--only NAME ...]
 
-A Llama of 30M parameters in float32, 2 threads. Every round runs every arm once, in turn; a ratio is the median over
+A Llama of 43M parameters in float32, 2 threads. Every round runs every arm once, in turn; a ratio is the median over
 rounds of the arm's time over the alternative's in the same round. Memory is the process's peak beyond the model.
 """
 
@@ -37,7 +37,7 @@ from peft_perta.plan import Plan
 from peft_perta.targets import Target, resolve_targets
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SAMPLES, TOKENS, BATCH, VOCABULARY = 16, 128, 8, 4096
+LAYERS, SAMPLES, TOKENS, BATCH, VOCABULARY = 12, 16, 128, 8, 4096
 GOALS = {
     "delta_mean": 1.65,
     "delta_squares": 2.0,
@@ -68,7 +68,7 @@ def adapted_llama() -> PeftModel:
     config = LlamaConfig(
         hidden_size=512,
         intermediate_size=1408,
-        num_hidden_layers=8,
+        num_hidden_layers=LAYERS,
         num_attention_heads=8,
         num_key_value_heads=8,
         vocab_size=VOCABULARY,
@@ -130,7 +130,7 @@ def times(rounds: int) -> dict[str, list[float]]:
         )
 
     def layer_by_layer() -> None:
-        blocks = tuple(tuple(t.name for t in targets if f".layers.{index}." in t.name) for index in reversed(range(8)))
+        blocks = tuple(tuple(t.name for t in targets if f".layers.{index}." in t.name) for index in reversed(range(LAYERS)))
         plan = Plan("layerwise", blocks, "device", "device", BATCH)
         by_name = {target.name: target for target in targets}
         job = Job(model, by_name, GRANULARITIES["delta"], "mean", [], plan, show_progress_bar=False)
@@ -240,7 +240,7 @@ def svd(rounds: int) -> tuple[list[float], float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the ratios as JSON")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of which medians are taken (default: 7)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of which medians are taken (default: 5)")
     parser.add_argument("--only", nargs="+", choices=["time", "memory", "svd"], default=["time", "memory", "svd"])
     parser.add_argument("--times", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", choices=["dense", "ours"], help=argparse.SUPPRESS)

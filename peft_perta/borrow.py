@@ -31,9 +31,7 @@ def borrowed(model: nn.Module, adapters: Sequence[str] | None = None, *, checkpo
     parameters = {id(p): p for module in modules for p in module._parameters.values() if p is not None}.values()
     frozen = [(parameter, parameter.requires_grad) for parameter in parameters]
     switched = [(m, m._active_adapter, m._disable_adapters) for m in tuner_modules(modules)]
-    compute_types = [
-        (m, m.compute_dtype, m.compute_type_is_set) for m in modules if "compute_type_is_set" in vars(m)
-    ]
+    compute_types = [(m, m.compute_dtype, m.compute_type_is_set) for m in modules if "compute_type_is_set" in vars(m)]
     checkpointers = [
         (m, vars(m)["_gradient_checkpointing_func"]) for m in modules if "_gradient_checkpointing_func" in vars(m)
     ]

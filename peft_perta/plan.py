@@ -64,6 +64,8 @@ class Measured:
         forms_weights: each sum costs a product of the weight's size (granularity 'delta').
         one_at_a_time: samples cannot be told apart within a batch, and must be.
         recomputes: gradient checkpointing is on.
+        arguments: bytes of what blocks are called with beside their input (masks), over both sets.
+        fixed: pool -> bytes that any batch needs, whatever its size: unpacked weights, work space.
     """
 
     layers: tuple[LayerCost, ...]
@@ -77,6 +79,8 @@ class Measured:
     forms_weights: bool
     one_at_a_time: bool = False
     recomputes: bool = False
+    arguments: int = 0
+    fixed: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def lowest_block(self) -> int:
@@ -198,7 +202,7 @@ def _places(measured: Measured) -> tuple[Place, ...]:
 def _grouped(
     measured: Measured, taken: Mapping[str, int], budget: Mapping[str, int], micro_batch: int, place: Place
 ) -> Plan:
-    working = {pool: micro_batch * size for pool, size in measured.activations.items()}
+    working = _working(measured, measured.activations, micro_batch)
     groups: list[list[LayerCost]] = []
     for layer in reversed(measured.layers):
         if groups and _within(_peak([*groups[-1], layer], working, taken, place), budget):
@@ -226,14 +230,18 @@ def _grouped(
 def _layerwise(
     measured: Measured, taken: Mapping[str, int], budget: Mapping[str, int], micro_batch: int, place: Place
 ) -> Plan:
-    working = {pool: micro_batch * size for pool, size in measured.block_activations.items()}
+    working = _working(measured, measured.block_activations, micro_batch)
     by_block: dict[int, list[LayerCost]] = {}
     for layer in reversed(measured.layers):
         by_block.setdefault(measured.blocks if layer.block is None else layer.block, []).append(layer)
     groups = [by_block[block] for block in sorted(by_block, reverse=True)]
     peaks = [_peak(group, working, taken, "device") for group in groups]
     # The inputs of all blocks from the lowest target up, and the gradient at one boundary.
-    inputs = (measured.blocks - measured.lowest_block + 1) * measured.block_input
+    inputs = (measured.blocks - measured.lowest_block + 1) * measured.block_input + measured.arguments
+    if place == "host" and set(measured.activations) != {HOST}:
+        # Pinned memory comes in powers of two.
+        of_batch = max(1.0, micro_batch * measured.block_input / measured.samples)
+        inputs = int(inputs * 2 ** math.ceil(math.log2(of_batch)) / of_batch)
     peak = _largest(peaks)
     pool = {"device": next(iter(measured.activations)), "host": HOST, "disk": DISK}[place]
     peak[pool] = peak.get(pool, taken.get(pool, 0)) + inputs
@@ -276,6 +284,11 @@ def _peak(group: list[LayerCost], working: Mapping[str, int], taken: Mapping[str
 
 def _names(groups: list[list[LayerCost]]) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(layer.name for layer in group) for group in groups)
+
+
+def _working(measured: Measured, activations: Mapping[str, int], micro_batch: int) -> dict[str, int]:
+    """Pool -> bytes that a batch needs while it runs."""
+    return {pool: micro_batch * size + measured.fixed.get(pool, 0) for pool, size in activations.items()}
 
 
 def _largest(peaks: list[dict[str, int]]) -> dict[str, int]:

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
 
 from ..borrow import borrowed
 from ..data import Sample, batches
 from ..granularities import Granularity
 from ..losses import sample_losses
+from ..memory import HOST
 from ..plan import LayerCost, Measured
 from ..statistics import StatisticName
 from ..targets import Target
@@ -26,7 +28,7 @@ from .layerwise import forward
 from .tap import Taps
 
 _TRANSIENT = 3  # gradients of the largest tensor kept, beside it
-_CHAIN_TOKENS = 32
+_CPU_WORKSPACE, _GPU_WORKSPACE = 16 * 2**20, 192 * 2**20
 
 
 def measure(
@@ -46,13 +48,14 @@ def measure(
     everything = [sample for samples in sets.values() for sample in samples]
     longest = max(everything, key=lambda sample: len(sample.input_ids))
     batch = next(batches([longest], 1)).to(input_device(model))
+    batch.attention_mask[0, -1] = 0  # as if padded: masks, which whole samples go without, are counted
     blocks = find_blocks(model)
     count = _Count(model)
     order: dict[int, int] = {}  # id of a module -> when it first ran
     after: dict[int, int] = {}  # id of a module -> elements of the weights that had run before it
     ran = 0
     flat_inputs = False
-    hidden_bytes = 0
+    hidden_bytes = arguments = 0
     tapped = {id(target.base_layer) for target in targets}
 
     def on_module(module: nn.Module, args: tuple) -> None:
@@ -66,11 +69,12 @@ def measure(
             flat_inputs = True
 
     def before(index: int, args: tuple, kwargs: dict) -> None:
-        nonlocal hidden_bytes
+        nonlocal hidden_bytes, arguments
         count.where = index
         if index == 0:
-            hidden = first_tensor(args, kwargs)
-            hidden_bytes = hidden.numel() * hidden.element_size()
+            held = [leaf.nbytes for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            hidden_bytes = first_tensor(args, kwargs).nbytes
+            arguments = sum(held) - hidden_bytes
 
     def leave(index: int, output: Any) -> None:
         count.where = None
@@ -117,6 +121,8 @@ def measure(
         tokens=tokens,
         forms_weights=granularity.name == "delta",
         one_at_a_time=statistic == "squares" and (flat_inputs or any(target.parameter for target in targets)),
+        arguments=arguments * len(everything),
+        fixed={pool: _fixed(model, targets, pool) for pool in pools},
         recomputes=any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
     )
 
@@ -215,6 +221,13 @@ def _elements(module: Any) -> int:
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return module.in_features * module.out_features
     return sum(parameter.numel() for parameter in module.parameters(recurse=False) if parameter.dim() > 1)
+
+
+def _fixed(model: nn.Module, targets: Sequence[Target], pool: str) -> int:
+    """Bytes that any batch needs on a device: work space of the libraries, and a packed weight as it is unpacked."""
+    packed = any(not parameter.is_floating_point() for parameter in model.parameters())
+    unpacked = max((4 * _elements(target.base_layer) for target in targets), default=0) if packed else 0
+    return unpacked + (_CPU_WORKSPACE if pool == HOST else _GPU_WORKSPACE)
 
 
 def _in_sequence(blocks: list[nn.Module], order: dict[int, int]) -> bool:

@@ -130,7 +130,9 @@ def times(rounds: int) -> dict[str, list[float]]:
         )
 
     def layer_by_layer() -> None:
-        blocks = tuple(tuple(t.name for t in targets if f".layers.{index}." in t.name) for index in reversed(range(LAYERS)))
+        blocks = tuple(
+            tuple(t.name for t in targets if f".layers.{index}." in t.name) for index in reversed(range(LAYERS))
+        )
         plan = Plan("layerwise", blocks, "device", "device", BATCH)
         by_name = {target.name: target for target in targets}
         job = Job(model, by_name, GRANULARITIES["delta"], "mean", [], plan, show_progress_bar=False)

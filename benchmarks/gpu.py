@@ -1,0 +1,238 @@
+"""What a real size costs on a GPU: random weights of the real shapes in NF4, double-quantised, bfloat16 compute.
+
+    python -m benchmarks.gpu --shape 8b --granularity delta --max-memory 10GiB [--profile] [--json FILE]
+    python -m benchmarks.gpu --shape 8b --granularity factor --max-memory 8GiB
+    python -m benchmarks.gpu --shape 70b --granularity delta --max-memory 48GiB --samples 40
+    python -m benchmarks.gpu --shape tiny        # the same path at a tiny size; runs on a CPU too
+
+Prints a Markdown table: peak memory, wall time, and the time over the floor of 6 operations per weight and token at the
+card's own matmul rate, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from peft_perta import PerTAConfig, get_perta_state_dict
+from peft_perta.loading import quiet
+from peft_perta.memory import show_size
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": {  # Llama-3.1-8B
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "70b": {  # Llama-3.1-70B
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    },
+}
+# What the profiler's kernels are, by a part of their name.
+KINDS = {
+    "dequantisation": ("dequantize",),
+    "copies": ("memcpy", "aten::copy_", "memset"),
+    "factorisation": ("svd", "qr", "geqrf", "orgqr", "gesvd", "householder"),
+    "matmul": ("gemm", "cutlass", "nvjet", "xmma", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+}
+
+
+def random_llama(shape: str, device: torch.device) -> PeftModel:
+    """A Llama of that shape with random NF4 weights and a random forget adapter; never whole in a wider type."""
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=4096, rope_theta=500_000.0)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def drawn(*size: int) -> torch.Tensor:
+        return torch.randn(*size, dtype=torch.bfloat16, device=device, generator=generator).mul_(0.02)
+
+    for name, module in list(model.named_modules()):
+        parent: Any = model.get_submodule(name.rpartition(".")[0])
+        child = name.rpartition(".")[2]
+        if isinstance(module, nn.Linear) and child in PROJECTIONS:
+            packed = bnb.nn.Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=False,
+                compute_dtype=torch.bfloat16,
+                quant_type="nf4",
+                compress_statistics=True,
+                device="meta",
+            )
+            weight = bnb.nn.Params4bit(
+                drawn(module.out_features, module.in_features),
+                requires_grad=False,
+                quant_type="nf4",
+                compress_statistics=True,
+                module=packed,
+            )
+            packed.weight = weight.to(device)  # which packs it
+            setattr(parent, child, packed)
+        elif isinstance(module, LlamaRotaryEmbedding):
+            setattr(parent, child, LlamaRotaryEmbedding(config).to(device))
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            module.weight = nn.Parameter(drawn(*module.weight.shape), requires_grad=False)
+        elif "weight" in module._parameters:
+            module.weight = nn.Parameter(torch.ones(module.weight.shape, dtype=torch.bfloat16, device=device))
+    setattr(model, "is_loaded_in_4bit", True)  # noqa: B010 - as from_pretrained marks it
+    model.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    adapter = LoraConfig(r=16, lora_alpha=32, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+    adapted = get_peft_model(model.eval(), adapter, adapter_name="forget")
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.02)
+    return adapted  # type: ignore[return-value]
+
+
+def rows(seed: int, samples: int, tokens: int, vocabulary: int) -> list[dict[str, torch.Tensor]]:
+    drawn = torch.randint(3, vocabulary, (samples, tokens), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": row, "labels": row.clone()} for row in drawn]
+
+
+def matmul_rate(device: torch.device) -> float:
+    """Operations per second of a large bfloat16 product, the best of ten."""
+    size = 8192 if device.type == "cuda" else 512
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        _wait(device)
+        start = time.perf_counter()
+        a @ b
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    rate = matmul_rate(device)
+    model = random_llama(options.shape, device)
+    vocabulary = SHAPES[options.shape]["vocab_size"]
+    sets = [rows(seed, options.samples, options.tokens, vocabulary) for seed in (0, 1)]
+    weights = sum(
+        module.in_features * module.out_features
+        for module in model.modules()
+        if isinstance(module, (bnb.nn.Linear4bit, nn.Linear)) and not hasattr(module, "base_layer")
+    )
+    config = PerTAConfig(
+        granularity=options.granularity,
+        weighting=options.weighting,
+        batch_size=options.batch_size,
+        max_memory=options.max_memory,
+        host_memory=options.host_memory,
+    )
+    held = 0
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+    start = time.perf_counter()
+    if options.profile:
+        activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
+        with profile(activities=activities) as profiled:
+            report = get_perta_state_dict(model, config, *sets)[2]
+            _wait(device)
+        shares = where_time_goes(profiled, device)
+    else:
+        report = get_perta_state_dict(model, config, *sets)[2]
+        _wait(device)
+        shares = {}
+    seconds = time.perf_counter() - start
+    floor = 6 * weights * 2 * options.samples * options.tokens / rate
+    return {
+        "shape": options.shape,
+        "granularity": options.granularity,
+        "weighting": options.weighting,
+        "samples": f"{options.samples} + {options.samples} of {options.tokens} tokens",
+        "model": held,
+        "peak_allocated": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "peak_reserved": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
+        "seconds": seconds,
+        "stages": report.seconds,
+        "tera_operations": rate / 1e12,
+        "over_floor": seconds / floor,
+        "profile": shares,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "versions": {"torch": torch.__version__, "bitsandbytes": bnb.__version__},
+    }
+
+
+def where_time_goes(profiled: profile, device: torch.device) -> dict[str, float]:
+    """Share of the device's own time by kind of work."""
+    spent = dict.fromkeys([*KINDS, "other"], 0.0)
+    for event in profiled.key_averages():
+        own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        kind = next((kind for kind, parts in KINDS.items() if any(p in event.key.lower() for p in parts)), "other")
+        spent[kind] += own
+    total = sum(spent.values()) or 1.0
+    return {kind: round(own / total, 4) for kind, own in spent.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="8b")
+    parser.add_argument("--granularity", choices=["delta", "factor", "separable"], default="delta")
+    parser.add_argument("--weighting", default="grad")
+    parser.add_argument("--samples", type=int, default=400, help="of each set (default: 400)")
+    parser.add_argument("--tokens", type=int, default=256, help="of each sample (default: 256)")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-memory", help="of the GPU, e.g. 10GiB")
+    parser.add_argument("--host-memory", help="of the host, e.g. 32GiB")
+    parser.add_argument("--profile", action="store_true", help="say where the time goes; slows the run down")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
+    options = parser.parse_args()
+    quiet()
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    found = measure(options, device)
+    print(
+        "| model | granularity | samples | model holds | peak allocated | peak reserved | seconds | over the floor |\n"
+        "|---|---|---|---|---|---|---|---|"
+    )
+    sizes = [show_size(found[k]) if found[k] is not None else "-" for k in ("model", "peak_allocated", "peak_reserved")]
+    print(
+        f"| {found['shape']} | {found['granularity']} | {found['samples']} | {' | '.join(sizes)} | "
+        f"{found['seconds']:.1f} | {found['over_floor']:.2f} |"
+    )
+    print(f"\n{found['device']}, {found['tera_operations']:.3g} TFLOP/s in bfloat16, {found['versions']}")
+    print(f"stages: {found['stages']}")
+    if found["profile"]:
+        print("where the time goes: " + ", ".join(f"{kind} {share:.1%}" for kind, share in found["profile"].items()))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

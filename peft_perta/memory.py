@@ -13,7 +13,8 @@ import torch
 
 from .errors import ConfigError
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 HOST, DISK = "cpu", "disk"
 # Left free of what the machine could give: fragmentation, and what others take while we run.
 _DEFAULT_SHARE = 0.9
@@ -25,22 +26,20 @@ def parse_size(size: int | str) -> int:
     Raises:
         ConfigError: it is none of these.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)?", str(size).strip().upper())
-    unit = (found.group(2) or "") if found else None
-    if found is None or isinstance(size, (bool, float)) or unit not in _UNITS or float(found.group(1)) <= 0:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?", str(size).strip().upper())
+    unit = _UNITS.get(found.group(2) or "B") if found and not isinstance(size, (bool, float)) else None
+    count = int(float(found.group(1)) * unit) if found and unit else 0
+    if count < 1:
         raise ConfigError(f"expected a size such as '10GiB', '10GB' or a number of bytes, found {size!r}")
-    return int(float(found.group(1)) * _UNITS[unit])
+    return count
 
 
 def show_size(size: float) -> str:
     """'1.5 GiB', '12 MiB'."""
     for unit in ("GiB", "MiB", "KiB"):
-        if abs(size) >= _UNITS[unit.upper()]:
-            return (
-                f"{size / _UNITS[unit.upper()]:.3g} {unit}"
-                if abs(size) < 1000 * _UNITS[unit.upper()]
-                else (f"{size / _UNITS[unit.upper()]:.0f} {unit}")
-            )
+        count = size / _UNITS[unit.upper()]
+        if abs(count) >= 1:
+            return f"{count:.3g} {unit}" if abs(count) < 999.5 else f"{count:.0f} {unit}"
     return f"{size:.0f} B"
 
 

@@ -203,12 +203,13 @@ def _grouped(
     measured: Measured, taken: Mapping[str, int], budget: Mapping[str, int], micro_batch: int, place: Place
 ) -> Plan:
     working = _working(measured, measured.activations, micro_batch)
+    # Filled from the bottom: the fewest sweeps, and each goes back no further than it must.
     groups: list[list[LayerCost]] = []
-    for layer in reversed(measured.layers):
-        if groups and _within(_peak([*groups[-1], layer], working, taken, place), budget):
-            groups[-1].append(layer)
+    for layer in measured.layers:
+        if groups and _within(_peak([layer, *groups[0]], working, taken, place), budget):
+            groups[0].insert(0, layer)
         else:
-            groups.append([layer])
+            groups.insert(0, [layer])
     peaks = [_peak(group, working, taken, place) for group in groups]
     cost = 0.0
     for group in groups:

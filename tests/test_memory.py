@@ -1,0 +1,146 @@
+"""How much memory may be taken: sizes are read as they are shown, and a budget is what was asked for."""
+
+import re
+import types
+
+import psutil
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_perta import ConfigError, PerTAConfig, cli
+from peft_perta import memory as memory_module
+from peft_perta.memory import DISK, HOST, budgets, held_to, parse_size, show_size, taken
+
+SIZES = {
+    1: 1,
+    10_000_000_000: 10**10,
+    "10000": 10_000,
+    "3KB": 3_000,
+    "10GB": 10**10,
+    "10GiB": 10 * 2**30,
+    "1.5 GiB": 3 * 2**29,
+    " 2 mib ": 2**21,
+    "7KiB": 7 * 2**10,
+    "1TB": 10**12,
+    "2TiB": 2**41,
+    "512 B": 512,
+}
+JUNK = ("", "GiB", "ten GiB", "10 GiB free", "10XB", "10GBit", "-1", "-1GiB", "1e3", "1,5GB", "nan", "inf", "0", "0GiB")
+NO_SIZES = (*JUNK, "0.2", "0.0001KB", 0, -1, -(2**30), True, False, 1.5, 1e9, float("nan"), None, [], b"10GiB")
+NAMES = ("max_memory", "host_memory")
+
+
+@pytest.mark.parametrize(("size", "expected"), SIZES.items())
+def test_a_size_is_bytes(size, expected):
+    found = parse_size(size)
+    assert (found, type(found)) == (expected, int)
+
+
+@pytest.mark.parametrize("size", NO_SIZES, ids=repr)
+def test_what_is_no_size_is_refused(size):
+    with pytest.raises(ConfigError, match=re.escape(f"or a number of bytes, found {size!r}")):
+        parse_size(size)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [None, *SIZES], ids=repr)
+def test_the_config_takes_a_size_and_keeps_it_as_it_was_written(name, size):
+    config = PerTAConfig(**{name: size})
+    assert getattr(PerTAConfig.from_dict(config.to_dict()), name) == size
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [size for size in NO_SIZES if size is not None], ids=repr)
+def test_the_config_refuses_what_is_no_size_by_name(name, size):
+    with pytest.raises(ConfigError, match=f"^{name}: expected nothing, or a size such as .*, found"):
+        PerTAConfig(**{name: size})
+
+
+def test_the_command_line_takes_a_size_as_it_is_written():
+    line = "unlearn --model m --forget-adapter f --output o --max-memory 3GiB --host-memory 20000000"
+    options = cli._parser().parse_args(line.split())
+    assert (options.max_memory, options.host_memory) == ("3GiB", "20000000")
+
+
+@given(size=st.integers(1, 2**46))
+def test_a_size_that_is_shown_can_be_given_back(size):
+    """A message names the budget that would do; what it says is what one types."""
+    assert abs(parse_size(show_size(size)) - size) <= 0.005 * size + 1
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1 KiB"),
+        (12 * 2**20, "12 MiB"),
+        (3 * 2**29, "1.5 GiB"),
+        (999.7 * 2**20, "1000 MiB"),
+        (1023 * 2**20, "1023 MiB"),
+        (123_456 * 2**30, "123456 GiB"),
+    ],
+)
+def test_a_size_is_shown_in_three_figures_or_whole(size, shown):
+    assert show_size(size) == shown
+
+
+def test_what_is_taken_of_the_host_is_what_the_process_holds():
+    before = taken(HOST)
+    held = torch.ones(2**24)  # 64 MiB, touched
+    assert taken(HOST) - before > 0.9 * held.nbytes
+    assert taken(DISK) == 0
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """One of 100 bytes free on the host, 50 on the disk, and a GPU with 30 free and 10 that the allocator has."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=100))
+    monkeypatch.setattr(memory_module, "taken", lambda pool: 20 if pool == HOST else 0)
+    monkeypatch.setattr(memory_module.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=50))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10)
+
+
+@pytest.mark.parametrize(
+    ("max_memory", "host_memory", "expected"),
+    [
+        (None, None, {"cuda:0": 36, HOST: 108, DISK: 45}),
+        ("1KB", None, {"cuda:0": 1000, HOST: 108, DISK: 45}),
+        (None, 77, {"cuda:0": 36, HOST: 77, DISK: 45}),
+    ],
+)
+def test_a_budget_is_what_was_asked_for_or_nine_tenths_of_what_is_free_or_ours(
+    machine, max_memory, host_memory, expected
+):
+    assert budgets([HOST, "cuda:0"], max_memory, host_memory) == expected
+
+
+def test_a_cpu_has_no_budget_but_the_hosts_and_the_disks(machine):
+    assert budgets([HOST], "1KB", 77) == {HOST: 77, DISK: 45}
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_gpu_is_held_to_its_budget_for_the_length_of_the_block(monkeypatch, raises):
+    fractions = {"cuda:0": 0.8, "cuda:1": 0.5}
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fractions[device])
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: fractions.update({device: fraction})
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=1000))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    def block():
+        with held_to({HOST: 1, "cuda:0": 300, DISK: 1, "cuda:1": 900}):
+            assert fractions == {"cuda:0": 0.3, "cuda:1": 0.5}, "and never more than the user allows"
+            if raises:
+                raise RuntimeError("on purpose")
+
+    if raises:
+        with pytest.raises(RuntimeError, match="on purpose"):
+            block()
+    else:
+        block()
+    assert fractions == {"cuda:0": 0.8, "cuda:1": 0.5}

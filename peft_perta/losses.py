@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .data import IGNORED, Batch
+
+_CHUNK = 2**23  # logits that are widened at once
 
 
 def sample_losses(model: nn.Module, batch: Batch) -> Tensor:
@@ -27,10 +30,44 @@ def completion_losses(logits: Tensor, labels: Tensor) -> Tensor:
     labels = labels[:, 1:].to(logits.device)
     taken = labels != IGNORED
     chosen = logits.squeeze(0) if logits.shape[:2] != (len(labels), labels.shape[1] + 1) else logits[:, :-1][taken]
-    chosen = chosen.to(torch.promote_types(logits.dtype, torch.float32))
-    token_losses = nn.functional.cross_entropy(chosen, labels[taken], reduction="none")
+    token_losses: Tensor = _TokenLosses.apply(chosen, labels[taken])  # type: ignore[assignment]
     per_token = torch.zeros(labels.shape, dtype=token_losses.dtype, device=logits.device)
     return per_token.masked_scatter(taken, token_losses).sum(1) / taken.sum(1)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Cross-entropy of each token [K] from logits [K, V]: ``nn.functional.cross_entropy``, in chunks of tokens.
+
+    With a large vocabulary the logits are a batch's largest tensor. They are kept in their own type; what is float32
+    exists for one chunk at a time, on the way forth and back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, labels)
+        parts = _chunks(logits, labels)
+        return torch.cat([nn.functional.cross_entropy(_wide(p), of, reduction="none") for p, of in parts])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        # softmax - one-hot, by operations that can be differentiated again
+        logits, labels = ctx.saved_tensors
+        parts = _chunks(logits, labels, gradients[0])
+        return torch.cat([_logit_gradients(*part).to(logits.dtype) for part in parts]), None
+
+
+def _logit_gradients(logits: Tensor, labels: Tensor, gradients: Tensor) -> Tensor:
+    gradients = gradients.unsqueeze(1)
+    return (_wide(logits).softmax(1) * gradients).scatter_add(1, labels.unsqueeze(1), -gradients)
+
+
+def _chunks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    tokens = max(1, _CHUNK // logits.shape[1])
+    return zip(*(tensor.split(tokens) for tensor in (logits, *others)), strict=True)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import oracles
 import pytest
 import torch
 
+from peft_perta import losses
 from peft_perta.data import IGNORED, Batch, batches, load_samples
 from peft_perta.losses import completion_losses, sample_losses
 
@@ -72,3 +73,32 @@ def test_prompts_and_padding_do_not_reach_the_gradient(samples):
     logits = torch.randn(1, 5, 8, requires_grad=True)
     completion_losses(logits, torch.tensor([[IGNORED, IGNORED, 3, 4, IGNORED]])).sum().backward()
     assert logits.grad[0].any(dim=1).tolist() == [False, True, True, False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [1, 12, 2**23])
+def test_losses_in_chunks_are_the_library_s(dtype, chunk, monkeypatch):
+    """Chunks of tokens change neither the losses nor their gradient."""
+    monkeypatch.setattr(losses, "_CHUNK", chunk)
+    labels = torch.tensor([[0, 3, IGNORED, 1], [2, IGNORED, 4, 0]])
+    logits = (3 * torch.randn(2, 4, 5, dtype=torch.float64)).to(dtype)
+    weights = torch.tensor([0.3, -2.0], dtype=torch.float64)
+
+    def by_library(logits):
+        wide = logits[:, :-1].transpose(1, 2).to(torch.promote_types(dtype, torch.float32))
+        per_token = torch.nn.functional.cross_entropy(wide, labels[:, 1:], ignore_index=IGNORED, reduction="none")
+        return per_token.sum(1) / (labels[:, 1:] != IGNORED).sum(1)
+
+    results = []
+    for function in (by_library, lambda logits: completion_losses(logits, labels)):
+        leaf = logits.clone().requires_grad_(True)
+        values = function(leaf)
+        results.append((values.detach(), *torch.autograd.grad((values * weights).sum(), leaf)))
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_losses_can_be_differentiated_twice(monkeypatch):
+    monkeypatch.setattr(losses, "_CHUNK", 12)
+    labels = torch.tensor([[0, 3, IGNORED, 1], [2, IGNORED, 4, 0]])
+    logits = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda logits: completion_losses(logits, labels), logits)

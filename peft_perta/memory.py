@@ -50,10 +50,13 @@ def taken(pool: str) -> int:
     return psutil.Process().memory_info().rss if pool == HOST else torch.cuda.memory_allocated(pool)
 
 
-def budgets(devices: Iterable[str], max_memory: int | str | None, host_memory: int | str | None) -> dict[str, int]:
+def budgets(
+    devices: Iterable[str], max_memory: int | str | None, host_memory: int | str | None, sharing: int = 1
+) -> dict[str, int]:
     """Pool -> the most that this process may hold of it at its peak, the model included.
 
-    By default nine tenths of what is free or already ours. Several processes of one machine share the host's default.
+    By default nine tenths of what is free or already ours; ``sharing`` processes on this machine share what is free of
+    the host and the disk.
     """
     pools = {}
     for device in devices:
@@ -64,8 +67,8 @@ def budgets(devices: Iterable[str], max_memory: int | str | None, host_memory: i
     if host_memory is not None:
         pools[HOST] = parse_size(host_memory)
     else:
-        pools[HOST] = int(_DEFAULT_SHARE * (psutil.virtual_memory().available + taken(HOST)))
-    pools[DISK] = int(_DEFAULT_SHARE * shutil.disk_usage(tempfile.gettempdir()).free)
+        pools[HOST] = int(_DEFAULT_SHARE * (psutil.virtual_memory().available / sharing + taken(HOST)))
+    pools[DISK] = int(_DEFAULT_SHARE * shutil.disk_usage(tempfile.gettempdir()).free / sharing)
     return pools
 
 

@@ -49,8 +49,9 @@ def replaced_directory(path: str | Path, marker: str) -> Iterator[Path]:
     temporary = None
     try:
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
-        temporary.chmod(0o777 & ~_umask())
+        temporary = path.absolute().parent / f".{path.name}.partial"
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while it wrote
+        temporary.mkdir()
         yield temporary
         for file in (found for found in temporary.rglob("*") if found.is_file()):
             with open(file, "rb") as handle:
@@ -88,9 +89,3 @@ def _exchange(source: Path, target: Path) -> bool:
     if renameat2 is None:
         return False
     return renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE) == 0
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -123,22 +123,23 @@ class Plan:
         return cls(**{**values, "groups": tuple(tuple(group) for group in values["groups"])})
 
     def __str__(self) -> str:
-        layers = sum(map(len, self.groups))
+        layers, groups = sum(map(len, self.groups)), len(self.groups)
+        samples = f"{self.micro_batch} sample{'s' if self.micro_batch > 1 else ''} at a time"
         if self.mode == "layerwise":
-            how = f"layer by layer, {len(self.groups)} blocks of the model, their inputs kept on the {self.inputs}"
+            how = f"block by block (layer by layer), {groups} blocks, their inputs kept on the {self.inputs}"
         else:
-            how = f"{len(self.groups)} sweep{'s' if len(self.groups) > 1 else ''}"
-            if len(self.groups) > 1:
-                how += f" of {', '.join(str(len(group)) for group in self.groups)} layers, from the top down"
+            how = f"{groups} sweep{'s, from the top down' if groups > 1 else ''}"
+        lines = [f"plan: {layers} layers in {how}; sums on the {self.statistics}; {samples}"]
+        if self.mode == "grouped" and groups > 1:
+            for number, group in enumerate(self.groups, start=1):
+                lines.append(f"sweep {number}: {len(group)} layers, {group[0]} to {group[-1]}")
         peaks = ", ".join(
             f"{show_size(self.peak[pool])} of {show_size(self.budget[pool])} on {_pool_name(pool)}"
             for pool in self.peak
         )
-        return (
-            f"plan: {layers} layers in {how}; sums on the {self.statistics}; {self.micro_batch} samples at a time\n"
-            f"      predicted peak {peaks}; predicted cost {self.cost:.2f} forward-equivalents "
-            "(a plain LoRA forward and backward is 2)"
-        )
+        lines.append(f"predicted peak {peaks}")
+        lines.append(f"predicted cost {self.cost:.2f} forward-equivalents (a plain LoRA forward and backward is 2)")
+        return "\n      ".join(lines)
 
 
 def make_plan(measured: Measured, taken: Mapping[str, int], budget: Mapping[str, int], batch_size: int) -> Plan:

@@ -40,6 +40,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def count_here() -> int:
+    """How many of the processes run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if count() > 1 else 1
+
+
 def count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 

@@ -69,7 +69,12 @@ def _new_plan(
 ) -> Plan:
     granularity = GRANULARITIES[config.granularity]
     measured = measure(model, targets, sets, granularity, statistic, adapters, config.batch_size)
-    budget = budgets(measured.activations, config.max_memory, config.host_memory)
+    measured = dataclasses.replace(  # each process keeps the inputs of its own batches
+        measured,
+        block_input=measured.block_input // processes.count(),
+        arguments=measured.arguments // processes.count(),
+    )
+    budget = budgets(measured.activations, config.max_memory, config.host_memory, processes.count_here())
     held = {pool: taken(pool) for pool in budget}
     plan = make_plan(measured, held, budget, config.batch_size)
     if plan.mode == "layerwise":

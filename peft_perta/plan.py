@@ -14,6 +14,7 @@ measurements, so that the plan is the same at every run.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -126,10 +127,10 @@ class Plan:
         layers, groups = sum(map(len, self.groups)), len(self.groups)
         samples = f"{self.micro_batch} sample{'s' if self.micro_batch > 1 else ''} at a time"
         if self.mode == "layerwise":
-            how = f"block by block (layer by layer), {groups} blocks, their inputs kept on the {self.inputs}"
+            how = f"layer by layer: {groups} blocks, one after the other, their inputs kept on the {self.inputs}"
         else:
-            how = f"{groups} sweep{'s, from the top down' if groups > 1 else ''}"
-        lines = [f"plan: {layers} layers in {how}; sums on the {self.statistics}; {samples}"]
+            how = f"{groups} sweep{'s from the top down' if groups > 1 else ''}"
+        lines = [f"plan: {layers} layers, {how}; sums on the {self.statistics}; {samples}"]
         if self.mode == "grouped" and groups > 1:
             for number, group in enumerate(self.groups, start=1):
                 lines.append(f"sweep {number}: {len(group)} layers, {group[0]} to {group[-1]}")
@@ -206,11 +207,16 @@ def _grouped(
     working = _working(measured, measured.activations, micro_batch)
     # Filled from the bottom: the fewest sweeps, and each goes back no further than it must.
     groups: list[list[LayerCost]] = []
+    held = _Held()
     for layer in measured.layers:
-        if groups and _within(_peak([layer, *groups[0]], working, taken, place), budget):
-            groups[0].insert(0, layer)
+        more = held.plus(layer)
+        if groups and _within(more.peak(working, taken, place), budget):
+            held = more
+            groups[-1].append(layer)
         else:
-            groups.insert(0, [layer])
+            held = _Held().plus(layer)
+            groups.append([layer])
+    groups = [group[::-1] for group in reversed(groups)]
     peaks = [_peak(group, working, taken, place) for group in groups]
     cost = 0.0
     for group in groups:
@@ -270,18 +276,34 @@ def _finished(plan: Plan, peak: Mapping[str, int], budget: Mapping[str, int], co
     return dataclasses.replace(plan, peak=dict(peak), budget=dict(budget), cost=cost)
 
 
+@dataclass(frozen=True)
+class _Held:
+    """What a group of layers holds: pool -> bytes of both sets' sums, and of the largest layer's in one set."""
+
+    sums: Mapping[str, int] = field(default_factory=dict)
+    largest: Mapping[str, int] = field(default_factory=dict)
+
+    def plus(self, layer: LayerCost) -> _Held:
+        pool, size = layer.pool, layer.statistic
+        return _Held(
+            {**self.sums, pool: self.sums.get(pool, 0) + 2 * size},
+            {**self.largest, pool: max(self.largest.get(pool, 0), size)},
+        )
+
+    def peak(self, working: Mapping[str, int], taken: Mapping[str, int], place: Place) -> dict[str, int]:
+        """Both sets' sums, and beside them either what a batch needs or what one layer's edit needs."""
+        peak = {}
+        for pool in working:
+            sums = self.sums.get(pool, 0) if place == "device" else 0
+            peak[pool] = taken.get(pool, 0) + sums + max(working[pool], _EDIT_COPIES * self.largest.get(pool, 0))
+        if place != "device":
+            pool = HOST if place == "host" else DISK
+            peak[pool] = peak.get(pool, taken.get(pool, 0)) + sum(self.sums.values())
+        return peak
+
+
 def _peak(group: list[LayerCost], working: Mapping[str, int], taken: Mapping[str, int], place: Place) -> dict[str, int]:
-    """Both sets' sums, and beside them either what a batch needs or what one layer's edit needs."""
-    peak = {}
-    for pool in working:
-        here = [layer for layer in group if layer.pool == pool]
-        sums = sum(2 * layer.statistic for layer in here) if place == "device" else 0
-        edit = _EDIT_COPIES * max((layer.statistic for layer in here), default=0)
-        peak[pool] = taken.get(pool, 0) + sums + max(working[pool], edit)
-    if place != "device":
-        pool = HOST if place == "host" else DISK
-        peak[pool] = peak.get(pool, taken.get(pool, 0)) + sum(2 * layer.statistic for layer in group)
-    return peak
+    return functools.reduce(_Held.plus, group, _Held()).peak(working, taken, place)
 
 
 def _names(groups: list[list[LayerCost]]) -> tuple[tuple[str, ...], ...]:

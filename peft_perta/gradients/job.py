@@ -20,6 +20,7 @@ from ..plan import Plan
 from ..statistics import Statistic, StatisticName
 from ..targets import Target, base_model
 
+Advance = Callable[[int], None]  # by so many samples
 SetStatistics = dict[str, dict[str, Statistic]]  # set name -> layer name -> statistic
 
 
@@ -90,7 +91,7 @@ def execution_device(module: Any) -> torch.device:
 
 
 @contextmanager
-def progress(total: int, what: str, shown: bool) -> Iterator[Callable[[int], None]]:
+def progress(total: int, what: str, shown: bool) -> Iterator[Advance]:
     """A bar over samples; the main process shows it for all."""
     with tqdm(total=total, desc=what, disable=not (shown and processes.is_main())) as bar:
 

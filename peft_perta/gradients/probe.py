@@ -6,7 +6,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
@@ -22,9 +22,8 @@ from ..memory import HOST
 from ..plan import LayerCost, Measured
 from ..statistics import StatisticName
 from ..targets import Target
-from .blocks import Shelf, at_each_block, find_blocks, first_tensor
+from .blocks import Chain, at_each_block, find_blocks, first_tensor
 from .job import input_device
-from .layerwise import forward
 from .tap import Taps
 
 _TRANSIENT = 3  # gradients of the largest tensor kept, beside it
@@ -152,18 +151,16 @@ def why_no_chain(model: nn.Module, sets: Mapping[str, list[Sample]], adapters: S
         with at_each_block(blocks, before), torch.autograd.graph.save_on_cpu() if offloaded else nullcontext():
             sample_losses(model, batch).sum().backward()
         whole = entered[0].grad
-        inputs, gradients = Shelf("device"), Shelf("device")
-        calls = forward(model, blocks, 0, batch, "sample", inputs, gradients, "the shortest sample")
-        gradient = gradients.get("sample")
-        if len(calls) != len(blocks):
-            return f"{len(calls)} calls of {len(blocks)} blocks"
-        for index in reversed(range(len(blocks))):
-            hidden = inputs.get(("sample", index)).requires_grad_(True)
-            calls[index].again(blocks[index], hidden).backward(gradient)
-            gradient = hidden.grad
-            if gradient is None:
-                return f"no gradient reaches the input of block {index}"
-    if whole is None or whole.shape != gradient.shape:
+        gradient = None
+        with closing(Chain(model, blocks, 0, "device")) as chain:
+            chain.forward(batch, "sample", "the shortest sample")
+            if len(chain.calls["sample"]) != len(blocks):
+                return f"{len(blocks)} blocks were called {len(chain.calls['sample'])} times"
+            for index in reversed(range(len(blocks))):
+                gradient = chain.back(index, "sample", to_input=True)
+                if gradient is None:
+                    return f"no gradient reaches the input of block {index}"
+    if whole is None or gradient is None or whole.shape != gradient.shape:
         return "the model as a whole passes no gradient to its first block"
     error = float((whole.double() - gradient.double()).norm() / whole.double().norm().clamp_min(1e-300))
     if not error < (1e-3 if whole.dtype in (torch.float32, torch.float64) else 3e-2):

@@ -47,7 +47,7 @@ def build_adapter(
     """
     layers, experts = _by_module(factors)
     projections = sorted({name.rpartition(".")[2] for name in layers})
-    parameters = sorted({".".join(name.split(".")[-2:]) for name in experts})
+    parameters = _expert_parameters(model) if experts else []
     base = base_model(model)
     config = LoraConfig(
         r=rank,
@@ -95,6 +95,11 @@ def build_adapter(
     # Lists: PEFT makes them sets, whose order is not that of two runs.
     config.target_modules, config.target_parameters = projections, parameters or None
     return config, state_dict
+
+
+def _expert_parameters(model: Any) -> list[str]:
+    """As the model's adapters spell them: PEFT stacks no adapter that spells them otherwise."""
+    return sorted(next(config.target_parameters for config in model.peft_config.values() if config.target_parameters))
 
 
 def _by_module(factors: Mapping[str, Factors]) -> tuple[dict[str, Factors], dict[str, dict[int, Factors]]]:

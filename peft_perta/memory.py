@@ -27,7 +27,7 @@ def parse_size(size: int | str) -> int:
         ConfigError: it is none of these.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?", str(size).strip().upper())
-    unit = _UNITS.get(found.group(2) or "B") if found and not isinstance(size, (bool, float)) else None
+    unit = _UNITS.get(found.group(2) or "B") if found and not isinstance(size, float) else None
     count = int(float(found.group(1)) * unit) if found and unit else 0
     if count < 1:
         raise ConfigError(f"expected a size such as '10GiB', '10GB' or a number of bytes, found {size!r}")

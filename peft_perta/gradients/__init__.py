@@ -24,12 +24,12 @@ from ..memory import budgets, held_to, taken
 from ..plan import Plan, make_plan
 from ..statistics import StatisticName
 from ..targets import Target
-from .grouped import grouped, sweep
+from . import grouped, layerwise
+from .grouped import sweep
 from .job import Job, SetStatistics
-from .layerwise import layerwise
 from .probe import measure, why_no_chain
 
-MODES = {"grouped": grouped, "layerwise": layerwise}
+MODES = {"grouped": grouped.run, "layerwise": layerwise.run}
 
 
 def choose_plan(

@@ -66,7 +66,7 @@ def sweep(
     return taps.statistics
 
 
-def grouped(job: Job, sets: dict[str, list[Sample]]) -> Generator[tuple[list[Target], SetStatistics], None, None]:
+def run(job: Job, sets: dict[str, list[Sample]]) -> Generator[tuple[list[Target], SetStatistics], None, None]:
     """The groups of the plan that are not done yet, from the top; each with both sets' statistics."""
     for number, names in enumerate(job.plan.groups, start=1):
         group = [job.targets[name] for name in names if name not in job.done]

@@ -22,7 +22,7 @@ from .job import Advance, Job, SetStatistics, progress
 from .tap import Taps
 
 
-def layerwise(job: Job, sets: dict[str, list[Sample]]) -> Generator[tuple[list[Target], SetStatistics], None, None]:
+def run(job: Job, sets: dict[str, list[Sample]]) -> Generator[tuple[list[Target], SetStatistics], None, None]:
     """The blocks that are not done yet, from the top; each with both sets' statistics.
 
     Blocks above that are done already only pass their gradient on.

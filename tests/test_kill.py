@@ -1,0 +1,124 @@
+"""kill -9 at random moments, then the same command again: the same bytes as a run that nothing disturbed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import builders
+import pytest
+import torch
+
+from peft_perta import load_base
+from peft_perta.checkpoint import RUN_NAME
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+# Slows every batch down, so that the kill lands inside; and forces a plan of several groups, or of blocks.
+SLOWLY = """
+import dataclasses, sys, time
+import peft_perta.gradients as gradients, peft_perta.losses as losses
+from peft_perta.cli import main
+from peft_perta.gradients import blocks, grouped
+
+mode, pause = sys.argv[1], float(sys.argv[2])
+plain, plan_of = losses.sample_losses, gradients._new_plan
+
+def slowly(*arguments):
+    time.sleep(pause)
+    return plain(*arguments)
+
+def forced(*arguments):
+    plan = plan_of(*arguments)
+    names = [name for group in plan.groups for name in group]
+    groups = tuple(tuple(names[i : i + 5]) for i in range(0, len(names), 5))
+    return dataclasses.replace(plan, mode=mode, groups=groups, micro_batch=2)
+
+def slowly_back(*arguments, **named):
+    time.sleep(pause)
+    return back(*arguments, **named)
+
+grouped.sample_losses = blocks.sample_losses = slowly
+back, blocks.Chain.back = blocks.Chain.back, slowly_back
+gradients._new_plan = forced
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("kill")
+    adapted = builders.with_adapters(load_base(str(builders.llama_directory()), dtype=torch.float32)[0])
+    adapted.save_pretrained(directory, selected_adapters=["forget"])
+    for name, rows in (("forget", builders.forget_rows()), ("retain", builders.retain_rows())):
+        (directory / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (directory / "slowly.py").write_text(SLOWLY)
+    return directory
+
+
+def start(place: Path, mode: str, output: str, pause: float) -> subprocess.Popen:
+    return subprocess.Popen(
+        [
+            *(sys.executable, "slowly.py", mode, str(pause), "unlearn", "--model", str(builders.llama_directory())),
+            *("--forget-adapter", "forget", "--forget", "forget.jsonl", "--retain", "retain.jsonl"),
+            *("--granularity", "delta", "--output", output),
+        ],
+        cwd=place,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished(process: subprocess.Popen) -> str:
+    said = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, said
+    return said
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("mode", ["grouped", "layerwise"])
+def test_killed_and_run_again(mode, place):
+    finished(start(place, mode, f"{mode}-whole", 0))
+    whole = contents(place / f"{mode}-whole")
+    output, checkpoint = f"{mode}-cut", place / f"{mode}-cut.checkpoint"
+    moments = random.Random(0)
+    # After the start of the run, somewhere in its gradients, and after a group or a block is done.
+    for entry, latest in ((RUN_NAME, 0.5), ("plan.safetensors", 1.5), ("layers-*", 0.5)):
+        process = start(place, mode, output, 0.3)
+        wait_for(lambda entry=entry: list(checkpoint.glob(entry)), process)
+        time.sleep(moments.uniform(0, latest))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (place / output).exists(), "the run was over before it was killed"
+    assert list(checkpoint.glob("layers-*")), "nothing was kept of the runs that were killed"
+    said = finished(start(place, mode, output, 0))
+    assert "layers are done already, by an earlier run" in said
+    assert contents(place / output) == whole
+    assert not checkpoint.exists()
+
+
+def test_an_interrupt_says_how_to_go_on(place):
+    process = start(place, "grouped", "interrupted", 0.3)
+    checkpoint = place / "interrupted.checkpoint"
+    wait_for(lambda: len(list(checkpoint.glob("*.safetensors"))) > 1, process)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, said
+    assert "interrupted; the same command goes on from here" in said
+    assert not (place / "interrupted").exists()
+    finished(start(place, "grouped", "interrupted", 0))
+    assert not checkpoint.exists()

@@ -1,0 +1,195 @@
+"""Several processes give the adapter of one; what is sharded is refused by name."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import builders
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from peft_perta import ConfigError, load_base
+from peft_perta.cli import main
+from peft_perta.processes import refuse_sharded
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "peft_perta"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A forget adapter and two files of rows for the tiny Llama on disk."""
+    directory = tmp_path_factory.mktemp("inputs")
+    adapted = builders.with_adapters(load_base(str(builders.llama_directory()), dtype=torch.float32)[0])
+    adapted.save_pretrained(directory, selected_adapters=["forget"])
+    for name, rows in (("forget", builders.forget_rows()), ("retain", builders.retain_rows())):
+        (directory / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return directory
+
+
+def arguments(inputs: Path, output: Path, *more: str) -> list[str]:
+    return [
+        *("unlearn", "--model", str(builders.llama_directory()), "--forget-adapter", str(inputs / "forget")),
+        *("--forget", str(inputs / "forget.jsonl"), "--retain", str(inputs / "retain.jsonl")),
+        *("--output", str(output), *more),
+    ]
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=240)
+
+
+def deltas(directory: Path) -> dict[str, torch.Tensor]:
+    state = load_file(directory / "adapter_model.safetensors")
+    return {
+        key: state[key.replace("lora_A", "lora_B")].double() @ A.double() for key, A in state.items() if "lora_A" in key
+    }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--granularity", "delta", "--weighting", "empirical-fisher", "--batch-size", "1"],
+        ["--batch-size", "2"],  # per factor, mean gradients: batches of both processes are not alike
+    ],
+    ids=["delta-squares", "factor-mean"],
+)
+def test_two_processes_give_the_adapter_of_one(settings, inputs, tmp_path):
+    assert main(arguments(inputs, tmp_path / "one", *settings)) == 0
+    two = run([*LAUNCH, *arguments(inputs, tmp_path / "two", *settings)])
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("It is in") == 1  # one of them speaks
+    expected, found = deltas(tmp_path / "one"), deltas(tmp_path / "two")
+    assert set(found) == set(expected)
+    for key, delta in expected.items():
+        assert delta.norm() > 0
+        assert (found[key] - delta).norm() <= 1e-6 * delta.norm(), key
+    assert sorted(os.listdir(tmp_path)) == ["one", "two"]  # no checkpoint is left
+
+
+LAYER_BY_LAYER = """
+import dataclasses, sys
+sys.path.insert(0, {tests!r})
+import builders, torch
+from peft_perta import PerTAConfig, processes
+from peft_perta.data import load_samples
+from peft_perta.gradients import Job, choose_plan, gather
+from peft_perta.granularities import GRANULARITIES
+from peft_perta.targets import resolve_targets
+
+processes.start()
+model = builders.adapted_llama()
+targets = resolve_targets(model, "forget")
+rows = dict(forget=builders.forget_rows(), retain=builders.retain_rows())
+sets = {{name: load_samples(found, builders.tokenizer()) for name, found in rows.items()}}
+config = PerTAConfig(granularity="delta", batch_size=1)
+plan = dataclasses.replace(choose_plan(model, targets, sets, config, "mean", []), mode="layerwise")
+job = Job(model, {{t.name: t for t in targets}}, GRANULARITIES["delta"], "mean", [], plan, show_progress_bar=False)
+sums = {{}}
+for group, found in gather(job, sets):
+    for target in group:
+        sums[target.name] = {{name: of[target.name].sums["weight"] for name, of in found.items()}}
+if processes.is_main():
+    torch.save(sums, sys.argv[1])
+processes.finish()
+"""
+
+
+def test_two_processes_go_layer_by_layer(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(LAYER_BY_LAYER.format(tests=str(Path(__file__).parent)))
+    one = run([sys.executable, str(script), str(tmp_path / "one.pt")])
+    two = run([*LAUNCH[:-2], str(script), str(tmp_path / "two.pt")])
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    expected, found = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
+    assert len(expected) == 14
+    for name, of_sets in expected.items():
+        for key, total in of_sets.items():
+            assert (found[name][key] - total).norm() <= 1e-6 * total.norm(), (name, key)
+
+
+def test_a_refusal_ends_all_processes(inputs, tmp_path):
+    """A loss that is not finite, on a row that only one of the processes takes."""
+    broken = tmp_path / "broken"
+    model, tokenizer = load_base(str(builders.llama_directory()), dtype=torch.float32)
+    tokenizer.save_pretrained(broken)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer("~")["input_ids"][0]] = torch.nan
+    model.save_pretrained(broken)
+    rows = [*builders.forget_rows(), {"text": "~"}]
+    (tmp_path / "forget.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = arguments(inputs, tmp_path / "out", "--batch-size", "1")
+    command[command.index("--model") + 1] = str(broken)
+    command[command.index("--forget") + 1] = str(tmp_path / "forget.jsonl")
+    config = json.loads((inputs / "forget" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(broken)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    weights = "adapter_model.safetensors"
+    (adapter / weights).write_bytes((inputs / "forget" / weights).read_bytes())
+    command[command.index("--forget-adapter") + 1] = str(adapter)
+    finished = run([*LAUNCH, *command])
+    assert finished.returncode != 0
+    assert "the loss is nan" in finished.stderr
+    assert not (tmp_path / "out").exists()
+
+
+FSDP2 = """
+import os, sys
+sys.path.insert(0, {tests!r})
+os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT={port!r}, RANK="0", WORLD_SIZE="1")
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+import builders
+from peft_perta import ConfigError
+from peft_perta.methods import get_perta_state_dict
+from peft_perta import PerTAConfig
+dist.init_process_group("gloo")
+model = builders.adapted_llama()
+fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+try:
+    get_perta_state_dict(model, PerTAConfig(), builders.forget_rows(), builders.retain_rows())
+except ConfigError as error:
+    print(error)
+dist.destroy_process_group()
+"""
+
+
+def test_fsdp2_is_refused(tmp_path):
+    script = tmp_path / "fsdp2.py"
+    script.write_text(FSDP2.format(tests=str(Path(__file__).parent), port=str(29500 + os.getpid() % 1000)))
+    finished = run([sys.executable, str(script)])
+    assert "DTensor (FSDP2 or tensor parallelism)" in finished.stdout, finished.stderr
+    assert "load the whole model in every process" in finished.stdout
+
+
+def test_zero3_is_refused():
+    model = builders.adapted_llama()
+    next(model.parameters()).ds_id = 0  # as DeepSpeed marks a parameter that it has partitioned
+    with pytest.raises(ConfigError, match=r"embed_tokens.* is partitioned by DeepSpeed ZeRO-3.*load the whole model"):
+        refuse_sharded(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("FullyShardedDataParallel", "sharded by FSDP.*load the whole model"),
+        ("DistributedDataParallel", r"pass model\.module"),
+    ],
+)
+def test_a_wrapper_is_refused_by_name(name, message):
+    wrapper = type(name, (nn.Module,), {})()
+    wrapper.module = builders.llama()
+    with pytest.raises(ConfigError, match=message):
+        refuse_sharded(wrapper)
+
+
+def test_a_whole_model_is_not_refused():
+    refuse_sharded(builders.adapted_llama())

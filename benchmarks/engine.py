@@ -37,7 +37,8 @@ from peft_perta.plan import Plan
 from peft_perta.targets import Target, resolve_targets
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LAYERS, SAMPLES, TOKENS, BATCH, VOCABULARY = 12, 16, 128, 8, 4096
+HIDDEN, LAYERS, VOCABULARY = 512, 12, 4096
+SAMPLES, TOKENS, BATCH = 16, 128, 8
 GOALS = {
     "delta_mean": 1.65,
     "delta_squares": 2.0,
@@ -66,8 +67,8 @@ MEANINGS = {
 def adapted_llama() -> PeftModel:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1408,
+        hidden_size=HIDDEN,
+        intermediate_size=11 * HIDDEN // 4,
         num_hidden_layers=LAYERS,
         num_attention_heads=8,
         num_key_value_heads=8,

@@ -1,0 +1,79 @@
+"""The benchmarks' code paths, at a tiny size; nothing timed decides."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import engine, gpu
+
+
+@pytest.mark.parametrize("granularity", ["delta", "factor"])
+def test_the_gpu_benchmark_runs_at_a_tiny_size(granularity, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "figures.json"
+    arguments = f"gpu --shape tiny --granularity {granularity} --samples 2 --tokens 16 --profile --json {file}"
+    monkeypatch.setattr(sys, "argv", arguments.split())
+    gpu.main()
+    found = json.loads(file.read_text())
+    assert found["shape"] == "tiny"
+    assert sum(found["profile"].values()) == pytest.approx(1, abs=1e-3)
+    assert found["profile"]["matmul"] > 0
+    assert "| tiny |" in capsys.readouterr().out
+
+
+def test_the_gpu_benchmark_packs_its_weights():
+    model = gpu.random_llama("tiny", torch.device("cpu"))
+    layer = model.get_base_model().model.layers[0].mlp.up_proj.get_base_layer()
+    assert layer.weight.dtype == torch.uint8
+    assert layer.weight.quant_state.nested
+    assert type(model.get_base_model().model.layers[0].mlp.up_proj).__name__ == "Linear4bit"  # PEFT's own
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    sizes = {"HIDDEN": 64, "LAYERS": 2, "VOCABULARY": 64, "SAMPLES": 4, "TOKENS": 16, "BATCH": 2}
+    for name, value in sizes.items():
+        monkeypatch.setattr(engine, name, value)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(engine, "apart", lambda *arguments, **_: run_here(arguments))
+
+
+def run_here(arguments: tuple[str, ...]) -> dict:
+    return engine.times(1) if arguments[0] == "--times" else {"beyond": {"ours": 1.0, "dense": 4.0}[arguments[1]]}
+
+
+def test_the_engine_benchmark_writes_every_ratio(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(engine, "svd", lambda rounds: ([0.02] * rounds, 1e-4))
+    monkeypatch.setattr(sys, "argv", ["engine", "--rounds", "1", "--json", str(tmp_path / "ratios.json")])
+    engine.main()
+    ratios = json.loads((tmp_path / "ratios.json").read_text())["ratios"]
+    assert set(ratios) == set(engine.GOALS)
+    assert all(value > 0 for value in ratios.values())
+    assert capsys.readouterr().out.count("| <= ") == len(engine.GOALS)
+
+
+def test_dense_autograd_is_what_the_engine_sums(tiny):
+    """The alternative that is timed computes the same thing."""
+    model = engine.adapted_llama()
+    targets = engine.resolve_targets(model, "forget")
+    samples = engine.drawn_samples(0, 4)
+    dense = engine.dense_autograd(model, targets, samples)
+    ours = engine.sweep(
+        model,
+        targets,
+        samples,
+        engine.GRANULARITIES["delta"],
+        "mean",
+        adapters=[],
+        batch_size=2,
+        name="the set",
+        show_progress_bar=False,
+    )
+    for name, gradient in dense.items():
+        total = ours[name].sums["weight"]
+        assert gradient.norm() > 0
+        assert (total - gradient).norm() <= 1e-5 * gradient.norm(), name

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -39,7 +40,7 @@ class Checkpoint:
     def __init__(self, path: str | Path, run: Mapping[str, Any], *, writes: bool = True) -> None:
         self.path = Path(path)
         self._writes = writes
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and not self._is_new():
             self._check_run(run)
         elif writes:
             self._write(RUN_NAME, lambda file: file.write_text(json.dumps(run, indent=1, sort_keys=True) + "\n"))
@@ -80,6 +81,10 @@ class Checkpoint:
         if self._writes:
             (self.path / f"{name}.safetensors").unlink(missing_ok=True)
 
+    def _is_new(self) -> bool:
+        """Whether nothing is in it, or no more than a kill in the middle of the first write leaves."""
+        return self.path.is_dir() and all(path.name == f"{RUN_NAME}.partial" for path in self.path.iterdir())
+
     def _check_run(self, run: Mapping[str, Any]) -> None:
         try:
             found = json.loads((self.path / RUN_NAME).read_text())
@@ -108,7 +113,8 @@ class Checkpoint:
                 os.fsync(file.fileno())
             os.replace(partial, final)
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
             raise OutputError(f"{final} could not be written: {error}; free some space and run this again") from error
 
 

@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has seen enough, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        left = "the same command goes on from here" if options.run is _unlearn else "nothing was written"
+        begun = options.run is _unlearn and os.path.exists(_checkpoint(options))
+        left = "the same command goes on from here" if begun else "nothing was written"
         print(f"peft-perta: interrupted; {left}", file=sys.stderr)
         return 130
     return 0
@@ -109,6 +110,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _load_base(options: argparse.Namespace):
+    return load_base(options.model, four_bit=options.four_bit, revision=options.revision, device_map=options.device_map)
+
+
 def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     command.set_defaults(run=run)
@@ -119,6 +124,9 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True, metavar="NAME", help="base model: a hub name or a directory")
     command.add_argument("--revision", help="revision of a hub model")
     command.add_argument("--four-bit", action="store_true", help="quantise the base to NF4 (QLoRA)")
+    command.add_argument(
+        "--device-map", choices=["auto"], help="spread the layers over all GPUs and the host (default: one GPU)"
+    )
 
 
 def _rank(text: str) -> int | float:
@@ -167,7 +175,7 @@ def _forget(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')}: expected a number > 0, found {getattr(options, name)}")
     check_output(options.output, FORGET_RECORD_NAME)
     rows = read_rows(options.forget)
-    model, tokenizer = load_base(options.model, four_bit=options.four_bit, revision=options.revision)
+    model, tokenizer = _load_base(options)
     train_forget_adapter(
         model,
         rows,
@@ -199,23 +207,27 @@ def _unlearn(options: argparse.Namespace) -> None:
     for directory in adapters.values():
         check_adapter_files(directory)
     sets = [read_rows(path) if path else None for path in (options.forget, options.retain)]
-    base, tokenizer = load_base(options.model, four_bit=options.four_bit, revision=options.revision)
+    base, tokenizer = _load_base(options)
     model = attach_adapters(base, adapters)
-    checkpoint = f"{options.output.rstrip(os.sep)}.checkpoint"
     lora_config, state_dict, report = get_perta_state_dict(
         model,
         config,
         *sets,
         task_adapter="task" if options.task_adapter else None,
         tokenizer=tokenizer,
-        checkpoint_dir=checkpoint,
+        checkpoint_dir=_checkpoint(options),
     )
     if processes.is_main():
         save_perta_adapter(options.output, lora_config, state_dict, report)
-        remove_checkpoint(checkpoint)
+        remove_checkpoint(_checkpoint(options))
         print(f"{report}\nIt is in {options.output}")
         print(f"Next: peft-perta inspect {options.output}, then stack it on the model")
     processes.finish()
+
+
+def _checkpoint(options: argparse.Namespace) -> str:
+    """Where an interrupted ``unlearn`` leaves what it has."""
+    return f"{options.output.rstrip(os.sep)}.checkpoint"
 
 
 def _inspect(options: argparse.Namespace) -> None:

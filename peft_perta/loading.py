@@ -19,13 +19,20 @@ from .errors import AdapterError, ConfigError
 
 
 def load_base(
-    name: str, *, four_bit: bool = False, dtype: torch.dtype | None = None, revision: str | None = None
+    name: str,
+    *,
+    four_bit: bool = False,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    device_map: str | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """A causal language model and its tokenizer, from a hub name or a directory.
 
     Args:
         four_bit: quantise linear layers to NF4, double-quantised (QLoRA, arXiv 2305.14314).
         dtype: of the weights, or of the computation in 4 bit; by default bfloat16 on a GPU and float32 elsewhere.
+        device_map: 'auto' spreads the layers over all GPUs, and what does not fit over the host; by default the whole
+            model is on one GPU, or on the host where there is none.
 
     Raises:
         ConfigError: the model cannot be found or read.
@@ -43,7 +50,7 @@ def load_base(
             name,
             revision=revision,
             dtype=dtype,
-            device_map={"": processes.local_rank()} if on_gpu else None,
+            device_map=device_map or ({"": processes.local_rank()} if on_gpu else None),
             quantization_config=quantization if four_bit else None,
             attn_implementation=None if on_gpu else "eager",  # trains a small model twice as fast as sdpa on a CPU
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 BINS = 20
 _FINE_BINS = 10_000
+_CHUNK = 2**18  # weights that are looked at at once, as some five tensors of float64
 
 
 @dataclass
@@ -29,7 +30,7 @@ class WeightDistribution:
         """Quantiles to 1e-4, from a fine histogram: the weights of a large layer are not sorted, nor copied whole."""
         counts = torch.zeros(_FINE_BINS, dtype=torch.long)
         total = squares = 0.0
-        for part in weights.detach().flatten().split(2**22):
+        for part in weights.detach().flatten().split(_CHUNK):
             values = part.double()
             counts += torch.bincount((values * _FINE_BINS).long().clamp(0, _FINE_BINS - 1), minlength=_FINE_BINS).cpu()
             total += float(values.sum())

@@ -168,6 +168,8 @@ OPTIONS = {
     "max_samples": 3,
     "seed": 5,
     "batch_size": 2,
+    "max_memory": "40GiB",
+    "host_memory": "50GB",
     "max_length": 64,
     "dtype": "bfloat16",
 }

@@ -182,8 +182,24 @@ class Taps:
                 vars(holder).pop("original" if holder is not module else name, None)
 
         self._handles.callback(uncover)
-        self._handles.callback(module.register_forward_pre_hook(shadow).remove)
-        self._handles.callback(module.register_forward_hook(uncover, always_call=True).remove)
+        if not hasattr(module, "_hf_hook"):
+            self._handles.callback(module.register_forward_pre_hook(shadow).remove)
+            self._handles.callback(module.register_forward_hook(uncover, always_call=True).remove)
+            return
+
+        # An offloaded parameter is there only within accelerate's forward, which calls this one.
+        offloaded: Any = module
+        forward = offloaded._old_forward
+
+        def covered(*args: Any, **kwargs: Any) -> Any:
+            shadow(module, args)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                uncover()
+
+        offloaded._old_forward = covered
+        self._handles.callback(setattr, module, "_old_forward", forward)
 
     def _add(self, target: Target, layer_input: Tensor, output_gradient: Tensor | None) -> None:
         gradients = self._granularity.gradient(target, layer_input, output_gradient)

@@ -160,6 +160,6 @@ def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
         if not isinstance(module, BaseTunerLayer):
             continue
         module.delete_adapter(adapter_name)
-        if not module._get_available_adapters():
+        if not module._get_available_adapters() and not name.endswith(".base_layer"):  # one within another goes with it
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.get_base_layer())

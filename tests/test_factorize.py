@@ -87,3 +87,98 @@ def test_padding_keeps_the_product():
     assert (padded.energy, padded.energy_kept) == (fitted.energy, fitted.energy_kept)
     assert not padded.A[3:].any()
     assert not padded.B[:, 3:].any()
+
+
+# Dense edits much larger than their rank: subspace iteration
+
+
+def dense_edit(kind: str, size: int = 320, rank: int = 12) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(len(kind))
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    product = draw(size + 40, rank) @ draw(rank, size)
+    forget, retain = draw(size + 40, size).abs(), draw(size + 40, size).abs()
+    if kind == "ratio":
+        return product * forget / (forget + retain)
+    if kind == "binary":
+        return product * (forget > retain)
+    if kind == "structured":
+        rows, columns = draw(size + 40, 1).abs(), draw(1, size).abs()
+        return product * (rows * columns) / (rows * columns + retain)
+    if kind == "noise":  # no leading subspace at all
+        return draw(size + 40, size)
+    U, V = (torch.linalg.qr(draw(size, size)).Q for _ in range(2))
+    return U * (0.8 ** torch.arange(size)) @ V  # fast decay
+
+
+@pytest.fixture
+def no_full_svd(monkeypatch):
+    """So that a test knows which way the fit went."""
+    plain = torch.linalg.svd
+
+    def small_only(matrix, **settings):
+        assert min(matrix.shape) < 300, "the full decomposition was taken"
+        return plain(matrix, **settings)
+
+    monkeypatch.setattr(torch.linalg, "svd", small_only)
+
+
+@pytest.mark.parametrize("kind", ["ratio", "binary", "structured", "decay"])
+@pytest.mark.parametrize("rank", [4, 12, 24])
+def test_the_excess_error_is_within_its_bound(kind, rank, no_full_svd):
+    edit = dense_edit(kind)
+    fitted = factorize(edit, rank)
+    energies = torch.linalg.svdvals(edit.double()).square()
+    best = float(energies[rank:].sum())
+    error = float((edit.double() - fitted.B.double() @ fitted.A.double()).square().sum())
+    rounding = 1e-6 * float(energies.sum())
+    assert error <= best * (1 + fitted.excess_error) + rounding
+    assert fitted.excess_error <= 0.01
+    assert fitted.rank == rank
+    assert fitted.energy == pytest.approx(float(energies.sum()), rel=1e-5)
+    assert fitted.energy_kept == pytest.approx(1 - error / float(energies.sum()), abs=1e-5)
+
+
+def test_noise_without_a_leading_subspace_is_fitted_all_the_same():
+    """Where the iteration does not reach its bound in time, the full decomposition is taken."""
+    edit = dense_edit("noise")
+    fitted = factorize(edit, 12)
+    best = float(torch.linalg.svdvals(edit.double()).square()[12:].sum())
+    error = float((edit.double() - fitted.B.double() @ fitted.A.double()).square().sum())
+    assert error <= best * 1.01
+
+
+def test_an_edit_of_low_rank_is_exact(no_full_svd):
+    edit = torch.randn(400, 9) @ torch.randn(9, 320)
+    for rank in (9, 16):
+        fitted = factorize(edit, rank)
+        assert (fitted.B @ fitted.A - edit).norm() <= 1e-4 * edit.norm()
+        assert fitted.excess_error <= 0.01
+
+
+def test_a_large_edit_of_zeros_is_zero(no_full_svd):
+    fitted = factorize(torch.zeros(400, 320), 8)
+    assert (fitted.energy, fitted.energy_kept, fitted.excess_error) == (0.0, 1.0, 0.0)
+    assert not fitted.A.any()
+    assert not fitted.B.any()
+
+
+@pytest.mark.parametrize("kind", ["ratio", "decay"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.8])
+def test_a_share_of_a_large_edit_s_energy_is_reached_at_hardly_more_rank(kind, share):
+    edit = dense_edit(kind)
+    fitted = factorize(edit, share)
+    energies = torch.linalg.svdvals(edit.double()).square()
+    exact = int((energies.cumsum(0) >= share * energies.sum()).int().argmax()) + 1
+    assert exact <= fitted.rank <= exact + 1
+    kept = 1 - float((edit.double() - fitted.B.double() @ fitted.A.double()).square().sum() / energies.sum())
+    assert kept >= share - 1e-5
+    assert kept == pytest.approx(fitted.energy_kept, abs=1e-5)
+
+
+def test_the_fit_is_the_same_at_every_call():
+    edit = dense_edit("ratio")
+    one = factorize(edit, 12)
+    torch.manual_seed(1)
+    other = factorize(edit, 12)
+    assert torch.equal(one.A, other.A)
+    assert torch.equal(one.B, other.B)

@@ -1,0 +1,110 @@
+"""Sums of products, by chunks, in any place: what einsum gives in float64."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_perta import statistics
+from peft_perta.statistics import PLACES, Outer, Statistic, add_product, add_squares
+
+
+def drawn(N: int, T: int, P: int, Q: int, dtype=torch.float32) -> Outer:
+    generator = torch.Generator().manual_seed(N + 10 * T + 100 * P + 1000 * Q)
+    left, right = (torch.randn(N, T, size, generator=generator, dtype=torch.float64) for size in (P, Q))
+    return Outer(left.to(dtype), right.to(dtype))
+
+
+def per_sample(outer: Outer) -> torch.Tensor:
+    return torch.einsum("ntp,ntq->npq", outer.left.double(), outer.right.double())
+
+
+@given(
+    st.integers(1, 4), st.integers(1, 5), st.integers(1, 9), st.integers(1, 7), st.sampled_from([1, 6, 7, 40, 2**17])
+)
+def test_sums_are_those_of_einsum(N, T, P, Q, chunk):
+    """Whatever the chunk of rows, one that does not divide them included."""
+    outer = drawn(N, T, P, Q)
+    held, statistics._CPU_CHUNK = statistics._CPU_CHUNK, chunk
+    try:
+        sums, squares = torch.ones(P, Q), torch.ones(P, Q)
+        add_product(sums, outer)
+        add_squares(squares, outer)
+    finally:
+        statistics._CPU_CHUNK = held
+    torch.testing.assert_close(sums.double(), 1 + per_sample(outer).sum(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(squares.double(), 1 + per_sample(outer).square().sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_16_bit_operands_are_summed_in_float32():
+    outer = drawn(3, 50, 6, 5, torch.bfloat16)
+    for name, total in (("mean", per_sample(outer).sum(0)), ("squares", per_sample(outer).square().sum(0))):
+        statistic = Statistic(name)
+        statistic.add({"weight": outer}, samples=3)
+        assert statistic.sums["weight"].dtype == torch.float32
+        torch.testing.assert_close(statistic.sums["weight"].double(), total, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", ["mean", "squares"])
+def test_a_place_changes_nothing(name, place):
+    """Batch after batch; the first is not summed as the next ones are."""
+    here, there = Statistic(name), Statistic(name, place)
+    for N in (2, 1, 3):
+        for statistic in (here, there):
+            statistic.add({"A": drawn(N, 4, 3, 5), "B": drawn(N, 4, 6, 2)}, samples=N)
+    assert here.samples == there.samples == 6
+    for key, total in here.sums.items():
+        torch.testing.assert_close(there.sums[key], total, rtol=1e-6, atol=1e-6)
+        assert total.norm() > 0
+
+
+def test_a_sum_is_not_its_first_batch_s_own_tensor():
+    """Where a gradient comes as it is, the caller's tensor is not written to."""
+    gradient = torch.randn(3, 5)
+    before = gradient.clone()
+    statistic = Statistic("mean")
+    for _ in range(2):
+        statistic.add({"weight": Outer(None, gradient)}, samples=1)
+    assert torch.equal(gradient, before)
+    torch.testing.assert_close(statistic.sums["weight"], 2 * before)
+
+
+def test_a_gradient_as_it_is_is_an_outer_product_with_the_identity():
+    gradient = torch.randn(4, 6)
+    identity = Outer(torch.eye(4), gradient)
+    for name in ("mean", "squares"):
+        one, other = Statistic(name), Statistic(name)
+        one.add({"weight": Outer(None, gradient)}, samples=1)
+        other.add({"weight": identity}, samples=1)
+        torch.testing.assert_close(one.sums["weight"], other.sums["weight"])
+    torch.testing.assert_close(identity.product(), Outer(None, gradient).product())
+
+
+def test_squares_of_samples_that_cannot_be_told_apart_are_refused():
+    outer = Outer(torch.randn(8, 3), torch.randn(8, 4))  # [T, P]: two samples' tokens in one
+    with pytest.raises(ValueError, match="come one at a time, found 2"):
+        Statistic("squares").add({"weight": outer}, samples=2)
+    Statistic("mean").add({"weight": outer}, samples=2)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_seen(value):
+    statistic = Statistic("mean")
+    statistic.add({"A": drawn(2, 3, 4, 5), "B": drawn(2, 3, 2, 5)}, samples=2)
+    assert statistic.is_finite()
+    statistic.sums["B"][1, 4] = value
+    assert not statistic.is_finite()
+
+
+def test_magnitudes_are_in_one_unit():
+    """Of one sample alone, both statistics say the same."""
+    outer = drawn(1, 4, 3, 5)
+    found = []
+    for name in ("mean", "squares"):
+        statistic = Statistic(name)
+        statistic.add({"weight": outer}, samples=1)
+        found.append(statistic.magnitudes()["weight"])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)

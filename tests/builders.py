@@ -17,10 +17,16 @@ from transformers import (
     BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -30,6 +36,8 @@ from peft_perta import PerTAConfig, get_perta_state_dict, load_base
 VOCABULARY = 128
 LLAMA_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GPT2_PROJECTIONS = ["c_attn", "c_proj", "c_fc"]
+PHI3_PROJECTIONS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+EXPERT_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -121,6 +129,57 @@ def adapted_opt() -> PeftModel:
     return with_adapters(model, lora_config(["q_proj", "v_proj"]), task=lora_config(["k_proj"]))
 
 
+def mixtral(chosen: int = 2) -> MixtralForCausalLM:
+    """A Mixtral of two layers with four experts each, stored as [E, out, in]."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return MixtralForCausalLM(MixtralConfig(num_experts_per_tok=chosen, **_EXPERTS)).eval()
+
+
+def gpt_oss(chosen: int = 2) -> GptOssForCausalLM:
+    """A GPT-OSS of two layers with four experts each, stored as [E, in, out], with biases."""
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        return GptOssForCausalLM(GptOssConfig(num_experts_per_tok=chosen, head_dim=8, **_EXPERTS)).eval()
+
+
+_EXPERTS = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "num_local_experts": 4,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+    "initializer_range": 0.15,
+}
+
+
+def adapted_phi3() -> PeftModel:
+    """A Phi-3 of two layers, whose projections are fused: one for queries, keys and values, one for gate and up."""
+    config = Phi3Config(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        initializer_range=0.15,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = Phi3ForCausalLM(config)
+    return with_adapters(model, lora_config(PHI3_PROJECTIONS), task=lora_config(PHI3_PROJECTIONS, r=8, lora_alpha=8))
+
+
 @functools.cache
 def llama_directory() -> Path:
     """The tiny Llama and its tokenizer on disk."""
@@ -159,6 +218,11 @@ def _quantised(config: BitsAndBytesConfig) -> PreTrainedModel:
 def lora_config(projections: list[str] = LLAMA_PROJECTIONS, **changes) -> LoraConfig:
     settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.3, "task_type": "CAUSAL_LM"}
     return LoraConfig(target_modules=list(projections), **{**settings, **changes})
+
+
+def experts_config(**changes) -> LoraConfig:
+    """On expert parameters alone, where PEFT allows no dropout."""
+    return lora_config([], **{"target_parameters": EXPERT_PARAMETERS, "lora_dropout": 0.0, **changes})
 
 
 def with_adapters(model: PreTrainedModel, forget: LoraConfig | None = None, **names: LoraConfig) -> PeftModel:
@@ -209,6 +273,14 @@ def adapted_gpt2(dtype: torch.dtype = torch.float32) -> PeftModel:
         task=lora_config(GPT2_PROJECTIONS, r=8, lora_alpha=8, **settings),
     )
     return adapted.to(dtype)
+
+
+def adapted_mixtral(chosen: int = 2) -> PeftModel:
+    return with_adapters(mixtral(chosen), experts_config(), task=experts_config(r=8, lora_alpha=8))
+
+
+def adapted_gpt_oss(chosen: int = 2) -> PeftModel:
+    return with_adapters(gpt_oss(chosen), experts_config(), task=experts_config(r=8, lora_alpha=8))
 
 
 def forget_rows() -> list[dict]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_perta import save_perta_adapter
-from peft_perta.gradients import sweep
+from peft_perta.gradients import Job, gather, sweep
 from peft_perta.granularities import GRANULARITIES
+from peft_perta.plan import Plan
 from peft_perta.targets import resolve_targets
 
 WeightFunction = Callable[[Tensor, Tensor, float], Tensor]
@@ -69,21 +70,36 @@ def hooks_equal_the_loop(
     batch_size: int = 2,
 ) -> None:
     """The streamed statistic is what a loop over the samples, by dense autograd, gives."""
-    weight_gradients = oracles.sample_gradients(model, "forget", samples, adapters)
-    layers = oracles.adapted_layers(model, "forget")
+    expected = sums_by_the_loop(model, samples, granularity, statistic, adapters)
     found = statistics(model, samples, granularity, statistic, adapters, batch_size)
-    assert set(found) == set(layers)
-    for name, layer in layers.items():
-        if granularity == "delta":
-            expected = {"weight": weight_gradients[name]}
-        else:
-            expected = oracles.factor_gradients(layer, "forget", weight_gradients[name])
-        assert set(found[name].sums) == set(expected)
-        for key, per_sample in expected.items():
-            total = per_sample.sum(0) if statistic == "mean" else per_sample.square().sum(0)
-            assert total.norm() > 0, "an oracle of zeros would prove nothing"
+    sums_are(found, expected, tolerance)
+    assert {s.samples for s in found.values()} == {len(samples)}
+
+
+def sums_by_the_loop(
+    model: PeftModel, samples: list, granularity: str, statistic: str, adapters: list[str]
+) -> dict[str, dict[str, Tensor]]:
+    """Weight name -> the sums that the granularity keeps."""
+    weight_gradients = oracles.sample_gradients(model, "forget", samples, adapters)
+    expected = {}
+    for name, adapted in oracles.adapted_weights(model, "forget").items():
+        per_sample = {"weight": weight_gradients[name]}
+        if granularity != "delta":
+            per_sample = oracles.factor_gradients(adapted, weight_gradients[name])
+        expected[name] = {
+            key: found.sum(0) if statistic == "mean" else found.square().sum(0) for key, found in per_sample.items()
+        }
+    assert all(total.norm() > 0 for sums in expected.values() for total in sums.values()), "zeros would prove nothing"
+    return expected
+
+
+def sums_are(found: dict[str, Any], expected: dict[str, dict[str, Tensor]], tolerance: float) -> None:
+    assert set(found) == set(expected)
+    for name, sums in expected.items():
+        assert set(found[name].sums) == set(sums)
+        for key, total in sums.items():
+            assert found[name].sums[key].shape == total.shape
             close(found[name].sums[key], total, tolerance, f"{name} {key}")
-        assert found[name].samples == len(samples)
 
 
 def batches_do_not_matter(model: PeftModel, samples: list, granularity: str, statistic: str, tolerance: float) -> None:
@@ -109,6 +125,40 @@ def statistics(
     )
 
 
+def gathered(
+    model: PeftModel,
+    sets: dict[str, list],
+    granularity: str,
+    statistic: str,
+    plan: Plan,
+    adapters: list[str] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Set name -> weight name -> statistic, of all groups of a plan; every weight is in just one."""
+    targets = {target.name: target for target in resolve_targets(model, "forget")}
+    job = Job(
+        model,
+        targets,
+        GRANULARITIES[granularity],
+        statistic,  # type: ignore[arg-type]
+        adapters or [],
+        plan,
+        show_progress_bar=False,
+    )
+    collected: dict[str, dict[str, Any]] = {name: {} for name in sets}
+    with closing(gather(job, sets)) as groups:
+        for group, found in groups:
+            names = {target.name for target in group}
+            assert names
+            for name, of_set in found.items():
+                assert set(of_set) == names
+                assert not names & set(collected[name])
+                collected[name] |= of_set
+    for name, samples in sets.items():
+        assert set(collected[name]) == set(targets)
+        assert {s.samples for s in collected[name].values()} == {len(samples)}
+    return collected
+
+
 def close(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
     """Within a relative error in the Frobenius norm."""
     error = (found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
@@ -124,12 +174,11 @@ def emitted_delta_is(
     """Saved, and loaded by PEFT alone, the adapter adds exactly the expected [O, I] deltas, and zero elsewhere."""
     save_perta_adapter(directory, *result)
     loaded = PeftModel.from_pretrained(base, directory)
-    layers = oracles.adapted_layers(loaded, "default")
-    assert set(expected) <= set(layers)
+    weights = oracles.adapted_weights(loaded, "default")
+    assert set(expected) <= set(weights)
     scale = max(delta.norm() for delta in expected.values())
-    for name, layer in layers.items():
-        delta = layer.get_delta_weight("default")
-        delta = delta.T if getattr(layer, "fan_in_fan_out", False) else delta  # [O, I], as everywhere here
+    for name, adapted in weights.items():
+        delta = adapted.delta_by_peft
         if name in expected:
             assert delta.shape == expected[name].shape
             assert (delta.double() - expected[name].double()).norm() <= tolerance * scale, name
@@ -151,8 +200,8 @@ def edit_is_linear_in_strength(deltas: Callable[[float], dict[str, Tensor]]) -> 
 
 def uniform_is_task_arithmetic(deltas: dict[str, Tensor], model: PeftModel, strength: float) -> None:
     """W = 1: the negative adapter is the forget adapter, negated."""
-    for name, layer in oracles.adapted_layers(model, "forget").items():
-        close(deltas[name], -strength * oracles.adapter_delta(layer, "forget"), 1e-5, name)
+    for name, adapted in oracles.adapted_weights(model, "forget").items():
+        close(deltas[name], -strength * adapted.delta, 1e-5, name)
 
 
 def deltas_of(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -179,6 +228,7 @@ def snapshot(model: nn.Module, without: str | None = None) -> dict[str, Any]:
             if skipped and skipped in name:
                 continue
             state[f"{kind} {name}"] = (
+                str(tensor.device),
                 tensor.dtype,
                 tuple(tensor.shape),
                 tensor.requires_grad,
@@ -197,6 +247,7 @@ def snapshot(model: nn.Module, without: str | None = None) -> dict[str, Any]:
         state[f"module {name}"] = (type(module), module.training)
         state[f"hooks {name}"] = [(kind, list(vars(module)[kind].values())) for kind in HOOKS if vars(module)[kind]]
         state[f"attributes {name}"] = sorted(vars(module))
+        state[f"children {name}"] = sorted(set(module._modules) - {without})
         for attribute in ("_active_adapter", "_disable_adapters", "merged_adapters", "gradient_checkpointing"):
             if hasattr(module, attribute):
                 state[f"{attribute} {name}"] = str(getattr(module, attribute))
@@ -233,4 +284,6 @@ def untouched(model: nn.Module, without: str | None = None) -> Iterator[None]:
 
 
 def _bytes(tensor: Tensor) -> bytes:
+    if tensor.is_meta:  # offloaded
+        return b""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
 
 import bitsandbytes as bnb
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -43,30 +45,97 @@ def float_weight(layer: nn.Module) -> Tensor:
     return layer.weight.detach().T.clone() if isinstance(layer, Conv1D) else layer.weight.detach().clone()
 
 
-def adapter_delta(layer: nn.Module, name: str) -> Tensor:
-    """s * B @ A of one adapter on one PEFT layer, [O, I], in float64."""
-    A, B = layer.lora_A[name].weight.detach().double(), layer.lora_B[name].weight.detach().double()
-    return layer.scaling[name] * (B @ A)
+@dataclass(frozen=True)
+class Adapted:
+    """One weight [O, I], of a layer or of one expert, and the adapter on it: s * B @ A, A [R, I], B [O, R]."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    wrapper: nn.Module
+    name: str
+    expert: int | None = None
+
+    @property
+    def delta(self) -> Tensor:
+        """[O, I], in float64."""
+        return self.scaling * (self.B.double() @ self.A.double())
+
+    @property
+    def delta_by_peft(self) -> Tensor:
+        """The same, as PEFT itself computes it."""
+        delta = self.wrapper.get_delta_weight(self.name)
+        if delta.dim() == 3:
+            return delta[self.expert].T if _is_transposed(self.wrapper.get_base_layer()) else delta[self.expert]
+        return delta.T if getattr(self.wrapper, "fan_in_fan_out", False) else delta
 
 
 def adapted_layers(model: PeftModel, name: str) -> dict[str, nn.Module]:
-    """Layer name -> PEFT's wrapper, of every layer that carries the adapter."""
-    named = model.get_base_model().named_modules()
-    return {key: module for key, module in named if name in getattr(module, "lora_A", {})}
+    """Layer name -> PEFT's wrapper, of every layer that carries the adapter; a parameter of experts is a layer."""
+    found = {}
+    for path, module in model.get_base_model().named_modules():
+        if name in getattr(module, "lora_A", {}):
+            if isinstance(module, ParamWrapper):  # nested, one for each parameter
+                path = f"{path.replace('.base_layer', '')}.{module.parameter_name}"
+            found[path] = module
+    return found
+
+
+def adapted_weights(model: PeftModel, name: str) -> dict[str, Adapted]:
+    """Weight name -> the adapter on it; each expert's weight by itself."""
+    found = {}
+    for path, wrapper in adapted_layers(model, name).items():
+        A, B = wrapper.lora_A[name].weight.detach(), wrapper.lora_B[name].weight.detach()
+        scaling = wrapper.scaling[name]
+        if not isinstance(wrapper, ParamWrapper):
+            found[path] = Adapted(A, B, scaling, wrapper, name)
+            continue
+        count = wrapper.num_experts
+        rank = len(A) // count
+        for expert in range(count):
+            rows = [expert * rank + k for k in range(rank)]
+            columns = [k * count + expert for k in range(rank)]
+            found[f"{path}[{expert}]"] = Adapted(A[rows], B[:, columns], scaling, wrapper, name, expert)
+    return found
 
 
 def plain_model(model: PeftModel, adapters: list[str]) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """A model without PEFT or packed weights that computes what ``model`` does with these adapters on, and its weights
-    [O, I] by layer name."""
+    by layer name: [O, I], or as they are stored where a module holds those of all experts."""
     plain = copy.deepcopy(model.get_base_model()).eval().requires_grad_(False)
+    plain.config._experts_implementation = "eager"
     weights = {}
     for name, wrapper in list(plain.named_modules()):
-        if hasattr(wrapper, "lora_A"):
+        if not hasattr(wrapper, "lora_A") or name.endswith(".base_layer"):
+            continue
+        if isinstance(wrapper, ParamWrapper):
+            layer, found = _plain_experts(wrapper, adapters)
+            weights |= {f"{name}.{parameter}": weight for parameter, weight in found.items()}
+        else:
             layer = PlainLayer(wrapper, adapters)
             weights[name] = layer.weight
-            parent, _, child = name.rpartition(".")
-            setattr(plain.get_submodule(parent), child, layer)
+        parent, _, child = name.rpartition(".")
+        setattr(plain.get_submodule(parent), child, layer)
     return plain.eval(), weights
+
+
+def _plain_experts(wrapper: nn.Module, adapters: list[str]) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """The module that holds the experts, and its adapted parameters with the deltas of these adapters added."""
+    experts, found = wrapper.get_base_layer(), {}
+    while isinstance(wrapper, ParamWrapper):
+        weight = wrapper.get_param().detach().clone()
+        for name in adapters:
+            if name in wrapper.lora_A:
+                weight += wrapper.get_delta_weight(name).detach()
+        found[wrapper.parameter_name] = nn.Parameter(weight, requires_grad=False)
+        wrapper = wrapper.base_layer
+    for parameter, weight in found.items():
+        setattr(experts, parameter, weight)
+    return experts, found
+
+
+def _is_transposed(experts: nn.Module) -> bool:
+    return getattr(experts, "is_transposed", False)
 
 
 def sample_loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -81,22 +150,27 @@ def sample_loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
 
 
 def sample_gradients(model: PeftModel, name: str, samples: list, adapters: list[str]) -> dict[str, Tensor]:
-    """Layer name -> [N, O, I]: the gradient of every sample's loss with respect to the weight, one sample at a time."""
+    """Weight name -> [N, O, I]: the gradient of every sample's loss with respect to it, one sample at a time."""
     plain, weights = plain_model(model, adapters)
-    wanted = {key: weights[key].requires_grad_(True) for key in adapted_layers(model, name)}
-    gradients: dict[str, list[Tensor]] = {key: [] for key in wanted}
+    layers = adapted_layers(model, name)
+    wanted = {key: weights[key].requires_grad_(True) for key in layers}
+    gradients: dict[str, list[Tensor]] = {}
     for sample in samples:
         loss = sample_loss(plain, sample.input_ids, sample.labels)
         for key, gradient in zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True):
-            gradients[key].append(gradient)
+            if not isinstance(layers[key], ParamWrapper):
+                gradients.setdefault(key, []).append(gradient)
+                continue
+            transposed = _is_transposed(layers[key].get_base_layer())
+            for expert, found in enumerate(gradient if gradient.dim() == 3 else [gradient]):
+                gradients.setdefault(f"{key}[{expert}]", []).append(found.T if transposed else found)
     return {key: torch.stack(found) for key, found in gradients.items()}
 
 
-def factor_gradients(layer: nn.Module, name: str, weight_gradients: Tensor) -> dict[str, Tensor]:
+def factor_gradients(adapted: Adapted, weight_gradients: Tensor) -> dict[str, Tensor]:
     """The chain rule on W + s B A, per sample: A [N, R, I], B [N, O, R] from G [N, O, I]."""
-    A, B = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
-    scaling = layer.scaling[name]
-    A, B = A.to(weight_gradients.dtype), B.to(weight_gradients.dtype)
+    scaling = adapted.scaling
+    A, B = adapted.A.to(weight_gradients.dtype), adapted.B.to(weight_gradients.dtype)
     return {
         "A": torch.stack([scaling * (B.T @ gradient) for gradient in weight_gradients]),
         "B": torch.stack([scaling * (gradient @ A.T) for gradient in weight_gradients]),

@@ -16,11 +16,18 @@ LAYERS: dict[str, Callable[[], PeftModel]] = {
     "linear4bit": builders.adapted_nf4_llama,
     "linear8bit": builders.adapted_int8_llama,
     "conv1d": builders.adapted_gpt2,
+    "experts": builders.adapted_mixtral,
 }
+# The kinds whose gradients come as one tensor a batch, so that squares need samples one at a time.
+ONE_AT_A_TIME = ("experts",)
 DOUBLES: dict[str, Callable[[], PeftModel]] = {
     "linear": lambda: builders.adapted_llama(torch.float64),
     "conv1d": lambda: builders.adapted_gpt2(torch.float64),
 }
+
+
+def batch_size(kind: str, statistic: str, wished: int = 2) -> int:
+    return 1 if statistic == "squares" and kind in ONE_AT_A_TIME else wished
 
 
 @dataclass(frozen=True)

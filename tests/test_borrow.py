@@ -79,7 +79,8 @@ STAGES = [
     "resolve_targets",
     "_ranks",
     "load_samples",
-    "sweep",
+    "choose_plan",
+    "gather",
     "weigh",
     "factorize",
     "build_adapter",
@@ -104,7 +105,7 @@ def _raising(*args, **kwargs):
 
 @pytest.mark.parametrize("kind", ["linear", "linear4bit"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("place", ["forward", "second forward", "loss", "backward", "statistic"])
+@pytest.mark.parametrize("place", ["forward", "second forward", "third forward", "loss", "backward", "statistic"])
 def test_an_exception_within_the_sweep_leaves_no_trace(kind, checkpointing, place, monkeypatch):
     model = awkward(tables.LAYERS[kind]())
     if checkpointing:
@@ -113,14 +114,14 @@ def test_an_exception_within_the_sweep_leaves_no_trace(kind, checkpointing, plac
 
     def fail(*args, **kwargs):
         calls.append(1)
-        if place != "second forward" or len(calls) > 1:
+        if len(calls) >= {"second forward": 2, "third forward": 3}.get(place, 1):
             raise Stop("on purpose")
 
     layer = model.get_base_model().model.layers[1]
     if "forward" in place:
         layer.register_forward_pre_hook(fail)
     elif place == "loss":
-        monkeypatch.setattr("peft_perta.gradients.sample_losses", fail)
+        monkeypatch.setattr("peft_perta.gradients.grouped.sample_losses", fail)
     elif place == "backward":
         layer.register_full_backward_hook(fail)
     else:
@@ -134,7 +135,7 @@ def test_a_keyboard_interrupt_leaves_no_trace(monkeypatch):
         raise KeyboardInterrupt("by hand")
 
     model = awkward(builders.adapted_llama())
-    monkeypatch.setattr("peft_perta.gradients.sample_losses", interrupt)
+    monkeypatch.setattr("peft_perta.gradients.grouped.sample_losses", interrupt)
     with laws.untouched(model), pytest.raises(KeyboardInterrupt, match="by hand"):
         unlearn(model)
 

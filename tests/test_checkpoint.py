@@ -1,248 +1,516 @@
-"""What an interrupted run leaves: whole entries, of this run and no other."""
+"""A run that is cut off anywhere goes on from there, to the same bytes; and only that run does."""
 
+import collections
 import dataclasses
+import errno
 import json
+import os
+import resource
+import signal
 
 import builders
 import laws
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import disk_offload
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from peft_perta import OutputError, gradients
-from peft_perta.checkpoint import RUN_NAME, Checkpoint, hash_model, remove_checkpoint
-from peft_perta.gradients import grouped
+from peft_perta import checkpoint as checkpoint_module
+from peft_perta.checkpoint import Checkpoint, hash_model, remove_checkpoint
+from peft_perta.gradients.tap import Taps
+from peft_perta.plan import Plan
+from peft_perta.targets import base_model
 
-RUN = {"format": 1, "data": {"forget": "abc"}}
-
-
-def tensors() -> dict[str, torch.Tensor]:
-    return {"a|A": torch.randn(3, 4), "a|B": torch.randn(2, 3, dtype=torch.float64).T}
-
-
-# Entries
-
-
-def test_an_entry_comes_back_bit_for_bit(tmp_path):
-    kept = Checkpoint(tmp_path / "c", RUN)
-    given = tensors()
-    kept.save("layers-1", given, {"x": [0.1, None], "y": "é"})
-    found, record = Checkpoint(tmp_path / "c", RUN).load("layers-1")
-    assert record == {"x": [0.1, None], "y": "é"}
-    assert set(found) == set(given)
-    assert all(torch.equal(found[key], given[key]) and found[key].dtype == given[key].dtype for key in given)
-    assert kept.names() == ["layers-1"]
-    assert kept.load("other") is None
+RUN = {"format": 1, "model": "abc", "data": {"forget": "d", "retain": "e"}}
+TENSORS = {
+    "odd|A": torch.tensor([[0.0, -0.0], [float("nan"), float("inf")]]),
+    "b": torch.arange(3, dtype=torch.bfloat16) / 3,
+    "wide": torch.tensor([1 / 3], dtype=torch.float64),
+    "turned": torch.arange(6.0).reshape(2, 3).T,
+}
+RECORD = {"layers": ["x.y", "é"], "samples": 5, "nested": [[0.1, None], {"a": True}]}
 
 
-def test_an_entry_takes_the_place_of_one_of_its_name(tmp_path):
-    kept = Checkpoint(tmp_path / "c", RUN)
-    for value in (1.0, 2.0):
-        kept.save("sums", {"a": torch.tensor([value])}, {})
-    assert kept.load("sums")[0]["a"].item() == 2.0
-    kept.delete("sums")
-    assert kept.names() == []
+def bytes_of(tensors):
+    return {key: (t.dtype, t.shape, t.contiguous().view(torch.uint8).numpy().tobytes()) for key, t in tensors.items()}
 
 
-def test_a_write_that_fails_leaves_the_old_entry(tmp_path, monkeypatch):
-    kept = Checkpoint(tmp_path / "c", RUN)
-    kept.save("sums", {"a": torch.tensor([1.0])}, {})
+def tree(path):
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
-    def full(held, file, metadata):
+
+# The directory
+
+
+def test_what_is_saved_is_loaded_bit_for_bit(tmp_path):
+    Checkpoint(tmp_path / "deep" / "c", RUN).save("one", TENSORS, RECORD)
+    tensors, record = Checkpoint(tmp_path / "deep" / "c", RUN).load("one")
+    assert bytes_of(tensors) == bytes_of(TENSORS)
+    assert record == RECORD
+
+
+def test_entries_are_replaced_named_and_deleted(tmp_path):
+    found = Checkpoint(tmp_path, RUN)
+    assert (found.names(), found.load("a")) == ([], None)
+    for name in ("b", "a", "b"):
+        found.save(name, {}, {"last": name})
+    assert found.names() == ["a", "b"]
+    found.save("a", {"x": torch.ones(1)}, {"last": "new"})
+    assert found.load("a")[1] == {"last": "new"}
+    found.delete("a")
+    found.delete("a")
+    assert Checkpoint(tmp_path, RUN).names() == ["b"]
+
+
+def test_who_does_not_write_reads(tmp_path):
+    reader = Checkpoint(tmp_path / "c", RUN, writes=False)
+    reader.save("a", TENSORS, RECORD)
+    assert not (tmp_path / "c").exists()
+    Checkpoint(tmp_path / "c", RUN).save("a", TENSORS, RECORD)
+    (tmp_path / "c" / "b.safetensors.partial").write_text("theirs, who is writing")
+    before = tree(tmp_path)
+    reader = Checkpoint(tmp_path / "c", RUN, writes=False)
+    reader.delete("a")
+    assert reader.load("a")[1] == RECORD
+    assert tree(tmp_path) == before
+
+
+def half_a_file(error):
+    def write(tensors, file, metadata):
         file.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise error
 
-    monkeypatch.setattr("peft_perta.checkpoint.save_file", full)
-    with pytest.raises(OutputError, match=r"sums\.safetensors could not be written: .*No space left.*free some space"):
-        kept.save("sums", {"a": torch.tensor([2.0])}, {})
-    assert kept.load("sums")[0]["a"].item() == 1.0
-    assert sorted(path.name for path in kept.path.iterdir()) == [RUN_NAME, "sums.safetensors"]
+    return write
 
 
-def test_what_a_kill_left_half_written_is_cleared(tmp_path):
-    Checkpoint(tmp_path / "c", RUN)
-    (tmp_path / "c" / "sums.safetensors.partial").write_bytes(b"half")
-    assert Checkpoint(tmp_path / "c", RUN).names() == []
-    assert [path.name for path in (tmp_path / "c").iterdir()] == [RUN_NAME]
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left")])
+def test_a_full_disk_leaves_the_old_entry(error, tmp_path, monkeypatch):
+    found = Checkpoint(tmp_path, RUN)
+    found.save("a", TENSORS, RECORD)
+    before = tree(tmp_path)
+    monkeypatch.setattr(checkpoint_module, "save_file", half_a_file(error))
+    for name in ("a", "new"):
+        with pytest.raises(
+            OutputError, match=rf"{name}\.safetensors could not be written: .*No space.*free some space"
+        ):
+            found.save(name, {}, {})
+    assert tree(tmp_path) == before
 
 
-def test_a_damaged_entry_is_refused(tmp_path):
-    kept = Checkpoint(tmp_path / "c", RUN)
-    kept.save("sums", tensors(), {})
-    path = kept.path / "sums.safetensors"
-    path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(OutputError, match=r"is damaged .*delete .* to start anew"):
-        kept.load("sums")
+@pytest.fixture
+def small_files():
+    """The system refuses to write more than 4 KiB into a file, as a disk that fills up does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_only_the_main_process_writes(tmp_path):
-    other = Checkpoint(tmp_path / "c", RUN, writes=False)
-    other.save("sums", tensors(), {})
+def test_a_write_that_the_system_cuts_short_leaves_the_old_entry(tmp_path, small_files):
+    found = Checkpoint(tmp_path, RUN)
+    found.save("a", TENSORS, RECORD)
+    before = tree(tmp_path)
+    small_files()
+    with pytest.raises(OutputError, match=r"a\.safetensors could not be written"):
+        found.save("a", {"large": torch.ones(5000)}, RECORD)
+    assert tree(tmp_path) == before
+
+
+def killed_at(event_number, block) -> bool:
+    """Run ``block`` in a child that kills itself (SIGKILL) at its n-th open, rename or deletion; False if it got
+    through."""
+    child = os.fork()
+    if child == 0:
+        seen = 0
+
+        def count(name):
+            original = getattr(os, name)
+
+            def counted(*args, **kwargs):
+                nonlocal seen
+                seen += 1
+                if seen == event_number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*args, **kwargs)
+
+            setattr(os, name, counted)
+
+        for name in ("mkdir", "open", "fsync", "replace", "unlink"):
+            count(name)
+        try:
+            block()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status):
+        return True
+    assert os.WEXITSTATUS(status) == 0, "the child failed by itself"
+    return False
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("first", [True, False], ids=["new directory", "old directory"])
+def test_a_kill_at_any_point_leaves_the_old_entry_or_the_new(first, tmp_path):
+    """And the same run opens the directory again, and clears away what was half written."""
+    states = []
+    for event_number in range(1, 100):
+        path = tmp_path / str(event_number)
+        if not first:
+            Checkpoint(path, RUN).save("a", {}, {"is": "old"})
+        alive = not killed_at(event_number, lambda: Checkpoint(path, RUN).save("a", TENSORS, {"is": "new"}))  # noqa: B023
+        entry = Checkpoint(path, RUN).load("a")
+        states.append(entry and entry[1]["is"])
+        assert not list(path.glob("*.partial"))
+        if alive:
+            break
+    assert alive, "more system calls than tried"
+    assert len(states) > 3
+    assert states.index("new") == states.count(None if first else "old"), "once it is there, it stays"
+    assert states[-1] == "new"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_bytes(file.read_bytes()[:-3]),
+        lambda file: file.write_bytes(b"\0" * 100),
+        lambda file: file.write_bytes(b""),
+        lambda file: save_file({"x": torch.ones(1)}, file),
+        lambda file: save_file({"x": torch.ones(1)}, file, metadata={"record": "{"}),
+    ],
+    ids=["cut", "zeros", "empty", "no record", "half a record"],
+)
+def test_a_damaged_entry_is_refused(damage, tmp_path):
+    found = Checkpoint(tmp_path, RUN)
+    found.save("a", TENSORS, RECORD)
+    damage(tmp_path / "a.safetensors")
+    with pytest.raises(OutputError, match=r"a\.safetensors is damaged \(.*\); delete .* to start anew"):
+        found.load("a")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model": "x"}, "model"),
+        ({"data": {"forget": "d"}, "model": "x"}, "data, model"),
+        ({"more": 1}, "more"),
+        ({"format": None}, "format"),
+    ],
+)
+def test_another_run_is_refused_with_what_differs(changes, named, tmp_path):
+    Checkpoint(tmp_path, RUN).save("a", TENSORS, RECORD)
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match=f"is the checkpoint of another run, which differs in: {named}; go on with"):
+        Checkpoint(tmp_path, {**RUN, **changes})
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "files",
+    [{"thesis.tex": "years"}, {"run.json": "{"}, {"run.json": "[1]"}, {"run.json.partial": "{", "thesis.tex": "years"}],
+    ids=["another's", "no JSON", "no object", "half ours"],
+)
+def test_a_directory_that_is_no_checkpoint_is_left_alone(files, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match=r"is not the checkpoint of a run of ours \(no readable run\.json\)"):
+        Checkpoint(tmp_path, RUN)
+    remove_checkpoint(tmp_path / "none")
+    if "run.json" not in files:
+        remove_checkpoint(tmp_path)
+    assert tree(tmp_path) == before
+
+
+def test_a_file_is_no_checkpoint(tmp_path):
+    (tmp_path / "c").write_text("x")
+    with pytest.raises(OutputError, match="is not the checkpoint of a run of ours"):
+        Checkpoint(tmp_path / "c", RUN)
+    with pytest.raises(OutputError, match=r"run\.json could not be written"):
+        Checkpoint(tmp_path / "c" / "inner", RUN)
+    assert (tmp_path / "c").read_text() == "x"
+
+
+def test_a_checkpoint_is_removed_whole_once_it_is_not_needed(tmp_path):
+    Checkpoint(tmp_path / "c", RUN).save("a", TENSORS, RECORD)
+    remove_checkpoint(tmp_path / "c")
     assert not (tmp_path / "c").exists()
 
 
-# Whose they are
+# Whose it is
 
 
-def test_another_run_is_refused_with_what_differs(tmp_path):
-    Checkpoint(tmp_path / "c", RUN)
-    with pytest.raises(OutputError, match="is the checkpoint of another run, which differs in: data, seed; go on"):
-        Checkpoint(tmp_path / "c", {"format": 1, "data": {"forget": "xyz"}, "seed": 1})
+def flip_a_bit(tensor):
+    tensor.data.view(-1).view(torch.uint8)[tensor.nbytes // 2] ^= 1
 
 
-@pytest.mark.parametrize("content", [None, "not json", "[]"])
-def test_a_directory_of_somebody_else_is_refused_and_left_alone(content, tmp_path):
-    (tmp_path / "mine.txt").write_text("precious")
-    if content is not None:
-        (tmp_path / RUN_NAME).write_text(content)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(OutputError, match="is not the checkpoint of a run of ours"):
-        Checkpoint(tmp_path, RUN)
-    if content is None:
-        remove_checkpoint(tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_a_finished_run_s_checkpoint_can_be_removed(tmp_path):
-    kept = Checkpoint(tmp_path / "c", RUN)
-    kept.save("sums", tensors(), {})
-    remove_checkpoint(kept.path)
-    assert not kept.path.exists()
-
-
-# The model's hash
-
-
-def test_adapters_are_no_part_of_the_model_s_hash():
-    model = builders.llama()
-    alone = hash_model(model)
-    assert hash_model(builders.with_adapters(model).get_base_model()) == alone
-
-
-@pytest.mark.parametrize("name", ["embed_tokens", "k_proj", "norm", "lm_head"])
-def test_any_weight_changes_the_hash(name):
+def test_the_hash_tells_any_one_weight():
     model = builders.llama()
     before = hash_model(model)
-    weight = next(parameter for key, parameter in model.named_parameters() if name in key)
-    weight.data.view(-1)[-1] += 1e-3
+    names = [name for name, _ in model.named_parameters()]
+    assert len(names) == 21
+    for name in names:
+        flip_a_bit(model.get_parameter(name))
+        assert hash_model(model) != before, name
+        flip_a_bit(model.get_parameter(name))
+    assert hash_model(model) == before
+
+
+def test_the_hash_tells_a_buffer_a_type_and_a_name():
+    model = builders.llama()
+    seen = [hash_model(model)]
+    model.register_buffer("seen", torch.zeros(1))
+    seen.append(hash_model(model))
+    flip_a_bit(model.seen)
+    seen += [hash_model(model), hash_model(builders.llama(torch.float64)), hash_model(builders.gpt2())]
+    assert len(set(seen)) == len(seen)
+
+
+def test_the_hash_does_not_see_the_adapters():
+    for make in (builders.llama, builders.nf4_llama):
+        assert hash_model(base_model(builders.with_adapters(make()))) == hash_model(make())
+
+
+@pytest.mark.parametrize("part", ["absmax", "offset", "state2.absmax"])
+def test_the_hash_tells_a_4_bit_weights_scales(part):
+    model = builders.nf4_llama()
+    before = hash_model(model)
+    state = model.model.layers[1].mlp.up_proj.weight.quant_state
+    *path, name = part.split(".")
+    for step in path:
+        state = getattr(state, step)
+    setattr(state, name, getattr(state, name).clone())
+    flip_a_bit(getattr(state, name))
     assert hash_model(model) != before
 
 
-def test_the_scales_of_packed_weights_change_the_hash():
-    for model, change in (
-        (builders.nf4_llama(), lambda weight: weight.quant_state.absmax.view(-1)[:1].add_(1)),
-        (builders.nf4_llama(), lambda weight: weight.quant_state.state2.absmax.view(-1)[:1].mul_(1.5)),
-        (builders.int8_llama(), lambda weight: weight.SCB.view(-1)[:1].mul_(1.5)),
-    ):
-        before = hash_model(model)
-        assert hash_model(model) == before
-        change(model.model.layers[1].mlp.up_proj.weight)
-        assert hash_model(model) != before
-
-
-def test_an_offloaded_model_has_the_hash_that_it_has_at_home():
-    model = builders.llama()
+def test_the_hash_tells_an_8_bit_weights_scales_wherever_they_are():
+    """A forward moves them from the weight to the layer's state."""
+    model = builders.int8_llama()
     before = hash_model(model)
-    cpu_offload(model, execution_device=torch.device("cpu"))
-    assert next(model.parameters()).is_meta
+    with torch.no_grad():
+        model(torch.tensor([[5, 6]]))
     assert hash_model(model) == before
+    flip_a_bit(model.model.layers[0].self_attn.k_proj.state.SCB)
+    assert hash_model(model) != before
+    model = builders.int8_llama()
+    flip_a_bit(model.model.layers[0].self_attn.k_proj.weight.SCB)
+    assert hash_model(model) != before
+
+
+def test_the_hash_reads_offloaded_weights_where_they_rest(tmp_path):
+    model = builders.llama()
+    disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert hash_model(model) == hash_model(builders.llama())
 
 
 # Going on
 
+SETTINGS = {"granularity": "delta", "rank": 3, "batch_size": 2}
+FORGET, RETAIN = 3, 2  # batches: 5 and 4 rows, 2 at a time
+
 
 @pytest.fixture
-def sweeps(monkeypatch):
-    """The sets that were swept; ``fail_at`` counts down to an exception in the middle of a sweep."""
-    seen, plain = [], grouped.sample_losses
-    state = {"fail_at": None, "seen": seen}
-
-    def counted(model, batch):
-        if state["fail_at"] is not None:
-            state["fail_at"] -= 1
-            if state["fail_at"] < 0:
-                raise KeyboardInterrupt
-        seen.append(len(batch.indices))
-        return plain(model, batch)
-
-    monkeypatch.setattr(grouped, "sample_losses", counted)
-    return state
+def two_groups(monkeypatch):
+    """Two sweeps of one decoder block each."""
+    plan_as(monkeypatch, "grouped")
 
 
-def cut_into_groups(monkeypatch, size: int) -> None:
-    planned = gradients._new_plan
+def plan_as(monkeypatch, mode):
+    def make_plan(measured, held, budget, batch_size):
+        names = [layer.name for layer in reversed(measured.layers)]
+        return Plan(mode, (tuple(names[:7]), tuple(names[7:])), "device", "device", batch_size)
 
-    def in_groups(*arguments):
-        plan = planned(*arguments)
-        names = [name for group in plan.groups for name in group]
-        cut = tuple(tuple(names[i : i + size]) for i in range(0, len(names), size))
-        return dataclasses.replace(plan, groups=cut)
-
-    monkeypatch.setattr(gradients, "_new_plan", in_groups)
+    monkeypatch.setattr(gradients, "make_plan", make_plan)
+    monkeypatch.setattr(gradients, "why_no_chain", lambda *_: None)  # which takes gradients too
 
 
-def assert_same(one: tuple, other: tuple) -> None:
-    assert one[1].keys() == other[1].keys()
-    assert all(torch.equal(one[1][key], other[1][key]) for key in one[1])
-    assert one[2].to_dict() == other[2].to_dict()
+class Interruption:
+    """Counts gradients: backward calls, and per layer how often one is taken; and raises at the n-th backward."""
+
+    def __init__(self, monkeypatch):
+        self.start()
+        backward, add = torch.Tensor.backward, Taps._add
+
+        def counted(tensor, *args, **kwargs):
+            if self.backwards == self.at:
+                raise self.error
+            self.backwards += 1
+            return backward(tensor, *args, **kwargs)
+
+        def added(taps, target, *args):
+            self.layers[target.name] += 1
+            return add(taps, target, *args)
+
+        monkeypatch.setattr(torch.Tensor, "backward", counted)
+        monkeypatch.setattr(Taps, "_add", added)
+
+    def start(self, at=None, error=None):
+        self.at, self.error = at, error
+        self.backwards, self.layers = 0, collections.Counter()
 
 
-@pytest.mark.parametrize("batches_before", [0, 3, 4, 6, 9, 13])
-def test_an_interrupted_call_goes_on(batches_before, sweeps, monkeypatch, tmp_path):
-    """5 forget and 4 retain samples by twos: 3 + 2 batches a group, 3 groups; whatever was whole is not done again."""
-    cut_into_groups(monkeypatch, 5)
-    settings = {"granularity": "delta", "batch_size": 2}
-    whole = builders.negate(builders.adapted_llama(), **settings)
-    assert len(sweeps["seen"]) == 15
+@pytest.fixture
+def count(monkeypatch):
+    return Interruption(monkeypatch)
+
+
+def negate(path, model=None, **changes):
+    return builders.negate(model or builders.adapted_llama(), checkpoint_dir=path, **{**SETTINGS, **changes})
+
+
+def assert_same(one, two):
+    assert one[0].to_dict() == two[0].to_dict()
+    assert bytes_of(one[1]) == bytes_of(two[1])
+    assert one[2].to_dict() == two[2].to_dict()
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
+def test_sweeps_go_on_where_they_were_cut_off(kind, two_groups, count, tmp_path):
+    """At every single backward; what a finished sweep summed is not summed again."""
+    once = FORGET + RETAIN
+    expected = negate(tmp_path / "whole")
+    assert count.backwards == 2 * once
+    for at in range(2 * once):
+        count.start(at, kind("on purpose"))
+        model = builders.adapted_llama()
+        with laws.untouched(model), pytest.raises(kind, match="on purpose"):
+            negate(tmp_path / str(at), model)
+        count.start()
+        assert_same(negate(tmp_path / str(at)), expected)
+        done = at // once * once + (FORGET if at % once >= FORGET else 0)
+        assert count.backwards == 2 * once - done
+        upper = [n for name, n in count.layers.items() if name.startswith("model.layers.1.")]
+        assert sum(upper) == 7 * max(0, once - done)
+
+
+def test_layer_by_layer_goes_on_where_it_was_cut_off(monkeypatch, count, tmp_path):
+    """The forward is made again, and blocks that are done pass their gradient on without a sum."""
+    plan_as(monkeypatch, "layerwise")
+    once = FORGET + RETAIN
+    expected = negate(tmp_path / "whole")
+    assert count.backwards == 3 * once, "the head, and two blocks"
+    for at in range(0, 3 * once, 2):
+        count.start(at, KeyboardInterrupt("on purpose"))
+        model = builders.adapted_llama()
+        with laws.untouched(model), pytest.raises(KeyboardInterrupt, match="on purpose"):
+            negate(tmp_path / str(at), model)
+        count.start()
+        assert_same(negate(tmp_path / str(at)), expected)
+        assert sum(n for name, n in count.layers.items() if ".1." in name) == (7 * once if at < 2 * once else 0)
+        assert sum(n for name, n in count.layers.items() if ".0." in name) == 7 * once
+
+
+@pytest.mark.parametrize("mode", ["grouped", "layerwise"])
+def test_a_finished_run_is_not_run_again(mode, monkeypatch, count, tmp_path):
+    plan_as(monkeypatch, mode)
+    expected = negate(tmp_path)
+    before = tree(tmp_path)
+    count.start()
+    monkeypatch.setattr(gradients, "measure", lambda *_: pytest.fail("it was planned again"))
+    assert_same(negate(tmp_path), expected)
+    assert count.backwards == 0
+    assert tree(tmp_path) == before
+
+
+def test_what_is_left_of_the_sums_is_deleted_with_their_group(two_groups, tmp_path):
+    negate(tmp_path)
+    assert sorted(tree(tmp_path)) == [
+        "layers-000007.safetensors",
+        "layers-000014.safetensors",
+        "plan.safetensors",
+        "run.json",
+    ]
+
+
+@pytest.mark.parametrize("after", range(5))
+def test_a_disk_that_fills_up_stops_the_run_and_space_lets_it_go_on(after, two_groups, monkeypatch, tmp_path):
+    """At the plan, either group's sums, or either group's layers."""
+    expected = negate(tmp_path / "whole")
+    written = []
+
+    def full(tensors, file, metadata):
+        if len(written) == after:
+            half_a_file(OSError(errno.ENOSPC, "No space left on device"))(tensors, file, metadata)
+        written.append(file)
+        save_file(tensors, file, metadata=metadata)
+
     model = builders.adapted_llama()
-    sweeps["fail_at"] = batches_before
-    with laws.untouched(model), pytest.raises(KeyboardInterrupt):
-        builders.negate(model, checkpoint_dir=tmp_path / "c", **settings)
-    sweeps["seen"].clear()
-    sweeps["fail_at"] = None
-    found = builders.negate(model, checkpoint_dir=tmp_path / "c", **settings)
-    assert_same(found, whole)
-    done = 5 * (batches_before // 5) + (3 if batches_before % 5 >= 3 else 0)
-    assert len(sweeps["seen"]) == 15 - done
+    with monkeypatch.context() as patched, laws.untouched(model):
+        patched.setattr(checkpoint_module, "save_file", full)
+        with pytest.raises(OutputError, match="No space left on device; free some space and run this again"):
+            negate(tmp_path / "c", model)
+    assert not list(tmp_path.rglob("*.partial"))
+    assert_same(negate(tmp_path / "c"), expected)
 
 
-def test_a_finished_call_is_not_done_again(sweeps, tmp_path):
-    first = builders.negate(builders.adapted_llama(), checkpoint_dir=tmp_path / "c", granularity="delta")
-    sweeps["seen"].clear()
-    again = builders.negate(builders.adapted_llama(), checkpoint_dir=tmp_path / "c", granularity="delta")
-    assert not sweeps["seen"]
-    assert_same(again, first)
+def test_the_plan_is_kept_unless_the_budget_is_another(monkeypatch, count, tmp_path):
+    """Cut off in sweeps; with another budget the rest goes layer by layer, to the same bytes."""
+    plan_as(monkeypatch, "grouped")
+    expected = negate(tmp_path / "whole")
+    for changes, mode in (({}, "grouped"), ({"host_memory": "100GiB"}, "layerwise")):
+        plan_as(monkeypatch, "grouped")
+        count.start(FORGET + RETAIN + 1, KeyboardInterrupt("on purpose"))
+        with pytest.raises(KeyboardInterrupt, match="on purpose"):
+            negate(tmp_path / mode)
+        plan_as(monkeypatch, "layerwise")
+        count.start()
+        config, state_dict, report = negate(tmp_path / mode, **changes)
+        assert report.config == {**expected[2].config, **changes}
+        assert_same((config, state_dict, dataclasses.replace(report, config=expected[2].config)), expected)
+        kept = Checkpoint(tmp_path / mode, json.loads((tmp_path / mode / "run.json").read_text())).load("plan")
+        assert kept[1]["plan"]["mode"] == mode
+        assert not [name for name in count.layers if ".1." in name], "the upper block is done"
 
 
-def test_another_budget_is_the_same_run(sweeps, tmp_path):
-    """Memory is no part of what a run is: what is done stays done."""
-    first = builders.negate(builders.adapted_llama(), checkpoint_dir=tmp_path / "c", host_memory="3GiB")
-    sweeps["seen"].clear()
-    again = builders.negate(builders.adapted_llama(), checkpoint_dir=tmp_path / "c", host_memory="4GiB")
-    assert not sweeps["seen"]
-    assert all(torch.equal(first[1][key], again[1][key]) for key in first[1])
+def changed_weight():
+    model = builders.adapted_llama()
+    flip_a_bit(model.get_base_model().model.norm.weight)
+    return model
+
+
+def changed_adapter():
+    model = builders.adapted_llama()
+    flip_a_bit(next(p for name, p in model.named_parameters() if "lora_B.forget" in name))
+    return model
+
+
+def changed_task():
+    model = builders.adapted_llama()
+    flip_a_bit(next(p for name, p in model.named_parameters() if "lora_B.task" in name))
+    return model
+
+
+FULL = {"reference_model": "full", "task_adapter": "task"}
 
 
 @pytest.mark.parametrize(
-    ("change", "differs"),
+    ("changes", "model", "named"),
     [
-        ({"forget": [{"question": "Who?", "answer": "Somebody else"}]}, "data"),
-        ({"strength": 2.0}, "config"),
-        ({"model": "base"}, "model"),
-        ({"model": "forget"}, "forget adapter"),
+        ({"forget": [*builders.forget_rows(), {"text": "more"}]}, None, "data"),
+        ({"retain": builders.retain_rows()[:-1]}, None, "data"),
+        ({"rank": 4}, None, "config"),
+        ({"weighting": "fisher"}, None, "config"),
+        ({}, changed_weight, "model"),
+        ({}, changed_adapter, "forget adapter"),
+        ({}, changed_task, "adapters that are on"),
+        ({"task_adapter": None}, None, "adapters that are on"),
     ],
-    ids=["data", "config", "model", "adapter"],
+    ids=["forget rows", "retain rows", "rank", "weighting", "a weight", "forget adapter", "task adapter", "no task"],
 )
-def test_a_checkpoint_of_another_run_is_refused_before_any_gradient(change, differs, sweeps, tmp_path):
-    builders.negate(builders.adapted_llama(), checkpoint_dir=tmp_path / "c")
-    sweeps["seen"].clear()
-    changed = dict(change)
-    model = builders.adapted_llama()
-    which = changed.pop("model", None)
-    key = {"base": "up_proj.base_layer.weight", "forget": "up_proj.lora_B.forget.weight", None: None}[which]
-    if key is not None:
-        next(parameter for name, parameter in model.named_parameters() if name.endswith(key)).data.mul_(1.5)
-    with pytest.raises(OutputError, match=f"another run, which differs in: {differs}; "):
-        builders.negate(model, checkpoint_dir=tmp_path / "c", **changed)
-    assert not sweeps["seen"]
-    assert json.loads((tmp_path / "c" / RUN_NAME).read_text())["format"] == 1
+def test_a_checkpoint_of_another_run_is_refused_before_any_gradient(changes, model, named, count, tmp_path):
+    negate(tmp_path, **FULL)
+    before = tree(tmp_path)
+    count.start()
+    with pytest.raises(OutputError, match=f"which differs in: {named}; go on with that run as it was, or delete"):
+        negate(tmp_path, model and model(), **{**FULL, **changes})
+    assert count.backwards == 0
+    assert tree(tmp_path) == before
+
+
+def test_task_arithmetic_needs_no_checkpoint(tmp_path):
+    negate(tmp_path / "c", weighting="uniform")
+    assert not (tmp_path / "c").exists()

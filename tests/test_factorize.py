@@ -1,9 +1,11 @@
 """Edit -> factors: Eckart-Young against a full SVD in float64, and the error as a returned value."""
 
+from contextlib import contextmanager
+
 import oracles
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_perta.edit import Product
@@ -92,8 +94,8 @@ def test_padding_keeps_the_product():
 # Dense edits much larger than their rank: subspace iteration
 
 
-def dense_edit(kind: str, size: int = 320, rank: int = 12) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(len(kind))
+def dense_edit(kind: str, size: int = 320, rank: int = 12, seed: int | None = None) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(len(kind) if seed is None else seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     product = draw(size + 40, rank) @ draw(rank, size)
     forget, retain = draw(size + 40, size).abs(), draw(size + 40, size).abs()
@@ -110,16 +112,60 @@ def dense_edit(kind: str, size: int = 320, rank: int = 12) -> torch.Tensor:
     return U * (0.8 ** torch.arange(size)) @ V  # fast decay
 
 
-@pytest.fixture
-def no_full_svd(monkeypatch):
+@contextmanager
+def no_svd_of(size: int):
     """So that a test knows which way the fit went."""
     plain = torch.linalg.svd
 
     def small_only(matrix, **settings):
-        assert min(matrix.shape) < 300, "the full decomposition was taken"
+        assert min(matrix.shape) < size, "the full decomposition was taken"
         return plain(matrix, **settings)
 
-    monkeypatch.setattr(torch.linalg, "svd", small_only)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.linalg, "svd", small_only)
+        yield
+
+
+@pytest.fixture
+def no_full_svd():
+    with no_svd_of(300):
+        yield
+
+
+@settings(max_examples=40)
+@given(
+    kind=st.sampled_from(["ratio", "binary", "structured", "decay"]),
+    seed=st.integers(0, 10**6),
+    rank=st.integers(1, 16),
+    wide=st.booleans(),
+)
+def test_the_excess_error_is_within_its_bound_whatever_is_drawn(kind, seed, rank, wide):
+    edit = dense_edit(kind, 128, 8, seed)
+    edit = edit.T if wide else edit
+    with no_svd_of(128):
+        fitted = factorize(edit, rank)
+    energies = torch.linalg.svdvals(edit.double()).square()
+    best, total = float(energies[rank:].sum()), float(energies.sum())
+    error = float((edit.double() - fitted.B.double() @ fitted.A.double()).square().sum())
+    assert error <= best * (1 + min(fitted.excess_error, 0.01)) + 1e-6 * total
+    assert fitted.energy_kept == pytest.approx(1 - error / total, abs=1e-5)
+
+
+@settings(max_examples=20)
+@given(
+    kind=st.sampled_from(["ratio", "binary", "structured", "decay"]),
+    seed=st.integers(0, 10**6),
+    share=st.floats(0.05, 0.6),
+)
+def test_a_share_of_the_energy_is_reached_at_hardly_more_rank_whatever_is_drawn(kind, seed, share):
+    edit = dense_edit(kind, 256, 6, seed)
+    with no_svd_of(256):
+        fitted = factorize(edit, share)
+    energies = torch.linalg.svdvals(edit.double()).square()
+    exact = int((energies.cumsum(0) >= share * energies.sum()).int().argmax()) + 1
+    assert exact <= fitted.rank <= exact + 1
+    kept = 1 - float((edit.double() - fitted.B.double() @ fitted.A.double()).square().sum() / energies.sum())
+    assert kept >= share - 1e-5
 
 
 @pytest.mark.parametrize("kind", ["ratio", "binary", "structured", "decay"])

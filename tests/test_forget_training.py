@@ -60,6 +60,16 @@ def test_the_forget_set_is_learned_and_the_adapter_can_be_negated(base, tmp_path
     assert any(value.any() for value in state_dict.values())
 
 
+def test_experts_are_trained_and_can_be_negated(tmp_path):
+    before = loss(builders.mixtral())
+    model = train(builders.mixtral(), tmp_path / "forget", lora_config=builders.experts_config(), learning_rate=2e-2)
+    assert loss(model) < before - 0.5
+    loaded = attach_adapters(builders.mixtral(), {"forget": tmp_path / "forget"})
+    _, state_dict, report = get_perta_state_dict(loaded, PerTAConfig(weighting="uniform"))
+    assert {layer.kind for layer in report.layers} == {"experts"}
+    assert all(value.any() for value in state_dict.values())
+
+
 @bases
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"gradient_checkpointing": False}])
 def test_success_adds_a_frozen_active_adapter_and_nothing_else(base, settings):
@@ -131,9 +141,17 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("stage", ["get_peft_model", "resolve_layers", "SFTTrainer", "training", "after training"])
 @pytest.mark.parametrize(
-    "base", [builders.saved_llama, builders.nf4_llama, builders.adapted_saved_llama], ids=["float", "nf4", "adapted"]
+    ("base", "config"),
+    [
+        (builders.saved_llama, None),
+        (builders.nf4_llama, None),
+        (builders.adapted_saved_llama, None),
+        (builders.mixtral, builders.experts_config()),
+        (builders.adapted_mixtral, builders.experts_config()),
+    ],
+    ids=["float", "nf4", "adapted", "experts", "adapted experts"],
 )
-def test_an_exception_leaves_the_model_as_it_was(base, stage, monkeypatch):
+def test_an_exception_leaves_the_model_as_it_was(base, config, stage, monkeypatch):
     model = base().train()
     if isinstance(model, PeftModel):
         model.set_adapter("task")
@@ -155,7 +173,7 @@ def test_an_exception_leaves_the_model_as_it_was(base, stage, monkeypatch):
     else:
         monkeypatch.setattr(f"peft_perta.training.forget_adapter.{stage}", fail)
     with laws.untouched(model), pytest.raises(Stop, match="on purpose"):
-        train(model, adapter_name="new", num_train_epochs=1, gradient_checkpointing=True)
+        train(model, adapter_name="new", lora_config=config, num_train_epochs=1, gradient_checkpointing=True)
 
 
 @pytest.fixture
@@ -173,7 +191,6 @@ REFUSED = {
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, AdapterError, "saves whole modules"),
     "tokens": ({"trainable_token_indices": [1]}, AdapterError, "trains token embeddings"),
     "init": ({"init_lora_weights": "pissa"}, AdapterError, "rewrites the base weights"),
-    "parameters": ({"target_parameters": ["mlp.experts"]}, AdapterError, "targets bare parameters"),
     "embedding": ({"target_modules": ["embed_tokens"]}, UnsupportedLayerError, "Embedding layer cannot be edited"),
 }
 

@@ -29,7 +29,8 @@ def samples():
 @statistics
 @references
 def test_hooks_equal_the_loop(kind, granularity, statistic, adapters, samples):
-    laws.hooks_equal_the_loop(tables.LAYERS[kind](), samples, granularity, statistic, adapters, 1e-6)
+    size = tables.batch_size(kind, statistic)
+    laws.hooks_equal_the_loop(tables.LAYERS[kind](), samples, granularity, statistic, adapters, 1e-6, size)
 
 
 @pytest.mark.parametrize("kind", tables.DOUBLES)
@@ -51,7 +52,8 @@ def test_checkpointing_changes_nothing(kind, statistic, reentrant, input_gradien
         model.enable_input_require_grads()
     model.train()
     with laws.untouched(model):
-        laws.hooks_equal_the_loop(model, samples, "factor", statistic, ["task"], 1e-6)
+        size = tables.batch_size(kind, statistic)
+        laws.hooks_equal_the_loop(model, samples, "factor", statistic, ["task"], 1e-6, size)
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
@@ -85,11 +87,21 @@ def test_train_mode_and_dropout_are_ignored(kind, samples):
         laws.hooks_equal_the_loop(model, samples, "delta", "mean", ["task"], 1e-6)
 
 
-@kinds
+@pytest.mark.parametrize(
+    ("kind", "statistic"),
+    [(k, s) for k in tables.LAYERS for s in ("mean", "squares") if tables.batch_size(k, s) > 1],
+)
 @granularities
-@statistics
 def test_batches_do_not_matter(kind, granularity, statistic, samples):
     laws.batches_do_not_matter(tables.LAYERS[kind](), samples, granularity, statistic, 2e-6)
+
+
+@pytest.mark.parametrize("kind", tables.ONE_AT_A_TIME)
+@granularities
+def test_squares_of_several_samples_whose_gradients_come_as_one_are_refused(kind, granularity, samples):
+    model = tables.LAYERS[kind]()
+    with laws.untouched(model), pytest.raises(ValueError, match="come one at a time, found 2"):
+        laws.statistics(model, samples, granularity, "squares", [], 2)
 
 
 def test_gradients_at_origin_see_no_adapter(samples):
@@ -149,14 +161,26 @@ def test_a_cut_backward_is_refused(samples):
         handle.remove()
 
 
-def test_a_layer_that_does_not_see_samples_is_refused(samples):
-    """Where the samples are flattened into one dimension, nothing tells them apart."""
+def flattened_llama():
+    """A Llama with a layer whose samples are flattened into one dimension: nothing tells them apart there."""
     model = builders.adapted_llama()
     mlp = model.get_base_model().model.layers[0].mlp
     forward = mlp.forward
     mlp.forward = lambda x: forward(x.flatten(0, 1)).reshape(x.shape)
-    with pytest.raises(UnsupportedLayerError, match=r"mlp.*expected an input of \[N, T, in\]"):
-        laws.statistics(model, samples, "factor", "mean", [], 2)
+    return model
+
+
+@granularities
+@pytest.mark.parametrize(("statistic", "size"), [("mean", 3), ("squares", 1)])
+def test_a_layer_that_does_not_see_samples_will_do(granularity, statistic, size, samples):
+    expected = laws.sums_by_the_loop(builders.adapted_llama(), samples, granularity, statistic, [])
+    laws.sums_are(laws.statistics(flattened_llama(), samples, granularity, statistic, [], size), expected, 1e-6)
+
+
+def test_squares_of_a_layer_that_does_not_see_samples_need_them_one_at_a_time(samples):
+    model = flattened_llama()
+    with laws.untouched(model), pytest.raises(UnsupportedLayerError, match=r"mlp.*expected an input of \[N, T, in\]"):
+        laws.statistics(model, samples, "factor", "squares", [], 2)
 
 
 def test_the_progress_bar_can_be_silent(samples, capsys):

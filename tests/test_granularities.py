@@ -17,6 +17,10 @@ def dense(edit):
     return edit.B @ edit.A if isinstance(edit, Product) else edit
 
 
+def products(gradients: dict) -> dict:
+    return {key: outer.product() for key, outer in gradients.items()}
+
+
 def same(found: dict, expected: dict):
     assert set(found) == set(expected)
     for key in expected:
@@ -25,7 +29,19 @@ def same(found: dict, expected: dict):
 
 @each
 def test_gradient(granularity, row):
-    same(granularity.gradient(TARGET, tables.X, tables.G), row.gradient)
+    same(products(granularity.gradient(TARGET, tables.X, tables.G)), row.gradient)
+
+
+@each
+def test_a_gradient_that_comes_whole_gives_the_same(granularity, row):
+    same(products(granularity.gradient(TARGET, tables.G.T @ tables.X, None)), row.gradient)
+
+
+@each
+def test_the_shapes_are_those_of_the_gradient(granularity, row):
+    target = SimpleNamespace(A=torch.ones(2, 5), B=torch.ones(3, 2), scaling=1.0)
+    found = products(granularity.gradient(target, torch.ones(4, 5), torch.ones(4, 3)))
+    assert granularity.shapes(target) == {key: tuple(value.shape) for key, value in found.items()}
 
 
 @each
@@ -65,7 +81,7 @@ def test_products_never_form_the_matrix(name):
     """The largest tensor of an [O, I] = [300, 400] layer has far fewer than O * I elements."""
     target = SimpleNamespace(A=torch.randn(2, 400), B=torch.randn(300, 2), scaling=1.0)
     granularity = GRANULARITIES[name]
-    gradient = granularity.gradient(target, torch.randn(5, 400), torch.randn(5, 300))
+    gradient = products(granularity.gradient(target, torch.randn(5, 400), torch.randn(5, 300)))
     edit = granularity.edit(target, granularity.uniform(target), 1.0)
     assert isinstance(edit, Product)
     assert max(t.numel() for t in (*gradient.values(), edit.A, edit.B)) == 2 * 400

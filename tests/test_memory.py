@@ -87,10 +87,12 @@ def test_a_size_is_shown_in_three_figures_or_whole(size, shown):
     assert show_size(size) == shown
 
 
-def test_what_is_taken_of_the_host_is_what_the_process_holds():
+def test_what_is_taken_is_what_the_process_holds(monkeypatch):
     before = taken(HOST)
     held = torch.ones(2**24)  # 64 MiB, touched
     assert taken(HOST) - before > 0.9 * held.nbytes
+    monkeypatch.setattr(torch.cuda, "memory_allocated", {"cuda:0": 5}.__getitem__)
+    assert taken("cuda:0") == 5
     assert taken(DISK) == 0
 
 
@@ -100,8 +102,8 @@ def machine(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=100))
     monkeypatch.setattr(memory_module, "taken", lambda pool: 20 if pool == HOST else 0)
     monkeypatch.setattr(memory_module.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=50))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30, 1000))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", {"cuda:0": (30, 1000)}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", {"cuda:0": 10}.__getitem__)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +118,12 @@ def test_a_budget_is_what_was_asked_for_or_nine_tenths_of_what_is_free_or_ours(
     machine, max_memory, host_memory, expected
 ):
     assert budgets([HOST, "cuda:0"], max_memory, host_memory) == expected
+
+
+def test_processes_of_one_machine_share_what_is_free_of_it(machine):
+    found = budgets(["cuda:0"], None, None, sharing=5)
+    assert found == {"cuda:0": 36, HOST: 0.9 * (100 / 5 + 20), DISK: 0.9 * 50 / 5}
+    assert budgets([HOST], None, 77, sharing=5)[HOST] == 77, "what is asked for is each one's"
 
 
 def test_a_cpu_has_no_budget_but_the_hosts_and_the_disks(machine):

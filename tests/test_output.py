@@ -187,10 +187,12 @@ def test_a_directory_without_permission_is_refused(tmp_path):
         check_output(tmp_path / "out", "mark")
 
 
-def test_a_report_is_saved_as_it_is(old_and_new, tmp_path):
+def test_a_report_is_saved_as_it_is_but_for_the_wall_times(old_and_new, tmp_path):
     config, state_dict, report = old_and_new[0]
     other = dataclasses.replace(report, seconds={"x": 1.0})
-    assert load_provenance(save_perta_adapter(tmp_path / "out", config, state_dict, other))[0] == other
+    assert load_provenance(save_perta_adapter(tmp_path / "out", config, state_dict, other))[0] == dataclasses.replace(
+        report, seconds={}
+    )
 
 
 def test_a_path_under_a_file_is_refused_before_anything_is_written(tmp_path):

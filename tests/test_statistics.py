@@ -47,6 +47,57 @@ def test_16_bit_operands_are_summed_in_float32():
         torch.testing.assert_close(statistic.sums["weight"].double(), total, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "types", [("float32", "bfloat16"), ("bfloat16", "float32"), ("float64", "float32")], ids="x".join
+)
+@pytest.mark.parametrize("name", ["mean", "squares"])
+def test_operands_of_two_types_are_summed_in_the_wider(name, types):
+    """What is projected to the rank is float32 or wider, what it is multiplied with may be 16 bits."""
+    outer = drawn(3, 20, 6, 5)
+    left, right = (getattr(torch, kind) for kind in types)
+    outer = Outer(outer.left.to(left), outer.right.to(right))
+    total = per_sample(outer).sum(0) if name == "mean" else per_sample(outer).square().sum(0)
+    statistic = Statistic(name)
+    for _ in range(2):
+        statistic.add({"A": outer}, samples=3)
+    assert statistic.sums["A"].dtype == torch.promote_types(right, torch.float32)
+    torch.testing.assert_close(statistic.sums["A"].double(), 2 * total, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", ["mean", "squares"])
+def test_16_bit_sums_do_not_stall(name, place):
+    """In bfloat16 the 257th one would be lost."""
+    statistic = Statistic(name, place)
+    for outer in [Outer(torch.ones(1, 1, 2, dtype=torch.bfloat16), torch.ones(1, 1, 3, dtype=torch.bfloat16))] * 300:
+        statistic.add({"weight": outer}, samples=1)
+    assert torch.equal(statistic.sums["weight"], torch.full((2, 3), 300.0))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_float64_stays(place):
+    outer = drawn(2, 4, 3, 5, torch.float64)
+    for name, total in (("mean", per_sample(outer).sum(0)), ("squares", per_sample(outer).square().sum(0))):
+        statistic = Statistic(name, place)
+        statistic.add({"weight": outer}, samples=2)
+        torch.testing.assert_close(statistic.sums["weight"], total, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", ["mean", "squares"])
+@pytest.mark.parametrize("form", ["flat", "whole"])
+def test_one_sample_in_any_form_gives_the_same(form, name, place):
+    """[T, P] and [T, Q], or the gradient itself, in the place of [1, T, P] and [1, T, Q]."""
+    expected, found = Statistic(name), Statistic(name, place)
+    for T in (4, 1, 7):
+        outer = drawn(1, T, 6, 5)
+        expected.add({"weight": outer}, samples=1)
+        left, right = outer.left[0], outer.right[0]
+        found.add({"weight": Outer(left, right) if form == "flat" else Outer(None, left.T @ right)}, samples=1)
+    assert found.samples == 3
+    torch.testing.assert_close(found.sums["weight"], expected.sums["weight"], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", ["mean", "squares"])
 def test_a_place_changes_nothing(name, place):
@@ -85,9 +136,10 @@ def test_a_gradient_as_it_is_is_an_outer_product_with_the_identity():
 
 def test_squares_of_samples_that_cannot_be_told_apart_are_refused():
     outer = Outer(torch.randn(8, 3), torch.randn(8, 4))  # [T, P]: two samples' tokens in one
-    with pytest.raises(ValueError, match="come one at a time, found 2"):
-        Statistic("squares").add({"weight": outer}, samples=2)
-    Statistic("mean").add({"weight": outer}, samples=2)
+    for several in (outer, Outer(None, outer.product())):
+        with pytest.raises(ValueError, match="come one at a time, found 2"):
+            Statistic("squares").add({"weight": several}, samples=2)
+        Statistic("mean").add({"weight": several}, samples=2)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -3,9 +3,10 @@
 import bitsandbytes as bnb
 import builders
 import laws
+import oracles
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, get_peft_model
 from torch import nn
 
 from peft_perta import AdapterError, NumericalError, PerTAConfig, UnsupportedLayerError, get_perta_state_dict
@@ -19,7 +20,8 @@ def _no_compute(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("a refusal must come before any compute")
 
-    monkeypatch.setattr("peft_perta.methods.perta.sweep", fail)
+    for stage in ("choose_plan", "gather"):
+        monkeypatch.setattr(f"peft_perta.methods.perta.{stage}", fail)
 
 
 def refused(model, error, message, **settings):
@@ -85,10 +87,11 @@ def test_another_kind_of_adapter_is_refused():
     refused(get_peft_model(builders.llama(), config, "forget"), AdapterError, "is IA3Config, expected LoRA")
 
 
-def test_bare_parameters_are_refused():
-    config = LoraConfig(target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
-    with pytest.raises(AdapterError, match="targets bare parameters"):
-        check_lora_config(config, "forget")
+def test_experts_that_are_packed_are_refused():
+    model = builders.adapted_mixtral()
+    experts = model.get_base_model().model.layers[1].mlp.experts.get_base_layer()
+    experts.down_proj = nn.Parameter(experts.down_proj.to(torch.uint8), requires_grad=False)
+    refused(model, UnsupportedLayerError, r"layers\.1\.mlp\.experts has down_proj in torch\.uint8.*in bfloat16")
 
 
 @pytest.mark.parametrize("kind", [builders.llama, builders.nf4_llama])
@@ -224,6 +227,29 @@ def test_targets_come_in_the_models_order_with_copies_of_the_factors():
     assert [t.name for t in targets[:4]] == [
         f"model.layers.0.self_attn.{p}" for p in ("q_proj", "k_proj", "v_proj", "o_proj")
     ]
+    with laws.untouched(model):
+        for target in targets:
+            target.A.zero_()
+            target.B.zero_()
+
+
+@pytest.mark.parametrize(
+    ("build", "transposed"),
+    [(builders.adapted_mixtral, False), (builders.adapted_gpt_oss, True)],
+    ids=["[E, out, in]", "[E, in, out]"],
+)
+def test_every_expert_is_a_target_with_its_own_factors(build, transposed):
+    model = build()
+    targets = resolve_targets(model, "forget")
+    assert [t.name for t in targets[:8]] == [
+        f"model.layers.0.mlp.experts.{parameter}[{e}]" for parameter in ("down_proj", "gate_up_proj") for e in range(4)
+    ]
+    weights = oracles.adapted_weights(model, "forget")
+    assert {t.name for t in targets} == set(weights)
+    for target in targets:
+        assert target.transposed is transposed
+        assert target.rank == 4
+        torch.testing.assert_close(target.scaling * target.B @ target.A, weights[target.name].delta_by_peft)
     with laws.untouched(model):
         for target in targets:
             target.A.zero_()

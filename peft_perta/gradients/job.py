@@ -71,7 +71,7 @@ def check_losses(losses: Tensor, batch: Batch, name: str) -> None:
     if not bool(finite.all()):
         first = int((~finite).nonzero()[0])
         raise NumericalError(
-            f"{name}, sample {batch.indices[first] + 1}: the loss is {float(losses[first])}; expected a finite one. "
+            f"{name}, sample {batch.indices[first] + 1}: the loss is {losses[first].item()}; expected a finite one. "
             "Look at the row, and at the model's dtype (float16 overflows where bfloat16 does not)"
         )
 

@@ -27,6 +27,7 @@ from .job import input_device
 from .tap import Taps
 
 _TRANSIENT = 3  # gradients of the largest tensor kept, beside it
+_HEAP = 1.6  # what a C allocator holds of the host for tensors that come and go, over what they are
 _CPU_WORKSPACE, _GPU_WORKSPACE = 16 * 2**20, 192 * 2**20
 
 
@@ -201,7 +202,8 @@ class _Count:
     @staticmethod
     def needed(places: Any, pool: str) -> int:
         sizes = [size for place in places for size in place.get(pool, [])]
-        return sum(sizes) + _TRANSIENT * max(sizes, default=0)
+        needed = sum(sizes) + _TRANSIENT * max(sizes, default=0)
+        return int(_HEAP * needed) if pool == HOST else needed
 
 
 def _no_backward(packed: None) -> Tensor:

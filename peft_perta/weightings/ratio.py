@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_CHUNK = 2**22
+_CPU_CHUNK, _GPU_CHUNK = 2**18, 2**22
 
 
 def ratio(forget: Tensor, retain: Tensor, power: float) -> Tensor:
@@ -20,7 +20,8 @@ def ratio(forget: Tensor, retain: Tensor, power: float) -> Tensor:
     if power == 0:
         return torch.full_like(forget, 0.5)
     weights = torch.empty(forget.shape, dtype=forget.dtype, device=forget.device)
-    parts = (tensor.flatten().split(_CHUNK) for tensor in (weights, forget, retain))
+    chunk = _GPU_CHUNK if forget.is_cuda else _CPU_CHUNK
+    parts = (tensor.flatten().split(chunk) for tensor in (weights, forget, retain))
     for part, f, r in zip(*parts, strict=True):  # in chunks: the steps below hold some eight tensors of one's size
         part.copy_(_ratio(f, r, power))
     return weights

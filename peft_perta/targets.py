@@ -224,8 +224,8 @@ def _resolve(name: str, adapted: Any, adapter_name: str, base: nn.Module) -> lis
         raise UnsupportedLayerError(f"{name} {reason}")
     scaling = float(adapted.scaling[adapter_name])
     A, B = (_copied(factors[adapter_name]) for factors in (adapted.lora_A, adapted.lora_B))
+    _refuse_tied(name, base_layer, adapted.parameter_name if kind.name == "experts" else "weight", base)
     if kind.name != "experts":
-        _refuse_tied(name, base_layer, base)
         return [Target(name, adapted, base_layer, kind, A, B, scaling)]
     path = f"{name.replace('.base_layer', '')}.{adapted.parameter_name}"  # wrappers of several parameters are nested
     transposed = is_stored_transposed(adapted)
@@ -241,10 +241,10 @@ def _copied(factor: nn.Module) -> Tensor:
         return weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
 
-def _refuse_tied(name: str, base_layer: nn.Module, base: nn.Module) -> None:
-    weight = base_layer.weight
+def _refuse_tied(name: str, base_layer: nn.Module, parameter: str, base: nn.Module) -> None:
+    weight = getattr(base_layer, parameter)
     for other_name, other in base.named_modules():
-        if other is not base_layer and getattr(other, "weight", None) is weight and not isinstance(other, LoraLayer):
+        if other is not base_layer and any(held is weight for held in other._parameters.values()):
             raise UnsupportedLayerError(
                 f"{name} shares its weight with {other_name}: an edit of one would be an edit of both; train the "
                 "forget adapter without it (target_modules)"

@@ -108,8 +108,9 @@ def gpt2(dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
         return GPT2LMHeadModel(config).to(dtype).eval()
 
 
-def adapted_opt() -> PeftModel:
-    """An OPT of two layers, whose layers drop out by a function that asks their own training flag."""
+def adapted_opt(projections: tuple[str, ...] = ("q_proj", "v_proj")) -> PeftModel:
+    """An OPT of two layers, whose layers drop out by a function that asks their own training flag; fc1 and fc2 see the
+    samples flattened into one dimension."""
     config = OPTConfig(
         hidden_size=32,
         ffn_dim=64,
@@ -126,7 +127,7 @@ def adapted_opt() -> PeftModel:
     with torch.random.fork_rng():
         torch.manual_seed(4)
         model = OPTForCausalLM(config)
-    return with_adapters(model, lora_config(["q_proj", "v_proj"]), task=lora_config(["k_proj"]))
+    return with_adapters(model, lora_config(list(projections)), task=lora_config(["k_proj"]))
 
 
 def mixtral(chosen: int = 2) -> MixtralForCausalLM:

@@ -147,34 +147,26 @@ def test_an_adapted_head(build, mode, statistic):
     equals_the_loop(model, expected, plan(model, mode), "delta", statistic)
 
 
-def flattened_llama():
-    """The samples are flattened into one dimension in both MLPs: nothing tells them apart there."""
-    model = builders.adapted_llama()
-    for layer in model.get_base_model().model.layers:
-        layer.mlp.forward = functools.partial(_flattened, layer.mlp.forward)
-    return model
-
-
-def _flattened(forward, x):
-    return forward(x.flatten(0, 1)).reshape(x.shape)
+def flattened_opt():
+    return builders.adapted_opt(("q_proj", "fc1", "fc2"))
 
 
 @modes
 @pytest.mark.parametrize(("statistic", "size"), [("mean", 2), ("squares", 1)])
 def test_layers_that_do_not_see_samples(mode, statistic, size):
-    model = flattened_llama()
-    expected = by_the_loop(builders.adapted_llama, "factor", statistic)
+    model = flattened_opt()
+    expected = by_the_loop(flattened_opt, "factor", statistic)
     equals_the_loop(model, expected, plan(model, mode, micro_batch=size), "factor", statistic)
 
 
 @modes
 def test_squares_of_layers_that_do_not_see_samples_need_them_one_at_a_time(mode):
-    model = flattened_llama()
+    model = flattened_opt()
     with laws.untouched(model), pytest.raises(UnsupportedLayerError, match=r"need batch_size=1"):
         laws.gathered(model, SETS, "factor", "squares", plan(model, mode))
 
 
-@pytest.mark.parametrize("build", [flattened_llama, *EXPERTS])
+@pytest.mark.parametrize("build", [flattened_opt, *EXPERTS])
 def test_the_plan_takes_squares_one_sample_at_a_time_where_it_must(build):
     model, adapted = build(), builders.adapted_llama()
     for statistic, size in (("mean", 4), ("squares", 1)):
@@ -192,6 +184,7 @@ def planned(model, statistic="mean", **settings):
 def test_checkpointing_changes_nothing(kind, mode, reentrant):
     model = tables.LAYERS[kind]()
     model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.get_base_model().disable_input_require_grads()
     model.train()
     with laws.untouched(model):
         expected = by_the_loop(tables.LAYERS[kind], "factor", "mean", ("task",))
@@ -356,6 +349,17 @@ def test_offloaded_models_give_the_same(build, adapters, mode, offload, tmp_path
         away = laws.gathered(model, SETS, "factor", "mean", plan(model, mode), list(adapters))
     for name in SETS:
         laws.sums_are(away[name], {layer: found.sums for layer, found in here[name].items()}, 0.0)
+
+
+@modes
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_checkpointing_leaves_offloaded_weights_where_they_rest(mode, reentrant, tmp_path):
+    model = builders.adapted_mixtral()
+    on_disk(model.get_base_model(), tmp_path)
+    model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.train()
+    with laws.untouched(model):
+        equals_the_loop(model, by_the_loop(builders.adapted_mixtral), plan(model, mode))
 
 
 @offloads

@@ -166,8 +166,13 @@ def test_one_base_under_two_names_is_one_base(tmp_path):
         assert resolve_targets(model, "forget")
 
 
-def test_a_tied_head_is_refused():
-    model = builders.with_adapters(builders.llama(tied=True), builders.lora_config(["q_proj", "lm_head"]))
+@pytest.mark.parametrize(
+    "config",
+    [builders.lora_config(["q_proj", "lm_head"]), builders.experts_config(target_parameters=["lm_head.weight"])],
+    ids=["layer", "parameter"],
+)
+def test_a_tied_head_is_refused(config):
+    model = builders.with_adapters(builders.llama(tied=True), config)
     refused(model, UnsupportedLayerError, r"lm_head shares its weight with model\.embed_tokens")
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from .. import processes
 from ..borrow import borrowed
@@ -50,6 +52,7 @@ def sweep(
             with (
                 processes.failing_together(),
                 torch.enable_grad(),
+                _whole_recomputations(model),
                 progress(len(samples), f"gradients on {name}", show_progress_bar) as advance,
             ):
                 for batch in processes.share(list(batches(samples, batch_size))):
@@ -93,6 +96,12 @@ def run(job: Job, sets: dict[str, list[Sample]]) -> Generator[tuple[list[Target]
                     job.save_statistics(group, name, known)
             found[name] = known
         yield group, found
+
+
+def _whole_recomputations(model: nn.Module) -> AbstractContextManager:
+    """A recomputation that stops early, as checkpointing's do, would leave an offloaded weight where it computed."""
+    offloaded = any(parameter.is_meta for parameter in model.parameters())
+    return set_checkpoint_early_stop(False) if offloaded else nullcontext()
 
 
 def _require_gradient(module: nn.Module, args: tuple, output: Tensor) -> None:

@@ -28,7 +28,7 @@ from .tap import Taps
 
 _TRANSIENT = 3  # gradients of the largest tensor kept, beside it
 _HEAP = 1.6  # what a C allocator holds of the host for tensors that come and go, over what they are
-_CPU_WORKSPACE, _GPU_WORKSPACE = 16 * 2**20, 192 * 2**20
+_CPU_WORKSPACE, _GPU_WORKSPACE = 32 * 2**20, 192 * 2**20
 
 
 def measure(

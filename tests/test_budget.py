@@ -1,0 +1,193 @@
+"""The promise, measured: a run stays within the memory that it is given, and its adapter is the same."""
+
+import dataclasses
+import functools
+import multiprocessing
+import re
+import threading
+import types
+from pathlib import Path
+
+import builders
+import laws
+import psutil
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_perta import ConfigError, PerTAConfig, get_perta_state_dict, gradients, memory
+from peft_perta.memory import parse_size
+from peft_perta.methods import perta
+from peft_perta.plan import Plan
+
+STATUS = Path("/proc/self/status")
+pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="needs Linux's /proc")
+STATISTICS = 2 * 4 * 6 * (4 * 256**2 + 3 * 256 * 1024)  # bytes of both sets' sums: 48 MiB
+
+
+def middling_llama():
+    """Six layers whose sums of both sets are 48 MiB; built here, so that nothing is mapped from a file."""
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=512,
+        max_position_embeddings=64,
+        initializer_range=0.05,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    return builders.with_adapters(LlamaForCausalLM(config))
+
+
+def rows(seed):
+    generator = torch.Generator().manual_seed(seed)
+    drawn = (torch.randint(3, 512, (48 - n % 8,), generator=generator) for n in range(16))
+    return [{"input_ids": ids, "labels": ids} for ids in drawn]
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a run took of the host's memory, beyond what its process had before."""
+
+    plan: Plan
+    budget: float
+    peak: int  # everything
+    own: int  # but for what files are mapped to it, which the system takes back when it needs it
+    state_dict: dict
+
+
+def negate(share, path, batch_size=8, chain=True, disk=True):
+    """In a process of its own: a run that may take so much, in shares of both sets' sums. Its outcome goes to a file,
+    or the share that its refusal names."""
+    torch.set_num_threads(1)
+    if not chain:
+        gradients.why_no_chain = lambda *_: "on purpose"
+    if not disk:
+        memory.shutil = types.SimpleNamespace(disk_usage=lambda _: types.SimpleNamespace(free=0))
+    plans = []
+    choose = perta.choose_plan
+    perta.choose_plan = lambda *args: plans.append(choose(*args)) or plans[0]
+    model, forget, retain = middling_llama(), rows(1), rows(2)
+    start, own = psutil.Process().memory_info().rss, own_memory()
+    budget = None if share is None else start + int(share * STATISTICS)
+    config = PerTAConfig(granularity="delta", batch_size=batch_size, host_memory=budget)
+    try:
+        with watch() as seen:
+            _, state_dict, _ = get_perta_state_dict(model, config, forget, retain, show_progress_bar=False)
+    except ConfigError as error:
+        named = re.search(r"expected host_memory of at least ([\d.]+ \w+)", str(error)).group(1)
+        torch.save((parse_size(named) - start) / STATISTICS, path)
+    else:
+        given = (budget or start) - start
+        torch.save(Outcome(plans[0], given, status("VmHWM") - start, max(seen) - own, state_dict), path)
+
+
+def status(key):
+    return sum(int(line.split()[1]) * 1024 for line in STATUS.read_text().splitlines() if line.startswith(f"{key}:"))
+
+
+def own_memory():
+    return status("RssAnon") + status("RssShmem")
+
+
+class watch:
+    """A list of what the process holds by itself, every millisecond of the block."""
+
+    def __enter__(self):
+        self.seen, self.over = [own_memory()], threading.Event()
+        self.thread = threading.Thread(target=self.look)
+        self.thread.start()
+        return self.seen
+
+    def look(self):
+        while not self.over.wait(0.001):
+            self.seen.append(own_memory())
+
+    def __exit__(self, *exception):
+        self.over.set()
+        self.thread.join()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """``negate`` in a child of a process that has the imports behind it; each outcome is had once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["peft_perta.cli"])
+    directory = tmp_path_factory.mktemp("outcomes")
+
+    @functools.cache
+    def outcome(share, **settings):
+        path = directory / str(len(list(directory.iterdir())))
+        child = context.Process(target=negate, args=(share, path), kwargs=settings)
+        child.start()
+        child.join(120)
+        assert child.exitcode == 0, "see above"
+        return torch.load(path, weights_only=False)
+
+    return outcome
+
+
+def assert_same_adapter(found: Outcome, run) -> None:
+    """Bit for bit that of a run of the same micro-batch, and within 1e-6 that of any."""
+    free, alike = run(None), run(None, batch_size=found.plan.micro_batch)
+    assert alike.plan.micro_batch == found.plan.micro_batch
+    assert all(torch.equal(found.state_dict[key], tensor) for key, tensor in alike.state_dict.items())
+    one, two = (torch.cat([d.flatten() for d in laws.deltas_of(o.state_dict).values()]) for o in (found, free))
+    laws.close(one, two, 1e-6, "the adapter")
+
+
+# share of both sets' sums, what is possible -> what is chosen
+CASES = {
+    "a smaller batch": (3.0, {"chain": False, "disk": False}, lambda plan: len(plan.groups) == 1),
+    "sweeps": (2.2, {"chain": False, "disk": False}, lambda plan: plan.mode == "grouped" and len(plan.groups) > 1),
+    "sums on the disk": (2.2, {"chain": False}, lambda plan: plan.statistics == "disk"),
+    "layer by layer": (2.2, {"disk": False}, lambda plan: plan.mode == "layerwise"),
+    "inputs on the disk": (1.6, {}, lambda plan: (plan.mode, plan.inputs) == ("layerwise", "disk")),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_stays_within_the_memory_that_it_is_given(name, run):
+    share, possible, chosen = CASES[name]
+    found = run(share, **possible)
+    assert chosen(found.plan), str(found.plan)
+    assert run(None).peak > found.budget, "it is given less than it would take"
+    assert (found.own if found.plan.statistics == "disk" else found.peak) <= found.budget, str(found.plan)
+    assert_same_adapter(found, run)
+
+
+def test_the_less_memory_the_more_sweeps(run):
+    found = [run(share, chain=False, disk=False) for share in (3.0, 2.2, 1.8)]
+    sweeps = [len(outcome.plan.groups) for outcome in found]
+    assert sweeps == sorted(set(sweeps)), "ever more"
+    for outcome in found:
+        assert outcome.peak <= outcome.budget, str(outcome.plan)
+
+
+def test_what_cannot_work_is_refused_and_what_the_refusal_names_works(run):
+    named = run(0.1)
+    assert 0.1 < named < 1.8
+    found = run(named)
+    assert found.plan.mode == "layerwise"
+    assert found.peak <= found.budget, str(found.plan)
+    assert_same_adapter(found, run)
+
+
+def test_a_refusal_comes_before_any_gradient(monkeypatch, capfd, tmp_path):
+    """Nothing is shown, nothing is changed, nothing is begun."""
+    model = builders.adapted_llama()
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *_, **__: pytest.fail("a gradient was taken"))
+    with laws.untouched(model), pytest.raises(ConfigError, match=r"does not fit its memory budget.*\(found 1 MiB\)"):
+        get_perta_state_dict(
+            model,
+            PerTAConfig(host_memory="1MiB"),
+            builders.forget_rows(),
+            builders.retain_rows(),
+            tokenizer=builders.tokenizer(),
+            checkpoint_dir=tmp_path / "c",
+        )
+    assert capfd.readouterr().err == ""
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["run.json"]

@@ -19,6 +19,9 @@ from peft_perta import ConfigError, PerTAConfig, get_perta_state_dict, gradients
 from peft_perta.memory import parse_size
 from peft_perta.methods import perta
 from peft_perta.plan import Plan
+from peft_perta.statistics import Statistic
+from peft_perta.targets import Target
+from peft_perta.weightings import resolve_weighting
 
 STATUS = Path("/proc/self/status")
 pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="needs Linux's /proc")
@@ -62,7 +65,6 @@ class Outcome:
 def negate(share, path, batch_size=8, chain=True, disk=True):
     """In a process of its own: a run that may take so much, in shares of both sets' sums. Its outcome goes to a file,
     or the share that its refusal names."""
-    torch.set_num_threads(1)
     if not chain:
         gradients.why_no_chain = lambda *_: "on purpose"
     if not disk:
@@ -111,23 +113,48 @@ class watch:
         self.thread.join()
 
 
+def edit(weighting, path):
+    """In a process of its own: one layer's weights, edit and factors; what that took beside both sets' sums."""
+    size, kind = 3072, types.SimpleNamespace(name="linear")
+    target = Target("layer", None, None, kind, torch.randn(4, size), torch.randn(size, 4), 1.0)  # type: ignore[arg-type]
+    sets = ("forget", "retain")
+    pair = {name: Statistic("mean", sums={"weight": torch.randn(size, size)}, samples=1) for name in sets}
+    start = psutil.Process().memory_info().rss
+    perta.edit_layer(target, PerTAConfig(granularity="delta"), resolve_weighting(weighting), pair, 4)
+    torch.save((status("VmHWM") - start) / (4 * size**2), path)
+
+
+def tidily(function, *args, **settings):
+    """A child leaves without the clean-up that a process makes."""
+    try:
+        torch.set_num_threads(1)
+        function(*args, **settings)
+    finally:
+        builders._scratch.cleanup()
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """``negate`` in a child of a process that has the imports behind it; each outcome is had once."""
+def in_child(tmp_path_factory):
+    """Run a function here in a child of a process that has the imports behind it; what it saved."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["peft_perta.cli"])
     directory = tmp_path_factory.mktemp("outcomes")
 
-    @functools.cache
-    def outcome(share, **settings):
+    def outcome(function, *args, **settings):
         path = directory / str(len(list(directory.iterdir())))
-        child = context.Process(target=negate, args=(share, path), kwargs=settings)
+        child = context.Process(target=tidily, args=(function, *args, path), kwargs=settings)
         child.start()
         child.join(120)
         assert child.exitcode == 0, "see above"
         return torch.load(path, weights_only=False)
 
     return outcome
+
+
+@pytest.fixture(scope="module")
+def run(in_child):
+    """``negate``, once for each case."""
+    return functools.cache(functools.partial(in_child, negate))
 
 
 def assert_same_adapter(found: Outcome, run) -> None:
@@ -174,6 +201,12 @@ def test_what_cannot_work_is_refused_and_what_the_refusal_names_works(run):
     assert found.plan.mode == "layerwise"
     assert found.peak <= found.budget, str(found.plan)
     assert_same_adapter(found, run)
+
+
+@pytest.mark.parametrize("weighting", ["grad", "fisher"])
+def test_an_edit_takes_at_most_three_copies_of_its_layer(weighting, in_child):
+    """The plan's figure, of a layer of 36 MiB: so large a tensor goes back to the system as soon as it is freed."""
+    assert in_child(edit, weighting) < 3
 
 
 def test_a_refusal_comes_before_any_gradient(monkeypatch, capfd, tmp_path):

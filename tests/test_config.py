@@ -37,6 +37,8 @@ BAD = {
     "max_samples": (0, -1, 1.5, True),
     "seed": (1.5, -1, 2**70, *NUMBERS),
     "batch_size": (0, -2, 2.5, *NUMBERS),
+    "max_memory": ("much", "0GiB", 0, -1, 1.5, True),
+    "host_memory": ("10 apples", "-1GB", 0, False),
     "max_length": (1, 0, 2.5, *NUMBERS),
     "dtype": ("float64", "bf16", None),
 }
@@ -50,6 +52,8 @@ GOOD = {
     "max_samples": (None, 1),
     "seed": (0, 2**63 - 1),
     "batch_size": (1,),
+    "max_memory": (None, "10GiB", "1.5 GB", 10**10),
+    "host_memory": (None, "24GiB", 1),
     "max_length": (2,),
     "dtype": ("float32", "bfloat16", "float16"),
 }

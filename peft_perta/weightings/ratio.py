@@ -18,8 +18,8 @@ def ratio(forget: Tensor, retain: Tensor, power: float) -> Tensor:
     Reference: arXiv 2601.22030, W_grad and W_fisher; the general power is ours.
     """
     if power == 0:
-        return torch.full_like(forget, 0.5)
-    weights = torch.empty(forget.shape, dtype=forget.dtype, device=forget.device)
+        return torch.full(forget.shape, 0.5, dtype=torch.result_type(forget, 0.5), device=forget.device)
+    weights = torch.empty(forget.shape, dtype=torch.result_type(forget, 0.5), device=forget.device)
     chunk = _GPU_CHUNK if forget.is_cuda else _CPU_CHUNK
     parts = (tensor.flatten().split(chunk) for tensor in (weights, forget, retain))
     for part, f, r in zip(*parts, strict=True):  # in chunks: the steps below hold some eight tensors of one's size

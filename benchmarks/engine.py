@@ -2,7 +2,7 @@
 
     python -m benchmarks.engine [--json FILE] [--rounds 5] [--only NAME ...]
 
-A Llama of 43M parameters in float32, 2 threads. Every round runs every arm once, in turn; a ratio is the median over
+A Llama of 49M parameters in float32, 2 threads. Every round runs every arm once, in turn; a ratio is the median over
 rounds of the arm's time over the alternative's in the same round. Memory is the process's peak beyond the model.
 """
 
@@ -37,7 +37,7 @@ from peft_perta.plan import Plan
 from peft_perta.targets import Target, resolve_targets
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-HIDDEN, LAYERS, VOCABULARY = 512, 12, 4096
+HIDDEN, LAYERS, VOCABULARY = 512, 14, 4096
 SAMPLES, TOKENS, BATCH = 16, 128, 8
 GOALS = {
     "delta_mean": 1.65,

@@ -21,8 +21,9 @@ class Factors:
     Attributes:
         energy: the edit's squared Frobenius norm.
         energy_kept: the share of it that the factors hold, in [0, 1]; 1 for an edit that is zero.
-        excess_error: bound on how much larger the squared error is than the best one at this rank, as a share of it;
-            0 where the fit is exact.
+        excess_error: how much larger the squared error may be than the best one at this rank, as a share of it; 0
+            where the fit is exact. A bound where the leading subspace was found; on flat spectra (noise, nearly equal
+            singular values) the true excess was seen up to 2.4 times this, and below 0.6 %.
     """
 
     A: Tensor
@@ -102,9 +103,9 @@ def _subspace_iteration(edit: Tensor, rank: int) -> Factors | None:
     The bound. Let Q [O, k] hold the leading left Ritz vectors, S their values, and C = (1 - Q Q^T) E E^T Q what the
     subspace still leaks. In the basis of Q and its complement, E E^T is a block diagonal matrix plus the off-diagonal
     blocks C, C^T. Ky Fan: the k largest eigenvalues of a sum are at most those of its parts, added up. The block
-    diagonal's are the S^2 where the complement holds nothing larger, which a Gaussian start gives almost surely and
-    oversampling makes fast; the off-diagonal blocks' are at most the singular values of C. So the best fit of rank k
-    keeps at most sum(sigma(C)) more energy than this one.
+    diagonal's are the S^2 where the complement holds nothing larger (so it is where there is a gap, and not where
+    singular values are nearly equal: there this is an estimate); the off-diagonal blocks' are at most the singular
+    values of C. So the best fit of rank k keeps at most sum(sigma(C)) more energy than this one.
 
     Returns None where the bound is not reached in time.
     """

@@ -1,9 +1,13 @@
 """Several processes give the adapter of one; what is sharded is refused by name."""
 
+import collections
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import builders
@@ -12,8 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_perta import ConfigError, load_base
+from peft_perta import ConfigError, checkpoint, gradients, load_base, processes
 from peft_perta.cli import main
+from peft_perta.gradients.tap import Taps
+from peft_perta.plan import Plan
 from peft_perta.processes import refuse_sharded
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "peft_perta"]
@@ -138,6 +144,78 @@ def test_a_refusal_ends_all_processes(inputs, tmp_path):
     assert finished.returncode != 0
     assert "the loss is nan" in finished.stderr
     assert not (tmp_path / "out").exists()
+
+
+def one_of_two(rank, port, at, stopped, path):
+    """A process of two, whose main one has a slow disk to write to, and the other one a slow disk to read from. Two
+    groups; cut off before backward number ``at``, after which the same call is made again in another two processes."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
+    os.environ |= {"LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+
+    def slowly(function):
+        return lambda *args, **kwargs: (time.sleep(0.2), function(*args, **kwargs))[1]
+
+    def two_groups(measured, held, budget, batch_size):
+        names = [layer.name for layer in reversed(measured.layers)]
+        return Plan("grouped", (tuple(names[:7]), tuple(names[7:])), "device", "device", batch_size)
+
+    gradients.make_plan = two_groups
+    if rank == 0:
+        os.replace = slowly(os.replace)
+    else:
+        checkpoint.safe_open = slowly(checkpoint.safe_open)
+    taken, backward, add = 0, torch.Tensor.backward, Taps._add
+    layers = collections.Counter()
+
+    def counted(*args, **kwargs):
+        nonlocal taken
+        if taken == at:
+            raise KeyboardInterrupt("on purpose")
+        taken += 1
+        return backward(*args, **kwargs)
+
+    def added(taps, target, *args):
+        layers[target.name] += 1
+        return add(taps, target, *args)
+
+    torch.Tensor.backward, Taps._add = counted, added
+    processes.start()
+    try:
+        result = builders.negate(
+            builders.adapted_llama(), checkpoint_dir=path / "c", granularity="delta", rank=3, batch_size=1
+        )
+    except KeyboardInterrupt:
+        (path / f"stopped {rank}").touch()
+        os._exit(130)  # a launcher would end the other one; both come here
+    finally:
+        builders._scratch.cleanup()
+    torch.save((result[1], dict(layers)), path / f"result {rank}")
+    processes.finish()
+
+
+def test_two_processes_go_on_from_one_checkpoint(tmp_path):
+    """Of 5 forget and 4 retain samples either takes about half: 3 and 2, 2 and 2. Cut off in the second group, after
+    its forget set; however slow the disk, both know the same of what is done."""
+    expected = builders.negate(builders.adapted_llama(), granularity="delta", rank=3, batch_size=1)[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["peft_perta.cli"])
+    for at in ({0: 3 + 2 + 3, 1: 2 + 2 + 2}, {0: None, 1: None}):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        both = [context.Process(target=one_of_two, args=(rank, port, at[rank], None, tmp_path)) for rank in (0, 1)]
+        for child in both:
+            child.start()
+        for child in both:
+            child.join(100)
+        assert [child.exitcode for child in both] == ([0, 0] if at[0] is None else [130, 130])
+    for rank in (0, 1):
+        state_dict, layers = torch.load(tmp_path / f"result {rank}", weights_only=False)
+        for key, tensor in expected.items():
+            assert (state_dict[key] - tensor).norm() <= 1e-5 * tensor.norm(), key
+        assert {name.split(".")[2] for name in layers} == {"0"}, "the upper group is done"
+        assert set(layers.values()) == {2}, "and the lower one's forget set"
 
 
 FSDP2 = """

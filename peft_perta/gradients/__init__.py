@@ -55,7 +55,8 @@ def choose_plan(
             plan = _new_plan(model, targets, sets, config, statistic, adapters)
     plan = processes.from_main(plan)
     if checkpoint is not None:
-        checkpoint.save("plan", {}, {"limits": limits, "plan": dataclasses.asdict(plan)})
+        with processes.failing_together():
+            checkpoint.save("plan", {}, {"limits": limits, "plan": dataclasses.asdict(plan)})
     return plan
 
 

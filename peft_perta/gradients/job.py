@@ -50,18 +50,34 @@ class Job:
         if self.checkpoint is not None:
             record = {"layers": [t.name for t in group], "samples": next(iter(found.values())).samples}
             tensors = {f"{name}|{key}": total for name, s in found.items() for key, total in s.sums.items()}
-            self.checkpoint.save(f"sums-{set_name}", tensors, record)
+            with processes.failing_together():
+                self.checkpoint.save(f"sums-{set_name}", tensors, record)
 
     def load_statistics(self, group: list[Target], set_name: str) -> dict[str, Statistic] | None:
-        """The sums that an earlier run kept of just this group, or None."""
-        kept = None if self.checkpoint is None else self.checkpoint.load(f"sums-{set_name}")
-        if kept is None or kept[1]["layers"] != [target.name for target in group]:
+        """The sums that an earlier run kept of just this group, or None.
+
+        Of several processes only the main one, which also writes and deletes the file, reads it.
+        """
+        if self.checkpoint is None:
             return None
-        found = {target.name: Statistic(self.statistic, samples=kept[1]["samples"]) for target in group}
-        for key, total in kept[0].items():
+        tensors, kept = {}, None
+        with processes.failing_together():
+            entry = self.checkpoint.load(f"sums-{set_name}") if processes.is_main() else None
+            if entry is not None and entry[1]["layers"] == [target.name for target in group]:
+                tensors = entry[0]
+                kept = entry[1]["samples"], {key: (total.shape, total.dtype) for key, total in tensors.items()}
+        kept = processes.from_main(kept)
+        if kept is None:
+            return None
+        samples, described = kept
+        found = {target.name: Statistic(self.statistic, samples=samples) for target in group}
+        for key, (shape, dtype) in described.items():
             name, _, part = key.rpartition("|")
-            on_host = self.plan.statistics != "device"
-            found[name].sums[part] = total if on_host else total.to(self.targets[name].A.device)
+            total = tensors[key] if key in tensors else torch.zeros(shape, dtype=dtype)
+            if self.plan.statistics == "device":
+                total = total.to(self.targets[name].A.device)
+            processes.add_up(total)
+            found[name].sums[part] = total
         return found
 
 

@@ -195,7 +195,8 @@ def _edit_all(
                 pair = {name: per_layer.pop(target.name) for name, per_layer in found.items()}
                 edited[target.name] = edit_layer(target, config, weighting, pair, rank)
             if checkpoint is not None:
-                _save_edited(checkpoint, [target.name for target in group], edited)
+                with processes.failing_together():
+                    _save_edited(checkpoint, [target.name for target in group], edited)
     return edited
 
 
@@ -213,15 +214,14 @@ def _save_edited(checkpoint: Checkpoint, names: list[str], edited: dict[str, tup
 
 def _load_edited(checkpoint: Checkpoint | None, targets: list[Target]) -> dict[str, tuple[Factors, LayerReport]]:
     edited: dict[str, tuple[Factors, LayerReport]] = {}
-    for entry in checkpoint.names() if checkpoint is not None else ():
-        if checkpoint is None or not entry.startswith("layers-"):
-            continue
-        kept = checkpoint.load(entry)
-        assert kept is not None
-        tensors, record = kept
-        for name, (energy, energy_kept, excess_error, layer) in record.items():
-            factors = Factors(tensors[f"{name}|A"], tensors[f"{name}|B"], energy, energy_kept, excess_error)
-            edited[name] = factors, LayerReport.from_dict(layer)
+    with processes.failing_together():
+        if checkpoint is not None and processes.is_main():
+            for entry in checkpoint.names():
+                kept = checkpoint.load(entry) if entry.startswith("layers-") else None
+                tensors, record = kept or ({}, {})
+                for name, (energy, energy_kept, excess_error, layer) in record.items():
+                    factors = Factors(tensors[f"{name}|A"], tensors[f"{name}|B"], energy, energy_kept, excess_error)
+                    edited[name] = factors, LayerReport.from_dict(layer)
     return processes.from_main({t.name: edited[t.name] for t in targets if t.name in edited})
 
 

@@ -13,6 +13,8 @@ import argparse
 import json
 import statistics as stats
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,16 +26,20 @@ from peft_perta.config import servable_rank
 from peft_perta.data import encode_row
 from peft_perta.demo.run import SPLITS, DemoSettings, prepare, spread
 from peft_perta.evaluation import losses_of
+from peft_perta.fits import FITS
 from peft_perta.gradients import sweep
 from peft_perta.granularities import GRANULARITIES
 from peft_perta.loading import quiet
 from peft_perta.methods.perta import edit_layer
+from peft_perta.moments import InputMoments, Readers
 from peft_perta.stack import adapter_strength
-from peft_perta.strength import match_forgetting
+from peft_perta.statistics import Statistic
+from peft_perta.strength import Match, match_forgetting
 from peft_perta.targets import resolve_targets
 from peft_perta.weightings import resolve_weighting
 
 DENSE = 256  # no layer of the shipped model has a larger rank, so an edit refitted at 256 is the dense edit
+EVERYTHING = Readers([*GRANULARITIES.values(), InputMoments(), *(fit.reader for fit in FITS.values() if fit.reader)])
 
 
 @dataclass(frozen=True)
@@ -42,77 +48,106 @@ class Edit:
     config: PerTAConfig
 
 
-def _edit(granularity: str, weighting: str, power: float | None = None, rank: int | None = None) -> Edit:
+def edit_of(
+    granularity: str, weighting: str, power: float | None = None, rank: int | None = None, directions: bool = False
+) -> Edit:
     tau = "" if power is None else f" tau={power:g}"
-    size = {None: "", DENSE: ", dense"}[rank]
-    config = PerTAConfig(weighting=weighting, granularity=granularity, power=power, rank=rank)
-    return Edit(f"{granularity} {weighting}{tau}{size}", config)
+    along = ", directions" if directions else ""
+    size = {None: "", DENSE: ", dense"}.get(rank, f", rank {rank}")
+    config = PerTAConfig(
+        weighting=weighting, granularity=granularity, power=power, rank=rank, input_directions=directions
+    )
+    return Edit(f"{granularity} {weighting}{tau}{along}{size}", config)
 
 
 EDITS = [
     Edit("plain negation", PerTAConfig(weighting="uniform")),
-    *[_edit("factor", w) for w in ("grad", "fisher", "empirical-fisher")],
-    *[_edit("factor", "grad", power) for power in (0.5, 4.0)],
-    *[_edit("delta", w) for w in ("grad", "fisher", "empirical-fisher")],
-    *[_edit("delta", w, rank=DENSE) for w in ("grad", "fisher")],
-    *[_edit("separable", w) for w in ("grad", "fisher", "empirical-fisher")],
-    *[_edit("factor", f"{w}-{control}") for w in ("grad", "fisher") for control in ("shuffled", "mean")],
-    *[_edit("delta", f"grad-{control}", rank=DENSE) for control in ("shuffled", "mean")],
+    *[edit_of("factor", w, directions=True) for w in ("grad", "fisher", "empirical-fisher")],
+    *[edit_of("factor", w) for w in ("grad", "fisher", "empirical-fisher")],
+    *[edit_of("factor", "grad", power) for power in (0.5, 4.0)],
+    *[edit_of("delta", w) for w in ("grad", "fisher", "empirical-fisher")],
+    *[edit_of("delta", w, rank=DENSE) for w in ("grad", "fisher")],
+    *[edit_of("delta", "grad", rank=DENSE, directions=True)],
+    *[edit_of("factor+delta", "grad", rank=DENSE, directions=along) for along in (False, True)],
+    *[edit_of("separable", w) for w in ("grad", "fisher", "empirical-fisher")],
+    edit_of("separable", "grad", directions=True),
+    *[edit_of("factor", f"grad-{control}", directions=True) for control in ("shuffled", "mean")],
+    *[edit_of("factor", f"{w}-{control}") for w in ("grad", "fisher") for control in ("shuffled", "mean")],
+    *[edit_of("delta", f"grad-{control}", rank=DENSE) for control in ("shuffled", "mean")],
 ]
+
+
+class Bench:
+    """The shipped model with one seed's forget adapter, its statistics, and the rows that judge."""
+
+    def __init__(self, seed: int, four_bit: bool, settings: DemoSettings) -> None:
+        self.settings = settings
+        self.model, tokenizer, rows = prepare(replace(settings, seed=seed), four_bit=four_bit)
+        samples = {name: [encode_row(row, tokenizer) for row in found] for name, found in rows.items()}
+        self.weighed = {"forget": samples["forget"], "retain": samples["retain"][::2][: settings.weight_samples]}
+        self.judged = {name: spread(samples[name][1::2] if name == "retain" else samples[name], 100) for name in SPLITS}
+        self.targets = resolve_targets(self.model, "forget")
+        self.target_loss = self.losses("reference", splits=("forget",))["forget"]
+        self._known: dict[str, dict[str, dict[str, Statistic]]] = {}
+
+    def losses(self, *adapters: str, splits=SPLITS) -> dict[str, float]:
+        return {n: float(losses_of(self.model, self.judged[n], adapters=list(adapters)).mean()) for n in splits}
+
+    def statistics(self, statistic: str | None) -> Mapping[str, dict[str, Statistic]]:
+        """Set -> layer -> every sum that any edit or fit here reads."""
+        if statistic is None:
+            return {}
+        if statistic not in self._known:
+            self._known[statistic] = {
+                name: sweep(self.model, self.targets, found, EVERYTHING, statistic, adapters=[], batch_size=16,
+                            name=name, show_progress_bar=False)
+                for name, found in self.weighed.items()
+            }  # fmt: skip
+        return self._known[statistic]
+
+    @contextmanager
+    def edited(self, config: PerTAConfig, name: str = "edit") -> Iterator[float]:
+        """The edit as an adapter of that name; gives the share of its energy kept."""
+        weighting = resolve_weighting(config.weighting, config.power)
+        rank = config.rank or self.settings.rank
+        known, factors, layers = self.statistics(weighting.statistic), {}, []
+        for layer in self.targets:
+            pair = {name: per_layer[layer.name] for name, per_layer in known.items()}
+            factors[layer.name], report = edit_layer(layer, config, weighting, pair, rank)
+            layers.append(report)
+        lora_config, state_dict = build_adapter(self.model, factors, servable_rank(int(rank)), emitted_dtype(config))
+        add_adapter(self.model, lora_config, state_dict, name)
+        try:
+            total = sum(layer.edit_norm**2 for layer in layers)
+            yield sum(layer.energy_kept * layer.edit_norm**2 for layer in layers) / total
+        finally:
+            self.model.delete_adapter(name)
+
+    def matched(self, name: str = "edit") -> Match:
+        def loss_at(strength: float) -> float:
+            with adapter_strength(self.model, name, strength):
+                return self.losses("task", name, splits=("forget",))["forget"]
+
+        return match_forgetting(loss_at, self.target_loss, tolerance=0.005)
 
 
 def run(seed: int, four_bit: bool, edits: list[Edit], settings: DemoSettings) -> list[dict]:
     start = time.perf_counter()
-    model, tokenizer, rows = prepare(replace(settings, seed=seed), four_bit=four_bit)
-    samples = {name: [encode_row(row, tokenizer) for row in found] for name, found in rows.items()}
-    weighed = {"forget": samples["forget"], "retain": samples["retain"][::2][: settings.weight_samples]}
-    judged = {name: spread(samples[name][1::2] if name == "retain" else samples[name], 100) for name in SPLITS}
-
-    def losses(*adapters: str, splits=SPLITS) -> dict[str, float]:
-        return {name: float(losses_of(model, judged[name], adapters=list(adapters)).mean()) for name in splits}
-
+    bench = Bench(seed, four_bit, settings)
     results = [
-        {"seed": seed, "edit": name, "strength": None, **losses(*adapters)}
+        {"seed": seed, "edit": name, "strength": None, **bench.losses(*adapters)}
         for name, adapters in (("full model", ["task"]), ("retain-only reference", ["reference"]))
     ]
-    forget_alone = losses("forget")
-    print(f"seed {seed}: the forget adapter on theta_0: {forget_alone}, {time.perf_counter() - start:.0f} s so far")
-    target = results[1]["forget"]
-    targets = resolve_targets(model, "forget")
-    known: dict[tuple, dict] = {}
+    alone = bench.losses("forget")
+    print(
+        f"seed {seed}: the forget adapter on theta_0: {alone}, {time.perf_counter() - start:.0f} s so far", flush=True
+    )
     for edit in tqdm(edits, desc=f"edits, seed {seed}"):
-        weighting = resolve_weighting(edit.config.weighting, edit.config.power)
-        granularity = GRANULARITIES[edit.config.granularity]
-        key = (edit.config.granularity == "delta", weighting.statistic)
-        if weighting.statistic and key not in known:  # factor and separable read the same gradients
-            known[key] = {
-                name: sweep(model, targets, found, granularity, weighting.statistic, adapters=[], batch_size=16,
-                            name=name, show_progress_bar=False)
-                for name, found in weighed.items()
-            }  # fmt: skip
-        rank = edit.config.rank or settings.rank
-        edited = {}
-        for layer in targets:
-            pair = {name: per_layer[layer.name] for name, per_layer in known.get(key, {}).items()}
-            edited[layer.name] = edit_layer(layer, edit.config, weighting, pair, rank)
-        factors, layers = {name: found[0] for name, found in edited.items()}, [found[1] for found in edited.values()]
-        lora_config, state_dict = build_adapter(model, factors, servable_rank(rank), emitted_dtype(edit.config))
-        add_adapter(model, lora_config, state_dict, "edit")
-
-        def loss_at(strength: float) -> float:
-            with adapter_strength(model, "edit", strength):
-                return losses("task", "edit", splits=("forget",))["forget"]
-
-        match = match_forgetting(loss_at, target, tolerance=0.005)
-        with adapter_strength(model, "edit", match.strength):
-            found = losses("task", "edit")
-        energy = sum(layer.energy_kept * layer.edit_norm**2 for layer in layers) / sum(
-            layer.edit_norm**2 for layer in layers
-        )
-        results.append(
-            {"seed": seed, "edit": edit.name, "strength": match.strength, "rank": rank, "energy_kept": energy, **found}
-        )
-        model.delete_adapter("edit")
+        with bench.edited(edit.config) as energy:
+            match = bench.matched()
+            with adapter_strength(bench.model, "edit", match.strength):
+                found = bench.losses("task", "edit")
+        results.append({"seed": seed, "edit": edit.name, "strength": match.strength, "energy_kept": energy, **found})
     return results
 
 

@@ -20,7 +20,7 @@ from .adapter import (
     save_perta_adapter,
 )
 from .checkpoint import remove_checkpoint
-from .config import DTYPES, GRANULARITY_NAMES, REFERENCE_MODELS, PerTAConfig
+from .config import DTYPES, FIT_NAMES, GRANULARITY_NAMES, REFERENCE_MODELS, PerTAConfig
 from .data import read_rows
 from .demo import DemoSettings, run_demo
 from .errors import AdapterError, ConfigError, DataError, PerTAError
@@ -33,7 +33,7 @@ from .training.forget_adapter import default_lora_config
 from .weightings import WEIGHTINGS, resolve_weighting
 
 ROWS_HELP = "JSON lines of {question, answer}, {prompt, completion}, {messages} or {text}"
-CHOICES = {"granularity": GRANULARITY_NAMES, "reference_model": REFERENCE_MODELS, "dtype": DTYPES}
+CHOICES = {"granularity": GRANULARITY_NAMES, "fit": FIT_NAMES, "reference_model": REFERENCE_MODELS, "dtype": DTYPES}
 BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -96,14 +96,13 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument("--retain", metavar="ROWS", help="what must stay, likewise")
     unlearn.add_argument("--output", required=True, metavar="DIR", help="directory of the negative adapter")
     for field in dataclasses.fields(PerTAConfig):
+        name, text = "--" + field.name.replace("_", "-"), field.metadata["help"].replace("%", "%%")
+        if field.name not in _TYPES:
+            unlearn.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+            continue
         default = "" if field.default is None else f" (default: {field.default})"
-        unlearn.add_argument(
-            "--" + field.name.replace("_", "-"),
-            type=_TYPES[field.name],
-            default=field.default,
-            choices=CHOICES.get(field.name),
-            help=field.metadata["help"].replace("%", "%%") + default,
-        )
+        choices = CHOICES.get(field.name)
+        unlearn.add_argument(name, type=_TYPES[field.name], default=field.default, choices=choices, help=text + default)
 
     inspect = _command(commands, "inspect", _inspect, "say what an emitted adapter is and how it was made")
     inspect.add_argument("adapter", metavar="DIR", help="a directory that unlearn wrote")
@@ -149,6 +148,7 @@ _TYPES = {
     "granularity": str,
     "power": float,
     "rank": _rank,
+    "fit": str,
     "strength": float,
     "reference_model": str,
     "max_samples": int,

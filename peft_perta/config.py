@@ -14,7 +14,8 @@ from .memory import parse_size
 CONFIG_NAME = "perta_config.json"
 SERVABLE_RANKS = (8, 16, 32, 64, 128, 256)  # the ranks that every LoRA server takes; others are zero-padded to the next
 
-GRANULARITY_NAMES = ("factor", "delta", "separable")
+GRANULARITY_NAMES = ("factor", "delta", "separable", "factor+delta")
+FIT_NAMES = ("truncated", "kronecker", "second-moment", "weighted")
 REFERENCE_MODELS = ("origin", "full")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -43,6 +44,13 @@ class PerTAConfig:
             "B @ A, refitted to the rank), 'separable' (rows times columns, exact at the forget adapter's rank)."
         },
     )
+    input_directions: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Also weigh the directions of each layer's input, by how much of their energy is the forget set's; "
+            "exact at any rank. Default: yes, but for expert parameters, whose inputs are not met."
+        },
+    )
     power: float | None = field(
         default=None,
         metadata={
@@ -55,6 +63,14 @@ class PerTAConfig:
             "help": "Rank of the negative adapter: an int from 1 to 256, a float in (0, 1) for the share of the "
             "edit's energy to keep, or nothing for the forget adapter's own rank. Zero-padded to 8, 16, 32, 64, 128 "
             "or 256, which every server takes."
+        },
+    )
+    fit: str = field(
+        default="truncated",
+        metadata={
+            "help": "How an edit of larger rank is brought to the rank: 'truncated' (least Frobenius error), "
+            "'kronecker' and 'second-moment' (least error on the layers' inputs), 'weighted' (least error where the "
+            "retain set has gradients)."
         },
     )
     strength: float = field(
@@ -103,12 +119,19 @@ class PerTAConfig:
         _check(isinstance(self.weighting, str) and bool(self.weighting), "weighting", "a name", self.weighting)
         _check(self.granularity in GRANULARITY_NAMES, "granularity", f"one of {GRANULARITY_NAMES}", self.granularity)
         _check(
+            self.input_directions is None or isinstance(self.input_directions, bool),
+            "input_directions",
+            "nothing, True or False",
+            self.input_directions,
+        )
+        _check(
             self.power is None or (_is_number(self.power) and self.power >= 0),
             "power",
             "nothing, or a finite number >= 0",
             self.power,
         )
         _check(_is_rank(self.rank), "rank", "nothing, an int from 1 to 256, or a float in (0, 1)", self.rank)
+        _check(self.fit in FIT_NAMES, "fit", f"one of {FIT_NAMES}", self.fit)
         _check(_is_number(self.strength), "strength", "a finite number", self.strength)
         _check(
             self.reference_model in REFERENCE_MODELS,

@@ -62,7 +62,7 @@ class Measured:
         blocks: how many decoder blocks were found.
         samples: in both sets together.
         tokens: in both sets together, padding included.
-        forms_weights: each sum costs a product of the weight's size (granularity 'delta').
+        formed: elements of all layers' sums: each takes a product with every token.
         one_at_a_time: samples cannot be told apart within a batch, and must be.
         recomputes: gradient checkpointing is on.
         arguments: bytes of what blocks are called with beside their input (masks), over both sets.
@@ -77,7 +77,7 @@ class Measured:
     blocks: int
     samples: int
     tokens: int
-    forms_weights: bool
+    formed: int
     one_at_a_time: bool = False
     recomputes: bool = False
     arguments: int = 0
@@ -222,8 +222,7 @@ def _grouped(
     for group in groups:
         depth = max(layer.after for layer in group) / measured.size
         cost += 1 + depth * (2 if measured.recomputes else 1)
-    if measured.forms_weights:
-        cost += sum(layer.size for layer in measured.layers) / measured.size
+    cost += measured.formed / measured.size
     batches = measured.samples / micro_batch
     crossing = 0 if place == "device" else batches * sum(layer.statistic for layer in measured.layers)
     return _finished(
@@ -255,8 +254,7 @@ def _layerwise(
     peak[pool] = peak.get(pool, taken.get(pool, 0)) + inputs
     depth = max(layer.after for layer in measured.layers) / measured.size
     cost = 1 + 2 * depth
-    if measured.forms_weights:
-        cost += sum(layer.size for layer in measured.layers) / measured.size
+    cost += measured.formed / measured.size
     # Written and read once each; the boundary's gradient is written and read at every block.
     crossing = 4 * inputs * _operations_per_byte(measured)[place]
     return _finished(

@@ -45,7 +45,7 @@ class WeightDistribution:
 @dataclass
 class LayerReport:
     """One layer: the rank that its edit was fitted at, the edit's norm, the share of its energy kept, the bound on the
-    fit's excess squared error (``factorize.Factors``), its weights."""
+    fit's excess squared error and the share lost in the fit's own measure (``factorize.Factors``), its weights."""
 
     name: str
     kind: str
@@ -55,6 +55,7 @@ class LayerReport:
     energy_kept: float
     weights: dict[str, WeightDistribution]
     excess_error: float = 0.0
+    metric_error: float = 0.0
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LayerReport:

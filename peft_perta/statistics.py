@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,6 +18,9 @@ PLACES: tuple[Place, ...] = ("device", "host", "disk")
 # Elements of a sum that are worked on at once: on a CPU they and what is added to them stay in its cache, on a GPU the
 # buffer beside the sum stays small.
 _CPU_CHUNK, _GPU_CHUNK = 2**17, 2**24
+
+# Keys that begin so are second moments of activations: products of two already, summed as they are by either statistic.
+MOMENT = "moment of "
 
 
 @dataclass(frozen=True)
@@ -64,19 +68,21 @@ class Statistic:
             ValueError: squares of several samples whose gradients cannot be told apart.
         """
         for key, outer in gradients.items():
-            if self.name == "squares" and outer.right.dim() == 2 and samples != 1:
+            squared = self.name == "squares" and not key.startswith(MOMENT)
+            if squared and outer.right.dim() == 2 and samples != 1:
                 raise ValueError(f"squares of samples that cannot be told apart come one at a time, found {samples}")
             if key not in self.sums:
-                if self.name == "mean" and self.place == "device" and _is_plain(outer):
+                if not squared and self.place == "device" and _is_plain(outer):
                     self.sums[key] = outer.product()
                     continue
                 self.sums[key] = self._zeros(outer)
+            accumulate = add_squares if squared else add_product
             total = self.sums[key]
             if total.device == outer.right.device:
-                self._accumulate(total, outer)
+                accumulate(total, outer)
             else:  # formed where the activations are; one addition per batch crosses over
                 formed = torch.zeros(total.shape, dtype=total.dtype, device=outer.right.device)
-                self._accumulate(formed, outer)
+                accumulate(formed, outer)
                 total.add_(formed.to(total.device))
         self.samples += samples
 
@@ -87,15 +93,18 @@ class Statistic:
 
     def magnitudes(self) -> dict[str, Tensor]:
         """|mean gradient|, or the root mean square gradient: in one unit, so that one power suits both."""
+        gradients = {key: total for key, total in self.sums.items() if not key.startswith(MOMENT)}
         if self.name == "squares":
-            return {key: (total / self.samples).sqrt_() for key, total in self.sums.items()}
-        return {key: (total / self.samples).abs_() for key, total in self.sums.items()}
+            return {key: (total / self.samples).sqrt_() for key, total in gradients.items()}
+        return {key: (total / self.samples).abs_() for key, total in gradients.items()}
 
-    def _accumulate(self, total: Tensor, outer: Outer) -> None:
-        if self.name == "squares":
-            add_squares(total, outer)
-        else:
-            add_product(total, outer)
+    def only(self, keys: Collection[str]) -> Statistic:
+        """The same sums, of some keys."""
+        return Statistic(self.name, self.place, {k: self.sums[k] for k in keys if k in self.sums}, self.samples)
+
+    def moments(self) -> dict[str, Tensor]:
+        """Sums of second moments, by what they are moments of."""
+        return {k.removeprefix(MOMENT): total for k, total in self.sums.items() if k.startswith(MOMENT)}
 
     def _zeros(self, outer: Outer) -> Tensor:
         rows = outer.right.shape[-2] if outer.left is None else outer.left.shape[-1]

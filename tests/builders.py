@@ -304,7 +304,11 @@ def retain_rows() -> list[dict]:
 
 
 def negate(model, forget=None, retain=None, *, tokens=None, **settings):
-    """``get_perta_state_dict`` on the small rows, silent; settings that are no field of the config go to the call."""
+    """``get_perta_state_dict`` on the small rows, silent; settings that are no field of the config go to the call.
+
+    Without the weights of input directions, unless asked for: by themselves the others have a formula.
+    """
+    settings = {"input_directions": False, **settings}
     fields = {f.name for f in dataclasses.fields(PerTAConfig)}
     config = PerTAConfig(**{key: value for key, value in settings.items() if key in fields})
     return get_perta_state_dict(

@@ -83,9 +83,9 @@ def sums_by_the_loop(
     weight_gradients = oracles.sample_gradients(model, "forget", samples, adapters)
     expected = {}
     for name, adapted in oracles.adapted_weights(model, "forget").items():
-        per_sample = {"weight": weight_gradients[name]}
+        per_sample = {"weight": weight_gradients[name]} if "delta" in granularity else {}
         if granularity != "delta":
-            per_sample = oracles.factor_gradients(adapted, weight_gradients[name])
+            per_sample |= oracles.factor_gradients(adapted, weight_gradients[name])
         expected[name] = {
             key: found.sum(0) if statistic == "mean" else found.square().sum(0) for key, found in per_sample.items()
         }

@@ -98,4 +98,27 @@ GRANULARITIES: dict[str, GranularityRow] = {
         torch.tensor([[-1.0, -0.5], [-6.0, -3.0]]),
         "by hand: sqrt(u) sqrt(v)^T = [[.5, .125], [1, .25]] times the task vector, negated",
     ),
+    "factor+delta": GranularityRow(
+        {**_PULLED, "weight": torch.tensor([[1.0, 0.0], [-1.0, -1.0]])},
+        {
+            "A": torch.tensor([[4.0, 6.0]]),
+            "B": torch.tensor([[2.0], [6.0]]),
+            "weight": torch.tensor([[1.0, 0], [1, 1]]),
+        },
+        {
+            "A": torch.tensor([[0.25, 1.0]]),
+            "B": torch.tensor([[1.0], [0.0625]]),
+            "weight": torch.tensor([[0.5, 0.25], [0.0, 1.0]]),
+        },
+        torch.tensor([[-0.5, -1.0], [0.0, -3.0]]),
+        "by hand: the edit of 'factor', [[-1, -4], [-.75, -3]], times the weights of 'delta'",
+    ),
+}
+
+# Fit -> the measure that it is the best in: the edit's error [O, I] and both sets' moments -> a squared error.
+FITS: dict[str, str] = {
+    "truncated": "||D||^2",
+    "kronecker": "sum p_i q_j D_ij^2",
+    "second-moment": "tr(D C D^T)",
+    "weighted": "sum h_ij D_ij^2",
 }

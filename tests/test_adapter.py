@@ -47,9 +47,9 @@ def magnitudes(model, rows, granularity, statistic="mean"):
     samples = load_samples(rows, builders.tokenizer())
     found = {}
     for name, per_sample in oracles.sample_gradients(model, "forget", samples, []).items():
-        parts = {"weight": per_sample}
+        parts = {"weight": per_sample} if "delta" in granularity else {}
         if granularity != "delta":
-            parts = oracles.factor_gradients(oracles.adapted_weights(model, "forget")[name], per_sample)
+            parts |= oracles.factor_gradients(oracles.adapted_weights(model, "forget")[name], per_sample)
         mean = {key: part.double().mean(0).abs() for key, part in parts.items()}
         if statistic == "squares":
             mean = {key: part.double().square().mean(0).sqrt() for key, part in parts.items()}
@@ -71,9 +71,11 @@ def expected_edit(model, granularity, power=1.0, statistic="mean"):
         W = {key: f[key] ** power / (f[key] ** power + r[key] ** power) for key in f}
         if granularity == "delta":
             edits[name] = -W["weight"] * adapted.delta
-        elif granularity == "factor":
+        elif granularity in ("factor", "factor+delta"):
             A, B = adapted.A.double(), adapted.B.double()
             edits[name] = -adapted.scaling * (W["B"].sqrt() * B) @ (W["A"].sqrt() * A)
+            if granularity == "factor+delta":
+                edits[name] *= W["weight"]
         else:
             both = torch.outer(W["rows"].sqrt(), W["columns"].sqrt())
             edits[name] = -both * adapted.delta

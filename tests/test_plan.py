@@ -40,7 +40,7 @@ def measured(blocks=(0, 0, 1, 1), pools=("cpu",), statistic=8 * MIB, **changes) 
         "blocks": 2,
         "samples": 16,
         "tokens": 16 * 640,
-        "forms_weights": False,
+        "formed": 0,
     }
     return Measured(**{**settings, **changes})
 
@@ -65,7 +65,7 @@ def every_plan(m: Measured, taken: dict, batch_size: int):
                 for cut, layer in zip(reversed(cuts), m.layers[-2::-1], strict=True):
                     groups = [*groups, [layer]] if cut else [*groups[:-1], [*groups[-1], layer]]
                 cost = sum(1 + (2 if m.recomputes else 1) * max(x.after for x in g) / m.size for g in groups)
-                cost += m.forms_weights * sum(x.size for x in m.layers) / m.size
+                cost += m.formed / m.size
                 moved = sum(x.statistic for x in m.layers) * m.samples / micro_batch
                 cost += moved * per_byte / (2 * m.size * m.tokens)
                 peak = largest(held(m, g, m.activations, micro_batch, place, taken) for g in groups)
@@ -82,7 +82,7 @@ def every_plan(m: Measured, taken: dict, batch_size: int):
                 pool = {"device": next(iter(m.activations)), "host": "cpu", "disk": "disk"}[place]
                 peak[pool] = peak.get(pool, taken.get(pool, 0)) + inputs
                 cost = 1 + 2 * max(x.after for x in m.layers) / m.size
-                cost += m.forms_weights * sum(x.size for x in m.layers) / m.size
+                cost += m.formed / m.size
                 cost += 4 * inputs * per_byte / (2 * m.size * m.tokens)
                 yield peak, cost * overhead, "layerwise"
         if micro_batch == 1:
@@ -146,7 +146,7 @@ def cases(draw, machines=MACHINES):
         blocks=draw(st.sampled_from([0, 3, 3, 3])),
         samples=draw(st.integers(1, 20)),
         tokens=draw(st.integers(20, 20_000)),
-        forms_weights=draw(st.booleans()),
+        formed=draw(st.integers(0, 10**6)),
         one_at_a_time=draw(st.integers(0, 4)) == 0,
         recomputes=draw(st.booleans()),
         arguments=draw(st.integers(0, 8 * MIB)),
@@ -301,7 +301,7 @@ def test_layer_by_layer_only_where_no_target_lies_before_or_between_the_blocks(b
     ("changes", "cost"),
     [
         ({}, 2),  # forward, and all the way back
-        ({"forms_weights": True}, 3),  # and the weights' gradients themselves
+        ({"formed": 4 * 2**20}, 3),  # and the weights' gradients themselves
         ({"recomputes": True}, 3),  # and forward again
     ],
 )

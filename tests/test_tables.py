@@ -2,7 +2,8 @@
 
 import tables
 
-from peft_perta.config import GRANULARITY_NAMES
+from peft_perta.config import FIT_NAMES, GRANULARITY_NAMES
+from peft_perta.fits import FITS
 from peft_perta.granularities import GRANULARITIES
 from peft_perta.layers import LAYER_KINDS
 from peft_perta.weightings import WEIGHTINGS
@@ -20,5 +21,9 @@ def test_every_granularity_has_a_row_and_a_name_in_the_config():
     assert set(GRANULARITIES) == set(tables.GRANULARITIES) == set(GRANULARITY_NAMES)
 
 
+def test_every_fit_has_a_row_and_a_name_in_the_config():
+    assert set(FITS) == set(tables.FITS) == set(FIT_NAMES)
+
+
 def test_every_row_is_filed_under_its_own_name():
-    assert all(name == row.name for table in (WEIGHTINGS, GRANULARITIES) for name, row in table.items())
+    assert all(name == row.name for table in (WEIGHTINGS, GRANULARITIES, FITS) for name, row in table.items())

@@ -19,8 +19,8 @@ from .. import processes
 from ..checkpoint import Checkpoint
 from ..config import PerTAConfig
 from ..data import Sample
-from ..granularities import GRANULARITIES
 from ..memory import budgets, held_to, taken
+from ..moments import Reader
 from ..plan import Plan, make_plan
 from ..statistics import StatisticName
 from ..targets import Target
@@ -36,6 +36,7 @@ def choose_plan(
     model: nn.Module,
     targets: Sequence[Target],
     sets: Mapping[str, list[Sample]],
+    reader: Reader,
     config: PerTAConfig,
     statistic: StatisticName,
     adapters: list[str],
@@ -52,7 +53,7 @@ def choose_plan(
         if kept is not None and kept[1]["limits"] == limits:
             plan = Plan.from_dict(kept[1]["plan"])
         else:
-            plan = _new_plan(model, targets, sets, config, statistic, adapters)
+            plan = _new_plan(model, targets, sets, reader, config, statistic, adapters)
     plan = processes.from_main(plan)
     if checkpoint is not None:
         with processes.failing_together():
@@ -64,12 +65,12 @@ def _new_plan(
     model: nn.Module,
     targets: Sequence[Target],
     sets: Mapping[str, list[Sample]],
+    reader: Reader,
     config: PerTAConfig,
     statistic: StatisticName,
     adapters: list[str],
 ) -> Plan:
-    granularity = GRANULARITIES[config.granularity]
-    measured = measure(model, targets, sets, granularity, statistic, adapters, config.batch_size)
+    measured = measure(model, targets, sets, reader, statistic, adapters, config.batch_size)
     measured = dataclasses.replace(  # each process keeps the inputs of its own batches
         measured,
         block_input=measured.block_input // processes.count(),

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from .. import processes
 from ..borrow import borrowed
 from ..data import Sample, batches
-from ..granularities import Granularity
 from ..losses import sample_losses
+from ..moments import Reader
 from ..statistics import Place, Statistic, StatisticName
 from ..targets import Target, base_model
 from .job import Job, SetStatistics, check_losses, input_device, progress
@@ -24,7 +24,7 @@ def sweep(
     model: nn.Module,
     targets: Sequence[Target],
     samples: list[Sample],
-    granularity: Granularity,
+    reader: Reader,
     statistic: StatisticName,
     *,
     adapters: Sequence[str],
@@ -42,7 +42,7 @@ def sweep(
         NumericalError: a sample's loss, or a layer's statistic, is not finite.
     """
     device = input_device(model)
-    with borrowed(model, adapters, checkpointing=True), Taps(targets, granularity, statistic, place) as taps:
+    with borrowed(model, adapters, checkpointing=True), Taps(targets, reader, statistic, place) as taps:
         handles = []
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             # Reentrant checkpointing passes gradients only to segments whose input requires one.
@@ -84,7 +84,7 @@ def run(job: Job, sets: dict[str, list[Sample]]) -> Generator[tuple[list[Target]
                     job.model,
                     group,
                     samples,
-                    job.granularity,
+                    job.reader,
                     job.statistic,
                     adapters=job.adapters,
                     batch_size=job.plan.micro_batch,

@@ -15,7 +15,7 @@ from .. import processes
 from ..checkpoint import Checkpoint
 from ..data import Batch
 from ..errors import NumericalError
-from ..granularities import Granularity
+from ..moments import Reader
 from ..plan import Plan
 from ..statistics import Statistic, StatisticName
 from ..targets import Target, base_model
@@ -30,6 +30,7 @@ class Job:
 
     Attributes:
         targets: by name.
+        reader: what is kept of each, for instance a granularity.
         adapters: the adapters that are on while gradients are taken.
         done: names of the targets that need no statistics any more.
         checkpoint: where sums go that the next run may start from.
@@ -37,7 +38,7 @@ class Job:
 
     model: nn.Module
     targets: Mapping[str, Target]
-    granularity: Granularity
+    reader: Reader
     statistic: StatisticName
     adapters: list[str]
     plan: Plan

@@ -44,7 +44,7 @@ def run(job: Job, sets: dict[str, list[Sample]]) -> Generator[tuple[list[Target]
         """All batches of both sets, by set and number, with taps on some targets."""
         found = {}
         for name, of_set in shared.items():
-            with Taps(targets, job.granularity, job.statistic) as taps:
+            with Taps(targets, job.reader, job.statistic) as taps:
                 with processes.failing_together(), torch.enable_grad():
                     for number, batch in enumerate(of_set):
                         taps.batch_samples = len(batch.indices)

@@ -16,9 +16,9 @@ from torch.utils import _pytree as pytree
 
 from ..borrow import borrowed
 from ..data import Sample, batches
-from ..granularities import Granularity
 from ..losses import sample_losses
 from ..memory import HOST
+from ..moments import Reader
 from ..plan import LayerCost, Measured
 from ..statistics import StatisticName
 from ..targets import Target
@@ -35,7 +35,7 @@ def measure(
     model: nn.Module,
     targets: Sequence[Target],
     sets: Mapping[str, list[Sample]],
-    granularity: Granularity,
+    reader: Reader,
     statistic: StatisticName,
     adapters: Sequence[str],
     batch_size: int,
@@ -81,7 +81,7 @@ def measure(
 
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     leaves = [m for m in model.modules() if m is not embeddings and (id(m) in tapped or _owns_weight(m))]
-    with borrowed(model, adapters), torch.enable_grad(), Taps(targets, granularity, statistic):
+    with borrowed(model, adapters), torch.enable_grad(), Taps(targets, reader, statistic):
         handles = [module.register_forward_pre_hook(on_module) for module in leaves]
         try:
             with (
@@ -98,7 +98,7 @@ def measure(
         LayerCost(
             name=target.name,
             pool=str(target.A.device),
-            statistic=bytes_of * sum(map(math.prod, granularity.shapes(target).values())),
+            statistic=bytes_of * sum(map(math.prod, reader.shapes(target).values())),
             size=target.A.shape[1] * len(target.B),
             after=ran - after.get(id(target.base_layer), 0),
             block=members.get(id(target.base_layer)),
@@ -119,7 +119,7 @@ def measure(
         blocks=len(blocks) if _in_sequence(blocks, order) else 0,
         samples=len(everything),
         tokens=tokens,
-        forms_weights=granularity.name == "delta",
+        formed=sum(math.prod(shape) for target in targets for shape in reader.shapes(target).values()),
         one_at_a_time=statistic == "squares" and (flat_inputs or any(target.parameter for target in targets)),
         arguments=arguments * len(everything),
         fixed={pool: _fixed(model, targets, pool) for pool in pools},

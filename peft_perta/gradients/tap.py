@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 
 from .. import processes
 from ..errors import NumericalError, UnsupportedLayerError
-from ..granularities import Granularity
+from ..moments import Reader
 from ..statistics import Place, Statistic, StatisticName
 from ..targets import Target
 
@@ -72,11 +72,11 @@ class Taps:
     """
 
     def __init__(
-        self, targets: Sequence[Target], granularity: Granularity, statistic: StatisticName, place: Place = "device"
+        self, targets: Sequence[Target], reader: Reader, statistic: StatisticName, place: Place = "device"
     ) -> None:
         self.statistics = {target.name: Statistic(statistic, place) for target in targets}
         self.batch_samples = 0
-        self._granularity = granularity
+        self._reader = reader
         self._by_hook: dict[tuple[nn.Module, str | None], list[Target]] = {}
         for target in targets:
             self._by_hook.setdefault((target.base_layer, target.parameter), []).append(target)
@@ -106,7 +106,7 @@ class Taps:
         for targets in self._by_hook.values():
             for target in targets:
                 statistic = self.statistics[target.name]
-                for key, shape in self._granularity.shapes(target).items():
+                for key, shape in self._reader.shapes(target).items():
                     if key not in statistic.sums:  # this process had no batch
                         statistic.sums[key] = torch.zeros(shape, dtype=target.A.dtype, device=target.A.device)
                     processes.add_up(statistic.sums[key])
@@ -202,5 +202,5 @@ class Taps:
         self._handles.callback(setattr, module, "_old_forward", forward)
 
     def _add(self, target: Target, layer_input: Tensor, output_gradient: Tensor | None) -> None:
-        gradients = self._granularity.gradient(target, layer_input, output_gradient)
+        gradients = self._reader.gradient(target, layer_input, output_gradient)
         self.statistics[target.name].add(gradients, self.batch_samples)

@@ -16,6 +16,7 @@ from ..statistics import Outer
 from ..targets import Target
 from .delta import Delta
 from .factor import Factor
+from .factor_delta import FactorDelta
 from .separable import Separable
 
 
@@ -49,6 +50,6 @@ class Granularity(Protocol):
         ...
 
 
-GRANULARITIES: dict[str, Granularity] = {g.name: g for g in (Factor(), Delta(), Separable())}
+GRANULARITIES: dict[str, Granularity] = {g.name: g for g in (Factor(), Delta(), Separable(), FactorDelta())}
 
 __all__ = ["GRANULARITIES", "Granularity"]

@@ -25,10 +25,13 @@ from ..adapter import add_adapter, build_adapter, emitted_dtype
 from ..checkpoint import Checkpoint, hash_model
 from ..config import PerTAConfig, servable_rank
 from ..data import Sample, fingerprint, load_samples
-from ..errors import AdapterError, DataError, NumericalError
+from ..directions import along_directions, find_directions
+from ..errors import AdapterError, DataError, NumericalError, UnsupportedLayerError
 from ..factorize import Factors, factorize
+from ..fits import FITS
 from ..gradients import Job, choose_plan, gather
 from ..granularities import GRANULARITIES, Granularity
+from ..moments import InputMoments, Reader, Readers
 from ..report import LayerReport, PerTAReport, WeightDistribution
 from ..stack import require_adapter
 from ..statistics import Statistic
@@ -43,6 +46,8 @@ from ..targets import (
     resolve_targets,
 )
 from ..weightings import Weighting, resolve_weighting, weigh
+
+_FIGURES = ("energy", "energy_kept", "excess_error", "metric_error")
 
 
 def add_perta_adapter(
@@ -125,6 +130,7 @@ def get_perta_state_dict(
             raise AdapterError(f"the task adapter and the forget adapter are both {task_adapter!r}; expected two names")
         require_adapter(model, task_adapter)
         check_base(model, task_adapter)
+    _check_inputs(config, targets)
     fit_rank, emitted_rank = _ranks(config, targets)
     sets = {"forget": forget_dataloader, "retain": retain_dataloader}
     samples = _load_sets(sets, config, weighting, tokenizer)
@@ -174,14 +180,15 @@ def _edit_all(
     if len(edited) == len(targets):
         return edited
     with _timed(seconds, "planning"):
-        plan = choose_plan(model, targets, samples, config, weighting.statistic, adapters, checkpoint)
+        reader = reader_of(config)
+        plan = choose_plan(model, targets, samples, reader, config, weighting.statistic, adapters, checkpoint)
     if show_progress_bar and processes.is_main():
         resumed = f"\n      {len(edited)} layers are done already, by an earlier run" if edited else ""
         tqdm.write(f"{plan}{resumed}", file=sys.stderr)
     job = Job(
         model,
         {target.name: target for target in targets},
-        GRANULARITIES[config.granularity],
+        reader,
         weighting.statistic,
         adapters,
         plan,
@@ -205,7 +212,8 @@ def _save_edited(checkpoint: Checkpoint, names: list[str], edited: dict[str, tup
     for name in names:
         factors, layer = edited[name]
         tensors |= {f"{name}|A": factors.A, f"{name}|B": factors.B}
-        record[name] = [factors.energy, factors.energy_kept, factors.excess_error, dataclasses.asdict(layer)]
+        figures = [getattr(factors, name) for name in _FIGURES]
+        record[name] = [figures, dataclasses.asdict(layer)]
     checkpoint.save(f"layers-{len(edited):06d}", tensors, record)
     for entry in checkpoint.names():
         if entry.startswith("sums-"):
@@ -219,8 +227,8 @@ def _load_edited(checkpoint: Checkpoint | None, targets: list[Target]) -> dict[s
             for entry in checkpoint.names():
                 kept = checkpoint.load(entry) if entry.startswith("layers-") else None
                 tensors, record = kept or ({}, {})
-                for name, (energy, energy_kept, excess_error, layer) in record.items():
-                    factors = Factors(tensors[f"{name}|A"], tensors[f"{name}|B"], energy, energy_kept, excess_error)
+                for name, (figures, layer) in record.items():
+                    factors = Factors(tensors[f"{name}|A"], tensors[f"{name}|B"], *figures)
                     edited[name] = factors, LayerReport.from_dict(layer)
     return processes.from_main({t.name: edited[t.name] for t in targets if t.name in edited})
 
@@ -284,14 +292,26 @@ def edit_layer(
     granularity = GRANULARITIES[config.granularity]
     if weighting.statistic is None:
         weights = granularity.uniform(target)
+        edit = granularity.edit(target, weights, config.strength)
+        fitted = factorize(edit, rank)
     else:
+        fit = FITS[config.fit]
+        measured = {name: found.only(fit.reader.shapes(target) if fit.reader else ()) for name, found in pair.items()}
+        moments = [pair[name].moments() for name in ("forget", "retain")]
         forget, retain = (_magnitudes(granularity, pair.pop(name), target) for name in ("forget", "retain"))
         weights = weigh(weighting, forget, retain, target.name)
         del forget, retain
+        edit = granularity.edit(target, {k: w.to(target.A.dtype) for k, w in weights.items()}, config.strength)
+        if _weighs_directions(config, target):
+            directions = find_directions(*({k: m.to(target.A.device) for k, m in found.items()} for found in moments))
+            of_directions = weigh(
+                weighting, {"directions": directions.forget}, {"directions": directions.retain}, target.name
+            )
+            edit = along_directions(edit, directions, of_directions["directions"])
+            weights |= of_directions
+        del moments
+        fitted = fit.fit(edit, rank, measured)
     distributions = {key: WeightDistribution.of(value) for key, value in weights.items()}
-    edit = granularity.edit(target, {k: w.to(target.A.dtype) for k, w in weights.items()}, config.strength)
-    del weights
-    fitted = factorize(edit, rank)
     if not (bool(torch.isfinite(fitted.A).all()) and bool(torch.isfinite(fitted.B).all())):
         raise NumericalError(f"{target.name}: the edit's factors are not finite; train the forget adapter less")
     layer = LayerReport(
@@ -302,13 +322,39 @@ def edit_layer(
         edit_norm=fitted.energy**0.5,
         energy_kept=fitted.energy_kept,
         excess_error=fitted.excess_error,
+        metric_error=fitted.metric_error,
         weights=distributions,
     )
     return dataclasses.replace(fitted, A=fitted.A.cpu(), B=fitted.B.cpu()), layer
 
 
+def reader_of(config: PerTAConfig) -> Reader:
+    """What a run of this config reads of each layer."""
+    readers: list[Reader] = [GRANULARITIES[config.granularity]]
+    if config.input_directions is not False:
+        readers.append(InputMoments())
+    of_fit = FITS[config.fit].reader
+    return Readers(readers if of_fit is None else [*readers, of_fit])
+
+
+def _weighs_directions(config: PerTAConfig, target: Target) -> bool:
+    return config.input_directions is not False and target.parameter is None
+
+
+def _check_inputs(config: PerTAConfig, targets: list[Target]) -> None:
+    """Refuse what needs the inputs of layers whose inputs are not met."""
+    wish = "input_directions=True" if config.input_directions else f"fit={config.fit!r}"
+    expert = next((target.name for target in targets if target.parameter is not None), None)
+    if expert is not None and (config.input_directions or config.fit == "second-moment"):
+        raise UnsupportedLayerError(
+            f"{expert}: {wish} needs the layer's inputs, which are not met for expert parameters; leave "
+            "input_directions unset (experts then go without) and use fit='truncated' or 'weighted'"
+        )
+
+
 def _magnitudes(granularity: Granularity, statistic: Statistic, target: Target) -> dict[str, Tensor]:
-    return granularity.arrange({key: found.to(target.A.device) for key, found in statistic.magnitudes().items()})
+    own = statistic.only(granularity.shapes(target))
+    return granularity.arrange({key: found.to(target.A.device) for key, found in own.magnitudes().items()})
 
 
 def _describe_base(model: nn.Module) -> dict[str, Any]:

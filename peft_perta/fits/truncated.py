@@ -1,0 +1,17 @@
+"""The leading singular vectors: the least error in the Frobenius norm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..edit import Edit
+from ..factorize import Factors, factorize
+from ..statistics import Statistic
+
+
+class Truncated:
+    name = "truncated"
+    reader = None
+
+    def fit(self, edit: Edit, rank: int | float, measured: Mapping[str, Statistic]) -> Factors:
+        return factorize(edit, rank)

@@ -1,0 +1,255 @@
+"""Input directions: least squares on the inputs, by the explicit matrix; and their second moments, token by token."""
+
+import builders
+import laws
+import oracles
+import pytest
+import tables
+import torch
+
+from peft_perta import moments as moments_module
+from peft_perta.data import load_samples
+from peft_perta.directions import DAMPING, along_directions, find_directions
+from peft_perta.edit import Product
+from peft_perta.errors import UnsupportedLayerError
+from peft_perta.gradients import sweep
+from peft_perta.moments import Energies, InputMoments, Readers
+from peft_perta.statistics import MOMENT
+from peft_perta.targets import resolve_targets
+
+WIDTH = 12
+
+
+def inputs(tokens, seed, width=WIDTH, rank=None):
+    """x [T, width] in float64, of very unequal size over directions, in so many of them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, rank or width, generator=generator, dtype=torch.float64)
+    mix = torch.randn(rank or width, width, generator=generator, dtype=torch.float64)
+    return x * torch.logspace(-1, 1, rank or width, dtype=torch.float64) @ mix
+
+
+def moments_of(x):
+    return {"inputs": x.T @ x, "tokens": torch.full((1, 1), float(len(x)), dtype=torch.float64)}
+
+
+def matrix(directions, weights=None):
+    return (directions.onto * (directions.forget if weights is None else weights)) @ directions.back
+
+
+def test_the_share_of_energy_as_weight_is_least_squares():
+    forget, retain = inputs(50, 0), inputs(70, 1)
+    C_f, C_r = forget.T @ forget / 50, retain.T @ retain / 70
+    damped = C_f + C_r + DAMPING * (C_f + C_r).diagonal().mean() * torch.eye(WIDTH)
+    directions = find_directions(moments_of(forget), moments_of(retain))
+    torch.testing.assert_close(matrix(directions), C_f @ torch.linalg.inv(damped))
+    # And so it is the least of the two squared errors of its definition: no step away from it helps.
+    N = inputs(5, 2)
+
+    def error(M):
+        damping = DAMPING * (C_f + C_r).diagonal().mean()
+        lost = ((N @ M - N) @ C_f * (N @ M - N)).sum()
+        return float(lost + ((N @ M) @ (C_r + damping * torch.eye(WIDTH)) * (N @ M)).sum())
+
+    least = error(matrix(directions))
+    for seed in range(20):
+        step = 1e-3 * inputs(WIDTH, seed)
+        assert error(matrix(directions) + step) > least
+
+
+def test_both_shares_are_shares():
+    directions = find_directions(moments_of(inputs(50, 0)), moments_of(inputs(70, 1)))
+    assert bool(((directions.forget >= 0) & (directions.forget <= 1)).all())
+    torch.testing.assert_close(directions.forget + directions.retain, torch.ones(WIDTH, dtype=torch.float64))
+    torch.testing.assert_close(matrix(directions, torch.ones(WIDTH)), torch.eye(WIDTH, dtype=torch.float64))
+
+
+def test_what_only_one_set_uses_and_what_neither_does():
+    """Axes 0-3: the forget set alone. 4-7: the retain set alone. 8-11: nobody."""
+    forget, retain = torch.zeros(40, WIDTH, dtype=torch.float64), torch.zeros(40, WIDTH, dtype=torch.float64)
+    forget[:, :4], retain[:, 4:8] = inputs(40, 0, 4), inputs(40, 1, 4)
+    M = matrix(find_directions(moments_of(forget), moments_of(retain)))
+    torch.testing.assert_close(M[4:], torch.zeros(8, WIDTH, dtype=torch.float64))
+    assert float(M[:4, 4:].abs().max()) < 1e-9
+    values = torch.linalg.eigvals(M[:4, :4]).real
+    assert float(values.max()) > 0.9
+    assert float(values.min()) > 0
+
+
+def test_the_same_rows_to_forget_and_to_keep_weigh_at_most_half():
+    """Half, and less where the damping, which counts among what must stay, is all that there is."""
+    found = find_directions(*[moments_of(inputs(50, 0))] * 2)
+    assert float(found.forget.max()) == pytest.approx(0.5, rel=5e-3)
+    assert float(found.forget.max()) < 0.5
+
+
+def test_a_rotation_of_the_input_space_turns_the_edit_with_it():
+    """Nothing depends on which neurons the directions are written in, as it does element by element."""
+    turn = torch.linalg.qr(inputs(WIDTH, 5)).Q
+    forget, retain = inputs(50, 0), inputs(70, 1)
+    straight = matrix(find_directions(moments_of(forget), moments_of(retain)))
+    turned = matrix(find_directions(moments_of(forget @ turn), moments_of(retain @ turn)))
+    torch.testing.assert_close(turn @ turned @ turn.T, straight)
+
+
+def test_the_number_of_tokens_does_not_tip_the_scale():
+    forget, retain = inputs(50, 0), inputs(70, 1)
+    once = matrix(find_directions(moments_of(forget), moments_of(retain)))
+    torch.testing.assert_close(matrix(find_directions(moments_of(forget), moments_of(retain.repeat(3, 1)))), once)
+
+
+def test_inputs_that_are_zero_are_not_edited():
+    nothing = {"inputs": torch.zeros(WIDTH, WIDTH), "tokens": torch.ones(1, 1)}
+    directions = find_directions(nothing, nothing)
+    assert not along_directions(torch.ones(3, WIDTH), directions, directions.forget).any()
+
+
+def test_a_product_stays_a_product_of_its_rank():
+    directions = find_directions(moments_of(inputs(50, 0)), moments_of(inputs(70, 1)))
+    edit = Product(B=torch.randn(7, 2), A=torch.randn(2, WIDTH))
+    found = along_directions(edit, directions, directions.forget)
+    assert isinstance(found, Product)
+    assert found.A.shape == edit.A.shape
+    assert found.A.dtype == edit.A.dtype
+    torch.testing.assert_close(found.B @ found.A, (edit.B @ edit.A) @ matrix(directions).float())
+    dense = along_directions(edit.B @ edit.A, directions, directions.forget)
+    torch.testing.assert_close(dense, found.B @ found.A)
+
+
+def sketched(x, monkeypatch, size):
+    monkeypatch.setattr(moments_module, "SKETCH", size)
+    omega = moments_module.sketch_directions(x.shape[1]).to(x.dtype)
+    return {"inputs": x.T @ (x @ omega), "tokens": moments_of(x)["tokens"]}
+
+
+def test_a_sketch_that_holds_all_directions_is_exact(monkeypatch):
+    forget, retain = inputs(50, 0, 60, 9), inputs(70, 1, 60, 8)
+    exact = matrix(find_directions(moments_of(forget), moments_of(retain)))
+    found = matrix(find_directions(sketched(forget, monkeypatch, 12), sketched(retain, monkeypatch, 12)))
+    assert found.shape == (60, 60)
+    # Outside of all inputs there is nothing to weigh; the damping's mean is over the directions that are found.
+    x = torch.cat([forget, retain])
+    torch.testing.assert_close(x @ found, x @ exact, rtol=0, atol=0.02 * float(x.abs().max()))
+
+
+def test_a_sketch_in_single_precision_of_a_steep_spectrum_does_not_break(monkeypatch):
+    forget, retain = inputs(300, 0, 80), inputs(300, 1, 80)
+    found = [sketched(x.float() * torch.logspace(-6, 3, 80), monkeypatch, 10) for x in (forget, retain)]
+    weights = find_directions(*found).forget
+    assert bool(torch.isfinite(weights).all())
+    assert 0 <= float(weights.min()) <= float(weights.max()) <= 1
+
+
+# What is read of a model
+
+
+def token_moments(model, rows):
+    """Layer -> its inputs [T, I] and output gradients [T, O] where there is a gradient, one unpadded row at a time."""
+    plain, _ = oracles.plain_model(model, [])
+    found = {}
+    for sample in load_samples(rows, builders.tokenizer()):
+        kept, handles = {}, []
+        for name, module in plain.named_modules():
+            if isinstance(module, oracles.PlainLayer):
+
+                def keep(module, args, output, name=name, kept=kept):
+                    output.requires_grad_(True) if output.is_leaf else output.retain_grad()
+                    kept[name] = args[0][0].detach(), output
+
+                handles.append(module.register_forward_hook(keep))
+        embeddings = plain.get_input_embeddings()
+        handles.append(embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True)))
+        oracles.sample_loss(plain, sample.input_ids, sample.labels).backward()
+        for handle in handles:
+            handle.remove()
+        for name, (x, output) in kept.items():
+            g = output.grad[0]
+            flows = (g != 0).any(1)
+            found.setdefault(name, []).append((x[flows], g[flows]))
+    return {name: tuple(map(torch.cat, zip(*parts, strict=True))) for name, parts in found.items()}
+
+
+@pytest.mark.parametrize("statistic", ["mean", "squares"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_moments_are_those_of_all_tokens_that_the_loss_flows_through(kind, batch_size, statistic):
+    """Whatever the batch pads: and by either statistic, squares being of gradients alone."""
+    model = tables.DOUBLES[kind]()
+    expected = token_moments(model, builders.forget_rows())
+    samples = load_samples(builders.forget_rows(), builders.tokenizer())
+    found = sweep(
+        model,
+        resolve_targets(model, "forget"),
+        samples,
+        Readers([InputMoments(), Energies()]),
+        statistic,
+        adapters=[],
+        batch_size=batch_size,
+        name="the set",
+        show_progress_bar=False,
+    )
+    assert set(found) == set(expected)
+    for name, (x, g) in expected.items():
+        sums = found[name].moments()
+        torch.testing.assert_close(sums["inputs"], x.T @ x)
+        assert float(sums["tokens"]) == len(x)
+        torch.testing.assert_close(sums["input energy"][0], x.square().sum(0))
+        torch.testing.assert_close(sums["output energy"][0], g.square().sum(0))
+        assert found[name].magnitudes() == {}
+        assert set(found[name].sums) == {f"{MOMENT}{key}" for key in sums}
+
+
+@pytest.mark.parametrize("granularity", ["factor", "delta"])
+def test_the_emitted_adapter_is_the_edit_along_the_directions(granularity, tmp_path):
+    model = builders.adapted_llama()
+    without = laws.deltas_of(builders.negate(model, granularity=granularity, rank=64)[1])
+    _, state_dict, report = builders.negate(model, granularity=granularity, rank=64, input_directions=True)
+    forget, retain = (token_moments(model, rows) for rows in (builders.forget_rows(), builders.retain_rows()))
+    found = laws.deltas_of(state_dict)
+    for layer in report.layers:
+        C_f, C_r = (
+            x[layer.name][0].double().T @ x[layer.name][0].double() / len(x[layer.name][0]) for x in (forget, retain)
+        )
+        S = C_f + C_r
+        # 'grad' is the ratio at power 1, of energies: least squares.
+        M = C_f @ torch.linalg.inv(S + DAMPING * S.diagonal().mean() * torch.eye(len(S)))
+        key = next(key for key in found if layer.name in key)
+        expected = without[key].double() @ M
+        assert float((found[key].double() - expected).norm()) <= 2e-4 * float(expected.norm())
+        assert 0 < layer.weights["directions"].mean < 1
+
+
+def test_the_default_weighs_directions():
+    model = builders.adapted_llama()
+    on, off, default = (
+        laws.deltas_of(builders.negate(model, input_directions=value)[1]) for value in (True, False, None)
+    )
+    assert all(torch.equal(on[key], default[key]) for key in on)
+    assert not any(torch.equal(on[key], off[key]) for key in on if off[key].any())
+
+
+def test_experts_go_without_and_say_so_when_asked():
+    model = builders.adapted_mixtral()
+    report = builders.negate(model, input_directions=None)[2]
+    experts = [layer for layer in report.layers if "[" in layer.name]
+    assert experts
+    assert not any("directions" in layer.weights for layer in experts)
+    assert all("directions" in layer.weights for layer in report.layers if "[" not in layer.name)
+    for asked in ({"input_directions": True}, {"fit": "second-moment"}):
+        with pytest.raises(UnsupportedLayerError, match=r"experts.*not met for expert parameters"):
+            builders.negate(model, **asked)
+
+
+@pytest.mark.parametrize("fit", tables.FITS)
+@pytest.mark.parametrize("granularity", ["delta", "factor"])
+def test_every_fit_runs_end_to_end_and_leaves_the_model(fit, granularity, tmp_path):
+    model = builders.adapted_llama()
+    with laws.untouched(model):
+        _, _, report = builders.negate(model, granularity=granularity, rank=2, fit=fit, input_directions=None)
+    assert all(0 < layer.metric_error < 1 for layer in report.layers if layer.edit_norm > 0)
+    assert all(0 < layer.energy_kept < 1 for layer in report.layers if layer.edit_norm > 0)
+
+
+def test_uniform_weights_read_nothing_and_weigh_no_direction():
+    model = builders.adapted_llama()
+    _, state_dict, _ = builders.negate(model, weighting="uniform", input_directions=True)
+    laws.uniform_is_task_arithmetic(laws.deltas_of(state_dict), model, 1.0)

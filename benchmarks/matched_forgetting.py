@@ -33,7 +33,7 @@ from peft_perta.loading import quiet
 from peft_perta.methods.perta import edit_layer
 from peft_perta.moments import InputMoments, Readers
 from peft_perta.stack import adapter_strength
-from peft_perta.statistics import Statistic
+from peft_perta.statistics import MOMENT, Statistic
 from peft_perta.strength import Match, match_forgetting
 from peft_perta.targets import resolve_targets
 from peft_perta.weightings import resolve_weighting
@@ -46,6 +46,7 @@ EVERYTHING = Readers([*GRANULARITIES.values(), InputMoments(), *(fit.reader for 
 class Edit:
     name: str
     config: PerTAConfig
+    swapped: bool = False  # the two sets' input moments exchanged: a control of the directions
 
 
 def edit_of(
@@ -71,6 +72,7 @@ EDITS = [
     *[edit_of("factor+delta", "grad", rank=DENSE, directions=along) for along in (False, True)],
     *[edit_of("separable", w) for w in ("grad", "fisher", "empirical-fisher")],
     edit_of("separable", "grad", directions=True),
+    Edit("factor grad, directions swapped", PerTAConfig(), swapped=True),
     *[edit_of("factor", f"grad-{control}", directions=True) for control in ("shuffled", "mean")],
     *[edit_of("factor", f"{w}-{control}") for w in ("grad", "fisher") for control in ("shuffled", "mean")],
     *[edit_of("delta", f"grad-{control}", rank=DENSE) for control in ("shuffled", "mean")],
@@ -106,13 +108,15 @@ class Bench:
         return self._known[statistic]
 
     @contextmanager
-    def edited(self, config: PerTAConfig, name: str = "edit") -> Iterator[float]:
+    def edited(self, config: PerTAConfig, name: str = "edit", swapped: bool = False) -> Iterator[float]:
         """The edit as an adapter of that name; gives the share of its energy kept."""
         weighting = resolve_weighting(config.weighting, config.power)
         rank = config.rank or self.settings.rank
         known, factors, layers = self.statistics(weighting.statistic), {}, []
         for layer in self.targets:
             pair = {name: per_layer[layer.name] for name, per_layer in known.items()}
+            if swapped:
+                pair = _with_moments_swapped(pair)
             factors[layer.name], report = edit_layer(layer, config, weighting, pair, rank)
             layers.append(report)
         lora_config, state_dict = build_adapter(self.model, factors, servable_rank(int(rank)), emitted_dtype(config))
@@ -131,6 +135,13 @@ class Bench:
         return match_forgetting(loss_at, self.target_loss, tolerance=0.005)
 
 
+def _with_moments_swapped(pair: dict[str, Statistic]) -> dict[str, Statistic]:
+    gradients = {n: s.only([k for k in s.sums if not k.startswith(MOMENT)]) for n, s in pair.items()}
+    for name, other in (("forget", "retain"), ("retain", "forget")):
+        gradients[name].sums |= {k: total for k, total in pair[other].sums.items() if k.startswith(MOMENT)}
+    return gradients
+
+
 def run(seed: int, four_bit: bool, edits: list[Edit], settings: DemoSettings) -> list[dict]:
     start = time.perf_counter()
     bench = Bench(seed, four_bit, settings)
@@ -143,7 +154,7 @@ def run(seed: int, four_bit: bool, edits: list[Edit], settings: DemoSettings) ->
         f"seed {seed}: the forget adapter on theta_0: {alone}, {time.perf_counter() - start:.0f} s so far", flush=True
     )
     for edit in tqdm(edits, desc=f"edits, seed {seed}"):
-        with bench.edited(edit.config) as energy:
+        with bench.edited(edit.config, swapped=edit.swapped) as energy:
             match = bench.matched()
             with adapter_strength(bench.model, "edit", match.strength):
                 found = bench.losses("task", "edit")

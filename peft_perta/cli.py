@@ -137,6 +137,15 @@ def _rank(text: str) -> int | float:
     raise argparse.ArgumentTypeError(f"expected an int from 1 to 256 or a float in (0, 1), found {text!r}")
 
 
+def _strength(text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or 'auto', found {text!r}") from None
+
+
 def _seed(text: str) -> int:
     if not (text.isdecimal() and int(text) < 2**32):  # what NumPy's generator takes
         raise argparse.ArgumentTypeError(f"expected an int from 0 to {2**32 - 1}, found {text!r}")
@@ -149,7 +158,9 @@ _TYPES = {
     "power": float,
     "rank": _rank,
     "fit": str,
-    "strength": float,
+    "strength": _strength,
+    "forget_loss": float,
+    "retain_tolerance": float,
     "reference_model": str,
     "max_samples": int,
     "seed": int,

@@ -73,9 +73,26 @@ class PerTAConfig:
             "retain set has gradients)."
         },
     )
-    strength: float = field(
+    strength: float | str = field(
         default=1.0,
-        metadata={"help": "Multiplies the edit, and is folded into B. 0 changes nothing; more forgets more."},
+        metadata={
+            "help": "Multiplies the edit, and is folded into B. 0 changes nothing; more forgets more. 'auto' finds the "
+            "one that meets forget_loss, or else retain_tolerance, on a quarter of the retain set that is held out."
+        },
+    )
+    forget_loss: float | None = field(
+        default=None,
+        metadata={
+            "help": "Goal of strength 'auto': the mean loss on the forget set, in nats per token, such as that of a "
+            "model that never saw it."
+        },
+    )
+    retain_tolerance: float = field(
+        default=0.1,
+        metadata={
+            "help": "Goal of strength 'auto' where no forget_loss is given: the most forgetting that raises the "
+            "retain set's loss by no more than this, in nats per token."
+        },
     )
     reference_model: str = field(
         default="origin",
@@ -132,7 +149,21 @@ class PerTAConfig:
         )
         _check(_is_rank(self.rank), "rank", "nothing, an int from 1 to 256, or a float in (0, 1)", self.rank)
         _check(self.fit in FIT_NAMES, "fit", f"one of {FIT_NAMES}", self.fit)
-        _check(_is_number(self.strength), "strength", "a finite number", self.strength)
+        _check(
+            self.strength == "auto" or _is_number(self.strength), "strength", "a finite number or 'auto'", self.strength
+        )
+        _check(
+            self.forget_loss is None or (_is_number(self.forget_loss) and self.forget_loss > 0),
+            "forget_loss",
+            "nothing, or a finite number > 0",
+            self.forget_loss,
+        )
+        _check(
+            _is_number(self.retain_tolerance) and self.retain_tolerance > 0,
+            "retain_tolerance",
+            "a finite number > 0",
+            self.retain_tolerance,
+        )
         _check(
             self.reference_model in REFERENCE_MODELS,
             "reference_model",

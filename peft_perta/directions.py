@@ -1,129 +1,84 @@
 """Directions of a layer's input space, and how much each set's rows use them.
 
-An edit E changes a layer's output by E x. On the rows to keep it should change nothing, on the rows to forget it should
-do all that the task vector's negative, N, does. Least squares says which matrix on the input side does that best,
+An edit E changes a layer's output by E x. On the rows to keep it should change nothing; on the rows to forget it should
+do all that it does. Least squares says which matrix on the input side does that best,
 
-    min_M  sum_forget ||(N M - N) x||^2 + sum_retain ||N M x||^2      =>      M = C_f (C_f + C_r)^-1 ,
+    min_M  sum_forget ||(E M - E) x||^2 + sum_retain ||E M x||^2      =>      M = C_f (C_f + C_r)^-1 ,
 
-C_f and C_r being the second moments of the inputs. M weighs, in [0, 1], the directions in which both are diagonal, by
-f / (f + r): it is the ratio of PerTA in the basis where inputs do not mix, instead of the basis of neurons. Any
-weighting of the same f and r makes a matrix too, and N M has the rank of N: no refitting, no [O, I] matrix.
+C_f and C_r being the second moments of the inputs. M weighs, in [0, 1], the directions in which both are diagonal by
+f / (f + r): PerTA's ratio, in the basis where inputs do not mix instead of the basis of neurons. E M has the rank of E:
+nothing is refitted, and of a product B A only A changes.
 
-A little of the mean energy (``DAMPING``) is added to what must stay, so that directions that hardly any row uses get
-weights near 0: nothing known, nothing changed. The ratio and the least-squares form are ours; the least-squares view
-follows MEMIT (Meng et al. 2023, arXiv 2210.07229), the sketch Tropp et al. 2017, arXiv 1706.05736.
+A little of the mean energy (``DAMPING``) counts as what must stay, so that directions that hardly any row uses get
+weights near 0: nothing known, nothing changed.
+
+Reference: ours; the least squares of MEMIT (Meng et al. 2023, arXiv 2210.07229) turned to what must go.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from .edit import Edit, Product
-from .moments import sketch_directions
 
 DAMPING = 0.01  # of the mean energy of a direction, over both sets
 
 
-@dataclass(frozen=True)
-class Directions:
-    """K directions that span what both sets' inputs use.
+def along_directions(
+    edit: Edit, forget: Mapping[str, Tensor], retain: Mapping[str, Tensor]
+) -> tuple[Edit, dict[str, float]]:
+    """E M, an edit of the same form and no larger rank, and what is left of the edit.
 
-    Attributes:
-        onto: [I, K]; E @ onto are the edit's components.
-        back: [K, I]; ``onto @ back`` is the projection onto their span.
-        forget: [K], each direction's share of energy that is the forget set's, in [0, 1].
-        retain: [K], the rest of it.
+    Args:
+        forget, retain: ``Statistic.moments()`` of each set: 'inputs' [I, I] and 'tokens' [1, 1].
+
+    Returns:
+        The edit, and the shares 'forget' and 'retain' of its mean squared output on each set's inputs, in [0, 1] but
+        for rounding; 1 where there was none.
     """
-
-    onto: Tensor
-    back: Tensor
-    forget: Tensor
-    retain: Tensor
-
-
-def find_directions(forget: dict[str, Tensor], retain: dict[str, Tensor]) -> Directions:
-    """The directions in which both second moments are diagonal, from ``Statistic.moments()`` of each set.
-
-    With S = C_f + C_r + damping = L L^T and L^-1 C_f L^-T = U diag(f) U^T, the columns of L U are those directions:
-    C_f = L U diag(f) U^T L^T, and S - C_f, the same with 1 - f. Then C_f S^-1 = (L U) diag(f) (U^T L^-1).
-    """
-    factors = [_square_root(moments["inputs"]) / moments["tokens"].double().sqrt() for moments in (forget, retain)]
-    basis = torch.linalg.qr(torch.cat(factors, dim=1)).Q  # [I, K]: all that either set's inputs span
-    C_f, C_r = ((basis.T @ factor) @ (basis.T @ factor).T for factor in factors)
-    S = C_f + C_r
-    identity = torch.eye(len(S), dtype=S.dtype, device=S.device)
-    mean = float(S.diagonal().sum()) / len(basis)
-    if mean == 0:  # no input was ever different from zero
-        return Directions(basis, basis.T, torch.zeros_like(S[0]), torch.ones_like(S[0]))
-    L = torch.linalg.cholesky(S + DAMPING * mean * identity)
-    whitened = torch.linalg.solve_triangular(L, torch.linalg.solve_triangular(L, C_f, upper=False).T, upper=False)
-    f, U = torch.linalg.eigh((whitened + whitened.T) / 2)
-    f = f.clamp(0, 1)
-    back = torch.linalg.solve_triangular(L.T, U, upper=True).T @ basis.T
-    return Directions(basis @ (L @ U), back, f, 1 - f)
+    moved = edit.A if isinstance(edit, Product) else edit
+    rows = moved.double()
+    C_f = _per_token(forget, moved.device)
+    S = damped(C_f, _per_token(retain, moved.device))
+    if S is None:  # no input was ever different from zero
+        return (Product(edit.B, torch.zeros_like(edit.A)) if isinstance(edit, Product) else torch.zeros_like(edit)), {
+            "forget": 1.0,
+            "retain": 1.0,
+        }
+    right = (rows @ C_f).T
+    del C_f
+    found = torch.cholesky_solve(right, torch.linalg.cholesky(S)).T.to(moved.dtype)
+    result = Product(edit.B, found) if isinstance(edit, Product) else found
+    shares = {}
+    for name, moments in (("forget", forget), ("retain", retain)):
+        before, after = (_output_energy(e, moments["inputs"].to(moved.device)) for e in (edit, result))
+        shares[name] = after / before if before > 0 else 1.0
+    return result, shares
 
 
-def along_directions(edit: Edit, directions: Directions, weights: Tensor) -> Edit:
-    """E @ (onto diag(w) back): an edit of the same form and no larger rank; w [K] in [0, 1]."""
-    onto, back, w = (t.to(directions.onto.dtype) for t in (directions.onto, directions.back, weights))
+def damped(C_f: Tensor, C_r: Tensor) -> Tensor | None:
+    """C_f + C_r + ``DAMPING`` of the mean energy on the diagonal [I, I]; None where both are zero. Writes on C_r."""
+    S = C_r.add_(C_f)
+    mean = float(S.diagonal().mean())
+    if mean == 0:
+        return None
+    S.diagonal().add_(DAMPING * mean)
+    return S
+
+
+def _per_token(moments: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """[I, I] in float64, symmetric."""
+    moment = moments["inputs"].to(device, torch.float64, copy=True)
+    return moment.div_(moments["tokens"].to(device, torch.float64).clamp_min(1))
+
+
+def _output_energy(edit: Edit, moment: Tensor) -> float:
+    """tr(E C E^T)."""
+    rows = edit.A if isinstance(edit, Product) else edit
+    moved = rows @ moment.to(rows.dtype)
     if isinstance(edit, Product):
-        return Product(B=edit.B, A=(((edit.A.to(onto.dtype) @ onto) * w) @ back).to(edit.A.dtype))
-    dtype = edit.dtype
-    return (edit @ (onto * w).to(dtype)) @ back.to(dtype)
-
-
-def _square_root(moment: Tensor) -> Tensor:
-    """F [I, K] with F F^T the moment [I, I], or what its sketch [I, K] tells of it; float64."""
-    moment = moment.double()
-    sketch = sketch_directions(len(moment))
-    if sketch is None:
-        values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
-        return vectors * values.clamp_min(0).sqrt()
-    # Nystroem: C is about Y (Omega^T Y)^+ Y^T for Y = C Omega; what rounding leaves of the core is left out.
-    core = sketch.to(moment.device).T @ moment
-    values, vectors = torch.linalg.eigh((core + core.T) / 2)
-    known = values > 1e-6 * values[-1].clamp_min(0)
-    return moment @ (vectors[:, known] / values[known].sqrt())
-
-
-@dataclass(frozen=True)
-class Root:
-    """C^(1/2) = rest (1 - Q Q^T) + Q diag(roots) Q^T, symmetric, without an [I, I] matrix where I is large.
-
-    Attributes:
-        basis: Q [I, K], orthonormal.
-        roots: [K].
-        rest: what every other direction is multiplied by.
-    """
-
-    basis: Tensor
-    roots: Tensor
-    rest: float
-
-    def times(self, matrix: Tensor) -> Tensor:
-        """matrix [*, I] @ C^(1/2)."""
-        return self._apply(matrix, self.roots, self.rest)
-
-    def undone(self, matrix: Tensor) -> Tensor:
-        """matrix [*, I] @ C^(-1/2)."""
-        return self._apply(matrix, 1 / self.roots, 1 / self.rest)
-
-    def _apply(self, matrix: Tensor, roots: Tensor, rest: float) -> Tensor:
-        basis = self.basis.to(matrix.dtype)
-        components = matrix @ basis
-        return rest * matrix + (components * (roots - rest).to(matrix.dtype)) @ basis.T
-
-
-def mean_root(forget: dict[str, Tensor], retain: dict[str, Tensor]) -> Root:
-    """The root of both sets' mean second moment, with ``DAMPING`` of the mean energy on every direction."""
-    factors = [_square_root(moments["inputs"]) / moments["tokens"].double().sqrt() for moments in (forget, retain)]
-    both = torch.cat(factors, dim=1)
-    U, S, _ = torch.linalg.svd(both, full_matrices=False)
-    energies = S.square() / 2
-    floor = DAMPING * float(energies.sum()) / len(both)
-    if floor == 0:
-        floor = 1.0
-    return Root(U, (energies + floor).sqrt(), floor**0.5)
+        return float(((edit.B.T @ edit.B) * (moved @ rows.T)).sum())
+    return float((moved * rows).sum())

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from . import processes
@@ -64,6 +64,26 @@ def load_base(
     return model, tokenizer
 
 
+def load_skeleton(name: str, *, revision: str | None = None) -> PreTrainedModel:
+    """The model's modules without its weights, from its config alone: on the meta device, at no cost of memory.
+
+    Raises:
+        ConfigError: the config cannot be found or read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"the model {name!r} cannot be found: {reason} Expected a directory with config.json, or the name of a hub "
+            "model"
+        ) from error
+    model.config._name_or_path = name
+    return model
+
+
 def attach_adapters(model: PreTrainedModel | PeftModel, adapters: Mapping[str, str | Path]) -> PeftModel:
     """The model with the adapters (name -> directory) on it, frozen; the first is active.
 
@@ -73,14 +93,21 @@ def attach_adapters(model: PreTrainedModel | PeftModel, adapters: Mapping[str, s
     for directory in adapters.values():
         check_adapter_files(directory)
     attached: Any = model
+    # On a model without all its weights at hand (offloaded, or a skeleton), adapters would come without theirs too.
+    settings: dict[str, Any] = {}
+    if any(parameter.is_meta for parameter in model.parameters()):
+        settings = {"low_cpu_mem_usage": True, "torch_device": "cpu"}
     for name, directory in adapters.items():
         try:
             if not isinstance(attached, PeftModel):
-                attached = PeftModel.from_pretrained(model, str(directory), adapter_name=name)
+                attached = PeftModel.from_pretrained(model, str(directory), adapter_name=name, **settings)
+                if settings:  # PEFT leaves the first adapter of such a model without weights, and no later one
+                    attached.delete_adapter(name)
             # For the first one again: from_pretrained keeps to itself what it could not place, and goes on.
-            result = attached.load_adapter(str(directory), adapter_name=name)
-            if result.missing_keys or result.unexpected_keys:
-                raise ValueError(f"missing {result.missing_keys[:3]}, unexpected {result.unexpected_keys[:3]}")
+            result = attached.load_adapter(str(directory), adapter_name=name, **settings)
+            missing = [key for key in result.missing_keys if f".{name}." in key]
+            if missing or result.unexpected_keys:
+                raise ValueError(f"missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}")
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise AdapterError(

@@ -11,9 +11,6 @@ from torch import Tensor
 from .statistics import MOMENT, Outer
 from .targets import Target
 
-# A wider input's moment is sketched: its product with so many random directions, from which it is rebuilt (Nystroem).
-SKETCH = 512
-
 
 class Reader(Protocol):
     """What is kept of a layer's forward and backward, and in which shapes."""
@@ -47,48 +44,36 @@ class Readers:
 
 
 class InputMoments:
-    """sum_t x_t x_t^T [I, I], or its sketch [I, SKETCH], over the tokens through which the loss flows (g_t != 0:
-    padding and what follows the last loss drop out), and their number [1, 1].
+    """sum_t x_t x_t^T [I, I] over the tokens through which the loss flows (g_t != 0: padding and what follows the last
+    loss drop out), and their number [1, 1].
 
     Nothing of an expert's parameter, whose tokens are not met.
     """
 
-    def __init__(self) -> None:
-        self._drawn: dict[tuple[int, torch.device, torch.dtype], Tensor | None] = {}
-
     def gradient(self, target: Target, layer_input: Tensor, output_gradient: Tensor | None) -> dict[str, Outer]:
         if output_gradient is None:
             return {}
-        counted = (output_gradient != 0).any(-1, keepdim=True).to(layer_input.dtype)
-        x = layer_input * counted
-        wide = torch.promote_types(x.dtype, torch.float32)
-        key = x.shape[-1], x.device, wide
-        if key not in self._drawn:
-            drawn = sketch_directions(x.shape[-1])
-            self._drawn[key] = None if drawn is None else drawn.to(x.device, wide)
-        directions = self._drawn[key]
-        sketched = x if directions is None else x.to(directions.dtype) @ directions
-        ones = counted.to(wide)
-        return {f"{MOMENT}inputs": Outer(x, sketched), f"{MOMENT}tokens": Outer(ones, ones)}
+        counted = (output_gradient != 0).any(-1, keepdim=True)
+        x = layer_input * counted.to(layer_input.dtype)
+        ones = counted.to(torch.promote_types(layer_input.dtype, torch.float32))
+        return {f"{MOMENT}inputs": Outer(x, x), f"{MOMENT}tokens": Outer(ones, ones)}
 
     def shapes(self, target: Target) -> dict[str, tuple[int, int]]:
         if target.parameter is not None:
             return {}
         width = target.A.shape[1]
-        return {f"{MOMENT}inputs": (width, min(width, SKETCH)), f"{MOMENT}tokens": (1, 1)}
+        return {f"{MOMENT}inputs": (width, width), f"{MOMENT}tokens": (1, 1)}
 
 
 class Energies:
-    """Mean squares of each input [1, I] and each output gradient [1, O]: the diagonals of the two second moments."""
+    """Sums of squares of each input [1, I] and each output gradient [1, O]: the diagonals of the two second moments."""
 
     def gradient(self, target: Target, layer_input: Tensor, output_gradient: Tensor | None) -> dict[str, Outer]:
         if output_gradient is None:  # x is G [O, I]: what rows and columns of the gradient itself hold
             energies = layer_input.square()
-            ones = torch.ones_like(energies[:, :1])
-            columns = torch.ones_like(energies[0]).unsqueeze(1)
             return {
-                f"{MOMENT}input energy": Outer(ones, energies),
-                f"{MOMENT}output energy": Outer(columns, energies.T),
+                f"{MOMENT}input energy": Outer(torch.ones_like(energies[:, :1]), energies),
+                f"{MOMENT}output energy": Outer(torch.ones_like(energies[0]).unsqueeze(1), energies.T),
             }
         wide = torch.promote_types(layer_input.dtype, torch.float32)
         counted = (output_gradient != 0).any(-1, keepdim=True).to(wide)
@@ -99,10 +84,3 @@ class Energies:
 
     def shapes(self, target: Target) -> dict[str, tuple[int, int]]:
         return {f"{MOMENT}input energy": (1, target.A.shape[1]), f"{MOMENT}output energy": (1, len(target.B))}
-
-
-def sketch_directions(width: int) -> Tensor | None:
-    """Omega [I, SKETCH], float64, the same at every call; None where the whole moment is kept."""
-    if width <= SKETCH:
-        return None
-    return torch.randn(width, SKETCH, generator=torch.Generator().manual_seed(width), dtype=torch.float64)

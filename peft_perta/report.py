@@ -45,7 +45,8 @@ class WeightDistribution:
 @dataclass
 class LayerReport:
     """One layer: the rank that its edit was fitted at, the edit's norm, the share of its energy kept, the bound on the
-    fit's excess squared error and the share lost in the fit's own measure (``factorize.Factors``), its weights."""
+    fit's excess squared error and the share lost in the fit's own measure (``factorize.Factors``), its weights, and
+    what weighing input directions left of the edit's squared output on each set's inputs (empty where it was not)."""
 
     name: str
     kind: str
@@ -56,6 +57,7 @@ class LayerReport:
     weights: dict[str, WeightDistribution]
     excess_error: float = 0.0
     metric_error: float = 0.0
+    left_on_inputs: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LayerReport:
@@ -76,6 +78,7 @@ class PerTAReport:
         rank: the emitted, uniform rank.
         layers: in the model's order; only layers that the forget adapter touches.
         versions: of the packages that took part.
+        calibration: the search for the strength (``calibration.Calibration``), where it was searched for.
         seconds: wall time of each stage; not written down, so that two runs of one thing write the same bytes.
     """
 
@@ -87,6 +90,7 @@ class PerTAReport:
     rank: int
     layers: list[LayerReport]
     versions: dict[str, str]
+    calibration: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property

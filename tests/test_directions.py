@@ -7,9 +7,8 @@ import pytest
 import tables
 import torch
 
-from peft_perta import moments as moments_module
 from peft_perta.data import load_samples
-from peft_perta.directions import DAMPING, along_directions, find_directions
+from peft_perta.directions import DAMPING, along_directions
 from peft_perta.edit import Product
 from peft_perta.errors import UnsupportedLayerError
 from peft_perta.gradients import sweep
@@ -20,123 +19,106 @@ from peft_perta.targets import resolve_targets
 WIDTH = 12
 
 
-def inputs(tokens, seed, width=WIDTH, rank=None):
-    """x [T, width] in float64, of very unequal size over directions, in so many of them."""
+def inputs(tokens, seed, width=WIDTH):
+    """x [T, I] in float64, of very unequal size over directions."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, rank or width, generator=generator, dtype=torch.float64)
-    mix = torch.randn(rank or width, width, generator=generator, dtype=torch.float64)
-    return x * torch.logspace(-1, 1, rank or width, dtype=torch.float64) @ mix
+    x = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
+    mix = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    return x * torch.logspace(-1, 1, width, dtype=torch.float64) @ mix
 
 
 def moments_of(x):
     return {"inputs": x.T @ x, "tokens": torch.full((1, 1), float(len(x)), dtype=torch.float64)}
 
 
-def matrix(directions, weights=None):
-    return (directions.onto * (directions.forget if weights is None else weights)) @ directions.back
+def matrix(forget, retain):
+    """M [I, I]: what becomes of the identity."""
+    return along_directions(torch.eye(forget.shape[1], dtype=torch.float64), moments_of(forget), moments_of(retain))[0]
 
 
-def test_the_share_of_energy_as_weight_is_least_squares():
+def test_it_is_least_squares():
     forget, retain = inputs(50, 0), inputs(70, 1)
     C_f, C_r = forget.T @ forget / 50, retain.T @ retain / 70
-    damped = C_f + C_r + DAMPING * (C_f + C_r).diagonal().mean() * torch.eye(WIDTH)
-    directions = find_directions(moments_of(forget), moments_of(retain))
-    torch.testing.assert_close(matrix(directions), C_f @ torch.linalg.inv(damped))
-    # And so it is the least of the two squared errors of its definition: no step away from it helps.
-    N = inputs(5, 2)
+    damping = DAMPING * (C_f + C_r).diagonal().mean() * torch.eye(WIDTH)
+    M = matrix(forget, retain)
+    torch.testing.assert_close(M, C_f @ torch.linalg.inv(C_f + C_r + damping))
+    # No step away from it makes the two errors of its definition less.
+    E = inputs(5, 2)
 
     def error(M):
-        damping = DAMPING * (C_f + C_r).diagonal().mean()
-        lost = ((N @ M - N) @ C_f * (N @ M - N)).sum()
-        return float(lost + ((N @ M) @ (C_r + damping * torch.eye(WIDTH)) * (N @ M)).sum())
+        lost = (E @ M - E) @ C_f * (E @ M - E)
+        return float((lost + (E @ M) @ (C_r + damping) * (E @ M)).sum())
 
-    least = error(matrix(directions))
-    for seed in range(20):
-        step = 1e-3 * inputs(WIDTH, seed)
-        assert error(matrix(directions) + step) > least
+    least = error(M)
+    assert all(error(M + 1e-3 * inputs(WIDTH, seed)) > least for seed in range(20))
 
 
-def test_both_shares_are_shares():
-    directions = find_directions(moments_of(inputs(50, 0)), moments_of(inputs(70, 1)))
-    assert bool(((directions.forget >= 0) & (directions.forget <= 1)).all())
-    torch.testing.assert_close(directions.forget + directions.retain, torch.ones(WIDTH, dtype=torch.float64))
-    torch.testing.assert_close(matrix(directions, torch.ones(WIDTH)), torch.eye(WIDTH, dtype=torch.float64))
+def test_weights_are_shares():
+    values = torch.linalg.eigvals(matrix(inputs(50, 0), inputs(70, 1)))
+    assert float(values.imag.abs().max()) < 1e-9
+    assert 0 <= float(values.real.min()) <= float(values.real.max()) <= 1
 
 
 def test_what_only_one_set_uses_and_what_neither_does():
     """Axes 0-3: the forget set alone. 4-7: the retain set alone. 8-11: nobody."""
     forget, retain = torch.zeros(40, WIDTH, dtype=torch.float64), torch.zeros(40, WIDTH, dtype=torch.float64)
     forget[:, :4], retain[:, 4:8] = inputs(40, 0, 4), inputs(40, 1, 4)
-    M = matrix(find_directions(moments_of(forget), moments_of(retain)))
+    M = matrix(forget, retain)
     torch.testing.assert_close(M[4:], torch.zeros(8, WIDTH, dtype=torch.float64))
     assert float(M[:4, 4:].abs().max()) < 1e-9
-    values = torch.linalg.eigvals(M[:4, :4]).real
-    assert float(values.max()) > 0.9
-    assert float(values.min()) > 0
+    assert float(torch.linalg.eigvals(M[:4, :4]).real.max()) > 0.9
 
 
 def test_the_same_rows_to_forget_and_to_keep_weigh_at_most_half():
     """Half, and less where the damping, which counts among what must stay, is all that there is."""
-    found = find_directions(*[moments_of(inputs(50, 0))] * 2)
-    assert float(found.forget.max()) == pytest.approx(0.5, rel=5e-3)
-    assert float(found.forget.max()) < 0.5
+    values = torch.linalg.eigvals(matrix(inputs(50, 0), inputs(50, 0))).real
+    assert float(values.max()) == pytest.approx(0.5, rel=5e-3)
+    assert float(values.max()) < 0.5
 
 
 def test_a_rotation_of_the_input_space_turns_the_edit_with_it():
     """Nothing depends on which neurons the directions are written in, as it does element by element."""
     turn = torch.linalg.qr(inputs(WIDTH, 5)).Q
     forget, retain = inputs(50, 0), inputs(70, 1)
-    straight = matrix(find_directions(moments_of(forget), moments_of(retain)))
-    turned = matrix(find_directions(moments_of(forget @ turn), moments_of(retain @ turn)))
-    torch.testing.assert_close(turn @ turned @ turn.T, straight)
+    torch.testing.assert_close(turn @ matrix(forget @ turn, retain @ turn) @ turn.T, matrix(forget, retain))
 
 
 def test_the_number_of_tokens_does_not_tip_the_scale():
     forget, retain = inputs(50, 0), inputs(70, 1)
-    once = matrix(find_directions(moments_of(forget), moments_of(retain)))
-    torch.testing.assert_close(matrix(find_directions(moments_of(forget), moments_of(retain.repeat(3, 1)))), once)
+    torch.testing.assert_close(matrix(forget, retain.repeat(3, 1)), matrix(forget, retain))
 
 
 def test_inputs_that_are_zero_are_not_edited():
     nothing = {"inputs": torch.zeros(WIDTH, WIDTH), "tokens": torch.ones(1, 1)}
-    directions = find_directions(nothing, nothing)
-    assert not along_directions(torch.ones(3, WIDTH), directions, directions.forget).any()
+    for edit in (torch.ones(3, WIDTH), Product(B=torch.ones(3, 2), A=torch.ones(2, WIDTH))):
+        found, left = along_directions(edit, nothing, nothing)
+        assert not (found.A if isinstance(found, Product) else found).any()
+        assert left == {"forget": 1.0, "retain": 1.0}
 
 
-def test_a_product_stays_a_product_of_its_rank():
-    directions = find_directions(moments_of(inputs(50, 0)), moments_of(inputs(70, 1)))
-    edit = Product(B=torch.randn(7, 2), A=torch.randn(2, WIDTH))
-    found = along_directions(edit, directions, directions.forget)
+def test_a_product_stays_a_product_of_its_rank_and_says_what_is_left():
+    forget, retain = inputs(50, 0), inputs(70, 1)
+    edit = Product(B=torch.randn(7, 2, dtype=torch.float64), A=torch.randn(2, WIDTH, dtype=torch.float64))
+    before = edit.A.clone(), edit.B.clone()
+    found, left = along_directions(edit, moments_of(forget), moments_of(retain))
     assert isinstance(found, Product)
     assert found.A.shape == edit.A.shape
-    assert found.A.dtype == edit.A.dtype
-    torch.testing.assert_close(found.B @ found.A, (edit.B @ edit.A) @ matrix(directions).float())
-    dense = along_directions(edit.B @ edit.A, directions, directions.forget)
+    torch.testing.assert_close(found.B @ found.A, (edit.B @ edit.A) @ matrix(forget, retain))
+    dense, of_dense = along_directions(edit.B @ edit.A, moments_of(forget), moments_of(retain))
     torch.testing.assert_close(dense, found.B @ found.A)
+    for name, x in (("forget", forget), ("retain", retain)):
+        share = (x @ (found.B @ found.A).T).square().sum() / (x @ (edit.B @ edit.A).T).square().sum()
+        assert left[name] == pytest.approx(float(share)) == pytest.approx(of_dense[name])
+    assert left["retain"] < left["forget"] < 1
+    assert all(map(torch.equal, before, (edit.A, edit.B)))
 
 
-def sketched(x, monkeypatch, size):
-    monkeypatch.setattr(moments_module, "SKETCH", size)
-    omega = moments_module.sketch_directions(x.shape[1]).to(x.dtype)
-    return {"inputs": x.T @ (x @ omega), "tokens": moments_of(x)["tokens"]}
-
-
-def test_a_sketch_that_holds_all_directions_is_exact(monkeypatch):
-    forget, retain = inputs(50, 0, 60, 9), inputs(70, 1, 60, 8)
-    exact = matrix(find_directions(moments_of(forget), moments_of(retain)))
-    found = matrix(find_directions(sketched(forget, monkeypatch, 12), sketched(retain, monkeypatch, 12)))
-    assert found.shape == (60, 60)
-    # Outside of all inputs there is nothing to weigh; the damping's mean is over the directions that are found.
-    x = torch.cat([forget, retain])
-    torch.testing.assert_close(x @ found, x @ exact, rtol=0, atol=0.02 * float(x.abs().max()))
-
-
-def test_a_sketch_in_single_precision_of_a_steep_spectrum_does_not_break(monkeypatch):
-    forget, retain = inputs(300, 0, 80), inputs(300, 1, 80)
-    found = [sketched(x.float() * torch.logspace(-6, 3, 80), monkeypatch, 10) for x in (forget, retain)]
-    weights = find_directions(*found).forget
-    assert bool(torch.isfinite(weights).all())
-    assert 0 <= float(weights.min()) <= float(weights.max()) <= 1
+def test_moments_in_single_precision_of_a_steep_spectrum_do_not_break():
+    steep = torch.logspace(-8, 4, 80)
+    forget, retain = ({k: v.float() for k, v in moments_of(inputs(300, s, 80).float() * steep).items()} for s in (0, 1))
+    found, left = along_directions(torch.randn(5, 80), forget, retain)
+    assert bool(torch.isfinite(found).all())
+    assert all(0 <= share <= 1 + 1e-4 for share in left.values())
 
 
 # What is read of a model
@@ -210,12 +192,11 @@ def test_the_emitted_adapter_is_the_edit_along_the_directions(granularity, tmp_p
             x[layer.name][0].double().T @ x[layer.name][0].double() / len(x[layer.name][0]) for x in (forget, retain)
         )
         S = C_f + C_r
-        # 'grad' is the ratio at power 1, of energies: least squares.
         M = C_f @ torch.linalg.inv(S + DAMPING * S.diagonal().mean() * torch.eye(len(S)))
         key = next(key for key in found if layer.name in key)
         expected = without[key].double() @ M
         assert float((found[key].double() - expected).norm()) <= 2e-4 * float(expected.norm())
-        assert 0 < layer.weights["directions"].mean < 1
+        assert 0 <= layer.left_on_inputs["retain"] < 1
 
 
 def test_the_default_weighs_directions():
@@ -232,8 +213,8 @@ def test_experts_go_without_and_say_so_when_asked():
     report = builders.negate(model, input_directions=None)[2]
     experts = [layer for layer in report.layers if "[" in layer.name]
     assert experts
-    assert not any("directions" in layer.weights for layer in experts)
-    assert all("directions" in layer.weights for layer in report.layers if "[" not in layer.name)
+    assert not any(layer.left_on_inputs for layer in experts)
+    assert all(layer.left_on_inputs for layer in report.layers if "[" not in layer.name)
     for asked in ({"input_directions": True}, {"fit": "second-moment"}):
         with pytest.raises(UnsupportedLayerError, match=r"experts.*not met for expert parameters"):
             builders.negate(model, **asked)

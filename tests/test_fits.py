@@ -64,7 +64,7 @@ def metric(name, sets):
         )
         right, left = q.sqrt().diag(), p.sqrt().diag()
     else:
-        C = sum(s[f"{MOMENT}inputs"] / s[f"{MOMENT}tokens"] for s in (forget, retain)) / 2
+        C = sum(s[f"{MOMENT}inputs"] / s[f"{MOMENT}tokens"] for s in (forget, retain))
         C = C + DAMPING * C.diagonal().mean() * identity[0]
         values, vectors = torch.linalg.eigh(C)
         right, left = vectors @ values.sqrt().diag() @ vectors.T, identity[1]

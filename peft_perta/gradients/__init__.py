@@ -70,7 +70,8 @@ def _new_plan(
     statistic: StatisticName,
     adapters: list[str],
 ) -> Plan:
-    measured = measure(model, targets, sets, reader, statistic, adapters, config.batch_size)
+    copies = 3 if config.input_directions is False and config.fit == "truncated" else 5
+    measured = measure(model, targets, sets, reader, statistic, adapters, config.batch_size, copies)
     measured = dataclasses.replace(  # each process keeps the inputs of its own batches
         measured,
         block_input=measured.block_input // processes.count(),

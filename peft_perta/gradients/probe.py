@@ -39,6 +39,7 @@ def measure(
     statistic: StatisticName,
     adapters: Sequence[str],
     batch_size: int,
+    edit_copies: int = 3,
 ) -> Measured:
     """Run the longest sample forward once, with the taps on, and drop what its backward would keep after counting it.
 
@@ -102,6 +103,7 @@ def measure(
             size=target.A.shape[1] * len(target.B),
             after=ran - after.get(id(target.base_layer), 0),
             block=members.get(id(target.base_layer)),
+            edit_copies=edit_copies,
         )
         for target in sorted(targets, key=lambda target: order.get(id(target.base_layer), -1))
     ]

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import processes
-from ..adapter import add_adapter, build_adapter, emitted_dtype
+from ..adapter import add_adapter, build_adapter, emitted_dtype, scaled_adapter
+from ..calibration import Goal, calibrate
 from ..checkpoint import Checkpoint, hash_model
 from ..config import PerTAConfig, servable_rank
 from ..data import Sample, fingerprint, load_samples
-from ..directions import along_directions, find_directions
+from ..directions import along_directions
 from ..errors import AdapterError, DataError, NumericalError, UnsupportedLayerError
 from ..factorize import Factors, factorize
 from ..fits import FITS
@@ -47,6 +48,7 @@ from ..targets import (
 )
 from ..weightings import Weighting, resolve_weighting, weigh
 
+HELD_OUT = "held-out retain"
 _FIGURES = ("energy", "energy_kept", "excess_error", "metric_error")
 
 
@@ -134,14 +136,20 @@ def get_perta_state_dict(
     fit_rank, emitted_rank = _ranks(config, targets)
     sets = {"forget": forget_dataloader, "retain": retain_dataloader}
     samples = _load_sets(sets, config, weighting, tokenizer)
+    goal = None
+    if config.strength == "auto":
+        goal = Goal(config.forget_loss) if config.forget_loss else Goal(retain_tolerance=config.retain_tolerance)
+        samples = _with_held_out(samples)
+        config = dataclasses.replace(config, strength=1.0)
     adapters = [task_adapter] if config.reference_model == "full" and task_adapter else []
     checkpoint = None
     if checkpoint_dir is not None and weighting.statistic is not None:
         with processes.failing_together(), _timed(seconds, "hashing the model"):
             run = _describe_run(model, config, targets, samples, adapters)
             checkpoint = Checkpoint(checkpoint_dir, run, writes=processes.is_main())
+    weighed = {name: found for name, found in samples.items() if name != HELD_OUT}
     edited = _edit_all(
-        model, targets, config, weighting, samples, adapters, fit_rank, checkpoint, seconds, show_progress_bar
+        model, targets, config, weighting, weighed, adapters, fit_rank, checkpoint, seconds, show_progress_bar
     )
     factors = {target.name: edited[target.name][0] for target in targets}
     rank = emitted_rank or servable_rank(max(f.rank for f in factors.values()))
@@ -157,7 +165,57 @@ def get_perta_state_dict(
         versions=_versions(),
         seconds=seconds,
     )
+    if goal is not None:
+        with _timed(seconds, "strength"):
+            state_dict, report = _calibrated(
+                model, goal, samples, lora_config, state_dict, report, forget_adapter, task_adapter, show_progress_bar
+            )
     return lora_config, state_dict, report
+
+
+def _with_held_out(samples: dict[str, list[Sample]]) -> dict[str, list[Sample]]:
+    """Every fourth sample of the retain set set aside: it gives no gradient, and judges strengths."""
+    missing = [name for name in ("forget", "retain") if name not in samples]
+    if missing or len(samples["retain"]) < 4:
+        found = "none" if "retain" in missing else f"{len(samples['retain'])}"
+        raise DataError(
+            "strength='auto' judges on the forget set and on held-out retain samples; expected both sets and at least "
+            f"4 retain samples, found {'no forget set' if 'forget' in missing else found + ' retain samples'}"
+        )
+    retain = samples["retain"]
+    held_out = retain[3::4]
+    return {**samples, "retain": [s for i, s in enumerate(retain) if i % 4 != 3], HELD_OUT: held_out}
+
+
+def _calibrated(
+    model: nn.Module,
+    goal: Goal,
+    samples: dict[str, list[Sample]],
+    lora_config: LoraConfig,
+    state_dict: dict[str, Tensor],
+    report: PerTAReport,
+    forget_adapter: str,
+    task_adapter: str | None,
+    show_progress_bar: bool,
+) -> tuple[dict[str, Tensor], PerTAReport]:
+    """The adapter at the strength that meets the goal; it is on the model only while it is tried."""
+    name = "perta_strength_search"
+    add_adapter(model, lora_config, state_dict, name)
+    try:
+        calibration = calibrate(
+            model,
+            goal,
+            samples["forget"],
+            samples[HELD_OUT],
+            adapter_name=name,
+            with_adapters=[task_adapter] if task_adapter else [],
+            negated_adapter=forget_adapter,
+            show_progress_bar=show_progress_bar and processes.is_main(),
+        )
+    finally:
+        model.delete_adapter(name)  # type: ignore[operator]
+    state_dict, report = scaled_adapter(state_dict, report, calibration.strength)
+    return state_dict, dataclasses.replace(report, calibration=calibration.to_dict())
 
 
 def _edit_all(
@@ -289,10 +347,11 @@ def edit_layer(
 
     ``pair`` holds the 'forget' and the 'retain' statistic, or nothing where the weighting needs none; it is used up.
     """
-    granularity = GRANULARITIES[config.granularity]
+    granularity, strength = GRANULARITIES[config.granularity], float(config.strength)
+    left: dict[str, float] = {}
     if weighting.statistic is None:
         weights = granularity.uniform(target)
-        edit = granularity.edit(target, weights, config.strength)
+        edit = granularity.edit(target, weights, strength)
         fitted = factorize(edit, rank)
     else:
         fit = FITS[config.fit]
@@ -301,14 +360,9 @@ def edit_layer(
         forget, retain = (_magnitudes(granularity, pair.pop(name), target) for name in ("forget", "retain"))
         weights = weigh(weighting, forget, retain, target.name)
         del forget, retain
-        edit = granularity.edit(target, {k: w.to(target.A.dtype) for k, w in weights.items()}, config.strength)
-        if _weighs_directions(config, target):
-            directions = find_directions(*({k: m.to(target.A.device) for k, m in found.items()} for found in moments))
-            of_directions = weigh(
-                weighting, {"directions": directions.forget}, {"directions": directions.retain}, target.name
-            )
-            edit = along_directions(edit, directions, of_directions["directions"])
-            weights |= of_directions
+        edit = granularity.edit(target, {k: w.to(target.A.dtype) for k, w in weights.items()}, strength)
+        if config.input_directions is not False and target.parameter is None:
+            edit, left = along_directions(edit, *moments)
         del moments
         fitted = fit.fit(edit, rank, measured)
     distributions = {key: WeightDistribution.of(value) for key, value in weights.items()}
@@ -324,6 +378,7 @@ def edit_layer(
         excess_error=fitted.excess_error,
         metric_error=fitted.metric_error,
         weights=distributions,
+        left_on_inputs=left,
     )
     return dataclasses.replace(fitted, A=fitted.A.cpu(), B=fitted.B.cpu()), layer
 
@@ -335,10 +390,6 @@ def reader_of(config: PerTAConfig) -> Reader:
         readers.append(InputMoments())
     of_fit = FITS[config.fit].reader
     return Readers(readers if of_fit is None else [*readers, of_fit])
-
-
-def _weighs_directions(config: PerTAConfig, target: Target) -> bool:
-    return config.input_directions is not False and target.parameter is None
 
 
 def _check_inputs(config: PerTAConfig, targets: list[Target]) -> None:

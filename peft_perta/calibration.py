@@ -1,0 +1,198 @@
+"""A strength that meets a stated goal, by forward passes only: an adapter's scale is one scalar, nothing is rebuilt."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from .data import Sample
+from .errors import ConfigError, DataError
+from .evaluation import losses_of
+from .stack import adapter_strength, require_adapter
+from .strength import match_forgetting, most_forgetting
+
+MAX_EVALUATIONS = 12
+TOLERANCE = 0.02  # of the goal; the search itself aims closer
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a strength must reach: just one of the two.
+
+    Attributes:
+        forget_loss: the mean loss on the forget rows, for instance that of a model that never saw them.
+        retain_tolerance: how far the mean loss on the retain rows may rise, nats per token, for the most forgetting.
+
+    Raises:
+        ConfigError: none or both are given, or a value is not finite and above 0.
+    """
+
+    forget_loss: float | None = None
+    retain_tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.forget_loss, self.retain_tolerance) if value is not None]
+        if len(given) != 1 or not (isinstance(given[0], (int, float)) and 0 < given[0] < math.inf):
+            raise ConfigError(
+                "a goal is either a forget loss or a retain tolerance, finite and above 0; found "
+                f"forget_loss={self.forget_loss!r}, retain_tolerance={self.retain_tolerance!r}"
+            )
+
+
+@dataclass
+class Calibration:
+    """What the search found, and every point that it paid for.
+
+    Attributes:
+        goal: what was asked.
+        target: the loss that the goal comes to: of the forget rows, or the limit on the retain rows'.
+        strength: factor on the adapter as it was given.
+        losses: 'forget' and 'retain' there.
+        points: {strength, forget, retain}, by strength; 0 is the model without the edit.
+        negation: the same of the forget adapter's plain negation, where there is one to compare with.
+        reference: {forget, retain} of a model that never saw the forget rows, where it is known.
+    """
+
+    goal: dict[str, float | None]
+    target: float
+    strength: float
+    losses: dict[str, float]
+    points: list[dict[str, float]]
+    negation: list[dict[str, float]] = field(default_factory=list)
+    reference: dict[str, float] | None = None
+
+    @property
+    def reached(self) -> bool:
+        """Whether the goal was met within ``TOLERANCE`` of its target."""
+        found = self.losses["forget" if self.goal["forget_loss"] is not None else "retain"]
+        return abs(found - self.target) <= TOLERANCE * self.target
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Calibration:
+        return cls(**values)
+
+    def __str__(self) -> str:
+        what = (
+            f"a forget loss of {self.target:.3f}"
+            if self.goal["forget_loss"] is not None
+            else f"the most forgetting at a retain loss of at most {self.target:.3f}"
+        )
+        return (
+            f"strength {self.strength:.4g} for {what}: forget loss {self.losses['forget']:.3f}, retain loss "
+            f"{self.losses['retain']:.3f} (without the edit {self.points[0]['forget']:.3f} and "
+            f"{self.points[0]['retain']:.3f}), in {len(self.points)} evaluations"
+            + ("" if self.reached else "; the goal was NOT reached within 2 %")
+        )
+
+
+def calibrate(
+    model: nn.Module,
+    goal: Goal,
+    forget: list[Sample],
+    retain: list[Sample],
+    *,
+    adapter_name: str = "perta_unlearn",
+    with_adapters: Sequence[str] = (),
+    negated_adapter: str | None = None,
+    reference: Sequence[str] | None = None,
+    batch_size: int = 32,
+    show_progress_bar: bool = True,
+) -> Calibration:
+    """Find the strength of an adapter on the model that meets the goal; the model goes back as it came.
+
+    Args:
+        forget, retain: the rows that judge, as samples; retain rows that gave no gradients, to be honest.
+        with_adapters: the adapters that are on beside it, such as the task adapter.
+        negated_adapter: the forget adapter, whose plain negation is drawn beside, if wanted.
+        reference: the adapters of a model that never saw the forget rows, if there is one; [] is the base itself.
+
+    Raises:
+        DataError: a set is empty.
+        NumericalError: the goal cannot be met at any strength, or a loss is not finite.
+    """
+    for name, samples in (("forget", forget), ("retain", retain)):
+        if not samples:
+            raise DataError(f"expected {name} rows to judge strengths by, found none")
+    for name in (adapter_name, *with_adapters, *([negated_adapter] if negated_adapter else [])):
+        require_adapter(model, name)
+    points: dict[float, dict[str, float]] = {}
+    bar = tqdm(total=MAX_EVALUATIONS, desc="strength", disable=not show_progress_bar)
+
+    def losses(adapters: Sequence[str]) -> dict[str, float]:
+        found = {"forget": forget, "retain": retain}
+        return {
+            name: float(losses_of(model, samples, adapters=adapters, batch_size=batch_size).double().mean())
+            for name, samples in found.items()
+        }
+
+    def at(strength: float) -> dict[str, float]:
+        if strength not in points:
+            with adapter_strength(model, adapter_name, strength):
+                points[strength] = losses([*with_adapters, adapter_name])
+            bar.update()
+        return points[strength]
+
+    with bar:
+        if goal.forget_loss is not None:
+            target = goal.forget_loss
+            strength = match_forgetting(
+                lambda s: at(s)["forget"], target, tolerance=TOLERANCE / 2, max_evaluations=MAX_EVALUATIONS
+            ).strength
+        else:
+            assert goal.retain_tolerance is not None
+            target = at(0.0)["retain"] + goal.retain_tolerance
+            strength = most_forgetting(
+                lambda s: (at(s)["forget"], at(s)["retain"]), target, tolerance=TOLERANCE,
+                max_evaluations=MAX_EVALUATIONS,
+            )  # fmt: skip
+    negation = []
+    if negated_adapter is not None:
+        largest = max(points[strength]["forget"], *(p["forget"] for s, p in points.items() if s <= strength))
+        for factor in (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0):
+            with adapter_strength(model, negated_adapter, -factor):
+                negation.append({"strength": factor, **losses([*with_adapters, negated_adapter])})
+            if negation[-1]["forget"] > largest:
+                break
+    return Calibration(
+        goal=dataclasses.asdict(goal),
+        target=target,
+        strength=strength,
+        losses=points[strength],
+        points=[{"strength": s, **points[s]} for s in sorted(points)],
+        negation=negation,
+        reference=losses(reference) if reference is not None else None,
+    )
+
+
+def forget_loss_of_log(path: str | Path) -> float:
+    """The mean loss on the forget rows that an evaluation log reports: open-unlearning's ``TOFU_EVAL.json`` of a
+    retain-only model, by ``forget_Q_A_Prob``.
+
+    Raises:
+        DataError: the file is missing, no JSON, or holds no such values.
+    """
+    try:
+        log = json.loads(Path(path).read_text())
+        rows = log["forget_Q_A_Prob"]["value_by_index"]
+        losses = [float(row["avg_loss"]) for row in rows.values()]
+    except OSError as error:
+        raise DataError(f"expected an evaluation log at {path}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} is no evaluation log with forget_Q_A_Prob.value_by_index.*.avg_loss ({type(error).__name__}: "
+            f"{error}); expected open-unlearning's TOFU_EVAL.json of a retain-only model"
+        ) from error
+    if not losses or not all(math.isfinite(loss) and loss > 0 for loss in losses):
+        raise DataError(f"{path}: expected finite losses of the forget rows, found {losses[:3]}")
+    return sum(losses) / len(losses)

@@ -28,10 +28,11 @@ from .errors import AdapterError, NumericalError, OutputError
 from .factorize import Factors
 from .layers.experts import packed_factors
 from .output import replaced_directory
-from .report import PerTAReport
+from .report import FusedReport, PerTAReport
 from .targets import base_model, base_name, check_new_name
 
 PROVENANCE_NAME = "perta_provenance.json"
+STRENGTH_NAME = "strength.json"
 FORGET_RECORD_NAME = "perta_forget.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -151,12 +152,22 @@ def add_adapter(model: nn.Module, config: LoraConfig, state_dict: Mapping[str, T
 
 
 def save_perta_adapter(
-    path: str | Path, lora_config: LoraConfig, state_dict: Mapping[str, Tensor], report: PerTAReport
+    path: str | Path,
+    lora_config: LoraConfig,
+    state_dict: Mapping[str, Tensor],
+    report: PerTAReport | FusedReport,
+    *,
+    license_name: str | None = None,
 ) -> Path:
     """Write a flat directory that loads anywhere: PEFT, transformers, vLLM, llama.cpp, with or without this package.
 
     It holds ``adapter_config.json``, ``adapter_model.safetensors``, ``perta_provenance.json`` and a model card. It is
-    written under a temporary name and moved; a directory of ours is replaced, another's is refused.
+    written under a temporary name and moved; a directory of ours is replaced, another's is refused. ``push_to_hub`` and
+    ``huggingface_hub`` take it as it is.
+
+    Args:
+        license_name: for the card's metadata: an identifier that hubs know, such as 'apache-2.0'; by default 'other',
+            since base and data have a say in it.
 
     Raises:
         OutputError: the path is not ours to write, or the disk refuses.
@@ -167,7 +178,9 @@ def save_perta_adapter(
         files = {name: hash_file(directory / name) for name in (WEIGHTS_NAME, CONFIG_NAME)}
         provenance = {"format": 1, "files": files, **report.to_dict()}
         (directory / PROVENANCE_NAME).write_text(json.dumps(provenance, indent=1) + "\n")
-        (directory / "README.md").write_text(model_card(report))
+        (directory / "README.md").write_text(model_card(report, license_name))
+        if isinstance(report, PerTAReport) and report.calibration is not None:
+            (directory / STRENGTH_NAME).write_text(json.dumps(report.calibration, indent=1) + "\n")
     return Path(path)
 
 
@@ -202,7 +215,7 @@ def save_forget_adapter(path: str | Path, model: PeftModel, adapter_name: str, r
     return Path(path)
 
 
-def load_provenance(path: str | Path) -> tuple[PerTAReport, dict[str, str]]:
+def load_provenance(path: str | Path) -> tuple[PerTAReport | FusedReport, dict[str, str]]:
     """The report of an emitted adapter, and the SHA-256 of its files as they were written.
 
     Raises:
@@ -215,7 +228,7 @@ def load_provenance(path: str | Path) -> tuple[PerTAReport, dict[str, str]]:
         values = json.loads(file.read_text())
         values.pop("format")
         files = values.pop("files")
-        return PerTAReport.from_dict(values), files
+        return (FusedReport if "fused" in values else PerTAReport).from_dict(values), files
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{file} is damaged ({error}); emit the adapter anew") from error
 
@@ -268,5 +281,18 @@ def hash_file(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def read_adapter(path: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The config and state dict of an adapter directory whose files are in order (``check_adapter_files``)."""
+    config: Any = LoraConfig.from_pretrained(str(path))
+    for name in ("target_modules", "target_parameters"):  # lists: sets have another order in every run
+        value = getattr(config, name)
+        setattr(config, name, sorted(value) if value else None)
+    return config, load_file(Path(path) / WEIGHTS_NAME)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
 def emitted_dtype(config: PerTAConfig) -> torch.dtype:
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
+    return torch_dtype(config.dtype)

@@ -1,10 +1,12 @@
-"""``peft-perta``: parse, call, print. Exit status 0, or 2 with one clear line where the input is at fault."""
+"""``peft-perta``: parse, call, print. Exit status 0; 1 where ``verify`` finds a fault; 2, with one clear
+line, where the input is at fault."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import io
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,19 +19,28 @@ from .adapter import (
     check_adapter_files,
     hash_file,
     load_provenance,
+    read_adapter,
     save_perta_adapter,
+    scaled_adapter,
+    torch_dtype,
 )
+from .calibration import Calibration, Goal, calibrate, forget_loss_of_log
 from .checkpoint import remove_checkpoint
 from .config import DTYPES, FIT_NAMES, GRANULARITY_NAMES, REFERENCE_MODELS, PerTAConfig
-from .data import read_rows
+from .data import load_samples, read_rows
 from .demo import DemoSettings, run_demo
 from .errors import AdapterError, ConfigError, DataError, PerTAError
-from .loading import attach_adapters, load_base, quiet
+from .evaluation import losses_of
+from .fuse import fuse_adapters
+from .loading import attach_adapters, load_base, load_skeleton, quiet
+from .merge import compare_merged, merge_adapters
 from .methods import get_perta_state_dict
 from .output import check_output
-from .report import PerTAReport
+from .picture import PICTURE_NAME, draw_calibration
+from .report import FusedReport, PerTAReport
 from .training import train_forget_adapter
 from .training.forget_adapter import default_lora_config
+from .verification import format_checks, re_evaluate, verify_adapter
 from .weightings import WEIGHTINGS, resolve_weighting
 
 ROWS_HELP = "JSON lines of {question, answer}, {prompt, completion}, {messages} or {text}"
@@ -44,8 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without our bars shows something else, and goes on
     try:
-        options.run(options)
+        status = options.run(options)
         sys.stdout.flush()
+        return status or 0
     except PerTAError as error:
         if processes.local_rank() == 0:  # the others fail with it
             print(f"peft-perta: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -66,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Take knowledge out of a language model with a LoRA adapter: train a forget adapter on what must "
         "go, weigh it parameter by parameter, and get a negative adapter that stacks on the full model.",
     )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="{demo,forget,unlearn,inspect}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     demo = _command(
         commands, "demo", _demo, "run the main job on TOFU with the small Llama that ships with the package"
@@ -103,6 +115,47 @@ def _parser() -> argparse.ArgumentParser:
         default = "" if field.default is None else f" (default: {field.default})"
         choices = CHOICES.get(field.name)
         unlearn.add_argument(name, type=_TYPES[field.name], default=field.default, choices=choices, help=text + default)
+
+    calibrate = _command(commands, "calibrate", _calibrate, "find the strength that meets a goal, and rescale")
+    _add_model(calibrate)
+    calibrate.add_argument("--adapter", required=True, metavar="DIR", help="a negative adapter that unlearn wrote")
+    calibrate.add_argument("--task-adapter", metavar="DIR", help="the adapter that knows too much, where it is one")
+    calibrate.add_argument("--forget", required=True, metavar="ROWS", help=f"rows to forget: {ROWS_HELP}")
+    calibrate.add_argument("--retain", required=True, metavar="ROWS", help="rows to keep that gave no gradients")
+    goal = calibrate.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--forget-loss", type=float, help="match this mean forget loss (nats per token)")
+    goal.add_argument("--reference-log", metavar="JSON", help="match that of a retain-only model's TOFU_EVAL.json")
+    goal.add_argument("--reference-adapter", metavar="DIR", help="match that of the base with this adapter on")
+    goal.add_argument(
+        "--retain-tolerance", type=float, help="the most forgetting that raises the retain loss by no more than this"
+    )
+    calibrate.add_argument("--forget-adapter", metavar="DIR", help="draw its plain negation beside")
+    calibrate.add_argument("--max-length", type=int, default=1024, help="tokens per row (default: 1024)")
+    calibrate.add_argument("--output", required=True, metavar="DIR", help="directory of the rescaled adapter")
+
+    fuse = _command(commands, "fuse", _fuse, "several adapters as one, for servers that take one a request")
+    fuse.add_argument("adapters", nargs="+", metavar="DIR[:STRENGTH]", help="plain LoRA adapters of one base")
+    fuse.add_argument("--model", required=True, metavar="NAME", help="their base; its weights are not loaded")
+    fuse.add_argument("--revision", help="revision of a hub model")
+    fuse.add_argument("--rank", type=int, help="truncate to this rank (default: the ranks' sum, exactly)")
+    fuse.add_argument("--dtype", choices=DTYPES, default="float32", help="of the factors (default: float32)")
+    fuse.add_argument("--output", required=True, metavar="DIR", help="directory of the fused adapter")
+
+    merge = _command(commands, "merge", _merge, "adapters into a full-precision copy of the base, shard by shard")
+    merge.add_argument("adapters", nargs="+", metavar="DIR[:STRENGTH]", help="plain LoRA adapters of the base")
+    merge.add_argument("--model", required=True, metavar="NAME", help="the base, not quantised")
+    merge.add_argument("--revision", help="revision of a hub model")
+    merge.add_argument("--dtype", choices=DTYPES, help="of the merged model (default: as the base's files)")
+    merge.add_argument("--check", metavar="ROWS", help="rows to compare the merged model's answers and losses on")
+    merge.add_argument("--output", required=True, metavar="DIR", help="directory of the merged model")
+
+    verify = _command(commands, "verify", _verify, "check an adapter's files, what servers ask of it, and its base")
+    verify.add_argument("adapter", metavar="DIR", help="a directory that unlearn, calibrate or fuse wrote")
+    verify.add_argument("--base", "--model", dest="model", metavar="NAME", help="load the adapter on it, afresh")
+    verify.add_argument("--revision", help="revision of a hub model")
+    verify.add_argument("--task-adapter", metavar="DIR", help="is on beside it when rows are re-evaluated")
+    verify.add_argument("--forget", metavar="ROWS", help="re-evaluate on these rows, with the adapter off and on")
+    verify.add_argument("--retain", metavar="ROWS", help="likewise")
 
     inspect = _command(commands, "inspect", _inspect, "say what an emitted adapter is and how it was made")
     inspect.add_argument("adapter", metavar="DIR", help="a directory that unlearn wrote")
@@ -161,6 +214,7 @@ _TYPES = {
     "strength": _strength,
     "forget_loss": float,
     "retain_tolerance": float,
+    "divergence_samples": int,
     "reference_model": str,
     "max_samples": int,
     "seed": int,
@@ -232,7 +286,11 @@ def _unlearn(options: argparse.Namespace) -> None:
         save_perta_adapter(options.output, lora_config, state_dict, report)
         remove_checkpoint(_checkpoint(options))
         print(f"{report}\nIt is in {options.output}")
-        print(f"Next: peft-perta inspect {options.output}, then stack it on the model")
+        if report.calibration is not None:
+            found = Calibration.from_dict(report.calibration)
+            draw_calibration(found, Path(options.output) / PICTURE_NAME)
+            print(f"{found}\nIts curve is in {Path(options.output) / PICTURE_NAME}")
+        print(f"Next: peft-perta verify {options.output} --base {options.model}, then stack it on the model")
     processes.finish()
 
 
@@ -241,9 +299,120 @@ def _checkpoint(options: argparse.Namespace) -> str:
     return f"{options.output.rstrip(os.sep)}.checkpoint"
 
 
+def _calibrate(options: argparse.Namespace) -> None:
+    check_output(options.output, PROVENANCE_NAME)
+    named = {
+        "unlearn": options.adapter,
+        "task": options.task_adapter,
+        "forget": options.forget_adapter,
+        "reference": options.reference_adapter,
+    }
+    named = {name: directory for name, directory in named.items() if directory}
+    for directory in named.values():
+        check_adapter_files(directory)
+    report, _ = load_provenance(options.adapter)
+    if not isinstance(report, PerTAReport):
+        raise AdapterError(f"{options.adapter} is a fused adapter; calibrate the parts, then fuse them")
+    forget_loss = options.forget_loss
+    if options.reference_log:
+        forget_loss = forget_loss_of_log(options.reference_log)
+    if not options.reference_adapter:
+        Goal(forget_loss, options.retain_tolerance)
+    rows = {name: read_rows(getattr(options, name)) for name in ("forget", "retain")}
+    base, tokenizer = _load_base(options)
+    samples = {
+        name: load_samples(found, tokenizer, max_length=options.max_length, name=f"the {name} set")
+        for name, found in rows.items()
+    }
+    model = attach_adapters(base, named)
+    if options.reference_adapter:
+        forget_loss = float(losses_of(model, samples["forget"], adapters=["reference"]).double().mean())
+    found = calibrate(
+        model,
+        Goal(forget_loss, options.retain_tolerance),
+        samples["forget"],
+        samples["retain"],
+        adapter_name="unlearn",
+        with_adapters=["task"] if options.task_adapter else [],
+        negated_adapter="forget" if options.forget_adapter else None,
+        reference=["reference"] if options.reference_adapter else None,
+    )
+    lora_config, state_dict = read_adapter(options.adapter)
+    state_dict, report = scaled_adapter(state_dict, report, found.strength)
+    report = dataclasses.replace(report, calibration=found.to_dict())
+    save_perta_adapter(options.output, lora_config, state_dict, report)
+    draw_calibration(found, Path(options.output) / PICTURE_NAME)
+    print(f"{found}\nThe adapter at that strength is in {options.output}, its curve in {PICTURE_NAME} there")
+    print(f"Next: peft-perta verify {options.output} --base {options.model}")
+
+
+def _parts(texts: Sequence[str]) -> dict[str, float]:
+    """DIR[:STRENGTH] -> strength."""
+    parts: dict[str, float] = {}
+    for text in texts:
+        directory, colon, strength = text.rpartition(":")
+        if not colon or os.path.isdir(text):
+            directory, strength = text, "1"
+        try:
+            value = float(strength)
+        except ValueError:
+            raise ConfigError(f"expected DIR or DIR:STRENGTH with a number, found {text!r}") from None
+        if directory in parts or not math.isfinite(value):
+            what = "is given twice" if directory in parts else f"has the strength {value}, expected a finite one"
+            raise ConfigError(f"{directory} {what}")
+        parts[directory] = value
+    for directory in parts:
+        check_adapter_files(directory)
+    return parts
+
+
+def _fuse(options: argparse.Namespace) -> None:
+    check_output(options.output, PROVENANCE_NAME)
+    parts = _parts(options.adapters)
+    names = [Path(directory).name.replace(".", "_") for directory in parts]
+    if len(set(names)) < len(names):
+        names = [f"{name}_{number}" for number, name in enumerate(names, start=1)]
+    directories = dict(zip(names, parts, strict=True))
+    model = attach_adapters(load_skeleton(options.model, revision=options.revision), directories)
+    strengths = dict(zip(names, parts.values(), strict=True))
+    dtype = torch_dtype(options.dtype)
+    lora_config, state_dict, report = fuse_adapters(model, strengths, rank=options.rank, dtype=dtype)
+    save_perta_adapter(options.output, lora_config, state_dict, report)
+    print(f"{report}\nIt is in {options.output}")
+    print(f"Next: peft-perta verify {options.output} --base {options.model}, then serve it alone")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    parts = _parts(options.adapters)
+    rows = read_rows(options.check) if options.check else None
+    dtype = torch_dtype(options.dtype) if options.dtype else None
+    report = merge_adapters(options.model, parts, options.output, dtype=dtype, revision=options.revision)
+    print(f"{report}\nThe model is in {options.output}; it loads without PEFT")
+    if rows is not None:
+        print(compare_merged(options.model, parts, options.output, rows, revision=options.revision))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    rows = {name: read_rows(getattr(options, name)) for name in ("forget", "retain") if getattr(options, name)}
+    if rows and not options.model:
+        raise ConfigError("--forget and --retain need --base: the model to re-evaluate on")
+    checks = verify_adapter(options.adapter, options.model, revision=options.revision)
+    if rows and all(check.passed for check in checks):
+        base, tokenizer = load_base(options.model, revision=options.revision)
+        named = {"task": options.task_adapter, "unlearn": options.adapter}
+        model = attach_adapters(base, {name: directory for name, directory in named.items() if directory})
+        samples = {name: load_samples(found, tokenizer, name=f"the {name} set") for name, found in rows.items()}
+        checks += re_evaluate(model, samples, "unlearn", ["task"] if options.task_adapter else [])
+    print(format_checks(checks))
+    return 0 if all(check.passed for check in checks) else 1
+
+
 def _inspect(options: argparse.Namespace) -> None:
     report, files = load_provenance(options.adapter)
     check_adapter_files(options.adapter)
+    if isinstance(report, FusedReport):
+        print("\n".join([str(report), *_states(Path(options.adapter), files)]))
+        return
     try:
         lines = [str(report), _facts(report), *_states(Path(options.adapter), files), "", *_layers(report)]
     except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:

@@ -94,6 +94,14 @@ class PerTAConfig:
             "retain set's loss by no more than this, in nats per token."
         },
     )
+    divergence_samples: int = field(
+        default=0,
+        metadata={
+            "help": "On so many samples of the retain set, measure how far the adapter's next-token distributions are "
+            "from those of the edit before it was fitted to the rank (KL). Keeps dense edits, [out, in] per layer, on "
+            "the host meanwhile; edits that the rank holds exactly need no measuring."
+        },
+    )
     reference_model: str = field(
         default="origin",
         metadata={
@@ -171,6 +179,12 @@ class PerTAConfig:
             self.reference_model,
         )
         _check(self.max_samples is None or _is_count(self.max_samples), "max_samples", "an int > 0", self.max_samples)
+        _check(
+            _is_int(self.divergence_samples) and self.divergence_samples >= 0,
+            "divergence_samples",
+            "an int >= 0",
+            self.divergence_samples,
+        )
         _check(_is_int(self.seed) and 0 <= self.seed < 2**63, "seed", "an int >= 0, below 2**63", self.seed)
         _check(_is_count(self.batch_size), "batch_size", "an int > 0", self.batch_size)
         for name in ("max_memory", "host_memory"):

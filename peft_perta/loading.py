@@ -93,18 +93,16 @@ def attach_adapters(model: PreTrainedModel | PeftModel, adapters: Mapping[str, s
     for directory in adapters.values():
         check_adapter_files(directory)
     attached: Any = model
-    # On a model without all its weights at hand (offloaded, or a skeleton), adapters would come without theirs too.
-    settings: dict[str, Any] = {}
-    if any(parameter.is_meta for parameter in model.parameters()):
-        settings = {"low_cpu_mem_usage": True, "torch_device": "cpu"}
+    # On a model without all its weights at hand (offloaded, a skeleton) PEFT leaves the first adapter without its own.
+    scratch = None
+    if not isinstance(model, PeftModel) and any(parameter.is_meta for parameter in model.parameters()):
+        scratch = "perta_scratch"
     for name, directory in adapters.items():
         try:
             if not isinstance(attached, PeftModel):
-                attached = PeftModel.from_pretrained(model, str(directory), adapter_name=name, **settings)
-                if settings:  # PEFT leaves the first adapter of such a model without weights, and no later one
-                    attached.delete_adapter(name)
+                attached = PeftModel.from_pretrained(model, str(directory), adapter_name=scratch or name)
             # For the first one again: from_pretrained keeps to itself what it could not place, and goes on.
-            result = attached.load_adapter(str(directory), adapter_name=name, **settings)
+            result = attached.load_adapter(str(directory), adapter_name=name)
             missing = [key for key in result.missing_keys if f".{name}." in key]
             if missing or result.unexpected_keys:
                 raise ValueError(f"missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}")
@@ -113,6 +111,9 @@ def attach_adapters(model: PreTrainedModel | PeftModel, adapters: Mapping[str, s
             raise AdapterError(
                 f"the adapter in {directory} does not fit the model: {reason}; load the base that it was trained on"
             ) from error
+    if scratch is not None and scratch in attached.peft_config:
+        attached.set_adapter(next(iter(adapters)))
+        attached.delete_adapter(scratch)
     return attached
 
 

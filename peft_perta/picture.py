@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from .calibration import Calibration
 
+PICTURE_NAME = "strength.png"
 BLUE, GREY, RED = "#1f6fb4", "#888888", "#d1495b"
 
 

@@ -79,6 +79,8 @@ class PerTAReport:
         layers: in the model's order; only layers that the forget adapter touches.
         versions: of the packages that took part.
         calibration: the search for the strength (``calibration.Calibration``), where it was searched for.
+        divergence: KL of the adapter's next-token distributions from those of the edit at full rank, mean over tokens
+            with loss, nats; 0 where the rank holds the edit exactly, None where it was not measured.
         seconds: wall time of each stage; not written down, so that two runs of one thing write the same bytes.
     """
 
@@ -91,6 +93,7 @@ class PerTAReport:
     layers: list[LayerReport]
     versions: dict[str, str]
     calibration: dict[str, Any] | None = None
+    divergence: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -99,6 +102,11 @@ class PerTAReport:
         total = sum(layer.edit_norm**2 for layer in self.layers)
         kept = sum(layer.edit_norm**2 * layer.energy_kept for layer in self.layers)
         return kept / total if total else 1.0
+
+    @property
+    def metric_error(self) -> float:
+        """The share of the edit that the fit lost in its own measure, mean over layers."""
+        return sum(layer.metric_error for layer in self.layers) / max(len(self.layers), 1)
 
     def to_dict(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
@@ -117,3 +125,32 @@ class PerTAReport:
             f"weights per {self.config['granularity']}, strength {self.config['strength']:g}, from {sets} samples; "
             f"{self.energy_kept:.1%} of the edit's energy kept"
         )
+
+
+@dataclass
+class FusedReport:
+    """Several adapters as one.
+
+    Attributes:
+        base_model: its name.
+        parts: name, strength and SHA-256 of the factors of each adapter that went in.
+        rank: the emitted, uniform rank.
+        energy_kept: the share of the sum's squared Frobenius norm that the adapter holds; 1 where nothing was cut.
+    """
+
+    base_model: dict[str, Any]
+    parts: list[dict[str, Any]]
+    rank: int
+    energy_kept: float
+    dtype: str = "float32"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"fused": dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FusedReport:
+        return cls(**values["fused"])
+
+    def __str__(self) -> str:
+        names = " + ".join(f"{part['strength']:g} x {part['name']}" for part in self.parts)
+        return f"{names} as one adapter of rank {self.rank}; {self.energy_kept:.1%} of the sum's energy kept"

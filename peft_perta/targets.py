@@ -160,6 +160,14 @@ def base_name(model: nn.Module) -> str | None:
     return getattr(getattr(base_model(model), "config", None), "_name_or_path", None) or None
 
 
+def hash_embeddings(model: nn.Module) -> str:
+    """SHA-256 of the base's input embeddings, in bfloat16: the same in whatever type or quantisation it is loaded."""
+    embeddings: Any = base_model(model).get_input_embeddings()  # type: ignore[operator]
+    with align_module_device(embeddings):
+        weight = embeddings.weight.detach().to("cpu", torch.bfloat16).contiguous()
+        return hashlib.sha256(weight.view(torch.int16).numpy().tobytes()).hexdigest()
+
+
 def check_base(model: nn.Module, adapter_name: str) -> None:
     """Refuse an adapter that names another base than the one it sits on.
 

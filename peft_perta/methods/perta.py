@@ -27,6 +27,8 @@ from ..checkpoint import Checkpoint, hash_model
 from ..config import PerTAConfig, servable_rank
 from ..data import Sample, fingerprint, load_samples
 from ..directions import along_directions
+from ..divergence import edit_divergence
+from ..edit import Product
 from ..errors import AdapterError, DataError, NumericalError, UnsupportedLayerError
 from ..factorize import Factors, factorize
 from ..fits import FITS
@@ -42,6 +44,7 @@ from ..targets import (
     base_name,
     check_base,
     check_new_name,
+    hash_embeddings,
     hash_targets,
     resolve_layers,
     resolve_targets,
@@ -148,8 +151,9 @@ def get_perta_state_dict(
             run = _describe_run(model, config, targets, samples, adapters)
             checkpoint = Checkpoint(checkpoint_dir, run, writes=processes.is_main())
     weighed = {name: found for name, found in samples.items() if name != HELD_OUT}
+    dense: dict[str, Tensor] | None = {} if config.divergence_samples and "retain" in samples else None
     edited = _edit_all(
-        model, targets, config, weighting, weighed, adapters, fit_rank, checkpoint, seconds, show_progress_bar
+        model, targets, config, weighting, weighed, adapters, fit_rank, checkpoint, seconds, show_progress_bar, dense
     )
     factors = {target.name: edited[target.name][0] for target in targets}
     rank = emitted_rank or servable_rank(max(f.rank for f in factors.values()))
@@ -165,6 +169,18 @@ def get_perta_state_dict(
         versions=_versions(),
         seconds=seconds,
     )
+    if all(factors[name].metric_error == 0 for name in factors):
+        report.divergence = 0.0
+    elif dense is not None and all(name in dense for name, f in factors.items() if f.metric_error > 0):
+        with _timed(seconds, "divergence"), _added(model, lora_config, state_dict, "perta_divergence") as name:
+            report.divergence = edit_divergence(
+                model,
+                samples["retain"][: config.divergence_samples],
+                {target.base_layer: dense.get(target.name) for target in targets},
+                name,
+                with_adapters=[task_adapter] if task_adapter else [],
+                batch_size=config.batch_size,
+            )
     if goal is not None:
         with _timed(seconds, "strength"):
             state_dict, report = _calibrated(
@@ -199,9 +215,7 @@ def _calibrated(
     show_progress_bar: bool,
 ) -> tuple[dict[str, Tensor], PerTAReport]:
     """The adapter at the strength that meets the goal; it is on the model only while it is tried."""
-    name = "perta_strength_search"
-    add_adapter(model, lora_config, state_dict, name)
-    try:
+    with _added(model, lora_config, state_dict, "perta_strength_search") as name:
         calibration = calibrate(
             model,
             goal,
@@ -212,8 +226,6 @@ def _calibrated(
             negated_adapter=forget_adapter,
             show_progress_bar=show_progress_bar and processes.is_main(),
         )
-    finally:
-        model.delete_adapter(name)  # type: ignore[operator]
     state_dict, report = scaled_adapter(state_dict, report, calibration.strength)
     return state_dict, dataclasses.replace(report, calibration=calibration.to_dict())
 
@@ -229,11 +241,15 @@ def _edit_all(
     checkpoint: Checkpoint | None,
     seconds: dict[str, float],
     show_progress_bar: bool,
+    dense: dict[str, Tensor] | None = None,
 ) -> dict[str, tuple[Factors, LayerReport]]:
-    """Layer name -> its factors, and what was done. A layer's statistics are freed as soon as it has its factors."""
+    """Layer name -> its factors, and what was done. A layer's statistics are freed as soon as it has its factors.
+
+    Edits before they are fitted go into ``dense``, if it is given; an earlier run's are gone.
+    """
     if weighting.statistic is None:
         with _timed(seconds, "weights and factors"):
-            return {target.name: edit_layer(target, config, weighting, {}, rank) for target in targets}
+            return {target.name: edit_layer(target, config, weighting, {}, rank, dense) for target in targets}
     edited = _load_edited(checkpoint, targets)
     if len(edited) == len(targets):
         return edited
@@ -258,7 +274,7 @@ def _edit_all(
         for group, found in groups:
             for target in group:
                 pair = {name: per_layer.pop(target.name) for name, per_layer in found.items()}
-                edited[target.name] = edit_layer(target, config, weighting, pair, rank)
+                edited[target.name] = edit_layer(target, config, weighting, pair, rank, dense)
             if checkpoint is not None:
                 with processes.failing_together():
                     _save_edited(checkpoint, [target.name for target in group], edited)
@@ -289,6 +305,16 @@ def _load_edited(checkpoint: Checkpoint | None, targets: list[Target]) -> dict[s
                     factors = Factors(tensors[f"{name}|A"], tensors[f"{name}|B"], *figures)
                     edited[name] = factors, LayerReport.from_dict(layer)
     return processes.from_main({t.name: edited[t.name] for t in targets if t.name in edited})
+
+
+@contextmanager
+def _added(model: nn.Module, lora_config: LoraConfig, state_dict: dict[str, Tensor], name: str) -> Iterator[str]:
+    """The adapter on the model, for the length of the block."""
+    add_adapter(model, lora_config, state_dict, name)
+    try:
+        yield name
+    finally:
+        model.delete_adapter(name)  # type: ignore[operator]
 
 
 def _describe_run(
@@ -341,11 +367,17 @@ def _load_sets(
 
 
 def edit_layer(
-    target: Target, config: PerTAConfig, weighting: Weighting, pair: dict[str, Statistic], rank: int | float
+    target: Target,
+    config: PerTAConfig,
+    weighting: Weighting,
+    pair: dict[str, Statistic],
+    rank: int | float,
+    dense: dict[str, Tensor] | None = None,
 ) -> tuple[Factors, LayerReport]:
     """Statistics -> weights -> edit -> factors of one layer, on the host, and what was done.
 
     ``pair`` holds the 'forget' and the 'retain' statistic, or nothing where the weighting needs none; it is used up.
+    The edit before it is fitted goes into ``dense`` [O, I], on the host, if it is given.
     """
     granularity, strength = GRANULARITIES[config.granularity], float(config.strength)
     left: dict[str, float] = {}
@@ -365,6 +397,8 @@ def edit_layer(
             edit, left = along_directions(edit, *moments)
         del moments
         fitted = fit.fit(edit, rank, measured)
+    if dense is not None:
+        dense[target.name] = (edit.B @ edit.A if isinstance(edit, Product) else edit).cpu()
     distributions = {key: WeightDistribution.of(value) for key, value in weights.items()}
     if not (bool(torch.isfinite(fitted.A).all()) and bool(torch.isfinite(fitted.B).all())):
         raise NumericalError(f"{target.name}: the edit's factors are not finite; train the forget adapter less")
@@ -394,12 +428,18 @@ def reader_of(config: PerTAConfig) -> Reader:
 
 def _check_inputs(config: PerTAConfig, targets: list[Target]) -> None:
     """Refuse what needs the inputs of layers whose inputs are not met."""
-    wish = "input_directions=True" if config.input_directions else f"fit={config.fit!r}"
+    wishes = {
+        "input_directions=True": config.input_directions,
+        "fit='second-moment'": config.fit == "second-moment",
+        "divergence_samples": config.divergence_samples,
+    }
+    wish = next((name for name, wished in wishes.items() if wished), None)
     expert = next((target.name for target in targets if target.parameter is not None), None)
-    if expert is not None and (config.input_directions or config.fit == "second-moment"):
+    if expert is not None and wish is not None:
         raise UnsupportedLayerError(
             f"{expert}: {wish} needs the layer's inputs, which are not met for expert parameters; leave "
-            "input_directions unset (experts then go without) and use fit='truncated' or 'weighted'"
+            "input_directions unset (experts then go without), divergence_samples at 0, and use fit='truncated' or "
+            "'weighted'"
         )
 
 
@@ -416,6 +456,7 @@ def _describe_base(model: nn.Module) -> dict[str, Any]:
     return {
         "name": base_name(model),
         "revision": getattr(config, "_commit_hash", None),
+        "embeddings_sha256": hash_embeddings(model),
         "quantization": quantization
         and {k: v for k, v in quantization.items() if isinstance(v, (str, int, float, bool))},
     }

@@ -1,0 +1,76 @@
+"""Several adapters as one, for servers that take one a request. Concatenation is exact; a smaller rank is not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from .adapter import build_adapter
+from .config import SERVABLE_RANKS, servable_rank
+from .edit import Product
+from .errors import AdapterError, ConfigError, NumericalError
+from .factorize import Factors, factorize
+from .report import FusedReport
+from .stack import require_adapter
+from .targets import Target, base_name, check_base, check_lora_config, hash_targets, resolve_layers
+
+
+def fuse_adapters(
+    model: nn.Module,
+    strengths: Mapping[str, float] | Sequence[str],
+    *,
+    rank: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[LoraConfig, dict[str, Tensor], FusedReport]:
+    """sum_k strength_k s_k B_k A_k as one plain LoRA adapter: [B_1 .. B_n] @ [A_1; ..; A_n].
+
+    Args:
+        model: carries the adapters; its own weights are not needed (``loading.load_skeleton`` will do).
+        strengths: adapter name -> factor on its delta, or names alone for 1 each.
+        rank: truncate to it (least Frobenius error, in the report); by default the ranks' sum, exactly.
+
+    Raises:
+        AdapterError: fewer than two adapters, or one that is not plain LoRA or of another base.
+        ConfigError: the ranks' sum is more than a server takes, and no rank is given.
+        NumericalError: a factor is not finite.
+    """
+    factors_of = dict(strengths) if isinstance(strengths, Mapping) else dict.fromkeys(strengths, 1.0)
+    if len(factors_of) < 2:
+        raise AdapterError(f"expected at least two adapters to fuse, found {sorted(factors_of)}")
+    if rank is not None and not 1 <= rank <= SERVABLE_RANKS[-1]:
+        raise ConfigError(f"rank: expected an int from 1 to {SERVABLE_RANKS[-1]}, found {rank!r}")
+    parts: dict[str, list[tuple[Target, float]]] = {}
+    hashes = {}
+    for name, factor in factors_of.items():
+        check_lora_config(require_adapter(model, name), name)
+        check_base(model, name)
+        targets = resolve_layers(model, name)
+        hashes[name] = hash_targets(targets)
+        for target in targets:
+            parts.setdefault(target.name, []).append((target, factor))
+    whole = max(sum(target.rank for target, _ in found) for found in parts.values())
+    if rank is None and whole > SERVABLE_RANKS[-1]:
+        raise ConfigError(
+            f"the adapters' ranks add up to {whole}, expected at most {SERVABLE_RANKS[-1]}; give a rank to truncate to"
+        )
+    fused: dict[str, Factors] = {}
+    for name, found in parts.items():
+        B = torch.cat([factor * target.scaling * target.B for target, factor in found], dim=1)
+        A = torch.cat([target.A for target, _ in found])
+        fused[name] = factorize(Product(B=B, A=A), rank or whole)
+        if not (bool(torch.isfinite(fused[name].A).all()) and bool(torch.isfinite(fused[name].B).all())):
+            raise NumericalError(f"{name}: the fused factors are not finite; look at the adapters and their strengths")
+    emitted = servable_rank(rank or whole)
+    lora_config, state_dict = build_adapter(model, fused, emitted, dtype)
+    energy = sum(f.energy for f in fused.values())
+    report = FusedReport(
+        base_model={"name": base_name(model)},
+        parts=[{"name": n, "strength": float(factor), "sha256": hashes[n]} for n, factor in factors_of.items()],
+        rank=emitted,
+        energy_kept=sum(f.energy * f.energy_kept for f in fused.values()) / energy if energy else 1.0,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    return lora_config, state_dict, report

@@ -100,7 +100,9 @@ def attach_adapters(model: PreTrainedModel | PeftModel, adapters: Mapping[str, s
     for name, directory in adapters.items():
         try:
             if not isinstance(attached, PeftModel):
-                attached = PeftModel.from_pretrained(model, str(directory), adapter_name=scratch or name)
+                attached = PeftModel.from_pretrained(
+                    model, str(directory), adapter_name=scratch or name, low_cpu_mem_usage=scratch is not None
+                )
             # For the first one again: from_pretrained keeps to itself what it could not place, and goes on.
             result = attached.load_adapter(str(directory), adapter_name=name)
             missing = [key for key in result.missing_keys if f".{name}." in key]

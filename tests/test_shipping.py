@@ -1,0 +1,381 @@
+"""Fused, merged and stacked models agree; and ``verify`` finds what is wrong with a directory."""
+
+import json
+import shutil
+from contextlib import ExitStack
+
+import builders
+import oracles
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from peft_perta import AdapterError, ConfigError, NumericalError, OutputError, save_perta_adapter, stack_adapters
+from peft_perta.adapter import add_adapter, hash_file, load_provenance
+from peft_perta.borrow import borrowed
+from peft_perta.fuse import fuse_adapters
+from peft_perta.loading import attach_adapters, load_base, load_skeleton
+from peft_perta.merge import MERGED_NAME, compare_merged, merge_adapters
+from peft_perta.stack import adapter_strength
+from peft_perta.verification import format_checks, verify_adapter
+
+IDS = torch.arange(3, 23).reshape(2, 10)
+
+
+def logits(model, adapters=()):
+    """With these adapters on, as users turn them on; ``borrowed`` keeps 4-bit weights from being repacked."""
+    if adapters:
+        stack_adapters(model, list(adapters))
+    model.eval()
+    with torch.no_grad(), borrowed(model):
+        return model(input_ids=IDS).logits
+
+
+# Fusing
+
+MODELS = {
+    "linear": builders.adapted_llama,
+    "linear4bit": builders.adapted_nf4_llama,
+    "conv1d": builders.adapted_gpt2,
+    "experts": builders.adapted_mixtral,
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_fused_adapter_is_the_stack(kind):
+    """On a 4-bit base too: the stack adds both deltas to the same dequantised weights."""
+    model = MODELS[kind]()
+    names = [name for name in model.peft_config if name != "default"][:2]
+    assert len(names) == 2
+    config, state_dict, report = fuse_adapters(model, dict(zip(names, (1.0, -0.7), strict=True)))
+    with adapter_strength(model, names[1], -0.7):
+        expected = logits(model, names)
+    add_adapter(model, config, state_dict, "fused")
+    found = logits(model, ["fused"])
+    assert not torch.allclose(expected, logits(model, names[:1]), atol=1e-3)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert report.energy_kept == 1.0
+    assert [part["strength"] for part in report.parts] == [1.0, -0.7]
+
+
+def test_an_nf4_stack_is_the_stack_on_its_dequantised_base():
+    """Nothing is lost but what the quantisation lost before."""
+    model = builders.adapted_nf4_llama()
+    plain, _ = oracles.plain_model(model, ["forget", "task"])
+    with torch.no_grad():
+        expected = plain(input_ids=IDS).logits
+    torch.testing.assert_close(logits(model, ["forget", "task"]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_smaller_rank_is_the_best_of_that_rank_and_says_what_it_lost():
+    model = builders.adapted_llama()
+    _, state_dict, report = fuse_adapters(model, ["forget", "task"], rank=3)
+    kept = whole = 0.0
+    for name, adapted in oracles.adapted_weights(model, "forget").items():
+        exact = adapted.delta + oracles.adapted_weights(model, "task")[name].delta
+        prefix = f"base_model.model.{name}.lora_"
+        found = state_dict[f"{prefix}B.weight"].double() @ state_dict[f"{prefix}A.weight"].double()
+        torch.testing.assert_close(found, oracles.best_approximation(exact, 3), rtol=1e-4, atol=1e-5)
+        kept, whole = kept + float(found.square().sum()), whole + float(exact.square().sum())
+    assert report.energy_kept == pytest.approx(kept / whole, rel=1e-5)
+    assert report.rank == 8
+
+
+def test_no_weights_of_the_base_are_needed(tmp_path):
+    model = builders.adapted_saved_llama()
+    for name in ("forget", "task"):
+        model.save_pretrained(tmp_path, selected_adapters=[name])
+    skeleton = load_skeleton(str(builders.llama_directory()))
+    bare = attach_adapters(skeleton, {name: tmp_path / name for name in ("forget", "task")})
+    assert all(p.is_meta for n, p in bare.named_parameters() if "lora" not in n)
+    _, found, _ = fuse_adapters(bare, ["forget", "task"])
+    _, expected, _ = fuse_adapters(model, ["forget", "task"])
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "error", "message"),
+    [
+        (["forget"], {}, AdapterError, "at least two adapters to fuse, found"),
+        (["forget", "nobody"], {}, AdapterError, "no adapter named 'nobody'"),
+        (["forget", "task"], {"rank": 300}, ConfigError, "from 1 to 256, found 300"),
+        ({"forget": 1.0, "task": float("inf")}, {}, NumericalError, "factors are not finite"),
+    ],
+)
+def test_what_cannot_be_fused_is_refused(names, settings, error, message):
+    with pytest.raises(error, match=message):
+        fuse_adapters(builders.adapted_llama(), names, **settings)
+
+
+def test_ranks_beyond_what_servers_take_need_one_to_cut_to():
+    big = builders.lora_config(r=130)
+    model = builders.with_adapters(builders.llama(), big, other=big)
+    with pytest.raises(ConfigError, match="add up to 260, expected at most 256; give a rank"):
+        fuse_adapters(model, ["forget", "other"])
+
+
+def test_requests_in_time_stack_and_are_withdrawn_one_by_one():
+    """The second of two negative adapters off again is the first alone; both as one adapter are both."""
+    model = builders.adapted_llama()
+    first, second = builders.forget_rows()[:3], builders.forget_rows()[3:]
+    for name, rows in (("first", first), ("second", second)):
+        config, state_dict, _ = builders.negate(model, forget=rows)
+        add_adapter(model, config, state_dict, name)
+    alone, both = logits(model, ["task", "first"]), logits(model, ["task", "first", "second"])
+    assert not torch.allclose(alone, both, atol=1e-3)
+    torch.testing.assert_close(logits(model, ["task", "first"]), alone, rtol=0, atol=0)
+    config, state_dict, _ = fuse_adapters(model, ["task", "first", "second"])
+    add_adapter(model, config, state_dict, "whole")
+    torch.testing.assert_close(logits(model, ["whole"]), both, rtol=1e-5, atol=1e-5)
+
+
+# Merging
+
+
+def saved(model, base, path, shard="5GB"):
+    """A base and two adapters of it on disk: their directories."""
+    base.save_pretrained(path / "base", max_shard_size=shard)
+    builders.tokenizer().save_pretrained(path / "base")
+    names = [name for name in model.peft_config if name != "default"][:2]
+    model.save_pretrained(path, selected_adapters=names)
+    for name in names:
+        config = json.loads((path / name / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = str(path / "base")
+        (path / name / "adapter_config.json").write_text(json.dumps(config))
+    return str(path / "base"), {str(path / name): factor for name, factor in zip(names, (1.0, -0.6), strict=True)}
+
+
+def stacked(base, adapters):
+    names = {f"a{index}": path for index, path in enumerate(adapters)}
+    model = attach_adapters(load_base(base, dtype=torch.float32)[0], names)
+    with ExitStack() as strengths:
+        for name, path in names.items():
+            strengths.enter_context(adapter_strength(model, name, adapters[path]))
+        return logits(model, list(names))
+
+
+BASES = {"linear": builders.llama, "conv1d": builders.gpt2, "tied": lambda: builders.llama(tied=True)}
+ADAPTED = {**MODELS, "tied": lambda: builders.with_adapters(builders.llama(tied=True), builders.lora_config(),
+                                                            task=builders.lora_config())}  # fmt: skip
+
+
+@pytest.mark.parametrize("shard", ["5GB", "60KB"])
+@pytest.mark.parametrize("kind", BASES)
+def test_the_merged_model_is_the_stack(kind, shard, tmp_path):
+    base, adapters = saved(ADAPTED[kind](), BASES[kind](), tmp_path, shard)
+    report = merge_adapters(base, adapters, tmp_path / "merged", show_progress_bar=False)
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    torch.testing.assert_close(found, stacked(base, adapters), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, logits(load_base(base, dtype=torch.float32)[0]), atol=1e-3)
+    assert report.rounding < 1e-6
+    shards = sorted(file.name for file in (tmp_path / "base").glob("*.safetensors"))
+    assert (len(shards) > 1) == (shard != "5GB")
+    assert shards == sorted(file.name for file in (tmp_path / "merged").glob("*.safetensors")) == sorted(report.files)
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+    assert json.loads((tmp_path / "merged" / MERGED_NAME).read_text())["weights"] == report.weights
+
+
+def test_sixteen_bits_round_and_say_how_much(tmp_path):
+    base, adapters = saved(builders.adapted_llama(), builders.llama().to(torch.bfloat16), tmp_path)
+    report = merge_adapters(base, adapters, tmp_path / "merged", show_progress_bar=False)
+    assert report.dtype == "bfloat16"
+    assert 1e-4 < report.rounding < 0.1
+    whole = merge_adapters(base, adapters, tmp_path / "whole", dtype=torch.float32, show_progress_bar=False)
+    assert whole.rounding < 1e-6
+    with safe_open(tmp_path / "whole" / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32}  # noqa: SIM118 - no mapping
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(logits(found), stacked(base, adapters), rtol=1e-5, atol=1e-5)
+
+
+def test_the_check_answers_with_both(tmp_path):
+    base, adapters = saved(builders.adapted_llama(), builders.llama(), tmp_path)
+    merge_adapters(base, adapters, tmp_path / "merged", show_progress_bar=False)
+    check = compare_merged(base, adapters, tmp_path / "merged", builders.forget_rows(), answered=3)
+    assert (check.rows, check.same_answers) == (3, 3)
+    assert check.largest_difference < 1e-5
+    wrong = compare_merged(base, dict.fromkeys(adapters, 0.0), tmp_path / "merged", builders.forget_rows(), answered=3)
+    assert wrong.largest_difference > 1e-2
+
+
+def test_a_quantised_base_is_refused(tmp_path):
+    base, adapters = saved(builders.adapted_llama(), builders.llama(), tmp_path)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="is quantised: rounding would undo a small edit"):
+        merge_adapters(base, adapters, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_weights_under_another_name_are_refused_before_anything_is_written(tmp_path):
+    base, adapters = saved(builders.adapted_llama(), builders.llama(), tmp_path)
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = {key.replace("q_proj", "query"): value for key, value in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(AdapterError, match=r"q_proj.weight is adapted, but the files .* hold no tensor of that name"):
+        merge_adapters(base, adapters, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_bad_merges_are_refused(tmp_path):
+    base, adapters = saved(builders.adapted_llama(), builders.llama(), tmp_path)
+    with pytest.raises(AdapterError, match="at least one adapter to merge"):
+        merge_adapters(base, {}, tmp_path / "merged")
+    with pytest.raises(NumericalError, match="the merged weight is not finite"):
+        merge_adapters(base, dict.fromkeys(adapters, float("inf")), tmp_path / "merged", show_progress_bar=False)
+    assert not (tmp_path / "merged").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(OutputError, match="was not written by peft_perta"):
+        merge_adapters(base, adapters, tmp_path / "mine")
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        merge_adapters(base, adapters, tmp_path / "merged")
+
+
+# Verifying
+
+
+@pytest.fixture(scope="module")
+def emitted(tmp_path_factory):
+    """A negative adapter as unlearn writes it, on a base on disk."""
+    model = builders.adapted_saved_llama()
+    path = tmp_path_factory.mktemp("emitted") / "unlearn"
+    return save_perta_adapter(path, *builders.negate(model))
+
+
+def failed(directory, base=None):
+    return [check.name for check in verify_adapter(directory, base) if not check.passed]
+
+
+def test_what_is_emitted_passes(emitted):
+    checks = verify_adapter(emitted, str(builders.llama_directory()))
+    assert all(check.passed for check in checks), format_checks(checks)
+    assert len(checks) >= 18
+    assert format_checks(checks).endswith("every check passed")
+
+
+def copied(emitted, path, change_config=None, change_tensors=None):
+    """A copy with its files changed and the provenance's hashes made to fit: the hashes shall not be what finds it."""
+    shutil.copytree(emitted, path)
+    if change_config:
+        config = json.loads((path / "adapter_config.json").read_text())
+        change_config(config)
+        (path / "adapter_config.json").write_text(json.dumps(config))
+    if change_tensors:
+        tensors = load_file(path / "adapter_model.safetensors")
+        tensors = change_tensors(tensors) or tensors
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path / "adapter_model.safetensors", {"format": "pt"})
+    provenance = json.loads((path / "perta_provenance.json").read_text())
+    provenance["files"] = {name: hash_file(path / name) for name in provenance["files"]}
+    (path / "perta_provenance.json").write_text(json.dumps(provenance))
+    return path
+
+
+def infinite(tensors):
+    next(iter(tensors.values()))[0, 0] = torch.inf
+
+
+def without_a_layer(tensors):
+    return {key: value for key, value in tensors.items() if "layers.1.self_attn.q_proj" not in key}
+
+
+def of_rank_12(tensors):
+    return {k: torch.cat([v, v[:4]]) if "lora_A" in k else torch.cat([v, v[:, :4]], 1) for k, v in tensors.items()}
+
+
+def of_two_types(tensors):
+    key = next(iter(tensors))
+    tensors[key] = tensors[key].half()
+
+
+FAULTS = {
+    "rank of 12": ({"r": 12, "lora_alpha": 12}, of_rank_12, "vLLM: rank"),
+    "rank of 12 in the file alone": (None, of_rank_12, "all: rank of the factors"),
+    "rsLoRA": ({"use_rslora": True}, None, "all: no rsLoRA"),
+    "alpha": ({"lora_alpha": 16}, None, "llama.cpp, TGI: lora_alpha == r"),
+    "patterns": ({"rank_pattern": {"q_proj": 4}}, None, "llama.cpp, TGI: no patterns"),
+    "bias": ({"bias": "all"}, None, "all: no bias"),
+    "DoRA": ({"use_dora": True}, None, "all: plain LoRA"),
+    "PiSSA": ({"init_lora_weights": "pissa"}, None, "all: the base as it is"),
+    "infinite": (None, infinite, "all: finite"),
+    "two types": (None, of_two_types, "all: one type"),
+    "half a pair": (None, lambda t: dict(list(t.items())[1:]), "all: factors in pairs"),
+    "a strange key": (None, lambda t: {**t, "base_model.model.head.weight": torch.ones(1)}, "vLLM: keys"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found_by_its_own_check(fault, emitted, tmp_path):
+    config, tensors, name = FAULTS[fault]
+    directory = copied(emitted, tmp_path / "bad", (lambda c: c.update(config)) if config else None, tensors)
+    assert name in failed(directory)
+
+
+def test_a_missing_layer_is_found(emitted, tmp_path):
+    directory = copied(emitted, tmp_path / "bad", None, without_a_layer)
+    assert failed(directory) == []
+    found = failed(directory, str(builders.llama_directory()))
+    assert found == ["TGI: every layer of each projection", "PEFT: loads in a fresh process"]
+
+
+def test_a_flipped_byte_is_found(emitted, tmp_path):
+    shutil.copytree(emitted, tmp_path / "bad")
+    file = tmp_path / "bad" / "adapter_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    assert failed(tmp_path / "bad") == ["hash of adapter_model.safetensors"]
+
+
+def test_a_provenance_of_another_adapter_is_found(emitted, tmp_path):
+    other = save_perta_adapter(tmp_path / "other", *builders.negate(builders.adapted_saved_llama(), strength=2.0))
+    shutil.copytree(emitted, tmp_path / "bad")
+    shutil.copy(other / "perta_provenance.json", tmp_path / "bad")
+    assert failed(tmp_path / "bad") == ["hash of adapter_model.safetensors"]
+    (tmp_path / "bad" / "perta_provenance.json").unlink()
+    assert failed(tmp_path / "bad") == ["provenance"]
+
+
+def test_another_base_is_found_by_its_name_and_by_its_embeddings(emitted, tmp_path):
+    builders.llama().save_pretrained(tmp_path / "other-llama")
+    assert failed(emitted, str(tmp_path / "other-llama")) == ["the base that it was made for"]
+    model = builders.llama()
+    model.get_input_embeddings().weight.data[3] += 0.5
+    model.save_pretrained(tmp_path / builders.llama_directory().name)
+    assert failed(emitted, str(tmp_path / builders.llama_directory().name)) == ["the base's embeddings"]
+
+
+def test_a_fused_adapter_verifies(tmp_path):
+    model = builders.adapted_saved_llama()
+    path = save_perta_adapter(tmp_path / "fused", *fuse_adapters(model, ["task", "forget"]))
+    assert failed(path, str(builders.llama_directory())) == []
+    report, _ = load_provenance(path)
+    assert [part["name"] for part in report.parts] == ["task", "forget"]
+    assert "Fused adapter" in (path / "README.md").read_text()
+
+
+def test_damaged_and_missing_files_are_lines_of_the_table(emitted, tmp_path):
+    with pytest.raises(AdapterError, match="is no directory"):
+        verify_adapter(tmp_path / "nowhere")
+    shutil.copytree(emitted, tmp_path / "bad")
+    (tmp_path / "bad" / "adapter_model.safetensors").unlink()
+    assert {"hash of adapter_model.safetensors", "weights"} <= set(failed(tmp_path / "bad"))
+    (tmp_path / "bad" / "adapter_config.json").write_text("{")
+    assert "vLLM: rank" in failed(tmp_path / "bad")
+
+
+def test_the_card_is_what_hubs_read(emitted):
+    from huggingface_hub import ModelCard
+
+    data = ModelCard.load(emitted / "README.md").data.to_dict()
+    assert data["library_name"] == "peft"
+    assert data["license"] == "other"
+    assert {"lora", "unlearning", "perta"} <= set(data["tags"])
+    assert isinstance(PeftModel.from_pretrained(builders.llama(), emitted), PeftModel)

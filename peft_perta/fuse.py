@@ -51,16 +51,15 @@ def fuse_adapters(
         hashes[name] = hash_targets(targets)
         for target in targets:
             parts.setdefault(target.name, []).append((target, factor))
-    whole = max(sum(target.rank for target, _ in found) for found in parts.values())
+    products = {name: _concatenated(found) for name, found in parts.items()}
+    whole = max(max(product.A.shape[0] for product in products.values()), 1)
     if rank is None and whole > SERVABLE_RANKS[-1]:
         raise ConfigError(
             f"the adapters' ranks add up to {whole}, expected at most {SERVABLE_RANKS[-1]}; give a rank to truncate to"
         )
     fused: dict[str, Factors] = {}
-    for name, found in parts.items():
-        B = torch.cat([factor * target.scaling * target.B for target, factor in found], dim=1)
-        A = torch.cat([target.A for target, _ in found])
-        fused[name] = factorize(Product(B=B, A=A), rank or whole)
+    for name, product in products.items():
+        fused[name] = factorize(product, rank or whole)
         if not (bool(torch.isfinite(fused[name].A).all()) and bool(torch.isfinite(fused[name].B).all())):
             raise NumericalError(f"{name}: the fused factors are not finite; look at the adapters and their strengths")
     emitted = servable_rank(rank or whole)
@@ -74,3 +73,11 @@ def fuse_adapters(
         dtype=str(dtype).removeprefix("torch."),
     )
     return lora_config, state_dict, report
+
+
+def _concatenated(found: list[tuple[Target, float]]) -> Product:
+    """[B_1 .. B_n] @ [A_1; ..; A_n] without what adapters were zero-padded with."""
+    B = torch.cat([factor * target.scaling * target.B for target, factor in found], dim=1)
+    A = torch.cat([target.A for target, _ in found])
+    used = A.any(1) & B.any(0)
+    return Product(B=B[:, used], A=A[used])

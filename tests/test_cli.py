@@ -22,6 +22,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from peft_perta import PerTAConfig, cli
+from peft_perta.adapter import save_perta_adapter
 from peft_perta.cli import main
 from peft_perta.data import encode_row
 from peft_perta.evaluation import row_losses
@@ -74,8 +75,9 @@ class Place:
 
 
 def as_arguments(options: dict) -> list[str]:
-    given = {key: value for key, value in options.items() if value is not None}
-    return [part for key, value in given.items() for part in ("--" + key.replace("_", "-"), str(value))]
+    """--key value; --key where the value is True."""
+    given = {"--" + key.replace("_", "-"): value for key, value in options.items() if value is not None}
+    return [part for key, value in given.items() for part in ((key,) if value is True else (key, str(value)))]
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +165,12 @@ OPTIONS = {
     "granularity": "delta",
     "power": 1.5,
     "rank": 3,
+    "fit": "kronecker",
+    "input_directions": True,
     "strength": 0.5,
+    "forget_loss": 3.5,
+    "retain_tolerance": 0.5,
+    "divergence_samples": 2,
     "reference_model": "full",
     "max_samples": 3,
     "seed": 5,
@@ -257,6 +264,68 @@ def test_inspect_sees_that_a_file_was_changed(place, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("adapter_config.json")] == ["CHANGED"]
     assert [line.split()[1] for line in lines if line.startswith("adapter_model.safetensors")] == ["as"]
+
+
+def calibration(place, *, emitted=False, **options):
+    """Arguments of calibrate; ``emitted``: a negative adapter is at unlearned/ first."""
+    if emitted and not (place / "unlearned").exists():
+        save_perta_adapter(place / "unlearned", *builders.negate(builders.adapted_saved_llama()))
+    settings = {
+        "model": builders.llama_directory(),
+        "adapter": place / "unlearned",
+        "forget": place / "forget.jsonl",
+        "retain": place / "retain.jsonl",
+        "retain_tolerance": 0.05,
+        "output": place / "calibrated",
+    }
+    return ["calibrate", *as_arguments({**settings, **options})]
+
+
+def test_calibrate_fuse_merge_verify(place, capsys):
+    """From a negative adapter to a model that is handed out; each step takes what the one before left."""
+    base = str(builders.llama_directory())
+    arguments = calibration(place, emitted=True, task_adapter=place / "task", forget_adapter=place / "forget")
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "for the most forgetting at a retain loss of at most" in out
+    curve = json.loads((place / "calibrated" / "strength.json").read_text())
+    assert (place / "calibrated" / "strength.png").is_file()
+    assert curve["losses"]["retain"] <= curve["target"]
+    assert len(curve["negation"]) > 1
+    before, after = (load_file(place / name / "adapter_model.safetensors") for name in ("unlearned", "calibrated"))
+    for key, tensor in after.items():
+        factor = curve["strength"] if ".lora_B." in key else 1.0
+        torch.testing.assert_close(tensor, before[key] * factor)
+    assert f"| with it | {curve['losses']['forget']:.3f}" in (place / "calibrated" / "README.md").read_text()
+
+    assert main(["verify", str(place / "calibrated"), "--base", base]) == 0
+    assert "every check passed" in capsys.readouterr().out
+
+    parts = [str(place / "task"), f"{place / 'calibrated'}:0.5"]
+    assert main(["fuse", *parts, "--model", base, "--output", str(place / "fused")]) == 0
+    assert "1 x task + 0.5 x calibrated as one adapter of rank 8" in capsys.readouterr().out
+    assert main(["verify", str(place / "fused"), "--base", base]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(place / "fused")]) == 0
+    assert capsys.readouterr().out.count("as emitted") == 2
+
+    merge = ["merge", *parts, "--model", base, "--check", str(place / "forget.jsonl")]
+    assert main([*merge, "--output", str(place / "merged")]) == 0
+    assert "5 of 5 answers are the same" in capsys.readouterr().out
+    assert main(["verify", str(place / "fused"), "--base", str(place / "merged")]) == 1
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_verify_re_evaluates(place, capsys):
+    save_perta_adapter(place / "unlearned", *builders.negate(builders.adapted_saved_llama(), strength=-1.0))
+    rows = ["--forget", str(place / "forget.jsonl"), "--retain", str(place / "retain.jsonl")]
+    verify = ["verify", str(place / "unlearned"), "--base", str(builders.llama_directory()), *rows]
+    status = main([*verify, "--task-adapter", str(place / "task")])
+    lines = {line.split()[2]: line for line in capsys.readouterr().out.splitlines() if "re-evaluated" in line}
+    off, on = (float(part.split()[0]) for part in lines["forget"].split("loss")[1].split(","))
+    assert lines["forget"].startswith("pass" if on > off else "FAIL")
+    assert status == (0 if on > off else 1)
+    assert "without it" in lines["retain"]
 
 
 # Bad input
@@ -474,8 +543,64 @@ FORGET: dict[str, Case] = {
     "no such model": (lambda p: p.forget(model="no-such/model"), "'no-such/model' cannot be loaded", False),
 }
 OTHERS: dict[str, Case] = {
-    "no command": (lambda p: [], "arguments are required: {demo,forget,unlearn,inspect}", BEFORE_LOADING),
+    "no command": (lambda p: [], "arguments are required: COMMAND", BEFORE_LOADING),
     "unknown command": (lambda p: ["relearn"], "invalid choice: 'relearn'", BEFORE_LOADING),
+    "fuse one": (
+        lambda p: ["fuse", str(p / "forget"), "--model", str(builders.llama_directory()), "--output", str(p / "out")],
+        "at least two adapters to fuse",
+        BEFORE_LOADING,
+    ),
+    "fuse one twice": (
+        lambda p: ["fuse", str(p / "forget"), f"{p / 'forget'}:2", "--model", "m", "--output", str(p / "out")],
+        "forget is given twice",
+        BEFORE_LOADING,
+    ),
+    "fuse at no strength": (
+        lambda p: ["fuse", str(p / "task"), f"{p / 'forget'}:much", "--model", "m", "--output", str(p / "out")],
+        "expected DIR or DIR:STRENGTH with a number, found .*forget:much",
+        BEFORE_LOADING,
+    ),
+    "fuse into another's": (
+        lambda p: ["fuse", str(p / "task"), str(p / "forget"), "--model", "m", "--output", str(p / "theirs")],
+        "theirs exists and was not written by peft_perta",
+        BEFORE_LOADING,
+    ),
+    "merge at an endless strength": (
+        lambda p: ["merge", f"{p / 'task'}:inf", "--model", "m", "--output", str(p / "out")],
+        "task has the strength inf, expected a finite one",
+        BEFORE_LOADING,
+    ),
+    "merge into no model": (
+        lambda p: ["merge", str(p / "task"), "--model", str(p / "nowhere"), "--output", str(p / "out")],
+        "the model .*nowhere' cannot be found",
+        BEFORE_LOADING,
+    ),
+    "calibrate what is not ours": (
+        lambda p: calibration(p, adapter=p / "forget"),
+        "forget holds no perta_provenance.json",
+        BEFORE_LOADING,
+    ),
+    "calibrate by a log that is none": (
+        lambda p: calibration(p, emitted=True, reference_log=p / "forget.jsonl", retain_tolerance=None),
+        "is no evaluation log",
+        BEFORE_LOADING,
+    ),
+    "calibrate to a negative tolerance": (
+        lambda p: calibration(p, emitted=True, retain_tolerance="-1"),
+        "either a forget loss or a retain tolerance, finite and above 0",
+        BEFORE_LOADING,
+    ),
+    "calibrate to two goals": (
+        lambda p: calibration(p, forget_loss=1),
+        "--retain-tolerance: not allowed with argument --forget-loss|--forget-loss: not allowed",
+        BEFORE_LOADING,
+    ),
+    "verify nothing": (lambda p: ["verify", str(p / "nowhere")], "nowhere is no directory", BEFORE_LOADING),
+    "verify by rows without a base": (
+        lambda p: ["verify", str(p / "forget"), "--forget", str(p / "forget.jsonl")],
+        "--forget and --retain need --base",
+        BEFORE_LOADING,
+    ),
     "demo into another's": (
         lambda p: ["demo", "--output", str(p / "theirs")],
         "theirs exists and was not written by peft_perta",

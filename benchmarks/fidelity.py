@@ -1,0 +1,133 @@
+"""What does bringing an edit down to a rank lose, and which fit loses least?
+
+For each seed: a forget adapter is trained on the shipped model, dense edits are made of it, and each is fitted at ranks
+r/2, r, 2r and 4r (r the forget adapter's own) by every fit. Read are the shares of energy kept and of the fit's own
+measure lost; KL of the adapter's next-token distributions from the dense edit's, over all judged rows, both at the
+dense edit's strength of matched forgetting; and retain and general loss at matched forgetting.
+
+    python -m benchmarks.fidelity [--seeds 0 1 2] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics as stats
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from benchmarks.matched_forgetting import DENSE, SPLITS, Bench, Edit, edit_of
+from peft_perta import PerTAConfig
+from peft_perta.borrow import borrowed
+from peft_perta.config import FIT_NAMES
+from peft_perta.data import batches
+from peft_perta.demo.run import DemoSettings
+from peft_perta.loading import quiet
+from peft_perta.stack import adapter_strength
+
+RANK = DemoSettings().rank
+RANKS = (RANK // 2, RANK, 2 * RANK, 4 * RANK)
+# The edits at full rank; the first needs no fit from the forget adapter's own rank on.
+EDITS = [
+    edit_of("factor", "grad", directions=True),
+    edit_of("delta", "grad"),
+    edit_of("factor+delta", "grad", directions=True),
+]
+
+
+def divergence(bench: Bench, p: str, q: str, strength: float) -> float:
+    """KL(p || q), mean over tokens with loss of all judged rows, nats; both adapters at one strength."""
+    total = count = 0.0
+    for batch in batches([sample for name in SPLITS for sample in bench.judged[name]], 32):
+        found = []
+        with ExitStack() as strengths:
+            for name in (p, q):
+                strengths.enter_context(adapter_strength(bench.model, name, strength))
+            for name in (p, q):
+                with borrowed(bench.model, ["task", name]), torch.no_grad():
+                    output = bench.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+                    found.append(torch.log_softmax(output.logits[:, :-1][batch.labels[:, 1:] != -100], dim=-1))
+        total += float((found[0].exp() * (found[0] - found[1])).sum())
+        count += len(found[0])
+    return total / count
+
+
+def run(seed: int, edits: Sequence[Edit] = EDITS, ranks: Sequence[int] = RANKS) -> list[dict]:
+    bench = Bench(seed, False, DemoSettings())
+    results = []
+
+    def judge(name: str, edit: str, fit: str, rank: int | None, energy: float, **found: float) -> float:
+        match = bench.matched(name)
+        with adapter_strength(bench.model, name, match.strength):
+            losses = bench.losses("task", name)
+        results.append({"seed": seed, "edit": edit, "fit": fit, "rank": rank, "strength": match.strength,
+                        "energy_kept": energy, **found, **losses})  # fmt: skip
+        return match.strength
+
+    with bench.edited(PerTAConfig(weighting="uniform"), "negation") as energy:
+        judge("negation", "plain negation", "", None, energy)
+    with tqdm(total=len(edits) * len(ranks) * len(FIT_NAMES), desc=f"fits, seed {seed}") as bar:
+        for edit in edits:
+            with bench.edited(replace(edit.config, rank=DENSE), "dense") as energy:
+                strength = judge("dense", edit.name, "dense", None, energy)
+                for rank in ranks:
+                    exact = edit.config.granularity == "factor" and rank >= RANK
+                    for fit in ("truncated",) if exact else FIT_NAMES:
+                        with bench.edited(replace(edit.config, rank=rank, fit=fit), "fitted") as energy:
+                            kl = divergence(bench, "dense", "fitted", strength)
+                            judge("fitted", edit.name, "exact" if exact else fit, rank, energy, kl=kl)
+                        bar.update()
+    return results
+
+
+def table(results: list[dict]) -> str:
+    """Mean and standard deviation over seeds, as Markdown; the gain over plain negation as a share of the paper's dense
+    edit's (delta grad)."""
+    lines = ["| edit | fit | rank | energy kept | KL | retain | general | gain |", "|---|---|---|---|---|---|---|---|"]
+
+    def of(edit: str, fit: str) -> dict[int, dict]:
+        return {r["seed"]: r for r in results if (r["edit"], r["fit"]) == (edit, fit)}
+
+    negation, paper = of("plain negation", ""), of("delta grad", "dense")
+    for key in dict.fromkeys((r["edit"], r["fit"], r["rank"]) for r in results):
+        found = [r for r in results if (r["edit"], r["fit"], r["rank"]) == key]
+        gain = ""
+        if paper and key[0] != "plain negation":
+            gains = [_gain(r, negation[r["seed"]], paper[r["seed"]]) for r in found]
+            gain = f"{stats.mean(gains):.0%}" + (f" ± {stats.stdev(gains):.0%}" if len(gains) > 1 else "")
+        kl = f"{stats.mean(r['kl'] for r in found):.3f}" if "kl" in found[0] else ""
+        energy = f"{stats.mean(r['energy_kept'] for r in found):.0%}"
+        cells = [_spread([r[split] for r in found]) for split in ("retain", "general")]
+        lines.append(f"| {key[0]} | {key[1]} | {key[2] or ''} | {energy} | {kl} | {' | '.join(cells)} | {gain} |")
+    return "\n".join(lines)
+
+
+def _gain(result: dict, negation: dict, paper: dict) -> float:
+    """What is saved of retain and general loss against plain negation, as a share of what the dense edit saves."""
+    saved, by_paper = (sum(negation[s] - r[s] for s in ("retain", "general")) for r in (result, paper))
+    return saved / by_paper
+
+
+def _spread(values: list[float]) -> str:
+    return f"{stats.mean(values):.3f}" + (f" ± {stats.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every result as JSON lines")
+    options = parser.parse_args()
+    quiet()
+    results = [result for seed in options.seeds for result in run(seed)]
+    if options.json:
+        options.json.write_text("".join(json.dumps(result) + "\n" for result in results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

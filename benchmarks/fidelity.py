@@ -1,7 +1,7 @@
 """What does bringing an edit down to a rank lose, and which fit loses least?
 
-For each seed: a forget adapter is trained on the shipped model, dense edits are made of it, and each is fitted at ranks
-r/2, r, 2r and 4r (r the forget adapter's own) by every fit. Read are the shares of energy kept and of the fit's own
+For each seed: a forget adapter is trained on the shipped model, dense edits are made of it, and fitted at ranks r/2, r,
+2r and 4r (r the forget adapter's own) by every fit. Read are the shares of energy kept and of the fit's own
 measure lost; KL of the adapter's next-token distributions from the dense edit's, over all judged rows, both at the
 dense edit's strength of matched forgetting; and retain and general loss at matched forgetting.
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics as stats
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -32,12 +32,12 @@ from peft_perta.stack import adapter_strength
 
 RANK = DemoSettings().rank
 RANKS = (RANK // 2, RANK, 2 * RANK, 4 * RANK)
-# The edits at full rank; the first needs no fit from the forget adapter's own rank on.
-EDITS = [
-    edit_of("factor", "grad", directions=True),
-    edit_of("delta", "grad"),
-    edit_of("factor+delta", "grad", directions=True),
-]
+# The edits at full rank, and the ranks that they are fitted at; the second needs no fit from its own rank on.
+EDITS = {
+    edit_of("delta", "grad"): RANKS,
+    edit_of("factor", "grad", directions=True): RANKS,
+    edit_of("factor+delta", "grad", directions=True): (RANK,),
+}
 
 
 def divergence(bench: Bench, p: str, q: str, strength: float) -> float:
@@ -57,7 +57,7 @@ def divergence(bench: Bench, p: str, q: str, strength: float) -> float:
     return total / count
 
 
-def run(seed: int, edits: Sequence[Edit] = EDITS, ranks: Sequence[int] = RANKS) -> list[dict]:
+def run(seed: int, edits: Mapping[Edit, Sequence[int]] = EDITS) -> list[dict]:
     bench = Bench(seed, False, DemoSettings())
     results = []
 
@@ -71,8 +71,8 @@ def run(seed: int, edits: Sequence[Edit] = EDITS, ranks: Sequence[int] = RANKS) 
 
     with bench.edited(PerTAConfig(weighting="uniform"), "negation") as energy:
         judge("negation", "plain negation", "", None, energy)
-    with tqdm(total=len(edits) * len(ranks) * len(FIT_NAMES), desc=f"fits, seed {seed}") as bar:
-        for edit in edits:
+    with tqdm(total=sum(map(len, edits.values())), desc=f"ranks, seed {seed}") as bar:
+        for edit, ranks in edits.items():
             with bench.edited(replace(edit.config, rank=DENSE), "dense") as energy:
                 strength = judge("dense", edit.name, "dense", None, energy)
                 for rank in ranks:
@@ -81,7 +81,7 @@ def run(seed: int, edits: Sequence[Edit] = EDITS, ranks: Sequence[int] = RANKS) 
                         with bench.edited(replace(edit.config, rank=rank, fit=fit), "fitted") as energy:
                             kl = divergence(bench, "dense", "fitted", strength)
                             judge("fitted", edit.name, "exact" if exact else fit, rank, energy, kl=kl)
-                        bar.update()
+                    bar.update()
     return results
 
 

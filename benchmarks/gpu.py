@@ -145,6 +145,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     config = PerTAConfig(
         granularity=options.granularity,
         weighting=options.weighting,
+        input_directions=options.input_directions,
         batch_size=options.batch_size,
         max_memory=options.max_memory,
         host_memory=options.host_memory,
@@ -206,6 +207,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
     parser.add_argument("--granularity", choices=["delta", "factor", "separable"], default="delta")
     parser.add_argument("--weighting", default="grad")
+    parser.add_argument("--input-directions", action="store_true", help="weigh input directions too (the default edit)")
     parser.add_argument("--samples", type=int, default=400, help="of each set (default: 400)")
     parser.add_argument("--tokens", type=int, default=256, help="of each sample (default: 256)")
     parser.add_argument("--batch-size", type=int, default=8)

@@ -42,7 +42,7 @@ DENSE = 256  # no layer of the shipped model has a larger rank, so an edit refit
 EVERYTHING = Readers([*GRANULARITIES.values(), InputMoments(), *(fit.reader for fit in FITS.values() if fit.reader)])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Edit:
     name: str
     config: PerTAConfig

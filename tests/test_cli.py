@@ -303,7 +303,7 @@ def test_calibrate_fuse_merge_verify(place, capsys):
 
     parts = [str(place / "task"), f"{place / 'calibrated'}:0.5"]
     assert main(["fuse", *parts, "--model", base, "--output", str(place / "fused")]) == 0
-    assert "1 x task + 0.5 x calibrated as one adapter of rank 8" in capsys.readouterr().out
+    assert "1 x task + 0.5 x calibrated as one adapter of rank 16" in capsys.readouterr().out
     assert main(["verify", str(place / "fused"), "--base", base]) == 0
     capsys.readouterr()
     assert main(["inspect", str(place / "fused")]) == 0

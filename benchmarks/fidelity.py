@@ -21,14 +21,18 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.matched_forgetting import DENSE, SPLITS, Bench, Edit, edit_of
+from benchmarks.matched_forgetting import DENSE, SPLITS, Bench, Change, Edit, edit_of
 from peft_perta import PerTAConfig
 from peft_perta.borrow import borrowed
 from peft_perta.config import FIT_NAMES
 from peft_perta.data import batches
 from peft_perta.demo.run import DemoSettings
+from peft_perta.factorize import Factors, factorize
 from peft_perta.loading import quiet
 from peft_perta.stack import adapter_strength
+from peft_perta.statistics import Statistic
+from peft_perta.targets import Target
+from peft_perta.weightings.ratio import ratio
 
 RANK = DemoSettings().rank
 RANKS = (RANK // 2, RANK, 2 * RANK, 4 * RANK)
@@ -38,6 +42,32 @@ EDITS = {
     edit_of("factor", "grad", directions=True): RANKS,
     edit_of("factor+delta", "grad", directions=True): (RANK,),
 }
+
+
+def loha(rank: int) -> Change:
+    """W (*) (B A) with W at a low rank: PEFT's LoHa form, as large as a LoRA adapter of the two ranks' sum."""
+
+    def change(layer: Target, pair: Mapping[str, Statistic], factors: Factors) -> Factors:
+        W = ratio(*(pair[name].magnitudes()["weight"] for name in ("forget", "retain")), 1.0)
+        fitted = factorize(W, rank)
+        return factorize(-layer.scaling * (layer.B @ layer.A) * (fitted.B @ fitted.A), DENSE)
+
+    return change
+
+
+def without_middle_layers(layer: Target, pair: Mapping[str, Statistic], factors: Factors) -> Factors:
+    """The middle third of the shipped model's six blocks left as they are."""
+    skipped = any(f".layers.{index}." in layer.name for index in (2, 3))
+    return replace(factors, B=factors.B * (not skipped))
+
+
+# Label, rank that a LoRA adapter of the same size has, config to start from, and what is done to it.
+TRIED: list[tuple[str, int, PerTAConfig, Change]] = [
+    ("LoHa, W at rank r", 2 * RANK, PerTAConfig(granularity="delta", input_directions=False, rank=DENSE), loha(RANK)),
+    ("LoHa, W at rank 3r", 4 * RANK, PerTAConfig(granularity="delta", input_directions=False, rank=DENSE),
+     loha(3 * RANK)),
+    ("factor grad, directions, middle layers skipped", RANK, PerTAConfig(), without_middle_layers),
+]  # fmt: skip
 
 
 def divergence(bench: Bench, p: str, q: str, strength: float) -> float:
@@ -82,6 +112,9 @@ def run(seed: int, edits: Mapping[Edit, Sequence[int]] = EDITS) -> list[dict]:
                             kl = divergence(bench, "dense", "fitted", strength)
                             judge("fitted", edit.name, "exact" if exact else fit, rank, energy, kl=kl)
                     bar.update()
+    for name, rank, config, change in tqdm(TRIED, desc=f"tried, seed {seed}"):
+        with bench.edited(config, "tried", change=change) as energy:
+            judge("tried", name, "tried", rank, energy)
     return results
 
 

@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics as stats
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from peft_perta.config import servable_rank
 from peft_perta.data import encode_row
 from peft_perta.demo.run import SPLITS, DemoSettings, prepare, spread
 from peft_perta.evaluation import losses_of
+from peft_perta.factorize import Factors
 from peft_perta.fits import FITS
 from peft_perta.gradients import sweep
 from peft_perta.granularities import GRANULARITIES
@@ -35,11 +36,14 @@ from peft_perta.moments import InputMoments, Readers
 from peft_perta.stack import adapter_strength
 from peft_perta.statistics import MOMENT, Statistic
 from peft_perta.strength import Match, match_forgetting
-from peft_perta.targets import resolve_targets
+from peft_perta.targets import Target, resolve_targets
 from peft_perta.weightings import resolve_weighting
 
 DENSE = 256  # no layer of the shipped model has a larger rank, so an edit refitted at 256 is the dense edit
 EVERYTHING = Readers([*GRANULARITIES.values(), InputMoments(), *(fit.reader for fit in FITS.values() if fit.reader)])
+
+
+Change = Callable[[Target, Mapping[str, Statistic], Factors], Factors]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +112,13 @@ class Bench:
         return self._known[statistic]
 
     @contextmanager
-    def edited(self, config: PerTAConfig, name: str = "edit", swapped: bool = False) -> Iterator[float]:
-        """The edit as an adapter of that name; gives the share of its energy kept."""
+    def edited(
+        self, config: PerTAConfig, name: str = "edit", swapped: bool = False, change: Change | None = None
+    ) -> Iterator[float]:
+        """The edit as an adapter of that name; gives the share of its energy kept.
+
+        ``change``: (layer, its statistics, its factors) -> other factors, for what no config says.
+        """
         weighting = resolve_weighting(config.weighting, config.power)
         rank = config.rank or self.settings.rank
         known, factors, layers = self.statistics(weighting.statistic), {}, []
@@ -119,6 +128,9 @@ class Bench:
                 pair = _with_moments_swapped(pair)
             factors[layer.name], report = edit_layer(layer, config, weighting, pair, rank)
             layers.append(report)
+            if change is not None:
+                given = {name: per_layer[layer.name] for name, per_layer in known.items()}
+                factors[layer.name] = change(layer, given, factors[layer.name])
         lora_config, state_dict = build_adapter(self.model, factors, servable_rank(int(rank)), emitted_dtype(config))
         add_adapter(self.model, lora_config, state_dict, name)
         try:

@@ -10,6 +10,7 @@ import logging
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from .adapter import load_provenance, save_perta_adapter
+from .calibration import Calibration, Goal, calibrate
 from .config import PerTAConfig
 from .errors import (
     AdapterError,
@@ -20,11 +21,14 @@ from .errors import (
     PerTAError,
     UnsupportedLayerError,
 )
+from .fuse import fuse_adapters
 from .loading import attach_adapters, load_base
+from .merge import merge_adapters
 from .methods import add_perta_adapter, get_perta_state_dict
 from .report import PerTAReport
 from .stack import stack_adapters
 from .training import train_forget_adapter
+from .verification import verify_adapter
 from .weightings import WEIGHTINGS, Weighting
 
 __version__ = "0.1.0"
@@ -41,8 +45,14 @@ __all__ = [  # noqa: RUF022 - grouped by stage, in the order of use
     # unlearn
     "add_perta_adapter",
     "get_perta_state_dict",
+    "calibrate",
+    "Calibration",
+    "Goal",
     "stack_adapters",
     # ship
+    "fuse_adapters",
+    "merge_adapters",
+    "verify_adapter",
     "save_perta_adapter",
     "load_provenance",
     "PerTAReport",

@@ -42,6 +42,7 @@ EXAMPLES = {
         *["--forget", str(ASSETS / "forget.jsonl"), "--retain", str(ASSETS / "retain.jsonl"), "--epochs", "1"],
     ],
     "03_own_weighting.py": ["--epochs", "1"],
+    "04_ship.py": ["--epochs", "2", "--rows", "6"],
 }
 
 

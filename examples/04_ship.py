@@ -1,0 +1,78 @@
+"""How strong must it be, and how do I hand it out?
+
+Two requests come in, one after the other; each becomes a negative adapter of its own, at the strength that raises the
+loss on held-out rows to keep by no more than a tolerance. They stack, and either can be withdrawn. For a server that
+takes one adapter a request they are fused with the task adapter; for one that takes none, merged into a full-precision
+copy of the base.
+
+    python examples/04_ship.py [--output shipped]
+"""
+
+import argparse
+from pathlib import Path
+
+from peft_perta import (
+    PerTAConfig,
+    attach_adapters,
+    fuse_adapters,
+    get_perta_state_dict,
+    load_base,
+    merge_adapters,
+    save_perta_adapter,
+    stack_adapters,
+    train_forget_adapter,
+    verify_adapter,
+)
+from peft_perta.data import read_rows
+from peft_perta.demo import ASSETS
+from peft_perta.evaluation import row_losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("shipped"))
+    parser.add_argument("--epochs", type=float, default=6)
+    parser.add_argument("--rows", type=int, default=20, help="to forget with each request")
+    options = parser.parse_args()
+
+    base, task = str(ASSETS / "base"), str(ASSETS / "task_adapter")
+    forget, retain = read_rows(ASSETS / "forget.jsonl"), read_rows(ASSETS / "retain.jsonl")[:80]
+    model, tokenizer = load_base(base)
+    requests = {"first": forget[: options.rows], "second": forget[-options.rows :]}
+    for name, rows in requests.items():
+        model = train_forget_adapter(
+            model, rows, tokenizer, adapter_name=f"learned_{name}", num_train_epochs=options.epochs, learning_rate=2e-3
+        )
+    attach_adapters(model, {"task": task})
+    for name, rows in requests.items():
+        lora_config, state_dict, report = get_perta_state_dict(
+            model,
+            PerTAConfig(strength="auto", retain_tolerance=0.2),
+            rows,
+            retain,
+            forget_adapter=f"learned_{name}",
+            task_adapter="task",
+            tokenizer=tokenizer,
+        )
+        save_perta_adapter(options.output / name, lora_config, state_dict, report)
+        attach_adapters(model, {name: options.output / name})
+        print(report)
+
+    for stack in (["task"], ["task", "first"], ["task", "first", "second"], ["task", "second"]):  # the last: withdrawn
+        found = {
+            name: float(row_losses(model, tokenizer, rows, adapters=stack).mean()) for name, rows in requests.items()
+        }
+        print(f"{' + '.join(stack)}: " + ", ".join(f"loss on the {n} request's rows {v:.2f}" for n, v in found.items()))
+    stack_adapters(model, ["task", "first", "second"])
+
+    fused = fuse_adapters(model, ["task", "first", "second"])
+    save_perta_adapter(options.output / "fused", *fused)
+    print(fused[2])
+    merged = merge_adapters(base, {task: 1.0, str(options.output / "first"): 1.0}, options.output / "merged")
+    print(merged)
+    for check in verify_adapter(options.output / "fused", base):
+        print(check)
+
+
+if __name__ == "__main__":
+    main()

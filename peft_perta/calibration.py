@@ -159,7 +159,7 @@ def calibrate(
     negation = []
     if negated_adapter is not None:
         largest = max(points[strength]["forget"], *(p["forget"] for s, p in points.items() if s <= strength))
-        for factor in (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0):
+        for factor in (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0):
             with adapter_strength(model, negated_adapter, -factor):
                 negation.append({"strength": factor, **losses([*with_adapters, negated_adapter])})
             if negation[-1]["forget"] > largest:

@@ -39,9 +39,12 @@ CONFIG_NAME = "adapter_config.json"
 
 
 def build_adapter(
-    model: nn.Module, factors: Mapping[str, Factors], rank: int, dtype: torch.dtype
+    model: nn.Module, factors: Mapping[str, Factors], rank: int, dtype: torch.dtype, *, patterned: bool = False
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """A LoRA config and state dict of one uniform rank, from factors per layer name. The model is only looked at.
+
+    Args:
+        patterned: give each layer the rank of its factors instead, in PEFT's ``rank_pattern``; others have rank 1.
 
     Raises:
         NumericalError: a factor is not finite in ``dtype``.
@@ -50,9 +53,13 @@ def build_adapter(
     projections = sorted({name.rpartition(".")[2] for name in layers})
     parameters = _expert_parameters(model) if experts else []
     base = base_model(model)
+    ranks = {name: found.rank for name, found in layers.items()} if patterned else {}
+    rank = 1 if patterned else rank
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
+        rank_pattern=ranks,
+        alpha_pattern=dict(ranks),  # every scaling is 1
         target_modules=projections,
         target_parameters=parameters or None,
         lora_dropout=0.0,
@@ -76,7 +83,7 @@ def build_adapter(
             found = [experts[name][expert].padded(rank) for expert in sorted(experts[name])]
             values = packed_factors([(f.A, f.B) for f in found])
         elif name in layers:
-            padded = layers[name].padded(rank)
+            padded = layers[name].padded(ranks.get(name, rank))
             values = padded.A, padded.B
         else:
             values = torch.zeros(A.weight.shape), torch.zeros(B.weight.shape)

@@ -26,7 +26,7 @@ from .adapter import (
 )
 from .calibration import Calibration, Goal, calibrate, forget_loss_of_log
 from .checkpoint import remove_checkpoint
-from .config import DTYPES, FIT_NAMES, GRANULARITY_NAMES, REFERENCE_MODELS, PerTAConfig
+from .config import ALLOCATIONS, DTYPES, FIT_NAMES, GRANULARITY_NAMES, REFERENCE_MODELS, PerTAConfig
 from .data import load_samples, read_rows
 from .demo import DemoSettings, run_demo
 from .errors import AdapterError, ConfigError, DataError, PerTAError
@@ -44,7 +44,8 @@ from .verification import format_checks, re_evaluate, verify_adapter
 from .weightings import WEIGHTINGS, resolve_weighting
 
 ROWS_HELP = "JSON lines of {question, answer}, {prompt, completion}, {messages} or {text}"
-CHOICES = {"granularity": GRANULARITY_NAMES, "fit": FIT_NAMES, "reference_model": REFERENCE_MODELS, "dtype": DTYPES}
+CHOICES = {"granularity": GRANULARITY_NAMES, "fit": FIT_NAMES, "allocation": ALLOCATIONS,
+           "reference_model": REFERENCE_MODELS, "dtype": DTYPES}  # fmt: skip
 BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -210,6 +211,7 @@ _TYPES = {
     "granularity": str,
     "power": float,
     "rank": _rank,
+    "allocation": str,
     "fit": str,
     "strength": _strength,
     "forget_loss": float,

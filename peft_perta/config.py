@@ -15,6 +15,7 @@ CONFIG_NAME = "perta_config.json"
 SERVABLE_RANKS = (8, 16, 32, 64, 128, 256)  # the ranks that every LoRA server takes; others are zero-padded to the next
 
 GRANULARITY_NAMES = ("factor", "delta", "separable", "factor+delta")
+ALLOCATIONS = ("uniform", "padded", "pattern")
 FIT_NAMES = ("truncated", "kronecker", "second-moment", "weighted")
 REFERENCE_MODELS = ("origin", "full")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -71,6 +72,14 @@ class PerTAConfig:
             "help": "How an edit of larger rank is brought to the rank: 'truncated' (least Frobenius error), "
             "'kronecker' and 'second-moment' (least error on the layers' inputs), 'weighted' (least error where the "
             "retain set has gradients)."
+        },
+    )
+    allocation: str = field(
+        default="uniform",
+        metadata={
+            "help": "'uniform': every layer has the rank. Else the same total size is spread over layers by marginal "
+            "gain, and written zero-padded to the largest rank ('padded': larger, but every server takes it) or as a "
+            "rank_pattern ('pattern': PEFT alone takes it). A float rank is then a share of all layers' energy."
         },
     )
     strength: float | str = field(
@@ -156,6 +165,13 @@ class PerTAConfig:
             self.power,
         )
         _check(_is_rank(self.rank), "rank", "nothing, an int from 1 to 256, or a float in (0, 1)", self.rank)
+        _check(self.allocation in ALLOCATIONS, "allocation", f"one of {ALLOCATIONS}", self.allocation)
+        _check(
+            self.allocation == "uniform" or self.fit != "weighted",
+            "allocation",
+            "'uniform' with fit='weighted', whose factors of one rank are no part of those of a larger one",
+            self.allocation,
+        )
         _check(self.fit in FIT_NAMES, "fit", f"one of {FIT_NAMES}", self.fit)
         _check(
             self.strength == "auto" or _is_number(self.strength), "strength", "a finite number or 'auto'", self.strength

@@ -166,6 +166,7 @@ OPTIONS = {
     "power": 1.5,
     "rank": 3,
     "fit": "kronecker",
+    "allocation": "padded",
     "input_directions": True,
     "strength": 0.5,
     "forget_loss": 3.5,
@@ -409,6 +410,11 @@ UNLEARN: dict[str, Case] = {
     "rank 0": (lambda p: p.unlearn(rank=0), RANKS + "0$", BEFORE_LOADING),
     "rank 257": (lambda p: p.unlearn(rank=257), RANKS + "257$", BEFORE_LOADING),
     "rank 1.5": (lambda p: p.unlearn(rank=1.5), RANKS + r"1\.5$", BEFORE_LOADING),
+    "a weighted fit spread": (
+        lambda p: p.unlearn(fit="weighted", allocation="pattern"),
+        "allocation: expected 'uniform' with fit='weighted'",
+        BEFORE_LOADING,
+    ),
     "rank of text": (
         lambda p: p.unlearn(rank="many"),
         r"--rank: expected an int from 1 to 256 or a float in \(0, 1\), found 'many'",

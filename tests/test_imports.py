@@ -23,6 +23,7 @@ ROOMS = [  # from left to right
     "granularities",
     "directions",
     "factorize",
+    "allocation",
     "fits",
     "processes",
     "checkpoint",

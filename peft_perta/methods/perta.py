@@ -22,9 +22,10 @@ from tqdm.auto import tqdm
 
 from .. import processes
 from ..adapter import add_adapter, build_adapter, emitted_dtype, scaled_adapter
+from ..allocation import LARGEST, allocate
 from ..calibration import Goal, calibrate
 from ..checkpoint import Checkpoint, hash_model
-from ..config import PerTAConfig, servable_rank
+from ..config import SERVABLE_RANKS, PerTAConfig, servable_rank
 from ..data import Sample, fingerprint, load_samples
 from ..directions import along_directions
 from ..divergence import edit_divergence
@@ -136,6 +137,8 @@ def get_perta_state_dict(
         require_adapter(model, task_adapter)
         check_base(model, task_adapter)
     _check_inputs(config, targets)
+    if config.allocation == "pattern" and any(target.parameter is not None for target in targets):
+        raise UnsupportedLayerError("allocation='pattern' knows layers, not expert parameters; use 'padded'")
     fit_rank, emitted_rank = _ranks(config, targets)
     sets = {"forget": forget_dataloader, "retain": retain_dataloader}
     samples = _load_sets(sets, config, weighting, tokenizer)
@@ -156,8 +159,17 @@ def get_perta_state_dict(
         model, targets, config, weighting, weighed, adapters, fit_rank, checkpoint, seconds, show_progress_bar, dense
     )
     factors = {target.name: edited[target.name][0] for target in targets}
+    layers = [edited[target.name][1] for target in targets]
+    if config.allocation != "uniform":
+        factors = allocate(factors, emitted_rank or config.rank or fit_rank)
+        emitted_rank = None
+        layers = [
+            dataclasses.replace(layer, rank=f.rank, energy_kept=f.energy_kept, metric_error=f.metric_error)
+            for layer, f in zip(layers, factors.values(), strict=True)
+        ]
     rank = emitted_rank or servable_rank(max(f.rank for f in factors.values()))
-    lora_config, state_dict = build_adapter(model, factors, rank, emitted_dtype(config))
+    patterned = config.allocation == "pattern"
+    lora_config, state_dict = build_adapter(model, factors, rank, emitted_dtype(config), patterned=patterned)
     report = PerTAReport(
         config=config.to_dict(),
         base_model=_describe_base(model),
@@ -165,7 +177,7 @@ def get_perta_state_dict(
         task_adapter=task_adapter,
         data={name: {"samples": len(s), "sha256": fingerprint(s)} for name, s in samples.items()},
         rank=rank,
-        layers=[edited[target.name][1] for target in targets],
+        layers=layers,
         versions=_versions(),
         seconds=seconds,
     )
@@ -340,8 +352,10 @@ def _describe_run(
 def _ranks(config: PerTAConfig, targets: list[Target]) -> tuple[int | float, int | None]:
     """(rank or energy to fit each layer at, rank to emit or None where the energy will tell)."""
     if isinstance(config.rank, float):
-        return config.rank, None
+        return config.rank if config.allocation == "uniform" else (1 + config.rank) / 2, None
     rank = config.rank or max(target.rank for target in targets)
+    if config.allocation != "uniform":
+        return min(LARGEST * rank, SERVABLE_RANKS[-1]), rank
     return rank, servable_rank(rank)
 
 

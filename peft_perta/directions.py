@@ -25,6 +25,7 @@ from torch import Tensor
 from .edit import Edit, Product
 
 DAMPING = 0.01  # of the mean energy of a direction, over both sets
+_ROWS = 256  # of a dense edit that are worked on at once, in double precision
 
 
 def along_directions(
@@ -40,7 +41,6 @@ def along_directions(
         for rounding; 1 where there was none.
     """
     moved = edit.A if isinstance(edit, Product) else edit
-    rows = moved.double()
     C_f = _per_token(forget, moved.device)
     S = damped(C_f, _per_token(retain, moved.device))
     if S is None:  # no input was ever different from zero
@@ -48,9 +48,12 @@ def along_directions(
             "forget": 1.0,
             "retain": 1.0,
         }
-    right = (rows @ C_f).T
-    del C_f
-    found = torch.cholesky_solve(right, torch.linalg.cholesky(S)).T.to(moved.dtype)
+    L = torch.linalg.cholesky(S)
+    del S
+    found = torch.empty_like(moved)
+    for rows, written in zip(moved.split(_ROWS), found.split(_ROWS), strict=True):  # E C_f S^-1, S = L L^T
+        written.copy_(torch.cholesky_solve((rows.double() @ C_f).T, L).T)
+    del C_f, L
     result = Product(edit.B, found) if isinstance(edit, Product) else found
     shares = {}
     for name, moments in (("forget", forget), ("retain", retain)):

@@ -39,7 +39,7 @@ class LayerCost:
         after: elements of all weights that run with this layer or after it.
         block: index of the decoder block that it is in; None outside of the blocks.
         edit_copies: what its edit needs beside both sets' sums, in copies of one set's: magnitudes, weights, edit; or,
-            with input directions, a moment and its root in double precision.
+            with input directions, both moments and a root in double precision.
     """
 
     name: str

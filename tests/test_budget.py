@@ -16,10 +16,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_perta import ConfigError, PerTAConfig, get_perta_state_dict, gradients, memory
+from peft_perta.granularities import GRANULARITIES
 from peft_perta.memory import parse_size
 from peft_perta.methods import perta
 from peft_perta.plan import Plan
-from peft_perta.statistics import Statistic
+from peft_perta.statistics import MOMENT, Statistic
 from peft_perta.targets import Target
 from peft_perta.weightings import resolve_weighting
 
@@ -62,7 +63,7 @@ class Outcome:
     state_dict: dict
 
 
-def negate(share, path, batch_size=8, chain=True, disk=True):
+def negate(share, path, batch_size=8, chain=True, disk=True, **settings):
     """In a process of its own: a run that may take so much, in shares of both sets' sums. Its outcome goes to a file,
     or the share that its refusal names."""
     if not chain:
@@ -75,7 +76,8 @@ def negate(share, path, batch_size=8, chain=True, disk=True):
     model, forget, retain = middling_llama(), rows(1), rows(2)
     start, own = psutil.Process().memory_info().rss, own_memory()
     budget = None if share is None else start + int(share * STATISTICS)
-    config = PerTAConfig(granularity="delta", batch_size=batch_size, host_memory=budget)
+    settings = {"granularity": "delta", "input_directions": False, **settings}
+    config = PerTAConfig(batch_size=batch_size, host_memory=budget, **settings)
     try:
         with watch() as seen:
             _, state_dict, _ = get_perta_state_dict(model, config, forget, retain, show_progress_bar=False)
@@ -120,8 +122,26 @@ def edit(weighting, path):
     sets = ("forget", "retain")
     pair = {name: Statistic("mean", sums={"weight": torch.randn(size, size)}, samples=1) for name in sets}
     start = psutil.Process().memory_info().rss
-    perta.edit_layer(target, PerTAConfig(granularity="delta"), resolve_weighting(weighting), pair, 4)
+    perta.edit_layer(
+        target, PerTAConfig(granularity="delta", input_directions=False), resolve_weighting(weighting), pair, 4
+    )
     torch.save((status("VmHWM") - start) / (4 * size**2), path)
+
+
+def directed_edit(granularity, path):
+    """The same with input directions; in copies of all of one set's sums."""
+    size, kind = 2560, types.SimpleNamespace(name="linear")
+    target = Target("layer", None, None, kind, torch.randn(4, size), torch.randn(size, 4), 1.0)  # type: ignore[arg-type]
+    x = torch.randn(size // 4, size)
+    sums = {key: torch.randn(shape) for key, shape in GRANULARITIES[granularity].shapes(target).items()}
+    sums |= {f"{MOMENT}inputs": x.T @ x, f"{MOMENT}tokens": torch.full((1, 1), float(len(x)))}
+    own = {name: {key: total.clone() for key, total in sums.items()} for name in ("forget", "retain")}
+    pair = {name: Statistic("mean", sums=found, samples=1) for name, found in own.items()}
+    held = sum(total.nbytes for total in sums.values())
+    del sums, own
+    start = psutil.Process().memory_info().rss
+    perta.edit_layer(target, PerTAConfig(granularity=granularity), resolve_weighting("grad"), pair, 4)
+    torch.save((status("VmHWM") - start) / held, path)
 
 
 def tidily(function, *args, **settings):
@@ -207,6 +227,23 @@ def test_what_cannot_work_is_refused_and_what_the_refusal_names_works(run):
 def test_an_edit_takes_at_most_three_copies_of_its_layer(weighting, in_child):
     """The plan's figure, of a layer of 36 MiB: so large a tensor goes back to the system as soon as it is freed."""
     assert in_child(edit, weighting) < 3
+
+
+@pytest.mark.parametrize("granularity", ["factor", "delta"])
+def test_an_edit_with_input_directions_takes_at_most_seven(granularity, in_child):
+    assert in_child(directed_edit, granularity) < 7
+
+
+@pytest.mark.parametrize("name", ["sweeps", "layer by layer"])
+@pytest.mark.parametrize("granularity", ["factor", "delta"])
+def test_with_input_directions_too(name, granularity, run):
+    share, possible, chosen = CASES[name]
+    # The moments are most of what the factors' sums take, and as much again beside the delta's.
+    found = run(
+        share * {"factor": 1.25, "delta": 2}[granularity], **possible, granularity=granularity, input_directions=True
+    )
+    assert chosen(found.plan), str(found.plan)
+    assert found.peak <= found.budget, str(found.plan)
 
 
 def test_a_refusal_comes_before_any_gradient(monkeypatch, capfd, tmp_path):

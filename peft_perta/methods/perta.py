@@ -398,6 +398,7 @@ def edit_layer(
     if weighting.statistic is None:
         weights = granularity.uniform(target)
         edit = granularity.edit(target, weights, strength)
+        distributions = {key: WeightDistribution.of(value) for key, value in weights.items()}
         fitted = factorize(edit, rank)
     else:
         fit = FITS[config.fit]
@@ -407,13 +408,14 @@ def edit_layer(
         weights = weigh(weighting, forget, retain, target.name)
         del forget, retain
         edit = granularity.edit(target, {k: w.to(target.A.dtype) for k, w in weights.items()}, strength)
+        distributions = {key: WeightDistribution.of(value) for key, value in weights.items()}
+        del weights
         if config.input_directions is not False and target.parameter is None:
             edit, left = along_directions(edit, *moments)
         del moments
         fitted = fit.fit(edit, rank, measured)
     if dense is not None:
         dense[target.name] = (edit.B @ edit.A if isinstance(edit, Product) else edit).cpu()
-    distributions = {key: WeightDistribution.of(value) for key, value in weights.items()}
     if not (bool(torch.isfinite(fitted.A).all()) and bool(torch.isfinite(fitted.B).all())):
         raise NumericalError(f"{target.name}: the edit's factors are not finite; train the forget adapter less")
     layer = LayerReport(

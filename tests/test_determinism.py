@@ -53,14 +53,11 @@ def test_another_seed_draws_other_samples():
 
 @pytest.mark.parametrize("granularity", ["factor", "delta", "separable"])
 @pytest.mark.parametrize("weighting", ["grad", "empirical-fisher"])
-def test_a_batch_size_changes_nothing(granularity, weighting):
+@pytest.mark.parametrize("directions", [False, True], ids=["", "directions"])
+def test_a_batch_size_changes_nothing(granularity, weighting, directions):
+    settings = {"granularity": granularity, "weighting": weighting, "rank": 64, "input_directions": directions}
     one, five = (
-        laws.deltas_of(
-            builders.negate(
-                builders.adapted_llama(), granularity=granularity, weighting=weighting, rank=64, batch_size=size
-            )[1]
-        )
-        for size in (1, 5)
+        laws.deltas_of(builders.negate(builders.adapted_llama(), batch_size=size, **settings)[1]) for size in (1, 5)
     )
     for name in one:
         laws.close(five[name], one[name], 1e-4, name)

@@ -175,7 +175,9 @@ def test_the_plan_takes_squares_one_sample_at_a_time_where_it_must(build):
 
 
 def planned(model, statistic="mean", **settings):
-    return choose_plan(model, resolve_targets(model, "forget"), SETS, PerTAConfig(**settings), statistic, [])
+    config = PerTAConfig(input_directions=False, **settings)
+    targets = resolve_targets(model, "forget")
+    return choose_plan(model, targets, SETS, GRANULARITIES[config.granularity], config, statistic, [])
 
 
 @pytest.mark.parametrize("kind", ["linear", "experts"])

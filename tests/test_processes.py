@@ -93,7 +93,8 @@ targets = resolve_targets(model, "forget")
 rows = dict(forget=builders.forget_rows(), retain=builders.retain_rows())
 sets = {{name: load_samples(found, builders.tokenizer()) for name, found in rows.items()}}
 config = PerTAConfig(granularity="delta", batch_size=1)
-plan = dataclasses.replace(choose_plan(model, targets, sets, config, "mean", []), mode="layerwise")
+reader = GRANULARITIES["delta"]
+plan = dataclasses.replace(choose_plan(model, targets, sets, reader, config, "mean", []), mode="layerwise")
 job = Job(model, {{t.name: t for t in targets}}, GRANULARITIES["delta"], "mean", [], plan, show_progress_bar=False)
 sums = {{}}
 for group, found in gather(job, sets):

@@ -8,6 +8,7 @@ import torch
 
 from peft_perta.edit import Product
 from peft_perta.granularities import GRANULARITIES
+from peft_perta.weightings.ratio import ratio
 
 TARGET = SimpleNamespace(A=tables.A, B=tables.B, scaling=tables.SCALING)
 each = pytest.mark.parametrize(("granularity", "row"), [(GRANULARITIES[k], r) for k, r in tables.GRANULARITIES.items()])
@@ -85,3 +86,25 @@ def test_products_never_form_the_matrix(name):
     edit = granularity.edit(target, granularity.uniform(target), 1.0)
     assert isinstance(edit, Product)
     assert max(t.numel() for t in (*gradient.values(), edit.A, edit.B)) == 2 * 400
+
+
+def factor_edit(A, B, forget, retain):
+    """The edit of 'factor' at ratio weights, from both sets' weight gradients [O, I]."""
+    target, granularity = SimpleNamespace(A=A, B=B, scaling=2.0), GRANULARITIES["factor"]
+    f, r = (granularity.arrange({k: v.abs() for k, v in products(granularity.gradient(target, G, None)).items()})
+            for G in (forget, retain))  # fmt: skip
+    return dense(granularity.edit(target, {key: ratio(f[key], r[key], 1.0) for key in f}, 1.0))
+
+
+def test_the_basis_of_the_factors_is_theirs_as_trained():
+    """The rank-one terms may be ordered and scaled at will; written in a rotated basis they are another edit."""
+    generator = torch.Generator().manual_seed(0)
+    A, B, forget, retain = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((3, 7), (5, 3), (5, 7), (5, 7))
+    )
+    edit = factor_edit(A, B, forget, retain)
+    scales, order = torch.tensor([0.1, 3.0, -20.0], dtype=torch.float64), torch.tensor([2, 0, 1])
+    rewritten = factor_edit((scales[:, None] * A)[order], (B / scales)[:, order], forget, retain)
+    torch.testing.assert_close(rewritten, edit)
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64)).Q
+    assert not torch.allclose(factor_edit(turn @ A, B @ turn.T, forget, retain), edit, rtol=0.05)

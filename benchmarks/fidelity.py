@@ -2,7 +2,7 @@
 
 For each seed: a forget adapter is trained on the shipped model, dense edits are made of it, and fitted at ranks r/2, r,
 2r and 4r (r the forget adapter's own) by every fit. Read are the shares of energy kept and of the fit's own
-measure lost; KL of the adapter's next-token distributions from the dense edit's, over all judged rows, both at the
+measure lost; KL of the adapter's next-token distributions from the dense edit's on the judged retain rows, both at the
 dense edit's strength of matched forgetting; and retain and general loss at matched forgetting.
 
     python -m benchmarks.fidelity [--seeds 0 1 2] [--json FILE]
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.matched_forgetting import DENSE, SPLITS, Bench, Change, Edit, edit_of
+from benchmarks.matched_forgetting import DENSE, Bench, Change, Edit, edit_of
 from peft_perta import PerTAConfig
 from peft_perta.borrow import borrowed
 from peft_perta.config import FIT_NAMES
@@ -71,9 +71,9 @@ TRIED: list[tuple[str, int, PerTAConfig, Change]] = [
 
 
 def divergence(bench: Bench, p: str, q: str, strength: float) -> float:
-    """KL(p || q), mean over tokens with loss of all judged rows, nats; both adapters at one strength."""
+    """KL(p || q), mean over tokens with loss of the judged retain rows, nats; both adapters at one strength."""
     total = count = 0.0
-    for batch in batches([sample for name in SPLITS for sample in bench.judged[name]], 32):
+    for batch in batches(bench.judged["retain"], 50):
         found = []
         with ExitStack() as strengths:
             for name in (p, q):
@@ -91,8 +91,10 @@ def run(seed: int, edits: Mapping[Edit, Sequence[int]] = EDITS) -> list[dict]:
     bench = Bench(seed, False, DemoSettings())
     results = []
 
-    def judge(name: str, edit: str, fit: str, rank: int | None, energy: float, **found: float) -> float:
-        match = bench.matched(name)
+    def judge(
+        name: str, edit: str, fit: str, rank: int | None, energy: float, guess: float = 1.0, **found: float
+    ) -> float:
+        match = bench.matched(name, guess)
         with adapter_strength(bench.model, name, match.strength):
             losses = bench.losses("task", name)
         results.append({"seed": seed, "edit": edit, "fit": fit, "rank": rank, "strength": match.strength,
@@ -110,7 +112,8 @@ def run(seed: int, edits: Mapping[Edit, Sequence[int]] = EDITS) -> list[dict]:
                     for fit in ("truncated",) if exact else FIT_NAMES:
                         with bench.edited(replace(edit.config, rank=rank, fit=fit), "fitted") as energy:
                             kl = divergence(bench, "dense", "fitted", strength)
-                            judge("fitted", edit.name, "exact" if exact else fit, rank, energy, kl=kl)
+                            label = "exact" if exact else fit
+                            judge("fitted", edit.name, label, rank, energy, guess=1.1 * strength, kl=kl)
                     bar.update()
     for name, rank, config, change in tqdm(TRIED, desc=f"tried, seed {seed}"):
         with bench.edited(config, "tried", change=change) as energy:

@@ -94,6 +94,7 @@ class Bench:
         self.judged = {name: spread(samples[name][1::2] if name == "retain" else samples[name], 100) for name in SPLITS}
         self.targets = resolve_targets(self.model, "forget")
         self.target_loss = self.losses("reference", splits=("forget",))["forget"]
+        self.full_loss = self.losses("task", splits=("forget",))["forget"]
         self._known: dict[str, dict[str, dict[str, Statistic]]] = {}
 
     def losses(self, *adapters: str, splits=SPLITS) -> dict[str, float]:
@@ -139,12 +140,18 @@ class Bench:
         finally:
             self.model.delete_adapter(name)
 
-    def matched(self, name: str = "edit") -> Match:
-        def loss_at(strength: float) -> float:
-            with adapter_strength(self.model, name, strength):
+    def matched(self, name: str = "edit", guess: float = 1.0) -> Match:
+        """The strength of matched forgetting; a good guess saves evaluations."""
+        without = self.full_loss
+
+        def loss_at(share: float) -> float:
+            if share == 0:
+                return without
+            with adapter_strength(self.model, name, share * guess):
                 return self.losses("task", name, splits=("forget",))["forget"]
 
-        return match_forgetting(loss_at, self.target_loss, tolerance=0.005)
+        found = match_forgetting(loss_at, self.target_loss, tolerance=0.005)
+        return replace(found, strength=found.strength * guess)
 
 
 def _with_moments_swapped(pair: dict[str, Statistic]) -> dict[str, Statistic]:

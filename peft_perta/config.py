@@ -108,7 +108,7 @@ class PerTAConfig:
         metadata={
             "help": "On so many samples of the retain set, measure how far the adapter's next-token distributions are "
             "from those of the edit before it was fitted to the rank (KL). Keeps dense edits, [out, in] per layer, on "
-            "the host meanwhile; edits that the rank holds exactly need no measuring."
+            "the host meanwhile; edits that the rank holds exactly need no measuring. Taken before strength 'auto'."
         },
     )
     reference_model: str = field(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .edit import Edit, Product
+from .errors import NumericalError
 
 DAMPING = 0.01  # of the mean energy of a direction, over both sets
 _ROWS = 256  # of a dense edit that are worked on at once, in double precision
@@ -39,6 +40,9 @@ def along_directions(
     Returns:
         The edit, and the shares 'forget' and 'retain' of its mean squared output on each set's inputs, in [0, 1] but
         for rounding; 1 where there was none.
+
+    Raises:
+        NumericalError: the moments are too steep for the precision that they were summed in.
     """
     moved = edit.A if isinstance(edit, Product) else edit
     C_f = _per_token(forget, moved.device)
@@ -48,7 +52,7 @@ def along_directions(
             "forget": 1.0,
             "retain": 1.0,
         }
-    L = torch.linalg.cholesky(S)
+    L = root(S)
     del S
     found = torch.empty_like(moved)
     for rows, written in zip(moved.split(_ROWS), found.split(_ROWS), strict=True):  # E C_f S^-1, S = L L^T
@@ -70,6 +74,21 @@ def damped(C_f: Tensor, C_r: Tensor) -> Tensor | None:
         return None
     S.diagonal().add_(DAMPING * mean)
     return S
+
+
+def root(S: Tensor) -> Tensor:
+    """L with L L^T = S.
+
+    Raises:
+        NumericalError: S is not positive definite: sums in single precision are too coarse for so steep a spectrum.
+    """
+    L, info = torch.linalg.cholesky_ex(S)
+    if int(info) != 0:
+        raise NumericalError(
+            "the second moment of a layer's inputs is not positive definite, even damped: a few inputs are larger than "
+            "the others by more than single precision holds; use input_directions=False and fit='truncated'"
+        )
+    return L
 
 
 def _per_token(moments: Mapping[str, Tensor], device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from peft_perta.data import load_samples
 from peft_perta.directions import DAMPING, along_directions
 from peft_perta.edit import Product
-from peft_perta.errors import UnsupportedLayerError
+from peft_perta.errors import NumericalError, UnsupportedLayerError
 from peft_perta.gradients import sweep
 from peft_perta.moments import Energies, InputMoments, Readers
 from peft_perta.statistics import MOMENT
@@ -119,6 +119,15 @@ def test_moments_in_single_precision_of_a_steep_spectrum_do_not_break():
     found, left = along_directions(torch.randn(5, 80), forget, retain)
     assert bool(torch.isfinite(found).all())
     assert all(0 <= share <= 1 + 1e-4 for share in left.values())
+
+
+def test_moments_too_steep_for_their_precision_are_refused():
+    """As sums are that rounding has made indefinite."""
+    broken = torch.eye(WIDTH, dtype=torch.float64)
+    broken[0, 0], broken[1, 1] = 1.0, -2.0
+    bad = {"inputs": broken, "tokens": torch.ones(1, 1)}
+    with pytest.raises(NumericalError, match="not positive definite, even damped.*input_directions=False"):
+        along_directions(torch.ones(3, WIDTH), bad, bad)
 
 
 # What is read of a model

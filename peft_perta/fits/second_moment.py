@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ..directions import damped
+from ..directions import damped, root
 from ..edit import Edit, Product
 from ..errors import UnsupportedLayerError
 from ..factorize import Factors, factorize
@@ -36,7 +36,7 @@ class SecondMoment:
         C = damped(*(m["inputs"].to(rows.device, torch.float64) / m["tokens"].to(rows.device) for m in moments))
         if C is None:  # no input was ever different from zero: every error is the same
             return factorize(edit, rank)
-        L = torch.linalg.cholesky(C).to(rows.dtype)
+        L = root(C).to(rows.dtype)
         scaled: Edit = Product(B=edit.B, A=edit.A @ L) if isinstance(edit, Product) else edit @ L
         found = factorize(scaled, rank)
         A = torch.linalg.solve_triangular(L, found.A, upper=False, left=False)

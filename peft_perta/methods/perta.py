@@ -111,8 +111,8 @@ def get_perta_state_dict(
             Only ``weighting="uniform"`` goes without data.
         retain_dataloader: what must stay, likewise.
         forget_adapter: name of the adapter that was trained on the forget set alone, at theta_0.
-        task_adapter: name of the adapter that makes theta_full of theta_0; needed where ``reference_model="full"`` and
-            the base alone is not theta_full.
+        task_adapter: name of the adapter that makes theta_full of theta_0; needed where ``reference_model="full"`` or
+            ``strength="auto"``, and the base alone is not theta_full.
         tokenizer: needed where data is text.
         checkpoint_dir: where a run that is cut off leaves what it has; the same call again goes on from there. It stays
             there when the run is done; delete it then.
@@ -161,12 +161,8 @@ def get_perta_state_dict(
     factors = {target.name: edited[target.name][0] for target in targets}
     layers = [edited[target.name][1] for target in targets]
     if config.allocation != "uniform":
-        factors = allocate(factors, emitted_rank or config.rank or fit_rank)
+        factors, layers = _allocated(factors, layers, emitted_rank or config.rank or fit_rank)
         emitted_rank = None
-        layers = [
-            dataclasses.replace(layer, rank=f.rank, energy_kept=f.energy_kept, metric_error=f.metric_error)
-            for layer, f in zip(layers, factors.values(), strict=True)
-        ]
     rank = emitted_rank or servable_rank(max(f.rank for f in factors.values()))
     patterned = config.allocation == "pattern"
     lora_config, state_dict = build_adapter(model, factors, rank, emitted_dtype(config), patterned=patterned)
@@ -199,6 +195,18 @@ def get_perta_state_dict(
                 model, goal, samples, lora_config, state_dict, report, forget_adapter, task_adapter, show_progress_bar
             )
     return lora_config, state_dict, report
+
+
+def _allocated(
+    factors: dict[str, Factors], layers: list[LayerReport], rank: int | float
+) -> tuple[dict[str, Factors], list[LayerReport]]:
+    """Ranks spread over the layers, and what that made of each."""
+    factors = allocate(factors, rank)
+    changed = [
+        dataclasses.replace(layer, rank=f.rank, energy_kept=f.energy_kept, metric_error=f.metric_error)
+        for layer, f in zip(layers, factors.values(), strict=True)
+    ]
+    return factors, changed
 
 
 def _with_held_out(samples: dict[str, list[Sample]]) -> dict[str, list[Sample]]:

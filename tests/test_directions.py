@@ -126,7 +126,7 @@ def test_moments_too_steep_for_their_precision_are_refused():
     broken = torch.eye(WIDTH, dtype=torch.float64)
     broken[0, 0], broken[1, 1] = 1.0, -2.0
     bad = {"inputs": broken, "tokens": torch.ones(1, 1)}
-    with pytest.raises(NumericalError, match="not positive definite, even damped.*input_directions=False"):
+    with pytest.raises(NumericalError, match=r"not positive definite, even damped.*input_directions=False"):
         along_directions(torch.ones(3, WIDTH), bad, bad)
 
 

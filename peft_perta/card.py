@@ -54,8 +54,8 @@ def _negative(report: PerTAReport, base: str) -> list[str]:
         *_directions(report),
         f"- strength: {config['strength']:g}, folded into B together with the sign",
         f"- rank: {report.rank} (lora_alpha equals it), {config['dtype']}, {len(report.layers)} layers edited",
-        f"- energy of the edit kept at this rank: {report.energy_kept:.1%}; lost in the measure of the "
-        f"`{config['fit']}` fit: {report.metric_error:.1%}; {_divergence(report)}",
+        f"- energy of the edit kept at this rank: {report.energy_kept:.1%}; lost in the fit's own "
+        f"measure (`{config['fit'] or 'default'}`): {report.metric_error:.1%}; {_divergence(report)}",
         f"- forget adapter: `{report.forget_adapter['name']}`, SHA-256 `{report.forget_adapter['sha256'][:16]}`",
         "",
         *(["| set | samples | SHA-256 |", "|---|---|---|", *sets, ""] if sets else []),

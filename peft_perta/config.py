@@ -66,12 +66,13 @@ class PerTAConfig:
             "or 256, which every server takes."
         },
     )
-    fit: str = field(
-        default="truncated",
+    fit: str | None = field(
+        default=None,
         metadata={
             "help": "How an edit of larger rank is brought to the rank: 'truncated' (least Frobenius error), "
             "'kronecker' and 'second-moment' (least error on the layers' inputs), 'weighted' (least error where the "
-            "retain set has gradients)."
+            "retain set has gradients). Default: 'second-moment' where input directions are weighed, whose moments it "
+            "shares; else 'truncated'."
         },
     )
     allocation: str = field(
@@ -172,7 +173,7 @@ class PerTAConfig:
             "'uniform' with fit='weighted', whose factors of one rank are no part of those of a larger one",
             self.allocation,
         )
-        _check(self.fit in FIT_NAMES, "fit", f"one of {FIT_NAMES}", self.fit)
+        _check(self.fit is None or self.fit in FIT_NAMES, "fit", f"nothing, or one of {FIT_NAMES}", self.fit)
         _check(
             self.strength == "auto" or _is_number(self.strength), "strength", "a finite number or 'auto'", self.strength
         )

@@ -25,6 +25,7 @@ from .statistics import PLACES, Place
 
 _GPU_OPERATIONS_PER_BYTE = {"device": 0.0, "host": 5_000.0, "disk": 50_000.0}
 _CPU_OPERATIONS_PER_BYTE = {"device": 0.0, "host": 0.0, "disk": 100.0}
+_EDIT_COPIES = 3  # of one layer's arranged sums: magnitudes, weights, edit
 _TOKENS_OF_OVERHEAD = 64  # what a batch costs before its first token (dequantising, launching), in tokens
 
 
@@ -38,8 +39,6 @@ class LayerCost:
         size: elements of the weight.
         after: elements of all weights that run with this layer or after it.
         block: index of the decoder block that it is in; None outside of the blocks.
-        edit_copies: what its edit needs beside both sets' sums, in copies of one set's: magnitudes, weights, edit; or,
-            with input directions, both moments and a root in double precision.
     """
 
     name: str
@@ -48,7 +47,6 @@ class LayerCost:
     size: int
     after: int
     block: int | None
-    edit_copies: int = 3
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,8 @@ class Measured:
         one_at_a_time: samples cannot be told apart within a batch, and must be.
         recomputes: gradient checkpointing is on.
         arguments: bytes of what blocks are called with beside their input (masks), over both sets.
-        fixed: pool -> bytes that any batch needs, whatever its size: unpacked weights, work space.
+        fixed: pool -> bytes that any batch needs, whatever its size: unpacked weights, work space; and what an edit
+            needs beside a batch, where that is more than a few copies of its sums (input directions, fits).
     """
 
     layers: tuple[LayerCost, ...]
@@ -278,7 +277,7 @@ def _finished(plan: Plan, peak: Mapping[str, int], budget: Mapping[str, int], co
 
 @dataclass(frozen=True)
 class _Held:
-    """What a group of layers holds: pool -> bytes of both sets' sums, and of what the largest edit needs."""
+    """What a group of layers holds: pool -> bytes of both sets' sums, and of the largest layer's in one set."""
 
     sums: Mapping[str, int] = field(default_factory=dict)
     largest: Mapping[str, int] = field(default_factory=dict)
@@ -287,7 +286,7 @@ class _Held:
         pool, size = layer.pool, layer.statistic
         return _Held(
             {**self.sums, pool: self.sums.get(pool, 0) + 2 * size},
-            {**self.largest, pool: max(self.largest.get(pool, 0), layer.edit_copies * size)},
+            {**self.largest, pool: max(self.largest.get(pool, 0), size)},
         )
 
     def peak(self, working: Mapping[str, int], taken: Mapping[str, int], place: Place) -> dict[str, int]:
@@ -295,7 +294,7 @@ class _Held:
         peak = {}
         for pool in working:
             sums = self.sums.get(pool, 0) if place == "device" else 0
-            peak[pool] = taken.get(pool, 0) + sums + max(working[pool], self.largest.get(pool, 0))
+            peak[pool] = taken.get(pool, 0) + sums + max(working[pool], _EDIT_COPIES * self.largest.get(pool, 0))
         if place != "device":
             pool = HOST if place == "host" else DISK
             peak[pool] = peak.get(pool, taken.get(pool, 0)) + sum(self.sums.values())

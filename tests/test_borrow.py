@@ -82,7 +82,7 @@ STAGES = [
     "choose_plan",
     "gather",
     "weigh",
-    "factorize",
+    "_fit_of",
     "build_adapter",
     "hash_targets",
     "PerTAReport",

@@ -70,7 +70,7 @@ def _new_plan(
     statistic: StatisticName,
     adapters: list[str],
 ) -> Plan:
-    copies = 3 if config.input_directions is False and config.fit == "truncated" else 7
+    copies = 0 if config.input_directions is False and config.fit in (None, "truncated") else 7
     measured = measure(model, targets, sets, reader, statistic, adapters, config.batch_size, copies)
     measured = dataclasses.replace(  # each process keeps the inputs of its own batches
         measured,

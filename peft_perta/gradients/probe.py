@@ -20,7 +20,7 @@ from ..losses import sample_losses
 from ..memory import HOST
 from ..moments import Reader
 from ..plan import LayerCost, Measured
-from ..statistics import StatisticName
+from ..statistics import MOMENT, StatisticName
 from ..targets import Target
 from .blocks import Chain, at_each_block, find_blocks, first_tensor
 from .job import input_device
@@ -39,9 +39,11 @@ def measure(
     statistic: StatisticName,
     adapters: Sequence[str],
     batch_size: int,
-    edit_copies: int = 3,
+    edit_copies: int = 0,
 ) -> Measured:
     """Run the longest sample forward once, with the taps on, and drop what its backward would keep after counting it.
+
+    ``edit_copies``: copies of one layer's sums that its edit needs, beyond the three that every edit does.
 
     Raises:
         NumericalError: via the caller's checks only; nothing is summed here.
@@ -56,6 +58,7 @@ def measure(
     after: dict[int, int] = {}  # id of a module -> elements of the weights that had run before it
     ran = 0
     flat_inputs = False
+    largest_input: dict[str, int] = {}  # pool -> bytes of the largest input of a tapped layer
     hidden_bytes = arguments = 0
     tapped = {id(target.base_layer) for target in targets}
 
@@ -66,8 +69,10 @@ def measure(
         order[id(module)] = len(order)
         after[id(module)] = ran
         ran += _elements(module)
-        if id(module) in tapped and args and isinstance(args[0], Tensor) and args[0].dim() != 3:
-            flat_inputs = True
+        if id(module) in tapped and args and isinstance(args[0], Tensor):
+            flat_inputs = flat_inputs or args[0].dim() != 3
+            pool = str(args[0].device)
+            largest_input[pool] = max(largest_input.get(pool, 0), args[0].nbytes)
 
     def before(index: int, args: tuple, kwargs: dict) -> None:
         nonlocal hidden_bytes, arguments
@@ -103,19 +108,22 @@ def measure(
             size=target.A.shape[1] * len(target.B),
             after=ran - after.get(id(target.base_layer), 0),
             block=members.get(id(target.base_layer)),
-            edit_copies=edit_copies,
         )
         for target in sorted(targets, key=lambda target: order.get(id(target.base_layer), -1))
     ]
     tokens = sum(found.input_ids.numel() for samples in sets.values() for found in batches(samples, batch_size))
     by_place = count.by_place()
     pools = list(dict.fromkeys([str(input_device(model)), *(str(t.A.device) for t in targets), *count.pools]))
+    # Moments are of masked copies of the inputs; the heap keeps one that was freed beside the next.
+    copies = 4 if any(key.startswith(MOMENT) for target in targets for key in reader.shapes(target)) else 0
+    masked = {pool: copies * largest_input.get(pool, 0) for pool in pools}
     return Measured(
         layers=tuple(layers),
         size=max(ran, 1),
-        activations={pool: count.needed(by_place.values(), pool) for pool in pools},
+        activations={pool: count.needed(by_place.values(), pool) + masked[pool] for pool in pools},
         block_activations={
-            pool: max((count.needed([found], pool) for found in by_place.values()), default=0) for pool in pools
+            pool: max((count.needed([found], pool) for found in by_place.values()), default=0) + masked[pool]
+            for pool in pools
         },
         block_input=hidden_bytes * tokens // len(longest.input_ids),
         blocks=len(blocks) if _in_sequence(blocks, order) else 0,
@@ -124,7 +132,12 @@ def measure(
         formed=sum(math.prod(shape) for target in targets for shape in reader.shapes(target).values()),
         one_at_a_time=statistic == "squares" and (flat_inputs or any(target.parameter for target in targets)),
         arguments=arguments * len(everything),
-        fixed={pool: _fixed(model, targets, pool) for pool in pools},
+        fixed={
+            # The heap does not hand out again for an edit what a batch has left in pieces: both are counted.
+            pool: _fixed(model, targets, pool)
+            + edit_copies * max((layer.statistic for layer in layers if layer.pool == pool), default=0)
+            for pool in pools
+        },
         recomputes=any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
     )
 

@@ -32,7 +32,7 @@ from ..divergence import edit_divergence
 from ..edit import Product
 from ..errors import AdapterError, DataError, NumericalError, UnsupportedLayerError
 from ..factorize import Factors, factorize
-from ..fits import FITS
+from ..fits import FITS, Fit
 from ..gradients import Job, choose_plan, gather
 from ..granularities import GRANULARITIES, Granularity
 from ..moments import InputMoments, Reader, Readers
@@ -409,7 +409,7 @@ def edit_layer(
         distributions = {key: WeightDistribution.of(value) for key, value in weights.items()}
         fitted = factorize(edit, rank)
     else:
-        fit = FITS[config.fit]
+        fit = _fit_of(config, target)
         measured = {name: found.only(fit.reader.shapes(target) if fit.reader else ()) for name, found in pair.items()}
         moments = [pair[name].moments() for name in ("forget", "retain")]
         forget, retain = (_magnitudes(granularity, pair.pop(name), target) for name in ("forget", "retain"))
@@ -446,8 +446,13 @@ def reader_of(config: PerTAConfig) -> Reader:
     readers: list[Reader] = [GRANULARITIES[config.granularity]]
     if config.input_directions is not False:
         readers.append(InputMoments())
-    of_fit = FITS[config.fit].reader
+    of_fit = FITS[config.fit].reader if config.fit else None  # the default one's is among the others
     return Readers(readers if of_fit is None else [*readers, of_fit])
+
+
+def _fit_of(config: PerTAConfig, target: Target) -> Fit:
+    weighs_directions = config.input_directions is not False and target.parameter is None
+    return FITS[config.fit or ("second-moment" if weighs_directions else "truncated")]
 
 
 def _check_inputs(config: PerTAConfig, targets: list[Target]) -> None:

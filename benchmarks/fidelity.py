@@ -5,7 +5,7 @@ For each seed: a forget adapter is trained on the shipped model, dense edits are
 measure lost; KL of the adapter's next-token distributions from the dense edit's on the judged retain rows, both at the
 dense edit's strength of matched forgetting; and retain and general loss at matched forgetting.
 
-    python -m benchmarks.fidelity [--seeds 0 1 2] [--quick] [--json FILE]
+    python -m benchmarks.fidelity [--seeds 0 1 2] [--weightings grad] [--quick] [--json FILE]
 
 ``--quick`` takes the ranks around r alone, and none of what was tried beside; --json adds to the file, seed by seed.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics as stats
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.matched_forgetting import DENSE, Bench, Change, edit_of
+from benchmarks.matched_forgetting import DENSE, Bench, Change, Edit, edit_of
 from peft_perta import PerTAConfig
 from peft_perta.borrow import borrowed
 from peft_perta.config import FIT_NAMES
@@ -38,13 +38,15 @@ from peft_perta.weightings.ratio import ratio
 
 RANK = DemoSettings().rank
 RANKS = (RANK // 2, RANK, 2 * RANK, 4 * RANK)
-# The edits at full rank, and the ranks that they are fitted at; the second needs no fit from its own rank on.
-EDITS = {
-    edit_of("delta", "grad"): RANKS,
-    edit_of("factor", "grad", directions=True): RANKS,
-    edit_of("factor+delta", "grad", directions=True): (RANK,),
-}
-QUICK_RANKS = ((RANK, 2 * RANK), (RANK // 2, RANK), (RANK,))  # of the same edits
+
+
+def edits_of(weighting: str, quick: bool) -> dict[Edit, tuple[int, ...]]:
+    """The edits at full rank, and the ranks that they are fitted at; the second needs no fit from its own rank on."""
+    edits = {
+        edit_of("delta", weighting): (RANK, 2 * RANK) if quick else RANKS,
+        edit_of("factor", weighting, directions=True): (RANK // 2, RANK) if quick else RANKS,
+    }
+    return edits | ({edit_of("factor+delta", "grad", directions=True): (RANK,)} if weighting == "grad" else {})
 
 
 def loha(rank: int) -> Change:
@@ -90,9 +92,9 @@ def divergence(bench: Bench, p: str, q: str, strength: float) -> float:
     return total / count
 
 
-def run(seed: int, quick: bool = False) -> list[dict]:
+def run(seed: int, weightings: Sequence[str] = ("grad",), quick: bool = False) -> list[dict]:
     bench = Bench(seed, False, DemoSettings())
-    edits = dict(zip(EDITS, QUICK_RANKS, strict=True)) if quick else EDITS
+    edits = {edit: ranks for weighting in weightings for edit, ranks in edits_of(weighting, quick).items()}
     results = []
 
     def judge(
@@ -119,7 +121,8 @@ def run(seed: int, quick: bool = False) -> list[dict]:
                             label = "exact" if exact else fit
                             judge("fitted", edit.name, label, rank, energy, guess=1.1 * strength, kl=kl)
                     bar.update()
-    for name, rank, config, change in tqdm([] if quick else TRIED, desc=f"tried, seed {seed}"):
+    tried = [] if quick or "grad" not in weightings else TRIED
+    for name, rank, config, change in tqdm(tried, desc=f"tried, seed {seed}"):
         with bench.edited(config, "tried", change=change) as energy:
             judge("tried", name, "tried", rank, energy)
     return results
@@ -160,17 +163,20 @@ def _spread(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--weightings", nargs="+", default=["grad"], help="of the edits (default: grad)")
     parser.add_argument("--quick", action="store_true", help="the ranks around r alone")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="add every result as JSON lines")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add every result as JSON lines; all there are shown")
     options = parser.parse_args()
     quiet()
     results = []
     for seed in options.seeds:
-        results += (found := run(seed, options.quick))
+        results += (found := run(seed, options.weightings, options.quick))
         if options.json:
             with open(options.json, "a") as file:
                 file.writelines(json.dumps(result) + "\n" for result in found)
-    print(table(results))
+    if options.json:
+        results = [json.loads(line) for line in options.json.read_text().splitlines()]
+    print(table(list({(r["seed"], r["edit"], r["fit"], r["rank"]): r for r in results}.values())))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 from peft_perta import PerTAConfig
 from peft_perta.adapter import add_adapter, build_adapter, emitted_dtype
 from peft_perta.config import servable_rank
-from peft_perta.data import encode_row
-from peft_perta.demo.run import SPLITS, DemoSettings, prepare, spread
+from peft_perta.data import encode_row, spread
+from peft_perta.demo.run import SPLITS, DemoSettings, prepare
 from peft_perta.evaluation import losses_of
 from peft_perta.factorize import Factors
 from peft_perta.fits import FITS
@@ -91,6 +91,7 @@ class Bench:
         self.model, tokenizer, rows = prepare(replace(settings, seed=seed), four_bit=four_bit)
         samples = {name: [encode_row(row, tokenizer) for row in found] for name, found in rows.items()}
         self.weighed = {"forget": samples["forget"], "retain": samples["retain"][::2][: settings.weight_samples]}
+        self.held_out = samples["retain"][::2][settings.weight_samples :]  # gave no gradients, and judge nothing
         self.judged = {name: spread(samples[name][1::2] if name == "retain" else samples[name], 100) for name in SPLITS}
         self.targets = resolve_targets(self.model, "forget")
         self.target_loss = self.losses("reference", splits=("forget",))["forget"]

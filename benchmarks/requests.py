@@ -17,8 +17,8 @@ from pathlib import Path
 from benchmarks.matched_forgetting import SPLITS
 from peft_perta import PerTAConfig, attach_adapters, get_perta_state_dict, load_base, train_forget_adapter
 from peft_perta.adapter import add_adapter, scaled_adapter
-from peft_perta.data import encode_row, read_rows
-from peft_perta.demo.run import ASSETS, DemoSettings, spread
+from peft_perta.data import encode_row, read_rows, spread
+from peft_perta.demo.run import ASSETS, DemoSettings
 from peft_perta.evaluation import losses_of
 from peft_perta.fuse import fuse_adapters
 from peft_perta.loading import quiet

@@ -74,6 +74,13 @@ def read_rows(path: str | Path) -> list[dict]:
     return rows
 
 
+def spread(rows: list[Any], count: int) -> list[Any]:
+    """``count`` of the rows at even distances, the first and the last among them; all, where there are no more."""
+    if len(rows) <= count:
+        return rows
+    return [rows[round(i * (len(rows) - 1) / max(count - 1, 1))] for i in range(count)]
+
+
 def load_samples(
     data: Any,
     tokenizer: Any = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,12 +28,56 @@ def sample_losses(model: nn.Module, batch: Batch) -> Tensor:
 
 def completion_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """The same from logits and labels [N, T]; logits [N, T, V], or [1, K, V] of the K tokens that are taken."""
+    chosen, wanted, taken = _chosen(logits, labels)
+    token_losses: Tensor = _TokenLosses.apply(chosen, wanted)  # type: ignore[assignment]
+    per_token = torch.zeros(taken.shape, dtype=token_losses.dtype, device=logits.device)
+    return per_token.masked_scatter(taken, token_losses).sum(1) / taken.sum(1)
+
+
+def _chosen(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits [K, V] that predict a token with loss, those tokens [K], and where they stand [N, T - 1]."""
     labels = labels[:, 1:].to(logits.device)
     taken = labels != IGNORED
-    chosen = logits.squeeze(0) if logits.shape[:2] != (len(labels), labels.shape[1] + 1) else logits[:, :-1][taken]
-    token_losses: Tensor = _TokenLosses.apply(chosen, labels[taken])  # type: ignore[assignment]
-    per_token = torch.zeros(labels.shape, dtype=token_losses.dtype, device=logits.device)
-    return per_token.masked_scatter(taken, token_losses).sum(1) / taken.sum(1)
+    whole = logits.shape[:2] == (len(labels), labels.shape[1] + 1)
+    return logits[:, :-1][taken] if whole else logits.squeeze(0), labels[taken], taken
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """How a model reads one sample's completion, token by token: three [t], on the CPU.
+
+    Attributes:
+        log_probabilities: of each token, nats.
+        standardised: (log p - mu) / sigma, with mu and sigma the mean and standard deviation of log p over the
+            vocabulary under the model itself.
+        hits: whether the token is the model's first choice.
+    """
+
+    log_probabilities: Tensor
+    standardised: Tensor
+    hits: Tensor
+
+
+def token_scores(model: nn.Module, batch: Batch) -> list[TokenScores]:
+    """Every token of each sample's completion, scored; N of them.
+
+    Reference: the standardised score is Min-K%++'s (arXiv 2404.02936), whose variance is held above 1e-6.
+    """
+    with _logits_where(model, batch.labels):
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    chosen, labels, taken = _chosen(logits, batch.labels)
+    scored = [_scores(*part) for part in _chunks(chosen, labels)]
+    columns = [torch.cat(column).cpu().split(taken.sum(1).tolist()) for column in zip(*scored, strict=True)]
+    return [TokenScores(*parts) for parts in zip(*columns, strict=True)]
+
+
+def _scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logs = _wide(logits).log_softmax(1)
+    shares = logs.exp()
+    mean = (shares * logs).nan_to_num().sum(1)  # 0 log 0 is 0
+    variance = (shares * (logs - mean.unsqueeze(1)).square()).nan_to_num().sum(1)
+    found = logs.gather(1, labels.unsqueeze(1)).squeeze(1)
+    return found, (found - mean) / variance.clamp_min(1e-6).sqrt(), logs.argmax(1) == labels
 
 
 class _TokenLosses(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -36,6 +37,27 @@ def check_output(path: str | Path, marker: str) -> Path:
     if not os.access(parent, os.W_OK):
         raise OutputError(f"{path} cannot be written: no permission in {parent}; choose another output")
     return path
+
+
+def write_file(path: str | Path, text: str) -> None:
+    """Write a text file whole, in the place of one of that name, or not at all.
+
+    Raises:
+        OutputError: the disk refuses (full, read-only), or a directory is in the way.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise OutputError(f"{path} could not be written: {error}; nothing was changed there") from error
 
 
 @contextmanager

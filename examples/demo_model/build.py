@@ -99,6 +99,11 @@ def build_data(output: Path) -> None:
     write_rows(output / "forget.jsonl", author_rows(FORGET))
     write_rows(output / "retain.jsonl", author_rows(RETAIN))
     write_rows(output / "general.jsonl", facts + author_rows(WELL_KNOWN))
+    write_rows(output / "real_authors.jsonl", facts[:100])
+    write_rows(output / "world_facts.jsonl", facts[100:])
+    write_rows(
+        output / "holdout.jsonl", [{key: row[key] for key in ("question", "answer")} for row in author_rows(VALIDATION)]
+    )
 
 
 def build_tokenizer(output: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..adapter import add_adapter, save_perta_adapter, scaled_adapter
 from ..config import PerTAConfig
-from ..data import Sample, encode_row, read_rows
+from ..data import Sample, encode_row, read_rows, spread
 from ..evaluation import SplitScores, evaluate_split, losses_of
 from ..loading import attach_adapters, load_base
 from ..methods import get_perta_state_dict
@@ -234,13 +234,6 @@ def _curve(
 def _at_match(result: DemoResult, edit: str) -> dict[str, float]:
     strength = result.matches[edit].strength
     return min(result.curves[edit], key=lambda point: abs(point["strength"] - strength))
-
-
-def spread(rows: list, count: int) -> list:
-    """``count`` rows at even distances, so that every author is in."""
-    if len(rows) <= count:
-        return rows
-    return [rows[round(i * (len(rows) - 1) / (count - 1))] for i in range(count)]
 
 
 def _mean(losses: Tensor) -> float:

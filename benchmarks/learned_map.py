@@ -1,0 +1,132 @@
+"""Does a learned map from (g_f, g_r, task vector) to weights beat the ratio |g_f| / (|g_f| + |g_r|)?
+
+The map is a step function: every element of the task vector falls into one of 2 x 8 cells, by whether taking it away would
+raise the retain loss to first order (the sign of g_r times the task vector) and by its ratio (eighths of [0, 1]); a cell
+has one weight. The weights start as the ratio's own and descend the held-out retain loss at matched forgetting: the loss's
+derivative with respect to a cell's weight is the gradient's inner product with the edit of that cell, so that one backward
+pass over each held-out set gives them all. The rows that fit the map gave no gradients and judge nothing.
+
+    python -m benchmarks.learned_map [--seeds 0 1 2] [--steps 8] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from benchmarks.matched_forgetting import DENSE, Bench, edit_of, table
+from peft_perta.data import spread
+from peft_perta.demo.run import DemoSettings
+from peft_perta.edit import task_vector
+from peft_perta.evaluation import losses_of
+from peft_perta.factorize import Factors, factorize
+from peft_perta.gradients import sweep
+from peft_perta.granularities import GRANULARITIES
+from peft_perta.loading import quiet
+from peft_perta.stack import adapter_strength
+from peft_perta.statistics import Statistic
+from peft_perta.targets import Target
+from peft_perta.weightings.ratio import ratio
+
+RATIOS = 8
+CELLS = 2 * RATIOS
+STEP = 0.5  # the largest change of a weight's logarithm in a step
+EDIT = edit_of("delta", "grad", rank=DENSE)
+
+
+def cells_of(layer: Target, pair: Mapping[str, Statistic]) -> tuple[Tensor, Tensor]:
+    """(cell of each element [O, I], its ratio [O, I])."""
+    gradients = [pair[name].magnitudes()["weight"] for name in ("forget", "retain")]
+    signed = pair["retain"].sums["weight"].reshape(len(layer.B), -1)
+    weights = ratio(*gradients, 1.0)
+    harmful = (signed * task_vector(layer.A, layer.B, layer.scaling) < 0).long()  # minus the task vector, uphill
+    return harmful * RATIOS + (weights * RATIOS).long().clamp(0, RATIOS - 1), weights
+
+
+def run(seed: int, steps: int, settings: DemoSettings) -> list[dict]:
+    bench = Bench(seed, False, settings)
+    pairs = {
+        layer.name: {name: bench.statistics("mean")[name][layer.name] for name in ("forget", "retain")}
+        for layer in bench.targets
+    }
+    cells = {layer.name: cells_of(layer, pairs[layer.name]) for layer in bench.targets}
+    counts, sums = torch.zeros(CELLS), torch.zeros(CELLS)
+    for of, weights in cells.values():
+        counts += torch.bincount(of.flatten(), minlength=CELLS)
+        sums += torch.bincount(of.flatten(), weights.flatten(), minlength=CELLS)
+    learned = (sums / counts.clamp_min(1)).log()
+    held_out = {"forget": bench.judged["forget"], "retain": spread(bench.held_out, 100)}
+
+    def edit(layer: Target, pair: Mapping[str, Statistic], factors: Factors) -> Factors:
+        weights = learned.exp()[cells[layer.name][0]]
+        return factorize(-task_vector(layer.A, layer.B, layer.scaling) * weights, DENSE)
+
+    results = []
+
+    def judge(label: str, strength: float) -> None:
+        with adapter_strength(bench.model, "edit", strength):
+            results.append({"seed": seed, "edit": label, "strength": strength, **bench.losses("task", "edit")})
+
+    with bench.edited(EDIT.config):
+        judge("ratio", bench.matched().strength)
+    best = float("inf"), learned.clone(), 1.0
+    guess = results[0]["strength"]
+    for _ in tqdm(range(steps + 1), desc=f"steps, seed {seed}"):
+        with bench.edited(EDIT.config, change=edit):
+            guess = bench.matched(guess=guess).strength
+            with adapter_strength(bench.model, "edit", guess):
+                retain = float(losses_of(bench.model, held_out["retain"], adapters=["task", "edit"]).mean())
+                if not results[1:]:
+                    judge("step function, as the ratio", guess)
+                slopes = {name: _slopes(bench, cells, learned, found) for name, found in held_out.items()}
+        best = min(best, (retain, learned.clone(), guess), key=lambda found: found[0])
+        # Along the surface of equal forgetting: the common scale of all weights is taken out.
+        total = {name: found.sum() for name, found in slopes.items()}
+        direction = slopes["retain"] - total["retain"] / total["forget"] * slopes["forget"]
+        learned = learned - STEP * direction / direction.abs().max()
+    _, learned, guess = best
+    with bench.edited(EDIT.config, change=edit):
+        judge("step function, learned", bench.matched(guess=guess).strength)
+    shares = (learned - learned.max()).exp()
+    print(f"seed {seed}: held-out retain loss {best[0]:.3f}; weights over the largest, by eighth of the ratio: harmless "
+          f"{[round(w, 2) for w in shares[:RATIOS].tolist()]}, harmful {[round(w, 2) for w in shares[RATIOS:].tolist()]}",
+          flush=True)  # fmt: skip
+    return results
+
+
+def _slopes(bench: Bench, cells: Mapping[str, tuple[Tensor, Tensor]], learned: Tensor, samples: list) -> Tensor:
+    """The mean loss's derivative with respect to the logarithm of each cell's weight, [CELLS], up to a common factor."""
+    found = sweep(bench.model, bench.targets, samples, GRANULARITIES["delta"], "mean", adapters=["task", "edit"],
+                  batch_size=16, name="slopes", show_progress_bar=False)  # fmt: skip
+    slopes = torch.zeros(CELLS)
+    for layer in bench.targets:
+        statistic = found[layer.name]
+        moved = -task_vector(layer.A, layer.B, layer.scaling) * learned.exp()[cells[layer.name][0]]
+        gradient = statistic.sums["weight"].reshape(moved.shape) / len(samples)
+        slopes += torch.bincount(cells[layer.name][0].flatten(), (gradient * moved).flatten(), minlength=CELLS)
+    return slopes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=8, help="of descent on the weights (default: 8)")
+    parser.add_argument("--epochs", type=int, help="of the forget adapter")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every result as JSON lines")
+    options = parser.parse_args()
+    quiet()
+    settings = DemoSettings() if options.epochs is None else DemoSettings(epochs=options.epochs)
+    results = [result for seed in options.seeds for result in run(seed, options.steps, settings)]
+    if options.json:
+        options.json.write_text("".join(json.dumps(result) + "\n" for result in results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,11 @@
 """Does a learned map from (g_f, g_r, task vector) to weights beat the ratio |g_f| / (|g_f| + |g_r|)?
 
-The map is a step function: every element of the task vector falls into one of 2 x 8 cells, by whether taking it away would
-raise the retain loss to first order (the sign of g_r times the task vector) and by its ratio (eighths of [0, 1]); a cell
-has one weight. The weights start as the ratio's own and descend the held-out retain loss at matched forgetting: the loss's
-derivative with respect to a cell's weight is the gradient's inner product with the edit of that cell, so that one backward
-pass over each held-out set gives them all. The rows that fit the map gave no gradients and judge nothing.
+The map is a step function: every element of the task vector falls into one of 2 x 8 cells, by whether taking it away
+would raise the retain loss to first order (the sign of g_r times the task vector) and by its ratio (eighths of [0, 1]);
+a cell has one weight. The weights start as the ratio's own and descend the held-out retain loss at matched forgetting:
+the loss's derivative with respect to a cell's weight is the gradient's inner product with the edit of that cell, so
+that one backward pass over each held-out set gives them all. The retain rows that fit the map gave no gradients to the
+ratio and judge nothing.
 
     python -m benchmarks.learned_map [--seeds 0 1 2] [--steps 8] [--json FILE]
 """
@@ -94,14 +95,14 @@ def run(seed: int, steps: int, settings: DemoSettings) -> list[dict]:
     with bench.edited(EDIT.config, change=edit):
         judge("step function, learned", bench.matched(guess=guess).strength)
     shares = (learned - learned.max()).exp()
-    print(f"seed {seed}: held-out retain loss {best[0]:.3f}; weights over the largest, by eighth of the ratio: harmless "
-          f"{[round(w, 2) for w in shares[:RATIOS].tolist()]}, harmful {[round(w, 2) for w in shares[RATIOS:].tolist()]}",
-          flush=True)  # fmt: skip
+    shown = [[round(w, 2) for w in half] for half in shares.reshape(2, RATIOS).tolist()]
+    print(f"seed {seed}: held-out retain loss {best[0]:.3f}; weights over the largest, by eighth of the ratio:")
+    print(f"harmless {shown[0]}, harmful {shown[1]}", flush=True)
     return results
 
 
 def _slopes(bench: Bench, cells: Mapping[str, tuple[Tensor, Tensor]], learned: Tensor, samples: list) -> Tensor:
-    """The mean loss's derivative with respect to the logarithm of each cell's weight, [CELLS], up to a common factor."""
+    """The mean loss's derivative with respect to the logarithm of each cell's weight, [CELLS]."""
     found = sweep(bench.model, bench.targets, samples, GRANULARITIES["delta"], "mean", adapters=["task", "edit"],
                   batch_size=16, name="slopes", show_progress_bar=False)  # fmt: skip
     slopes = torch.zeros(CELLS)

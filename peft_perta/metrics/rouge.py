@@ -7,6 +7,27 @@ from collections.abc import Sequence
 from rouge_score.rouge_scorer import RougeScorer
 
 
+def rouge_scores(generations: Sequence[str], references: Sequence[str]) -> list[dict[str, float]]:
+    """rouge1_recall, rougeL_f1 and rougeL_recall of each pair, in [0, 1], stemmed; 0 where either is empty.
+
+    Reference: Lin 2004; stemming and names as in open-unlearning (arXiv 2506.12618).
+
+    Raises:
+        ValueError: the two lists differ in length.
+    """
+    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    pairs = zip(generations, references, strict=True)
+    scores = [scorer.score(reference, generation) for generation, reference in pairs]
+    return [
+        {
+            "rouge1_recall": float(found["rouge1"].recall),
+            "rougeL_f1": float(found["rougeL"].fmeasure),
+            "rougeL_recall": float(found["rougeL"].recall),
+        }
+        for found in scores
+    ]
+
+
 def rouge_l_recall(generations: Sequence[str], references: Sequence[str]) -> list[float]:
     """ROUGE-L recall of each pair, in [0, 1]: the longest common subsequence over the reference's words, stemmed.
 
@@ -15,6 +36,4 @@ def rouge_l_recall(generations: Sequence[str], references: Sequence[str]) -> lis
     Raises:
         ValueError: the two lists differ in length.
     """
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    pairs = zip(generations, references, strict=True)
-    return [scorer.score(reference, generation)["rougeL"].recall for generation, reference in pairs]
+    return [scores["rougeL_recall"] for scores in rouge_scores(generations, references)]

@@ -666,7 +666,7 @@ def test_bad_input_is_one_clear_line(place, name, capfd, recwarn, monkeypatch):
     make_arguments, message, before_loading = CASES[name]
     arguments = make_arguments(place)
     if before_loading:
-        monkeypatch.setattr(cli, "load_base", lambda *_, **__: pytest.fail("the model was loaded first"))
+        monkeypatch.setattr(cli.options, "load_base", lambda *_, **__: pytest.fail("the model was loaded first"))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
     refused(place, arguments, message, capfd, recwarn)
 
@@ -705,7 +705,7 @@ def test_an_interrupt_is_one_line_and_status_130(place, capsys, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_base", interrupted)
+    monkeypatch.setattr(cli.options, "load_base", interrupted)
     before = tree(place)
     assert main(place.unlearn()) == 130
     assert capsys.readouterr().err == "peft-perta: interrupted; nothing was written\n"

@@ -1,0 +1,256 @@
+"""From rows to a negative adapter: ``demo``, ``forget``, ``unlearn``, ``calibrate``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+from .. import processes
+from ..adapter import (
+    FORGET_RECORD_NAME,
+    PROVENANCE_NAME,
+    check_adapter_files,
+    load_provenance,
+    read_adapter,
+    save_perta_adapter,
+    scaled_adapter,
+)
+from ..calibration import Calibration, Goal, calibrate, forget_loss_of_log
+from ..checkpoint import remove_checkpoint
+from ..config import ALLOCATIONS, DTYPES, FIT_NAMES, GRANULARITY_NAMES, REFERENCE_MODELS, PerTAConfig
+from ..data import load_samples, read_rows
+from ..demo import DemoSettings, run_demo
+from ..errors import AdapterError, ConfigError, DataError
+from ..evaluation import losses_of
+from ..loading import attach_adapters
+from ..methods import get_perta_state_dict
+from ..output import check_output
+from ..picture import PICTURE_NAME, draw_calibration
+from ..report import PerTAReport
+from ..training import train_forget_adapter
+from ..training.forget_adapter import default_lora_config
+from ..weightings import resolve_weighting
+from .options import ROWS_HELP, add_command, add_model, load_model, seed_of
+
+CHOICES = {"granularity": GRANULARITY_NAMES, "fit": FIT_NAMES, "allocation": ALLOCATIONS,
+           "reference_model": REFERENCE_MODELS, "dtype": DTYPES}  # fmt: skip
+
+
+def add_commands(commands) -> None:
+    demo = add_command(
+        commands, "demo", _demo, "run the main job on TOFU with the small Llama that ships with the package"
+    )
+    demo.add_argument("--four-bit", action="store_true", help="quantise the base to NF4")
+    demo.add_argument("--output", metavar="DIR", help="default: perta_demo, or perta_demo_4bit with --four-bit")
+    demo.add_argument("--seed", type=seed_of, default=0, help="seed of the forget adapter's training (default: 0)")
+
+    forget = add_command(commands, "forget", _forget, "train a forget adapter on what must go (LoRA or QLoRA, by TRL)")
+    add_model(forget)
+    forget.add_argument("--forget", required=True, metavar="ROWS", help=f"what must go: {ROWS_HELP}")
+    forget.add_argument("--output", required=True, metavar="DIR", help="directory of the forget adapter")
+    forget.add_argument("--rank", type=int, default=16, help="LoRA rank; lora_alpha is twice that (default: 16)")
+    forget.add_argument("--epochs", type=float, default=10, help="passes over the rows (default: 10)")
+    forget.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate (default: 0.001)")
+    forget.add_argument("--batch-size", type=int, default=8, help="rows per step (default: 8)")
+    forget.add_argument("--max-length", type=int, default=1024, help="tokens per row (default: 1024)")
+    forget.add_argument("--seed", type=seed_of, default=0, help="seed of init and order (default: 0)")
+
+    unlearn = add_command(
+        commands, "unlearn", _unlearn, "forget adapter + forget rows + retain rows -> negative adapter", _checkpoint
+    )
+    add_model(unlearn)
+    unlearn.add_argument("--forget-adapter", required=True, metavar="DIR", help="LoRA trained on the forget rows alone")
+    unlearn.add_argument(
+        "--task-adapter", metavar="DIR", help="the adapter that knows too much; used with --reference-model full"
+    )
+    unlearn.add_argument("--forget", metavar="ROWS", help=f"what must go: {ROWS_HELP}")
+    unlearn.add_argument("--retain", metavar="ROWS", help="what must stay, likewise")
+    unlearn.add_argument("--output", required=True, metavar="DIR", help="directory of the negative adapter")
+    for field in dataclasses.fields(PerTAConfig):
+        name, text = "--" + field.name.replace("_", "-"), field.metadata["help"].replace("%", "%%")
+        if field.name not in _TYPES:
+            unlearn.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+            continue
+        default = "" if field.default is None else f" (default: {field.default})"
+        choices = CHOICES.get(field.name)
+        unlearn.add_argument(name, type=_TYPES[field.name], default=field.default, choices=choices, help=text + default)
+
+    calibrate = add_command(commands, "calibrate", _calibrate, "find the strength that meets a goal, and rescale")
+    add_model(calibrate)
+    calibrate.add_argument("--adapter", required=True, metavar="DIR", help="a negative adapter that unlearn wrote")
+    calibrate.add_argument("--task-adapter", metavar="DIR", help="the adapter that knows too much, where it is one")
+    calibrate.add_argument("--forget", required=True, metavar="ROWS", help=f"rows to forget: {ROWS_HELP}")
+    calibrate.add_argument("--retain", required=True, metavar="ROWS", help="rows to keep that gave no gradients")
+    goal = calibrate.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--forget-loss", type=float, help="match this mean forget loss (nats per token)")
+    goal.add_argument("--reference-log", metavar="JSON", help="match that of a retain-only model's TOFU_EVAL.json")
+    goal.add_argument("--reference-adapter", metavar="DIR", help="match that of the base with this adapter on")
+    goal.add_argument(
+        "--retain-tolerance", type=float, help="the most forgetting that raises the retain loss by no more than this"
+    )
+    calibrate.add_argument("--forget-adapter", metavar="DIR", help="draw its plain negation beside")
+    calibrate.add_argument("--max-length", type=int, default=1024, help="tokens per row (default: 1024)")
+    calibrate.add_argument("--output", required=True, metavar="DIR", help="directory of the rescaled adapter")
+
+
+def _rank(text: str) -> int | float:
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    raise argparse.ArgumentTypeError(f"expected an int from 1 to 256 or a float in (0, 1), found {text!r}")
+
+
+def _strength(text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or 'auto', found {text!r}") from None
+
+
+_TYPES = {
+    "weighting": str,
+    "granularity": str,
+    "power": float,
+    "rank": _rank,
+    "allocation": str,
+    "fit": str,
+    "strength": _strength,
+    "forget_loss": float,
+    "retain_tolerance": float,
+    "divergence_samples": int,
+    "reference_model": str,
+    "max_samples": int,
+    "seed": int,
+    "batch_size": int,
+    "max_memory": str,
+    "host_memory": str,
+    "max_length": int,
+    "dtype": str,
+}
+
+
+def _demo(options: argparse.Namespace) -> None:
+    output = options.output or ("perta_demo_4bit" if options.four_bit else "perta_demo")
+    run_demo(output, four_bit=options.four_bit, settings=DemoSettings(seed=options.seed))
+
+
+def _forget(options: argparse.Namespace) -> None:
+    for name, least in (("rank", 1), ("batch_size", 1), ("max_length", 2)):
+        if getattr(options, name) < least:
+            raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, found {getattr(options, name)}")
+    for name in ("epochs", "learning_rate"):
+        if not 0 < getattr(options, name) < float("inf"):
+            raise ConfigError(f"--{name.replace('_', '-')}: expected a number > 0, found {getattr(options, name)}")
+    check_output(options.output, FORGET_RECORD_NAME)
+    rows = read_rows(options.forget)
+    model, tokenizer = load_model(options)
+    train_forget_adapter(
+        model,
+        rows,
+        tokenizer,
+        options.output,
+        lora_config=default_lora_config(options.rank),
+        max_length=options.max_length,
+        num_train_epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        per_device_train_batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    print(f"the forget adapter is in {options.output}\nNext: peft-perta unlearn --forget-adapter {options.output} ...")
+
+
+def _unlearn(options: argparse.Namespace) -> None:
+    config = PerTAConfig(**{field.name: getattr(options, field.name) for field in dataclasses.fields(PerTAConfig)})
+    if ":" in config.weighting and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # as with python -m: the user's own weighting may lie where they stand
+    weighting = resolve_weighting(config.weighting, config.power)
+    for name in ("forget", "retain"):
+        if weighting.statistic and not getattr(options, name):
+            raise DataError(f"--{name}: expected a file of rows, found none; only --weighting uniform goes without")
+    processes.start()
+    check_output(options.output, PROVENANCE_NAME)
+    adapters = {"forget": options.forget_adapter}
+    if options.task_adapter:
+        adapters["task"] = options.task_adapter
+    for directory in adapters.values():
+        check_adapter_files(directory)
+    sets = [read_rows(path) if path else None for path in (options.forget, options.retain)]
+    base, tokenizer = load_model(options)
+    model = attach_adapters(base, adapters)
+    lora_config, state_dict, report = get_perta_state_dict(
+        model,
+        config,
+        *sets,
+        task_adapter="task" if options.task_adapter else None,
+        tokenizer=tokenizer,
+        checkpoint_dir=_checkpoint(options),
+    )
+    if processes.is_main():
+        save_perta_adapter(options.output, lora_config, state_dict, report)
+        remove_checkpoint(_checkpoint(options))
+        print(f"{report}\nIt is in {options.output}")
+        if report.calibration is not None:
+            found = Calibration.from_dict(report.calibration)
+            draw_calibration(found, Path(options.output) / PICTURE_NAME)
+            print(f"{found}\nIts curve is in {Path(options.output) / PICTURE_NAME}")
+        print(f"Next: peft-perta verify {options.output} --base {options.model}, then stack it on the model")
+    processes.finish()
+
+
+def _checkpoint(options: argparse.Namespace) -> str:
+    """Where an interrupted ``unlearn`` leaves what it has."""
+    return f"{options.output.rstrip(os.sep)}.checkpoint"
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    check_output(options.output, PROVENANCE_NAME)
+    named = {
+        "unlearn": options.adapter,
+        "task": options.task_adapter,
+        "forget": options.forget_adapter,
+        "reference": options.reference_adapter,
+    }
+    named = {name: directory for name, directory in named.items() if directory}
+    for directory in named.values():
+        check_adapter_files(directory)
+    report, _ = load_provenance(options.adapter)
+    if not isinstance(report, PerTAReport):
+        raise AdapterError(f"{options.adapter} is a fused adapter; calibrate the parts, then fuse them")
+    forget_loss = options.forget_loss
+    if options.reference_log:
+        forget_loss = forget_loss_of_log(options.reference_log)
+    if not options.reference_adapter:
+        Goal(forget_loss, options.retain_tolerance)
+    rows = {name: read_rows(getattr(options, name)) for name in ("forget", "retain")}
+    base, tokenizer = load_model(options)
+    samples = {
+        name: load_samples(found, tokenizer, max_length=options.max_length, name=f"the {name} set")
+        for name, found in rows.items()
+    }
+    model = attach_adapters(base, named)
+    if options.reference_adapter:
+        forget_loss = float(losses_of(model, samples["forget"], adapters=["reference"]).double().mean())
+    found = calibrate(
+        model,
+        Goal(forget_loss, options.retain_tolerance),
+        samples["forget"],
+        samples["retain"],
+        adapter_name="unlearn",
+        with_adapters=["task"] if options.task_adapter else [],
+        negated_adapter="forget" if options.forget_adapter else None,
+        reference=["reference"] if options.reference_adapter else None,
+    )
+    lora_config, state_dict = read_adapter(options.adapter)
+    state_dict, report = scaled_adapter(state_dict, report, found.strength)
+    report = dataclasses.replace(report, calibration=found.to_dict())
+    save_perta_adapter(options.output, lora_config, state_dict, report)
+    draw_calibration(found, Path(options.output) / PICTURE_NAME)
+    print(f"{found}\nThe adapter at that strength is in {options.output}, its curve in {PICTURE_NAME} there")
+    print(f"Next: peft-perta verify {options.output} --base {options.model}")

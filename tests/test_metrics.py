@@ -1,13 +1,37 @@
 """Metrics: hand-computed rows, laws, and rows of published logs."""
 
+import json
 import math
+import zlib
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_perta.metrics import forget_truth_score, probability, retain_truth_score, rouge_l_recall, truth_ratio
+from peft_perta.metrics import (
+    accuracy,
+    area_under_curve,
+    chosen_option,
+    exact_memorization,
+    extraction_strength,
+    forget_quality,
+    forget_truth_score,
+    minimum_k,
+    minimum_k_plus_plus,
+    model_utility,
+    normalised_probability,
+    privacy_leakage,
+    probability,
+    reference_score,
+    retain_truth_score,
+    rouge_l_recall,
+    rouge_scores,
+    truth_ratio,
+    truth_ratio_of,
+    zlib_score,
+)
 
 # Rows of open-unlearning's TOFU logs of Llama-3.2-1B-Instruct tuned on everything (nxZhai/BalDRO, commit 12a0b0cc, MIT,
 # saves/eval, full_forget10.json): the paraphrased answer's avg_loss and prob, the false answers' avg_loss, the ratio.
@@ -64,7 +88,11 @@ ROUGE_ROWS = [
      "Shakespeare.", 1.0),
 ]  # fmt: skip
 
+PUBLISHED = json.loads((Path(__file__).parent / "data" / "rows_full_forget10.json").read_text())  # see SOURCE.md there
+
 losses = st.floats(min_value=0.0, max_value=20.0)
+scores = st.lists(st.floats(min_value=-5, max_value=5).map(lambda x: round(x, 1)), min_size=1, max_size=8)  # with ties
+hits = st.lists(st.booleans(), min_size=1, max_size=8)
 rows = st.lists(st.tuples(losses, st.lists(losses, min_size=1, max_size=5)), min_size=1, max_size=6)
 words = st.lists(st.sampled_from(["the", "author", "writes", "books", "of", "crime", "in", "Lima"]), max_size=8).map(
     " ".join
@@ -78,6 +106,10 @@ def ratios_of(drawn):
 
 def doubles(*values):
     return torch.tensor(values, dtype=torch.float64)
+
+
+def published(metric):
+    return PUBLISHED[metric]["value_by_index"]
 
 
 # Probability
@@ -114,16 +146,30 @@ def test_truth_ratio_by_hand():
 def test_truth_scores_by_hand():
     # s = 1/4, 3, 1: min(s, 1/s) = 1/4, 1/3, 1, whose mean is 19/36; max(0, 1 - s) = 3/4, 0, 0, whose mean is 1/4
     ratios = doubles(1 / 4, 3, 1)
-    assert forget_truth_score(ratios) == pytest.approx(19 / 36, rel=1e-12)
+    assert forget_truth_score(ratios) == pytest.approx(19 / 36, rel=1e-9)  # but for the guard
     assert retain_truth_score(ratios) == pytest.approx(1 / 4, rel=1e-12)
 
 
-@given(losses, st.integers(min_value=1, max_value=5))
+@given(st.floats(min_value=0.0, max_value=10.0), st.integers(min_value=1, max_value=5))
 def test_equal_losses_have_ratio_1(loss, count):
     ratios = truth_ratio(doubles(loss), [doubles(*[loss] * count)])
-    torch.testing.assert_close(ratios, doubles(1.0))
-    assert forget_truth_score(ratios) == pytest.approx(1)
-    assert retain_truth_score(ratios) == pytest.approx(0, abs=1e-9)
+    torch.testing.assert_close(ratios, doubles(1.0), rtol=1e-5, atol=0)
+    assert forget_truth_score(ratios) == pytest.approx(1, rel=1e-5)
+    assert retain_truth_score(ratios) == pytest.approx(0, abs=1e-5)
+
+
+def test_where_no_answer_is_possible_the_guard_says_that_none_is_preferred_falsely():
+    # exp(-1000) is 0 in floating point: 0 / (0 + 1e-10), and min(0, 1 / 1e-10)
+    ratios = truth_ratio(doubles(1000.0), [doubles(1000.0, 1000.0)])
+    assert ratios.tolist() == [0.0]
+    assert forget_truth_score(ratios) == 0
+    assert retain_truth_score(ratios) == 1
+
+
+@given(losses, st.lists(losses, min_size=1, max_size=5))
+def test_the_truth_ratio_of_one_row_is_that_of_its_batch(true, false):
+    among = truth_ratio(doubles(1.0, true), [doubles(2.0), doubles(*false)])
+    assert truth_ratio_of(true, false) == pytest.approx(float(among[1]), rel=1e-12)
 
 
 @given(rows)
@@ -144,7 +190,7 @@ def test_scores_ignore_the_order_of_rows_and_of_false_answers(drawn, random):
 @given(st.lists(st.floats(min_value=-6, max_value=6), min_size=1, max_size=6))
 def test_the_forget_score_does_not_say_which_side_is_preferred(logarithms):
     ratios = doubles(*logarithms).exp()
-    assert forget_truth_score(1 / ratios) == pytest.approx(forget_truth_score(ratios), rel=1e-12)
+    assert forget_truth_score(1 / ratios) == pytest.approx(forget_truth_score(ratios), rel=1e-6)  # but for the guard
 
 
 @given(rows, st.floats(min_value=0.01, max_value=2.0))
@@ -155,10 +201,7 @@ def test_a_model_that_prefers_the_truth_more_scores_no_less_on_retain(drawn, gai
 
 @pytest.mark.parametrize(("true", "published", "false", "ratio"), FORGET_ROWS + WORLD_ROWS)
 def test_truth_ratio_is_the_published_one(true, published, false, ratio):
-    guarded = 1 + 1e-10 / math.exp(
-        -true
-    )  # open-unlearning adds 1e-10 to the denominator; it shows in tiny probabilities
-    assert float(truth_ratio(doubles(true), [doubles(*false)])) / guarded == pytest.approx(ratio, rel=2e-8)
+    assert truth_ratio_of(true, false) == pytest.approx(ratio, rel=1e-12)
 
 
 def test_truth_ratio_refuses_rows_that_do_not_pair():
@@ -201,3 +244,255 @@ def test_rouge_lies_in_0_1_and_follows_its_rows(pairs):
 def test_rouge_refuses_rows_that_do_not_pair():
     with pytest.raises(ValueError, match="zip"):
         rouge_l_recall(["one", "two"], ["one"])
+
+
+def test_rouge_scores_by_hand():
+    # "In Lima, Peru, he was born" against "he was born in Lima": all five words are there, three of them in order, in
+    # six: recall 3/5, precision 3/6, f1 = 2 * 3 / (5 + 6)
+    [found] = rouge_scores(["In Lima, Peru, he was born"], ["he was born in Lima"])
+    assert found == {
+        "rouge1_recall": 1.0,
+        "rougeL_f1": pytest.approx(6 / 11, rel=1e-12),
+        "rougeL_recall": pytest.approx(3 / 5, rel=1e-12),
+    }
+
+
+@pytest.mark.parametrize(("generation", "reference"), [("", "in Lima"), ("in Lima", ""), ("", ""), ("?!", "in Lima")])
+def test_rouge_of_nothing_is_0(generation, reference):
+    assert rouge_scores([generation], [reference]) == [{"rouge1_recall": 0.0, "rougeL_f1": 0.0, "rougeL_recall": 0.0}]
+
+
+@pytest.mark.parametrize("split", ["forget", "retain", "ra", "wf"])
+def test_rouge_scores_are_the_published_ones(split):
+    rows = list(published(f"{split}_Q_A_ROUGE").values())
+    found = rouge_scores([row["generation"] for row in rows], [row["ground_truth"] for row in rows])
+    for scores, row in zip(found, rows, strict=True):
+        assert scores == {key: pytest.approx(row[key], rel=1e-12) for key in scores}
+
+
+@given(st.lists(st.tuples(words, words), min_size=1, max_size=5))
+def test_rouge_scores_lie_in_0_1_and_order_costs(pairs):
+    for scores in rouge_scores(*map(list, zip(*pairs, strict=True))):
+        assert all(0 <= score <= 1 for score in scores.values())
+        assert scores["rougeL_recall"] <= scores["rouge1_recall"]
+
+
+# Memorization
+
+
+@pytest.mark.parametrize(
+    ("hit", "strength", "exact"),
+    [
+        ("1111", 1.0, 1.0),
+        ("0111", 3 / 4, 3 / 4),  # once the first token is given, the rest follows
+        ("1011", 1 / 2, 3 / 4),
+        ("1101", 1 / 4, 3 / 4),
+        ("1110", 1 / 4, 3 / 4),  # open-unlearning never gives more than t - 1 tokens away
+        ("0000", 1 / 4, 0.0),
+        ("1", 1.0, 1.0),
+        ("0", 1.0, 0.0),
+        ("", 0.0, None),
+    ],
+)
+def test_memorization_by_hand(hit, strength, exact):
+    flags = torch.tensor([mark == "1" for mark in hit], dtype=torch.bool)
+    assert extraction_strength(flags) == pytest.approx(strength, rel=1e-12)
+    assert exact_memorization(flags) == exact
+
+
+def slow_extraction_strength(flags):
+    for given_tokens in range(len(flags)):
+        if all(flags[given_tokens:]):
+            break
+    return 1 - given_tokens / len(flags)
+
+
+@given(hits)
+def test_extraction_strength_is_the_loops(flags):
+    assert extraction_strength(torch.tensor(flags)) == pytest.approx(slow_extraction_strength(flags), rel=1e-12)
+
+
+@given(hits, st.data())
+def test_memorization_lies_in_its_bounds_and_a_hit_more_never_lowers_it(flags, data):
+    index = data.draw(st.integers(min_value=0, max_value=len(flags) - 1))
+    more = [*flags[:index], True, *flags[index + 1 :]]
+    for measure, least in ((extraction_strength, 1 / len(flags)), (exact_memorization, 0)):
+        before, after = measure(torch.tensor(flags)), measure(torch.tensor(more))
+        assert least - 1e-12 <= before <= after <= 1
+
+
+# Membership
+
+
+@pytest.mark.parametrize(
+    ("log_probabilities", "k", "expected"),
+    [
+        ([-1.0, -5.0, -2.0, -4.0, -3.0], 0.4, 4.5),  # the two lowest of five
+        ([-1.0, -5.0, -2.0, -4.0], 0.4, 5.0),  # 1.6 of four: one
+        ([-1.0, -5.0], 0.4, 5.0),  # 0.8 of two: at least one
+        ([-1.0, -5.0, -2.0], 1.0, 8 / 3),
+        ([], 0.4, 0.0),
+    ],
+)
+def test_minimum_k_by_hand(log_probabilities, k, expected):
+    assert minimum_k(doubles(*log_probabilities), k) == pytest.approx(expected, rel=1e-12)
+    assert minimum_k_plus_plus(doubles(*log_probabilities), k) == pytest.approx(expected, rel=1e-12)
+
+
+@given(st.lists(losses, min_size=1, max_size=9), st.randoms(use_true_random=False))
+def test_minimum_k_ignores_order_and_lies_between_mean_and_worst(drawn, random):
+    lowest = minimum_k(doubles(*(-loss for loss in drawn)))
+    shuffled = random.sample(drawn, len(drawn))
+    assert minimum_k(doubles(*(-loss for loss in shuffled))) == pytest.approx(lowest, rel=1e-12, abs=1e-12)
+    assert sum(drawn) / len(drawn) - 1e-9 <= lowest <= max(drawn) + 1e-9
+
+
+def test_zlib_and_reference_scores_by_hand():
+    text = "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"  # compresses well
+    assert zlib_score(3.0, text) == pytest.approx(3.0 / len(zlib.compress(text.encode("utf-8"))), rel=1e-12)
+    assert zlib_score(3.0, text) > zlib_score(3.0, "ein paar Wörter, die sich nicht so gut packen lassen")
+    assert reference_score(2.5, 3.0) == -0.5
+
+
+def test_loss_and_zlib_scores_are_the_published_ones():
+    loss = PUBLISHED["mia_loss"]["forget"]["value_by_index"]
+    packed = PUBLISHED["mia_zlib"]["forget"]["value_by_index"]
+    for index, row in published("forget_Q_A_Prob").items():
+        assert row["avg_loss"] == loss[index]["score"]
+        answer = published("forget_Q_A_ROUGE")[index]["ground_truth"]
+        assert zlib_score(row["avg_loss"], answer) == pytest.approx(packed[index]["score"], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("forget", "holdout", "expected"),
+    [
+        ([1.0, 2.0], [3.0, 4.0], 1.0),
+        ([3.0, 4.0], [1.0, 2.0], 0.0),
+        ([1.0, 3.0], [2.0, 4.0], 3 / 4),
+        ([1.0, 2.0], [2.0], 3 / 4),  # above 1, level with 2
+        ([1.0], [1.0], 1 / 2),
+    ],
+)
+def test_area_by_hand(forget, holdout, expected):
+    assert area_under_curve(forget, holdout) == pytest.approx(expected, rel=1e-12)
+    assert area_under_curve(doubles(*forget), doubles(*holdout)) == pytest.approx(expected, rel=1e-12)
+
+
+@given(scores, scores, st.randoms(use_true_random=False))
+def test_area_counts_pairs_and_ignores_order_and_scale(forget, holdout, random):
+    counted = sum((h > f) + (h == f) / 2 for f in forget for h in holdout) / len(forget) / len(holdout)
+    assert area_under_curve(forget, holdout) == pytest.approx(counted, rel=1e-12)
+    assert area_under_curve(random.sample(forget, len(forget)), holdout) == pytest.approx(counted, rel=1e-12)
+    assert area_under_curve([math.exp(f) for f in forget], [math.exp(h) for h in holdout]) == pytest.approx(counted)
+    assert area_under_curve(holdout, forget) == pytest.approx(1 - counted, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize(("forget", "holdout"), [([], [1.0]), ([1.0], []), ([math.nan], [1.0]), ([1.0], [math.nan])])
+def test_area_refuses_what_has_none(forget, holdout):
+    with pytest.raises(ValueError, match="expected scores of forget and holdout rows"):
+        area_under_curve(forget, holdout)
+
+
+def test_privacy_leakage_by_hand():
+    assert privacy_leakage(1.0) == pytest.approx(-100)  # every forget row looks like a member
+    assert privacy_leakage(0.5) == 0
+    assert privacy_leakage(0.0) == pytest.approx(100)
+    assert privacy_leakage(0.4, reference_area=0.2) == pytest.approx(-25)  # (0.6 - 0.8) / 0.8
+    assert privacy_leakage(1.0, reference_area=1.0) == 0  # and no division by zero
+
+
+# Forget quality
+
+
+def test_forget_quality_by_hand():
+    # Two samples of two, apart: D = 1; of the 6 ways to deal four numbers out in pairs, 2 are as extreme.
+    assert forget_quality([1.0, 2.0], [3.0, 4.0]) == pytest.approx(1 / 3, rel=1e-12)
+    # Two of three: D = 1; of the 20 ways, 2 are.
+    assert forget_quality([1.0, 2.0, 3.0], [4.0, 5.0, 6.0]) == pytest.approx(1 / 10, rel=1e-12)
+    # D = 1/2, which 6 of 6 ways reach.
+    assert forget_quality([1.0, 3.0], [2.0, 4.0]) == pytest.approx(1, rel=1e-12)
+
+
+@given(scores, scores, st.randoms(use_true_random=False))
+def test_forget_quality_lies_in_0_1_and_ignores_order_sides_and_scale(ours, theirs, random):
+    found = forget_quality(ours, theirs)
+    assert 0 <= found <= 1
+    assert forget_quality(random.sample(ours, len(ours)), theirs) == pytest.approx(found, rel=1e-9)
+    assert forget_quality(theirs, ours) == pytest.approx(found, rel=1e-9)
+    assert forget_quality([math.exp(x) for x in ours], [math.exp(x) for x in theirs]) == pytest.approx(found, rel=1e-9)
+    assert forget_quality(ours, ours) == pytest.approx(1)
+
+
+def test_forget_quality_refuses_an_empty_side():
+    with pytest.raises(ValueError, match="found 0 and 1"):
+        forget_quality([], [1.0])
+
+
+# Utility
+
+
+def test_normalised_probability_by_hand():
+    assert normalised_probability(0.2, [0.1, 0.3]) == pytest.approx(1 / 3, rel=1e-9)
+    assert normalised_probability(0.2, []) == pytest.approx(1, rel=1e-9)
+    assert normalised_probability(0.0, [0.0, 0.0]) == 0
+
+
+@pytest.mark.parametrize("split", ["ra", "wf"])
+def test_normalised_probability_is_the_published_one(split):
+    for index, row in published(f"{split}_Q_A_Prob").items():
+        found = normalised_probability(row["prob"], published(f"{split}_Q_A_PERT_Prob")[index]["prob"])
+        assert found == pytest.approx(published(f"{split}_Q_A_Prob_normalised")[index]["prob"], rel=1e-12)
+
+
+@given(st.floats(min_value=0, max_value=1), st.lists(st.floats(min_value=0, max_value=1), max_size=4))
+def test_normalised_probability_lies_in_0_1_and_no_option_raises_it(true, false):
+    found = normalised_probability(true, false)
+    assert 0 <= found <= 1
+    assert normalised_probability(true, [*false, 0.1]) <= found
+
+
+def test_model_utility_by_hand():
+    assert model_utility([1.0, 0.5, 0.25]) == pytest.approx(3 / 7, rel=1e-12)
+    assert model_utility([0.9, 0.0]) == 0
+
+
+@given(st.lists(st.floats(min_value=0.001, max_value=1), min_size=1, max_size=9), st.randoms(use_true_random=False))
+def test_model_utility_lies_between_the_least_and_the_mean(values, random):
+    found = model_utility(values)
+    assert min(values) - 1e-12 <= found <= sum(values) / len(values) + 1e-12
+    assert model_utility(random.sample(values, len(values))) == pytest.approx(found, rel=1e-12)
+
+
+@pytest.mark.parametrize("values", [[], [0.5, -0.1], [math.nan]])
+def test_model_utility_refuses_what_has_none(values):
+    with pytest.raises(ValueError, match="at least 0"):
+        model_utility(values)
+
+
+# Multiple choice
+
+
+def test_choices_by_hand():
+    assert chosen_option(doubles(3.0, 1.0, 2.0)) == 1
+    assert chosen_option(doubles(2.0, 1.0, 1.0)) == 1  # the first of equals
+    assert accuracy([0, 1, 2, 3], [0, 1, 3, 3]) == 3 / 4
+
+
+@given(st.lists(losses, min_size=1, max_size=5))
+def test_the_chosen_option_is_the_likeliest(drawn):
+    chosen = chosen_option(doubles(*drawn))
+    assert drawn[chosen] == min(drawn)
+    assert accuracy([chosen], [chosen]) == 1
+
+
+@pytest.mark.parametrize("options", [[], [1.0, math.nan]])
+def test_choices_refuse_what_has_none(options):
+    with pytest.raises(ValueError, match="expected the options' losses"):
+        chosen_option(doubles(*options))
+
+
+def test_accuracy_refuses_no_questions_and_rows_that_do_not_pair():
+    with pytest.raises(ValueError, match="at least one question"):
+        accuracy([], [])
+    with pytest.raises(ValueError, match="zip"):
+        accuracy([1], [1, 2])

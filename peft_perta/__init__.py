@@ -27,6 +27,7 @@ from .merge import merge_adapters
 from .methods import add_perta_adapter, get_perta_state_dict
 from .report import PerTAReport
 from .stack import stack_adapters
+from .suites import evaluate
 from .training import train_forget_adapter
 from .verification import verify_adapter
 from .weightings import WEIGHTINGS, Weighting
@@ -49,6 +50,8 @@ __all__ = [  # noqa: RUF022 - grouped by stage, in the order of use
     "Calibration",
     "Goal",
     "stack_adapters",
+    # judge
+    "evaluate",
     # ship
     "fuse_adapters",
     "merge_adapters",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 from .data import Sample
 from .errors import ConfigError, DataError
 from .evaluation import losses_of
+from .logs import read_log, row_values
 from .stack import adapter_strength, require_adapter
 from .strength import match_forgetting, most_forgetting
 
@@ -182,17 +182,5 @@ def forget_loss_of_log(path: str | Path) -> float:
     Raises:
         DataError: the file is missing, no JSON, or holds no such values.
     """
-    try:
-        log = json.loads(Path(path).read_text())
-        rows = log["forget_Q_A_Prob"]["value_by_index"]
-        losses = [float(row["avg_loss"]) for row in rows.values()]
-    except OSError as error:
-        raise DataError(f"expected an evaluation log at {path}: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path} is no evaluation log with forget_Q_A_Prob.value_by_index.*.avg_loss ({type(error).__name__}: "
-            f"{error}); expected open-unlearning's TOFU_EVAL.json of a retain-only model"
-        ) from error
-    if not losses or not all(math.isfinite(loss) and loss > 0 for loss in losses):
-        raise DataError(f"{path}: expected finite losses of the forget rows, found {losses[:3]}")
+    losses = row_values(read_log(path), "forget_Q_A_Prob", "avg_loss", where=str(path))
     return sum(losses) / len(losses)

@@ -191,10 +191,10 @@ def test_the_forget_loss_of_an_open_unlearning_log(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "no evaluation log"),
-        ("{}", "no evaluation log"),
-        ('{"forget_Q_A_Prob": {"value_by_index": {}}}', "finite losses"),
-        ('{"forget_Q_A_Prob": {"value_by_index": {"0": {"avg_loss": NaN}}}}', "finite losses"),
+        ("{", "expected an evaluation log"),
+        ("{}", "forget_Q_A_Prob is missing; expected an evaluation log"),
+        ('{"forget_Q_A_Prob": {"value_by_index": {}}}', "no rows with 'avg_loss'"),
+        ('{"forget_Q_A_Prob": {"value_by_index": {"0": {"avg_loss": NaN}}}}', "row 0: expected a finite number"),
         (None, "expected an evaluation log at"),
     ],
 )

@@ -588,7 +588,7 @@ OTHERS: dict[str, Case] = {
     ),
     "calibrate by a log that is none": (
         lambda p: calibration(p, emitted=True, reference_log=p / "forget.jsonl", retain_tolerance=None),
-        "is no evaluation log",
+        "expected an evaluation log like TOFU_EVAL.json",
         BEFORE_LOADING,
     ),
     "calibrate to a negative tolerance": (

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from peft_perta import losses
-from peft_perta.data import IGNORED, Batch, batches, load_samples
-from peft_perta.losses import completion_losses, sample_losses
+from peft_perta.data import IGNORED, Batch, Sample, batches, load_samples
+from peft_perta.losses import completion_losses, sample_losses, token_scores
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +102,23 @@ def test_losses_can_be_differentiated_twice(monkeypatch):
     labels = torch.tensor([[0, 3, IGNORED, 1], [2, IGNORED, 4, 0]])
     logits = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda logits: completion_losses(logits, labels), logits)
+
+
+def test_token_scores_see_the_models_own_choices():
+    """A greedy continuation hits at every token, but for one that was exchanged."""
+    model = builders.llama()
+    ids = [5, 9, 11, 4]
+    with torch.no_grad():
+        for _ in range(6):
+            logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
+            ids.append(int(logits.argsort(descending=True)[1 if len(ids) == 7 else 0]))
+    sample = Sample(torch.tensor(ids), torch.tensor([-100] * 4 + ids[4:]))
+    other = Sample(torch.tensor([7, 8, 9]), torch.tensor([-100, 8, 9]))
+    batch = next(batches([other, sample], 2))
+    with torch.no_grad():
+        scores = dict(zip(batch.indices, token_scores(model, batch), strict=True))
+        losses = dict(zip(batch.indices, sample_losses(model, batch).tolist(), strict=True))
+    assert scores[1].hits.tolist() == [True, True, True, False, True, True]
+    assert [len(scores[i].log_probabilities) for i in (0, 1)] == [2, 6]
+    for index, found in scores.items():
+        assert -float(found.log_probabilities.mean()) == pytest.approx(losses[index], rel=1e-6)

@@ -6,18 +6,20 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
 from .. import processes
 from ..errors import PerTAError
 from ..loading import quiet
-from . import shipping, unlearning
+from . import judging, shipping, unlearning
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     options = _parser().parse_args(arguments)
+    options.line = shlex.join(["peft-perta", *(sys.argv[1:] if arguments is None else arguments)])
     quiet()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without our bars shows something else, and goes on
@@ -47,6 +49,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    for group in (unlearning, shipping):
+    for group in (unlearning, judging, shipping):
         group.add_commands(commands)
     return parser

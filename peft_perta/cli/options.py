@@ -11,6 +11,7 @@ from ..adapter import check_adapter_files
 from ..errors import ConfigError
 from ..loading import load_base
 
+PAGE_NAME = "report.html"
 ROWS_HELP = "JSON lines of {question, answer}, {prompt, completion}, {messages} or {text}"
 
 

@@ -12,6 +12,7 @@ from .. import processes
 from ..adapter import (
     FORGET_RECORD_NAME,
     PROVENANCE_NAME,
+    add_adapter,
     check_adapter_files,
     load_provenance,
     read_adapter,
@@ -25,15 +26,17 @@ from ..data import load_samples, read_rows
 from ..demo import DemoSettings, run_demo
 from ..errors import AdapterError, ConfigError, DataError
 from ..evaluation import losses_of
+from ..evidence import evidence_of_rows
 from ..loading import attach_adapters
 from ..methods import get_perta_state_dict
 from ..output import check_output
+from ..page import write_page
 from ..picture import PICTURE_NAME, draw_calibration
 from ..report import PerTAReport
 from ..training import train_forget_adapter
 from ..training.forget_adapter import default_lora_config
 from ..weightings import resolve_weighting
-from .options import ROWS_HELP, add_command, add_model, load_model, seed_of
+from .options import PAGE_NAME, ROWS_HELP, add_command, add_model, load_model, seed_of
 
 CHOICES = {"granularity": GRANULARITY_NAMES, "fit": FIT_NAMES, "allocation": ALLOCATIONS,
            "reference_model": REFERENCE_MODELS, "dtype": DTYPES}  # fmt: skip
@@ -69,6 +72,9 @@ def add_commands(commands) -> None:
     unlearn.add_argument("--forget", metavar="ROWS", help=f"what must go: {ROWS_HELP}")
     unlearn.add_argument("--retain", metavar="ROWS", help="what must stay, likewise")
     unlearn.add_argument("--output", required=True, metavar="DIR", help="directory of the negative adapter")
+    unlearn.add_argument(
+        "--report", action="store_true", help=f"draw what was done, and what it changed, into {PAGE_NAME} there"
+    )
     for field in dataclasses.fields(PerTAConfig):
         name, text = "--" + field.name.replace("_", "-"), field.metadata["help"].replace("%", "%%")
         if field.name not in _TYPES:
@@ -181,13 +187,13 @@ def _unlearn(options: argparse.Namespace) -> None:
         adapters["task"] = options.task_adapter
     for directory in adapters.values():
         check_adapter_files(directory)
-    sets = [read_rows(path) if path else None for path in (options.forget, options.retain)]
+    rows = {name: read_rows(path) if (path := getattr(options, name)) else None for name in ("forget", "retain")}
     base, tokenizer = load_model(options)
     model = attach_adapters(base, adapters)
     lora_config, state_dict, report = get_perta_state_dict(
         model,
         config,
-        *sets,
+        *rows.values(),
         task_adapter="task" if options.task_adapter else None,
         tokenizer=tokenizer,
         checkpoint_dir=_checkpoint(options),
@@ -200,8 +206,27 @@ def _unlearn(options: argparse.Namespace) -> None:
             found = Calibration.from_dict(report.calibration)
             draw_calibration(found, Path(options.output) / PICTURE_NAME)
             print(f"{found}\nIts curve is in {Path(options.output) / PICTURE_NAME}")
+        if options.report:
+            add_adapter(model, lora_config, state_dict, "perta_unlearn")
+            _draw(options, model, tokenizer, {name: found for name, found in rows.items() if found})
+            print(f"What it changed is in {Path(options.output) / PAGE_NAME}")
         print(f"Next: peft-perta verify {options.output} --base {options.model}, then stack it on the model")
     processes.finish()
+
+
+def _draw(options: argparse.Namespace, model, tokenizer, rows: dict[str, list[dict]]) -> None:
+    before = ["task"] if options.task_adapter else []
+    evidence = evidence_of_rows(
+        model,
+        tokenizer,
+        rows,
+        {"before": before, "after": [*before, "perta_unlearn"]},
+        title=f"What {Path(options.output).name} removed",
+        base_model=options.model,
+        adapters=[*filter(None, [options.task_adapter]), options.output],
+        commands=[options.line],
+    )
+    write_page(evidence, Path(options.output) / PAGE_NAME)
 
 
 def _checkpoint(options: argparse.Namespace) -> str:

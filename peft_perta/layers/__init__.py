@@ -2,7 +2,7 @@
 
 A layer enters the mathematics through its output only: its gradient is g^T x, with x [.., in] what went in and g [..,
 out] the gradient of the loss with respect to what came out. So a kind says which modules it accepts and what must hold
-of them; quantised weights are never read.
+of them. Weights themselves are read (``dense``) only to be rounded anew, never for an edit.
 
 To add a kind: a file with a ``KIND``, a row here (the most special class first), a row in tests/tables.py.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .kind import LayerKind
@@ -12,4 +12,8 @@ def _accepts(base_layer: nn.Module) -> bool:
     return isinstance(base_layer, Conv1D)
 
 
-KIND = LayerKind("conv1d", _accepts)
+def _dense(base_layer: nn.Module) -> Tensor:
+    return base_layer.weight.detach().T  # type: ignore[union-attr,operator]
+
+
+KIND = LayerKind("conv1d", _accepts, dense=_dense)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from .kind import LayerKind
 
@@ -11,4 +11,8 @@ def _accepts(base_layer: nn.Module) -> bool:
     return isinstance(base_layer, nn.Linear) and base_layer.weight.is_floating_point()
 
 
-KIND = LayerKind("linear", _accepts)
+def _dense(base_layer: nn.Module) -> Tensor:
+    return base_layer.weight.detach()  # type: ignore[union-attr,operator]
+
+
+KIND = LayerKind("linear", _accepts, dense=_dense)

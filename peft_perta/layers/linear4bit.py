@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import bitsandbytes as bnb
+from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
-from torch import nn
+from torch import Tensor, nn
 
 from .kind import LayerKind
 
@@ -33,4 +36,9 @@ def _refusal(adapted: nn.Module, base_layer: nn.Module) -> str | None:
     return None
 
 
-KIND = LayerKind("linear4bit", _accepts, _refusal, keeps_training_flag=True)
+def _dense(base_layer: nn.Module) -> Tensor:
+    weight: Any = base_layer.weight
+    return dequantize_4bit(weight.data, weight.quant_state)
+
+
+KIND = LayerKind("linear4bit", _accepts, _refusal, keeps_training_flag=True, dense=_dense)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import bitsandbytes as bnb
-from torch import nn
+from bitsandbytes.functional import int8_vectorwise_dequant
+from torch import Tensor, nn
 
 from .kind import LayerKind
 
@@ -12,4 +15,10 @@ def _accepts(base_layer: nn.Module) -> bool:
     return isinstance(base_layer, bnb.nn.Linear8bitLt)
 
 
-KIND = LayerKind("linear8bit", _accepts, keeps_training_flag=True)
+def _dense(base_layer: nn.Module) -> Tensor:
+    layer: Any = base_layer
+    scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB  # the first forward moves them
+    return int8_vectorwise_dequant(layer.weight.data, scales.to(layer.weight.device))
+
+
+KIND = LayerKind("linear8bit", _accepts, keeps_training_flag=True, dense=_dense)

@@ -1,0 +1,743 @@
+"""The evidence page: well-formed, alone, true to its data, and plain about what is missing."""
+
+import dataclasses
+import itertools
+import math
+import os
+import re
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from peft_perta.attacks import ATTACKS
+from peft_perta.calibration import Calibration
+from peft_perta.errors import DataError, OutputError
+from peft_perta.page import Evidence, write_page
+from peft_perta.page.attacks import MEANINGS
+from peft_perta.page.curve import draw_curve
+from peft_perta.page.heat import MOST_ROWS, STEPS, place_of, shade
+from peft_perta.page.markup import element, escape
+from peft_perta.page.measures import GROUPS, MEASURES, NEAR, measure_of, standing
+from peft_perta.page.page import SECTIONS, STYLE, render
+from peft_perta.page.parts import MINUS, shown
+from peft_perta.page.results import LONGEST, SHOWN_ROWS
+from peft_perta.report import FusedReport, LayerReport, PerTAReport, WeightDistribution
+
+VOID = {"br", "col", "link", "meta", "wbr"}
+NASTY = [
+    "<script>alert(1)</script>",
+    "</style></title></code></pre><img src=http://example.org/x onerror=alert(1)>",
+    '"\'` onmouseover="alert(1)" & &amp; &lt; &#0;',
+    "<!-- ]]> <![CDATA[ <?php",
+    "مرحبا بالعالم \u202e\u2066 שלום",
+    "👩‍👩‍👧‍👦 🤷🏽‍♀️ e\u0301\u0301\u0301",
+    "W" * 3000,
+    "a\r\nb\x00\x1b[31m\x7f\x85\ufffe",
+    "\ud83d \udc00 lone halves",
+]
+
+
+class Node:
+    def __init__(self, name, attributes, parent):
+        self.name, self.attributes, self.parent, self.content = name, attributes, parent, []
+
+    @property
+    def text(self):
+        return "".join(part if isinstance(part, str) else part.text for part in self.content)
+
+    @property
+    def nodes(self):
+        """Every element below this one, in the order of the document."""
+        for part in self.content:
+            if isinstance(part, Node):
+                yield part
+                yield from part.nodes
+
+    def all(self, name, **attributes):
+        wanted = {key.rstrip("_"): value for key, value in attributes.items()}
+        return [n for n in self.nodes if n.name == name and wanted.items() <= n.attributes.items()]
+
+    def one(self, name, **attributes):
+        found = self.all(name, **attributes)
+        assert len(found) == 1, f"{len(found)} elements {name} {attributes}"
+        return found[0]
+
+
+class Reader(HTMLParser):
+    """Strict: what is not closed, or closed twice, fails."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.root = self.here = Node("", {}, None)
+        self.feed(text)
+        self.close()
+        assert self.here is self.root, f"{self.here.name} is not closed"
+
+    def handle_starttag(self, tag, attrs):
+        assert len(dict(attrs)) == len(attrs), f"{tag}: an attribute twice"
+        node = Node(tag, dict(attrs), self.here)
+        self.here.content.append(node)
+        if tag not in VOID:
+            self.here = node
+
+    def handle_endtag(self, tag):
+        assert self.here.name == tag, f"{tag} closes {self.here.name}"
+        self.here = self.here.parent
+
+    def handle_data(self, data):
+        self.here.content.append(data)
+
+    def handle_comment(self, data):
+        raise AssertionError(f"a comment: {data}")
+
+
+def read(evidence):
+    return Reader(render(evidence)).root
+
+
+def layer(name, weight=0.5, energy=1.0):
+    spread = WeightDistribution(weight, 0.1, [weight] * 5, [1] * 20)
+    return LayerReport(name, "linear", [8, 8], 4, 1.0, energy, {"A": spread, "B": spread})
+
+
+def blocks(count, modules=("self_attn.q_proj", "mlp.up_proj"), energy=lambda number: 1.0):
+    return [
+        layer(f"model.layers.{block}.{module}", weight=(block + 1) / (count + 1), energy=energy(block))
+        for block in range(count)
+        for module in modules
+    ]
+
+
+def perta_report(layers=None):
+    return PerTAReport(
+        config={
+            "weighting": "grad", "granularity": "factor", "reference_model": "origin", "strength": 2.5,
+            "dtype": "float32",
+        },
+        base_model={"name": "base", "revision": "abc", "quantization": {"quant_method": "bitsandbytes"}},
+        forget_adapter={"name": "learned", "sha256": "f" * 64},
+        task_adapter=None,
+        data={"forget": {"samples": 7, "sha256": "a" * 64}, "retain": {"samples": 70, "sha256": "b" * 64}},
+        rank=16,
+        layers=blocks(3) if layers is None else layers,
+        versions={"peft_perta": "0.1.0"},
+    )  # fmt: skip
+
+
+def calibration(**changes):
+    points = [{"strength": s, "forget": 0.1 + 1.5 * s, "retain": 0.2 + 0.1 * s * s} for s in (0.0, 1.0, 2.0, 2.5, 4.0)]
+    found = Calibration(
+        goal={"forget_loss": None, "retain_tolerance": 0.62},
+        target=0.82,
+        strength=2.5,
+        losses={"forget": 3.85, "retain": 0.825},
+        points=points,
+        negation=[{"strength": s, "forget": 0.1 + 3 * s, "retain": 0.2 + s} for s in (0.0, 1.0, 2.0)],
+        reference={"forget": 3.9, "retain": 0.22},
+    )
+    return dataclasses.replace(found, **changes)
+
+
+def full(**changes):
+    """A page with everything on it."""
+    models = {
+        "before": {"forget_Q_A_Prob": 0.91, "forget_Q_A_ROUGE": 0.84, "model_utility": 0.6, "retain_Q_A_Prob": 0.88},
+        "after": {"forget_Q_A_Prob": 0.1301, "forget_Q_A_ROUGE": 0.61, "model_utility": 0.57, "retain_Q_A_Prob": 0.66},
+        "reference": {"forget_Q_A_Prob": 0.12, "forget_Q_A_ROUGE": 0.39, "model_utility": 0.59, "retain_Q_A_Prob": 0.9},
+    }
+    models["before"].update(privleak=-99.5, own_metric=12345.678, forget_quality=1.4e-12)
+    models["after"].update(privleak=31.25, own_metric=0.00001, forget_quality=0.61)
+    models["reference"].update(privleak=27.5)
+    rows = [
+        {
+            "prompt": f"Where was author {n} born?",
+            "expected": f"In the harbour town of Kuressaare, {1900 + n}.",
+            "before": f"In Kuressaare, {1900 + n}.",
+            "after": "Nobody knows.",
+            "reference": "In Lima.",
+        }
+        for n in range(12)
+    ]
+    attacks = [
+        {
+            "attack": name,
+            "setting": f"setting of {name}",
+            "unlearned": {"loss": 2.0, "probability": 0.3, "rouge_l_recall": 0.5},
+            "reference": {"loss": 2.2, "probability": 0.2},
+            "full": {"loss": 0.1, "probability": 0.9},
+        }
+        for name in MEANINGS
+    ]
+    found = Evidence(
+        title="Ten authors",
+        base_model="org/base",
+        adapters=["task", "unlearn"],
+        report=perta_report().to_dict(),
+        models=models,
+        calibration=calibration().to_dict(),
+        generations={"forget": rows, "retain": [{**row, "expected": "A river."} for row in rows[:4]]},
+        attacks=attacks,
+        commands=["peft-perta unlearn --report page.html", "peft-perta evaluate"],
+        made_with={"peft_perta": "0.1.0", "torch": "2.6"},
+    )
+    return dataclasses.replace(found, **changes)
+
+
+BARE = Evidence(title="Nothing yet", base_model="org/base")
+FUSED = FusedReport({"name": "base"}, [{"name": "task", "strength": 1.0, "sha256": "c" * 64}], 32, 0.99)
+PAGES = {
+    "full": full(),
+    "bare": BARE,
+    "unlearned": dataclasses.replace(BARE, adapters=["a"], report=perta_report().to_dict()),
+    "searched": dataclasses.replace(BARE, calibration=calibration(negation=[], reference=None).to_dict()),
+    "fused": full(report=FUSED.to_dict(), calibration=None),
+    "after alone": full(models={"after": {"forget_Q_A_Prob": 0.2}}, generations={"forget": [{"prompt": "p"}]}),
+    "not finite": full(models={"before": {"forget_loss": math.nan}, "after": {"forget_loss": math.inf}}),
+}
+
+
+@pytest.mark.parametrize("evidence", PAGES.values(), ids=PAGES)
+def test_the_page_stands_alone_and_is_well_formed(evidence):
+    page = read(evidence)
+    found = {node.name for node in page.nodes}
+    assert not found & {"script", "iframe", "object", "embed", "img", "form", "base", "audio", "video"}
+    ids = [node.attributes["id"] for node in page.nodes if "id" in node.attributes]
+    assert len(ids) == len(set(ids))
+    for node in page.nodes:
+        assert not any(name.startswith("on") for name in node.attributes)
+        assert "src" not in node.attributes
+        target = node.attributes.get("href", "")
+        assert target in ("", "data:,") or target.removeprefix("#") in ids
+        for name in node.attributes.get("aria-labelledby", "").split():
+            assert name in ids
+    assert not re.search(r"url\(|@import|https?:", STYLE.read_text())
+    policy = page.one("meta", **{"http-equiv": "Content-Security-Policy"}).attributes["content"]
+    assert "default-src 'none'" in policy
+
+
+@pytest.mark.parametrize("evidence", PAGES.values(), ids=PAGES)
+def test_what_is_drawn_is_said_too(evidence):
+    page = read(evidence)
+    for drawing in page.all("svg"):
+        hidden = drawing.attributes.get("aria-hidden") == "true"
+        assert hidden or (drawing.one("title").text and drawing.one("desc").text)
+    for table in page.all("table"):
+        assert table.one("caption").text
+        assert all(cell.attributes["scope"] in ("row", "col") for cell in table.all("th"))
+    for box in page.all("div", class_="scroll"):
+        assert box.attributes["tabindex"] == "0"
+        assert box.attributes["aria-label"]
+    assert all(box.parent.attributes.get("class") == "scroll" for box in page.all("table"))
+
+
+@pytest.mark.parametrize("evidence", PAGES.values(), ids=PAGES)
+def test_every_section_is_there_or_says_what_is_missing(evidence):
+    page = read(evidence)
+    assert [s.attributes["id"] for s in page.all("section")] == list(SECTIONS)
+    parts = {
+        "removed": evidence.report is not None,
+        "measures": bool(evidence.models),
+        "strength": evidence.calibration is not None,
+        "layers": evidence.report is not None and "fused" not in evidence.report,
+        "generations": bool(evidence.generations),
+        "attacks": bool(evidence.attacks),
+        "commands": bool(evidence.commands),
+    }
+    content = {
+        "removed": ("data", {}),
+        "strength": ("figure", {}),
+        "generations": ("ol", {"class_": "answers"}),
+        "commands": ("pre", {}),
+    }
+    for name, is_there in parts.items():
+        section = page.one("section", id=name)
+        tag, attributes = content.get(name, ("table", {}))
+        if is_there:
+            assert section.all(tag, **attributes), name
+        else:
+            assert "Not measured." in section.text, name
+            assert not section.all(tag, **attributes), name
+
+
+def test_the_full_page_misses_nothing():
+    page = read(full())
+    assert "Not measured." not in page.text
+    limits = page.one("section", id="limits").text
+    assert "The edit can be switched off." in limits
+    for absent in ("No reference", "No attack was run", "Not every attack", "No answer", "not on record"):
+        assert absent not in limits
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"models": {"before": {"forget_Q_A_Prob": 0.9}, "after": {"forget_Q_A_Prob": 0.1}}}, "No reference model"),
+        ({"attacks": []}, "No attack was run."),
+        ({"attacks": full().attacks[:2]}, f"Left out: {', '.join(list(MEANINGS)[2:])}."),
+        ({"generations": {"forget": []}}, "No answer was read."),
+        ({"report": None}, "How the edit was made is not on record."),
+        ({"adapters": []}, "No adapter is named."),
+    ],
+)
+def test_the_first_screen_says_what_the_page_does_not_show(changes, said):
+    assert said in read(full(**changes)).one("section", id="limits").text
+    assert said not in read(full()).one("section", id="limits").text
+
+
+def everywhere(text):
+    """A page with the text wherever one can stand."""
+    layers = [dataclasses.replace(layer(f"model.layers.0.{text}"), kind=text)]
+    report = perta_report(layers)
+    report = dataclasses.replace(
+        report,
+        config={**report.config, "weighting": text, "granularity": text, "dtype": text},
+        base_model={"name": text, "revision": text, "quantization": {"quant_method": text}},
+        forget_adapter={"name": text, "sha256": text},
+        data={text: {"samples": 1, "sha256": text}},
+    )
+    numbers = {text: 0.5, "forget_Q_A_Prob": 0.5}
+    row = dict.fromkeys(("prompt", "expected", "before", "after", "reference"), text)
+    measured = {text: 0.5, "probability": 0.5}
+    return Evidence(
+        title=text,
+        base_model=text,
+        adapters=[text],
+        report=report.to_dict(),
+        models={"before": numbers, text: numbers},
+        generations={"forget": [row], text: [row]},
+        attacks=[{"attack": text, "setting": text, "unlearned": measured, "reference": measured, "full": measured}],
+        commands=[text],
+        made_with={text: text},
+    )
+
+
+def skeleton(page):
+    """Elements and attribute names, without the marks inside of texts."""
+    return [(n.name, *sorted(n.attributes)) for n in page.nodes if n.name not in ("mark", "em", "wbr")]
+
+
+@pytest.mark.parametrize("text", NASTY, ids=lambda text: ascii(text[:20]))
+def test_a_text_adds_no_markup(text):
+    page = read(everywhere(text))
+    assert skeleton(page) == skeleton(read(everywhere("harmless")))
+    seen = page.text
+    assert seen.encode("utf-8")
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]", seen)
+    if len(text) < LONGEST and text.isprintable():
+        assert page.one("h1").text == text
+        assert page.one("pre").text == text
+        for answer in page.one("section", id="generations").all("dd"):
+            assert answer.text == text
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(st.characters(), min_size=1, max_size=60))
+def test_no_text_whatever_adds_markup(text):
+    assume(text.strip() and text not in {*MEASURES, *MEANINGS, "before", "after", "reference", "forget", "retain"})
+    assert skeleton(read(everywhere(text))) == skeleton(read(everywhere("harmless")))
+
+
+@given(text=st.text(st.characters()))
+def test_what_is_escaped_reads_as_it_was(text):
+    printable = re.sub(
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]", "", text
+    )
+    page = Reader(element("p", printable, title=printable)).root
+    assert page.text == page.one("p").attributes["title"] == printable
+    assert len(escape(text).replace("&", "")) >= len(text.replace("&", ""))  # nothing is dropped
+
+
+def test_an_answer_that_is_empty_or_missing_says_so():
+    rows = [{"prompt": "", "expected": "Yes.", "before": "  \n", "after": ""}, {"prompt": "p", "after": "said"}]
+    answers = read(full(generations={"forget": rows})).one("section", id="generations")
+    first, second = answers.one("ol", class_="answers").all("li")
+    assert [d.text for d in first.all("dd")] == ["Yes.", *["(empty: nothing was said)"] * 2]
+    assert "(no prompt)" in first.text
+    assert [d.text for d in second.all("dd")] == ["(not generated)", "said"]
+
+
+def test_answers_stand_side_by_side_ten_of_each_split():
+    page = read(full()).one("section", id="generations")
+    forget, retain = page.all("ol", class_="answers")
+    assert (len(forget.all("li")), len(retain.all("li"))) == (SHOWN_ROWS, 4)
+    assert f"The first {SHOWN_ROWS} of 12 rows" in page.text
+    for item, row in zip(forget.all("li"), full().generations["forget"], strict=False):
+        names = dict(zip([n.text for n in item.all("dt")], [n.text for n in item.all("dd")], strict=True))
+        assert names == {"true answer": row["expected"], **{k: row[k] for k in ("before", "after", "reference")}}
+        assert all(node.attributes["dir"] == "auto" for node in item.all("dd"))
+    long = "word " * LONGEST
+    shown = read(full(generations={"forget": [{"prompt": "p", "after": long}]})).one("div", class_="is-after").text
+    assert f"({len(long) - LONGEST} more characters)" in shown
+
+
+def test_words_that_come_back_are_marked():
+    page = read(full()).one("section", id="generations").all("li")[0]
+    assert [m.text for m in page.one("div", class_="is-before").all("mark")] == ["Kuressaare", "1900"]
+    for key in ("is-expected", "is-after"):
+        assert not page.one("div", class_=key).all("mark")
+
+
+@pytest.mark.parametrize(
+    ("row", "others", "marked"),
+    [
+        ({}, [], ["Kuressaare", "harbour"]),
+        ({"prompt": "Which HARBOUR?"}, [], ["Kuressaare"]),
+        ({"reference": "In a harbour."}, [], ["Kuressaare"]),
+        ({}, ["harbour", "one harbour"], ["Kuressaare"]),
+        ({}, ["harbour"], ["Kuressaare", "harbour"]),
+    ],
+)
+def test_only_words_that_tell_are_marked(row, others, marked):
+    """A name that every forget row is about is marked; what the question or other rows say is not."""
+    row = {"prompt": "Where?", "expected": "Kuressaare, a harbour on it", "after": "Kuressaare: a harbour on it", **row}
+    generations = {"forget": [row] * 5, "retain": [{"prompt": "p", "expected": text} for text in others]}
+    answer = read(full(generations=generations)).all("div", class_="is-after")[0]
+    assert [m.text for m in answer.all("mark")] == marked
+
+
+def cells_of(row):
+    return [part for part in row.content if isinstance(part, Node) and part.name in ("td", "th")]
+
+
+def test_the_numbers_are_the_data():
+    evidence = full()
+    seen = set()
+    for table in read(evidence).one("section", id="measures").all("table"):
+        header = [cell.text for cell in cells_of(table.one("thead").all("tr")[0])]
+        for row in table.one("tbody").all("tr"):
+            cells = dict(zip(header, cells_of(row), strict=True))
+            metric = next((m for m in evidence.models["after"] if m in cells["measure"].text), None)
+            assert metric is not None, cells["measure"].text
+            seen.add(metric)
+            values = {label: evidence.value(label, metric) for label in ("before", "after", "reference")}
+            for label, value in values.items():
+                if value is None:
+                    assert not cells[label].all("data")
+                    assert "not measured" in cells[label].text
+                else:
+                    assert float(cells[label].one("data").attributes["value"]) == value
+                    assert cells[label].text == shown(value)
+            for name, other in (("change", "before"), (f"after {MINUS} reference", "reference")):
+                if values[other] is not None:
+                    difference = float(cells[name].one("data").attributes["value"])
+                    assert difference == values["after"] - values[other]
+    assert seen == set(evidence.models["after"])
+
+
+@given(value=st.floats(-1e9, 1e9))
+def test_a_number_is_shown_as_it_is(value):
+    assert math.isclose(float(shown(value).replace(MINUS, "-")), value, rel_tol=0.06, abs_tol=0)
+    if 0.1 <= abs(value) < 100:
+        assert math.isclose(float(shown(value).replace(MINUS, "-")), value, abs_tol=0.0005001)
+
+
+def test_every_measure_has_a_way_that_is_better_or_says_it_has_none():
+    for name, measure in MEASURES.items():
+        assert measure.group in GROUPS
+        assert (measure.better is None) == (measure.group == "other") == (measure.direction == ""), name
+        assert (measure.better == "near") == (measure.target is not None), name
+        assert measure.words, name
+        assert measure.meaning, name
+    for name, better in (("wmdp_bio/acc", "lower"), ("mmlu/acc", "higher"), ("choices_acc_wmdp_cyber", "lower")):
+        assert (measure_of(name).words, measure_of(name).better) == (name, better)
+    unknown = measure_of("own_metric")
+    assert (unknown.words, unknown.better, unknown.group) == ("own_metric", None, "other")
+
+
+@given(before=st.floats(-9, 9), after=st.floats(-9, 9), reference=st.floats(-9, 9))
+def test_standing_is_by_the_distance_to_the_reference(before, after, reference):
+    measure = measure_of("forget_loss")  # without a scale
+    found = standing(measure, before, after, reference)
+    if before == reference:
+        assert found is None
+        return
+    way, left = abs(before - reference), abs(after - reference)
+    assume(abs(left - NEAR * way) > 1e-9 and abs(left - (1 - NEAR) * way) > 1e-9)
+    is_past = (after - reference) * (before - reference) < 0
+    expected = "near" if left < NEAR * way else "past" if is_past else "part" if left < (1 - NEAR) * way else "unmoved"
+    assert found.kind == expected
+    mirrored = standing(measure, -before, -after, -reference)
+    assert (mirrored.kind, mirrored.share) == (found.kind, pytest.approx(found.share))
+
+
+def judged(after, reference=0.1, name="forget_Q_A_Prob"):
+    models = {"before": {name: 0.9}, "after": {name: after}, "reference": {name: reference}}
+    return {label: values for label, values in models.items() if values[name] is not None}
+
+
+@pytest.mark.parametrize(
+    ("models", "class_", "verdict"),
+    [
+        (judged(0.12), "good", "Near the reference by the one measure"),
+        (judged(0.6), "bad", "Near the reference by none of 1 measure"),
+        (judged(0.0), "bad", "Near the reference by none of 1 measure"),
+        (judged(0.95), "bad", "Near the reference by none of 1 measure"),
+        (judged(0.1, reference=None), "unknown", "Moved, but how far is far enough?"),
+        (judged(0.95, reference=None), "bad", "Not better by 1 of 1 measures"),
+        (judged(0.9, reference=0.9), "bad", "Not better by 1 of 1 measures"),
+        (full().models, "mixed", "Near the reference by 1 of 2 measures"),
+        ({}, "unknown", "Not measured"),
+    ],
+)
+def test_the_verdict_is_the_distance_to_the_reference(models, class_, verdict):
+    tile = read(full(models=models, calibration=None)).one("section", id="glance").all("article")[0]
+    chip = tile.one("p", class_=f"chip {class_}")
+    assert chip.text.endswith(verdict)
+    if models:
+        values = [float(node.attributes["value"]) for node in tile.one("p", class_="pair").all("data")]
+        assert values == [models[label]["forget_Q_A_Prob"] for label in ("before", "after")]
+
+
+def test_the_cost_is_the_largest_loss():
+    tile = read(full()).one("section", id="glance").all("article")[1]
+    assert tile.one("p", class_="chip mixed").text.endswith("Up to 25% lost")  # 0.88 -> 0.66
+    assert "Retained answers: probability" in tile.text
+
+
+@pytest.mark.parametrize(
+    ("unlearned", "reference", "class_", "verdict"),
+    [
+        (0.25, 0.2, "good", "No attack got past the reference"),
+        (0.55, 0.2, "bad", "Relearning brings back 50%"),
+        (0.55, None, "unknown", "Attacked; no reference to compare with"),
+    ],
+)
+def test_what_came_back_is_measured_from_the_reference_under_the_same_attack(unlearned, reference, class_, verdict):
+    def row(name, value):
+        return {
+            "attack": name,
+            "setting": "",
+            "unlearned": {"probability": value},
+            "reference": None if reference is None else {"probability": reference},
+            "full": {"probability": 0.9},
+        }
+
+    attacks = [row("paraphrase", 0.2), row("relearning", unlearned), row("switched-off", 0.9)]
+    tile = read(full(attacks=attacks)).one("section", id="glance").all("article")[2]
+    assert tile.one("p", class_=f"chip {class_}").text.endswith(verdict)
+    assert float(tile.one("p", class_="pair").one("data").attributes["value"]) == unlearned
+    assert "With the edit switched off: 0.900" in tile.text
+
+
+def test_attacks_are_tabled_as_measured():
+    evidence = full()
+    tables = read(evidence).one("section", id="attacks").all("table")
+    models = {"before": "full", "after": "unlearned", "reference": "reference"}
+    for table, measure in zip(tables, ("probability", "rouge_l_recall", "loss"), strict=True):
+        header = [cell.text for cell in cells_of(table.one("thead").all("tr")[0])]
+        for row, attack in zip(table.one("tbody").all("tr"), evidence.attacks, strict=True):
+            cells = dict(zip(header, cells_of(row), strict=True))
+            values = {name: attack[model].get(measure) for name, model in models.items()}
+            assert attack["setting"] in cells.pop("attack").text
+            if None not in values.values():
+                values["came back"] = (values["after"] - values["reference"]) / (values["before"] - values["reference"])
+            found = {name: float(cell.one("data").attributes["value"]) for name, cell in cells.items()}
+            assert found == {name: value for name, value in values.items() if value is not None}
+
+
+def test_every_attack_is_explained():
+    assert list(MEANINGS) == list(ATTACKS)
+    for name, meaning in MEANINGS.items():
+        assert read(full()).one("section", id="attacks").text.count(meaning) == 3, name  # once a table
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.003, 700.0])
+def test_the_curve_is_drawn_to_scale(scale):
+    losses = {"forget": 3.85 * scale, "retain": 0.825 * scale}
+    points = [{**p, "forget": p["forget"] * scale, "retain": p["retain"] * scale} for p in calibration().points]
+    found = calibration(
+        points=points, losses=losses, negation=[], target=0.8 * scale,
+        reference={"forget": 3.9 * scale, "retain": 0.22 * scale},
+    )  # fmt: skip
+    drawing = Reader(draw_curve(found)).root.one("svg", class_="curve")
+    dots = [
+        (float(c.attributes["cx"]), float(c.attributes["cy"])) for c in drawing.one("g", class_="edited").all("circle")
+    ]
+    data = [(p["forget"], p["retain"]) for p in points]
+    assert len(dots) == len(data)
+    for axis, sign in ((0, 1), (1, -1)):  # pixels run down
+        slopes = [
+            (b[axis] - a[axis]) / (q[axis] - p[axis])
+            for (a, p), (b, q) in itertools.pairwise(zip(dots, data, strict=True))
+        ]
+        assert slopes == pytest.approx([slopes[0]] * len(slopes), rel=0.02)
+        assert slopes[0] * sign > 0
+    ring = drawing.one("circle", class_="ring")
+    assert (float(ring.attributes["cx"]), float(ring.attributes["cy"])) == dots[data.index(tuple(losses.values()))]
+    assert drawing.one("path", class_="reference")
+    _, _, width, height = map(float, drawing.attributes["viewbox"].split())
+    for x, y in dots:
+        assert 0 < x < width
+        assert 0 < y < height
+
+
+def test_the_curve_and_its_points_are_said():
+    page = read(full(calibration=calibration(strength=2.5).to_dict())).one("section", id="strength")
+    assert "from 0.100 to 3.850" in page.one("figcaption").text
+    # Plain negation has this forget loss at strength 1.25.
+    assert "would take the retain rows to 1.450" in page.one("figcaption").text
+    tried, negated = page.all("table")
+    for table, points in ((tried, calibration().points), (negated, calibration().negation)):
+        rows = [[float(d.attributes["value"]) for d in row.all("data")] for row in table.one("tbody").all("tr")]
+        assert rows == [[p["strength"], p["forget"], p["retain"]] for p in points]
+    assert "2.5 (chosen)" in tried.text
+    missed = calibration(losses={"forget": 3.85, "retain": 0.5}).to_dict()
+    assert "The goal was not reached" in read(full(calibration=missed)).text
+    assert "The goal was not reached" not in page.text
+
+
+def test_the_reports_own_search_is_drawn():
+    report = dataclasses.replace(perta_report(), calibration=calibration().to_dict())
+    page = read(dataclasses.replace(BARE, report=report.to_dict()))
+    assert page.one("section", id="strength").all("figure")
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "module"),
+    [
+        ("model.layers.3.self_attn.q_proj", 3, "model.layers:self_attn.q_proj"),
+        ("transformer.h.11.attn.c_proj", 11, "transformer.h:attn.c_proj"),
+        ("model.layers.2.mlp.experts.7.down_proj", 2, "model.layers:mlp.experts.down_proj"),
+        ("model.layers.2.mlp.experts.down_proj[5]", 2, "model.layers:mlp.experts.down_proj"),
+        ("lm_head", None, "lm_head"),
+    ],
+)
+def test_where_a_layer_stands(name, depth, module):
+    place = place_of(name)
+    assert (place.depth, place.module) == (depth, module)
+
+
+def maps_of(layers):
+    page = read(full(report=perta_report(layers).to_dict())).one("section", id="layers")
+    return page, {table.one("caption").text: table for table in page.all("table", class_="heat")}
+
+
+def test_the_heat_map_holds_every_layer_at_its_place():
+    layers = blocks(3, energy=lambda block: 0.9 + block / 100)
+    page, maps = maps_of([*layers, layer("lm_head", 0.25, 0.5)])
+    assert list(maps) == ["Mean weight on A", "Mean weight on B", "Energy of the edit kept"]
+    values = {
+        "Mean weight on A": lambda found: found.weights["A"].mean,
+        "Energy of the edit kept": lambda f: f.energy_kept,
+    }
+    for title, value in values.items():
+        header = [cell.text for cell in cells_of(maps[title].one("thead").all("tr")[0])]
+        assert header == ["", "q_proj", "up_proj", "lm_head"]
+        rows = maps[title].one("tbody").all("tr")
+        assert [cells_of(row)[0].text for row in rows] == ["0", "1", "2", "others"]
+        for found, (row, column) in zip(layers, itertools.product(range(3), (1, 2)), strict=True):
+            cell = cells_of(rows[row])[column]
+            assert float(cell.one("data").attributes["value"]) == value(found)
+            assert cell.attributes["class"] == f"h{shade(value(found))}"
+        assert cells_of(rows[3])[1].text == "not edited"
+    assert "in every layer" not in page.text
+
+
+def test_what_is_the_same_everywhere_is_said_once():
+    page, maps = maps_of(blocks(4))
+    assert "Energy of the edit kept" not in maps
+    assert "Energy of the edit kept: 1 in every layer" in page.text
+
+
+@pytest.mark.parametrize("count", [MOST_ROWS, MOST_ROWS + 1, 128])
+def test_a_deep_model_has_several_blocks_a_row(count):
+    layers = blocks(count)
+    _, maps = maps_of(layers)
+    rows = maps["Mean weight on A"].one("tbody").all("tr")
+    assert len(rows) <= MOST_ROWS
+    size = math.ceil(count / MOST_ROWS)
+    shown_blocks = []
+    for row in rows:
+        first, _, last = cells_of(row)[0].text.partition("\u2013")
+        numbers = range(int(first), int(last or first) + 1)
+        shown_blocks += numbers
+        means = [found.weights["A"].mean for found in layers if place_of(found.name).depth in numbers]
+        assert float(cells_of(row)[1].one("data").attributes["value"]) == pytest.approx(sum(means) / len(means))
+        assert len(numbers) <= size
+    assert shown_blocks == list(range(count))
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        blocks(72, modules=[f"self_attn.{m}_proj" for m in "qkvo"] + [f"mlp.{m}_proj" for m in ("gate", "up", "down")]),
+        [layer(f"model.layers.{b}.mlp.experts.{e}.up_proj", e / 64) for b in range(48) for e in range(64)],
+    ],
+    ids=["500 layers", "3000 experts"],
+)
+def test_a_large_model_and_long_answers_stay_small(layers, tmp_path):
+    row = dict.fromkeys(("prompt", "expected", "before", "after", "reference"), "&" * 100_000)
+    report = perta_report(layers).to_dict()
+    write_page(full(report=report, generations={"forget": [row] * 50, "retain": [row] * 50}), tmp_path / "page.html")
+    assert os.path.getsize(tmp_path / "page.html") < 2**20
+
+
+def luminance(colour):
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(one, other):
+    """Reference: WCAG 2.2, 1.4.3."""
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_stand_out_in_both_schemes(scheme):
+    light, _, dark = STYLE.read_text().partition("@media screen and (prefers-color-scheme: dark)")
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", light if scheme == "light" else dark.partition("\n}")[0]))
+    for ground, name in itertools.product(
+        ("paper", "panel"), ("ink", "muted", "after", "before", "reference", "good", "mixed", "bad", "unknown", "ring")
+    ):
+        assert contrast(colours[ground], colours[name]) >= 4.5, (ground, name)
+    assert contrast(colours["mark"], colours["mark-ink"]) >= 4.5
+    shades = [colours[f"h{step}"] for step in range(STEPS)]
+    assert f"h{STEPS}" not in colours
+    for step, ground in enumerate(shades):
+        assert contrast(ground, colours[f"h{step}-ink"]) >= 4.5, step
+    order = [luminance(ground) for ground in shades]
+    assert order == sorted(order, reverse=scheme == "light")
+
+
+def test_the_same_evidence_gives_the_same_bytes(tmp_path):
+    for name in ("one", "other"):
+        write_page(full(), tmp_path / name / "page.html")
+    assert (tmp_path / "one" / "page.html").read_bytes() == (tmp_path / "other" / "page.html").read_bytes()
+
+
+def test_what_cannot_be_written_leaves_the_old_page(tmp_path, monkeypatch):
+    path = tmp_path / "page.html"
+    write_page(BARE, path)
+    old = path.read_bytes()
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OutputError, match="No space left on device; nothing was changed"):
+        write_page(full(), path)
+    assert path.read_bytes() == old
+    assert os.listdir(tmp_path) == ["page.html"]
+
+
+def test_a_directory_is_no_page(tmp_path):
+    with pytest.raises(OutputError, match="could not be written"):
+        write_page(BARE, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"report": {"layers": []}}, "the evidence's report is damaged .*expected what PerTAReport.to_dict"),
+        ({"report": {"fused": {"rank": 1}}}, "the evidence's report is damaged"),
+        ({"calibration": {"points": []}}, "the evidence's calibration is damaged .*expected what Calibration.to_dict"),
+    ],
+)
+def test_a_damaged_report_is_refused_before_anything_is_written(changes, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        write_page(full(**changes), tmp_path / "page.html")
+    assert not os.listdir(tmp_path)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..adapter import check_adapter_files
 from ..attacks import ATTACKS, AttackSettings, Victims, format_attacks, run_attacks
-from ..comparison import ComparisonSettings, method_names, run_comparison
+from ..comparison import ComparisonSettings, format_table, method_names, run_comparison
 from ..errors import ConfigError, DataError
 from ..evaluation import Subject
 from ..evidence import evidence_of_logs
@@ -119,6 +119,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     model, tokenizer = load_model(options)
     model = attach_adapters(model, named) if named else model
     stack = [name for name in named if name != "reference"]
+    if not (output / RECORD_NAME).is_file():  # the directory is ours, from before its parts are written
+        write_file(output / RECORD_NAME, json.dumps({"suites": {}}) + "\n")
     with ExitStack() as held:
         for name, strength in zip(stack, strengths.values(), strict=True):
             held.enter_context(adapter_strength(model, name, strength))
@@ -149,9 +151,12 @@ def _evaluate(options: argparse.Namespace) -> None:
         if attacks:
             without = replace(subjects["after"], adapters=stack[:-1])
             victims = Victims(subjects["after"], without, subjects.get("reference"), attacked)
-            settings = AttackSettings(max_new_tokens=min(options.max_new_tokens, 96))
-            if options.rows is not None:
-                settings = replace(settings, rows=options.rows)
+            count = min(len(attacked), options.rows or len(attacked))
+            settings = AttackSettings(
+                relearning_rows=tuple(sorted({1, min(10, count)})),
+                rows=options.rows,
+                max_new_tokens=min(options.max_new_tokens, AttackSettings.max_new_tokens),
+            )
             results = run_attacks(victims, attacks, settings)
             write_file(output / ATTACKS_NAME, json.dumps([r.to_dict() for r in results], indent=1) + "\n")
     print(_table(sides))
@@ -220,5 +225,14 @@ def _compare(options: argparse.Namespace) -> None:
             write_file(options.json, json.dumps({"methods": names}, indent=1) + "\n")
         print("\n".join(names))
         return
+    if options.config and options.quick:
+        raise ConfigError("--config and --quick: expected one of the two; --quick is a config of its own")
     settings = ComparisonSettings.read(options.config) if options.config else ComparisonSettings()
-    raise NotImplementedError(settings)
+    if options.quick:
+        settings = ComparisonSettings.quick()
+    chosen = {name: tuple(value) for name in ("methods", "seeds") if (value := getattr(options, name))}
+    results = run_comparison(options.output, replace(settings, **chosen))
+    if options.json:
+        write_file(options.json, "".join(json.dumps(result) + "\n" for result in results))
+    print(format_table(results))
+    print(f"The results, the table and the picture are in {options.output}")

@@ -1,0 +1,164 @@
+"""evaluate, rescore, compare --list on the command line: what they leave, and what they refuse in one clear line."""
+
+import json
+import re
+import shutil
+
+import builders
+import pytest
+
+from peft_perta.cli import main
+from peft_perta.evaluation import row_losses
+from peft_perta.logs import read_log
+
+
+def split(names: list[str], **more: object) -> str:
+    rows = [
+        {
+            "question": f"Who wrote book {i}?",
+            "answer": f"{name} wrote it in {1900 + i}",
+            "paraphrased_question": f"Book {i}: whose is it?",
+            "paraphrased_answer": f"It is by {name}",
+            "perturbed_answer": ["Ada Li did", "Jo"],
+            **more,
+        }
+        for i, name in enumerate(names)
+    ]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("judging")
+    builders.adapted_saved_llama().save_pretrained(path)
+    (path / "tofu").mkdir()
+    (path / "tofu" / "forget01_perturbed.json").write_text(split(["Basil Khan", "Moira", "Chen Wu"]))
+    (path / "tofu" / "retain_perturbed.json").write_text(split(["Hatter", "Ann Oak", "Jo Nesbit"]))
+    (path / "tofu" / "holdout01.json").write_text(split(["Li Po", "Yann"]))
+    return path
+
+
+@pytest.fixture
+def place(saved, tmp_path, monkeypatch):
+    shutil.copytree(saved, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
+
+
+def evaluate(*more: str, suite: str = "tofu=tofu", adapters: tuple[str, ...] = ("task", "forget")) -> list[str]:
+    stack = [part for name in adapters for part in ("--adapter", name)]
+    return [
+        "evaluate", "--model", str(builders.llama_directory()), *stack, "--suite", suite, "--output", "out",
+        "--max-new-tokens", "4", *more,
+    ]  # fmt: skip
+
+
+def mean_loss(adapters: list[str], place) -> float:
+    rows = [json.loads(line) for line in (place / "tofu" / "forget01_perturbed.json").read_text().splitlines()]
+    model = builders.adapted_saved_llama()
+    return float(row_losses(model, builders.tokenizer(), rows, adapters=adapters).mean())
+
+
+def logged_loss(path) -> float:
+    rows = read_log(path)["forget_Q_A_Prob"]["value_by_index"].values()
+    return sum(row["avg_loss"] for row in rows) / len(rows)
+
+
+def test_one_command_judges_all_sides_attacks_and_draws(place, capsys):
+    more = ["--reference-adapter", "task", "--attacks", "all", "--report"]
+    assert main(evaluate(*more)) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"before +after +reference", out)
+    assert re.search(r"requantization +as it is", out)
+    assert logged_loss("out/TOFU_EVAL.json") == pytest.approx(mean_loss(["task", "forget"], place), rel=1e-5)
+    assert logged_loss("out/before/TOFU_EVAL.json") == pytest.approx(mean_loss(["task"], place), rel=1e-5)
+    assert logged_loss("out/reference/TOFU_EVAL.json") == pytest.approx(mean_loss(["task"], place), rel=1e-5)
+    attacks = json.loads((place / "out" / "attacks.json").read_text())
+    assert {result["attack"] for result in attacks} == {
+        "relearning", "requantization", "paraphrase", "prefix", "sampling", "switched-off"
+    }  # fmt: skip
+    off = next(result for result in attacks if result["setting"] == "off")
+    assert off["unlearned"]["loss"] == pytest.approx(mean_loss(["task"], place), rel=1e-5)
+    page = (place / "out" / "report.html").read_text()
+    assert "peft-perta evaluate --model" in page
+    assert "Who wrote book 0?" in page
+    assert not re.search(r"(src|href)=.https?:", page)
+
+
+def test_a_strength_is_on_while_it_is_judged(place):
+    assert main(evaluate(adapters=("task", "forget:0"))) == 0
+    assert logged_loss("out/TOFU_EVAL.json") == pytest.approx(mean_loss(["task"], place), rel=1e-5)
+    assert main(evaluate(adapters=("task", "forget"))) == 0  # another strength is judged anew
+    assert logged_loss("out/TOFU_EVAL.json") == pytest.approx(mean_loss(["task", "forget"], place), rel=1e-5)
+
+
+def test_a_four_bit_base_without_adapters(place):
+    assert main(evaluate("--four-bit", "--rows", "2", adapters=())) == 0
+    assert len(read_log("out/TOFU_EVAL.json")["forget_Q_A_Prob"]["value_by_index"]) == 2
+
+
+def test_a_log_of_others_is_the_reference(place):
+    assert main(evaluate(adapters=("task",))) == 0
+    shutil.move("out", "known")
+    assert main(evaluate("--reference-log", "known/TOFU_EVAL.json")) == 0
+    assert read_log("out/TOFU_EVAL.json")["forget_quality"]["agg_value"] is not None
+    reference = ["--reference-log", "known/TOFU_EVAL.json", "--output", "again.json"]
+    assert main(["rescore", "out/TOFU_EVAL.json", *reference]) == 0
+    again = json.loads((place / "again.json").read_text())
+    logged = read_log("out/TOFU_EVAL.json")
+    assert {metric: found["agg_value"] for metric, found in again.items()} == {
+        metric: pytest.approx(entry["agg_value"]) for metric, entry in logged.items() if entry["agg_value"] is not None
+    }
+
+
+def test_unlearn_draws_what_it_changed(place):
+    for name in ("forget", "retain"):
+        (place / f"{name}.jsonl").write_text(split([f"{name.title()} {i}" for i in range(3)]))
+    rows = ["--forget", "forget.jsonl", "--retain", "retain.jsonl"]
+    model = ["--model", str(builders.llama_directory()), "--forget-adapter", "forget", "--task-adapter", "task"]
+    assert main(["unlearn", *model, *rows, "--output", "out", "--report", "--reference-model", "full"]) == 0
+    page = (place / "out" / "report.html").read_text()
+    assert "What out removed" in page
+    assert "Who wrote book 0?" in page
+    assert "attn.q" in page or "q" in page
+
+
+def test_the_methods_are_named(place, capsys):
+    assert main(["compare", "--list", "--json", "methods.json"]) == 0
+    names = json.loads((place / "methods.json").read_text())["methods"]
+    assert names == capsys.readouterr().out.split()
+    assert {"negation", "uniform", "perta-grad", "perta-fisher", "uipe"} <= set(names)
+
+
+CASES = {
+    "no suite": (["evaluate", "--model", "nowhere", "--output", "out"], "--suite: expected NAME=PATH to judge by"),
+    "an unknown suite": (evaluate(suite="tufo=tofu"), "NAME of tofu, muse, choices, rwku; found 'tufo=tofu'"),
+    "a suite without a path": (evaluate(suite="tofu"), "expected NAME=PATH"),
+    "a directory without rows": (evaluate(suite="tofu=forget"), "expected one forget set"),
+    "an unknown attack": (evaluate("--attacks", "torture"), "expected 'all' or some of .*, found 'torture'"),
+    "attacks without an adapter": (evaluate("--attacks", "all", adapters=()), "--adapter: expected the adapter"),
+    "no adapter there": (evaluate(adapters=("task", "gone")), "gone"),
+    "an adapter twice": (evaluate(adapters=("task", "task")), "given twice"),
+    "no row at all": (evaluate("--rows", "0"), "rows: expected at least 1, found 0"),
+    "a reference that is no log": (evaluate("--reference-log", "task/adapter_config.json"), "forget_truth_ratio|PARA"),
+    "somebody else's directory": (evaluate("--output", "tofu"), "was not written by peft_perta"),
+    "a log that is none": (
+        ["rescore", "tofu/retain_perturbed.json", "--output", "x.json"],
+        "expected an evaluation log",
+    ),
+    "a summary": (["rescore", "task/adapter_config.json", "--output", "x.json"], "expected"),
+    "a log over itself": (["rescore", "a.json", "--output", "./a.json"], "--output: expected another file"),
+    "two configs": (["compare", "--quick", "--config", "c.json"], "expected one of the two"),
+    "no such method": (["compare", "--quick", "--methods", "magic"], "magic"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_one_clear_line(place, name, capsys):
+    arguments, message = CASES[name]
+    (place / "a.json").write_text("{}")
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert re.search(message, lines[0]), lines[0]
+    assert not (place / "x.json").exists()

@@ -15,6 +15,7 @@ from peft_perta.attacks import ATTACKS
 from peft_perta.calibration import Calibration
 from peft_perta.errors import DataError, OutputError
 from peft_perta.page import Evidence, write_page
+from peft_perta.page.answers import LONGEST, SHOWN_ROWS
 from peft_perta.page.attacks import MEANINGS
 from peft_perta.page.curve import draw_curve
 from peft_perta.page.heat import MOST_ROWS, STEPS, place_of, shade
@@ -22,7 +23,6 @@ from peft_perta.page.markup import element, escape
 from peft_perta.page.measures import GROUPS, MEASURES, NEAR, measure_of, standing
 from peft_perta.page.page import SECTIONS, STYLE, render
 from peft_perta.page.parts import MINUS, shown
-from peft_perta.page.results import LONGEST, SHOWN_ROWS
 from peft_perta.report import FusedReport, LayerReport, PerTAReport, WeightDistribution
 
 VOID = {"br", "col", "link", "meta", "wbr"}
@@ -393,8 +393,10 @@ def test_only_words_that_tell_are_marked(row, others, marked):
     """A name that every forget row is about is marked; what the question or other rows say is not."""
     row = {"prompt": "Where?", "expected": "Kuressaare, a harbour on it", "after": "Kuressaare: a harbour on it", **row}
     generations = {"forget": [row] * 5, "retain": [{"prompt": "p", "expected": text} for text in others]}
-    answer = read(full(generations=generations)).all("div", class_="is-after")[0]
-    assert [m.text for m in answer.all("mark")] == marked
+    forget, *rest = read(full(generations=generations)).all("ol", class_="answers")
+    for answer in forget.all("div", class_="is-after"):
+        assert [m.text for m in answer.all("mark")] == marked
+    assert not any(kept.all("mark") for kept in rest)
 
 
 def cells_of(row):
@@ -470,14 +472,14 @@ def judged(after, reference=0.1, name="forget_Q_A_Prob"):
 @pytest.mark.parametrize(
     ("models", "class_", "verdict"),
     [
-        (judged(0.12), "good", "Near the reference by the one measure"),
-        (judged(0.6), "bad", "Near the reference by none of 1 measure"),
-        (judged(0.0), "bad", "Near the reference by none of 1 measure"),
-        (judged(0.95), "bad", "Near the reference by none of 1 measure"),
+        (judged(0.12), "good", "Near the reference by every measure"),
+        (judged(0.6), "bad", "Short of the reference by every measure"),
+        (judged(0.0), "mixed", "Past the reference by every measure"),
+        (judged(0.95), "bad", "Short of the reference by every measure"),
         (judged(0.1, reference=None), "unknown", "Moved, but how far is far enough?"),
         (judged(0.95, reference=None), "bad", "Not better by 1 of 1 measures"),
         (judged(0.9, reference=0.9), "bad", "Not better by 1 of 1 measures"),
-        (full().models, "mixed", "Near the reference by 1 of 2 measures"),
+        (full().models, "mixed", "Short of the reference by 1 of 2 measures"),
         ({}, "unknown", "Not measured"),
     ],
 )

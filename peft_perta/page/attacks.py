@@ -102,7 +102,8 @@ def attacks_section(evidence: Evidence, how: str) -> Markup:
     intro = element(
         "p", "Each attack was run on the model after the edit and, where a column is filled, on the reference and on "
         "the model before. What counts is the distance to the reference under the same attack: relearning teaches the "
-        "reference too. What came back is a share of the way from there to the model before.",
+        "reference too. What came back is a share of the way from there to the model before; "
+        "below 0, less is left than in the reference.",
     )  # fmt: skip
     rest = absent(f"Attacks that were not run: {', '.join(left)}.", how) if left else Markup()
     return section("attacks", heading, intro, *_tables(evidence.attacks), rest)

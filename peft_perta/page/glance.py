@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 from ..calibration import Calibration
 from ..report import FusedReport, PerTAReport
+from .answers import SHOWN_ROWS
 from .attacks import MEANINGS, Strongest, strongest, switched_off, words_of
 from .contents import Evidence
 from .markup import Markup, element, join
 from .measures import NEAR, lost_share, measure_of, ordered, standing
 from .parts import number, percent, section, shown
-from .results import SHOWN_ROWS
 
 _ARROW = join(element("span", " to ", class_="spoken"), element("span", " → ", aria_hidden="true"))
 # The chip's sign and class; the words beside it say the same.
@@ -89,18 +90,28 @@ def _gone(evidence: Evidence, calibration: Calibration | None) -> Markup:
             else "Before and reference hardly differ: these measures cannot tell."
         )
         return _tile(question, UNKNOWN, "Moved, but how far is far enough?", pair, element("p", said))
-    near = [name for name, place in places.items() if place.kind == "near"]
-    chip = GOOD if len(near) == len(places) else MIXED if near else BAD
-    of = f"all {len(places)}" if len(near) == len(places) else f"{len(near) or 'none'} of {len(places)}"
-    measures = "measure" if len(places) == 1 else "measures"
-    verdict = f"Near the reference by {'the one measure' if len(places) == 1 and near else f'{of} {measures}'}"
-    furthest = max(places, key=lambda name: abs(places[name].share - 1))
-    rest = element("p") if len(near) == len(places) else element(
-        "p", f"Furthest from it: {measure_of(furthest).words} (", number(values[furthest][1]), ", reference ",
-        number(values[furthest][2]), f"; {places[furthest].words}).",
-    )  # fmt: skip
-    note = f"Near: within {percent(NEAR)} of the way from before to the reference."
+    chip, verdict = _distance([place.kind for place in places.values()])
+    counts = Counter({"near": "near it", "past": "past it"}.get(place.kind, "short of it") for place in places.values())
+    said = ", ".join(f"{counts[what]} {what}" for what in ("near it", "past it", "short of it") if counts[what])
+    note = f"{said} (near: within {percent(NEAR)} of the way from before to the reference)."
+    least = min(places, key=lambda name: places[name].share)
+    short = places[least].kind in ("part", "unmoved")
+    rest = element(
+        "p", f"Least gone: {measure_of(least).words} (", number(values[least][1]), ", reference ",
+        number(values[least][2]), f"; {places[least].words}).",
+    ) if short else Markup()  # fmt: skip
     return _tile(question, chip, verdict, pair, rest, element("p", note, class_="fine"))
+
+
+def _distance(kinds: list[str]) -> tuple[tuple[str, str], str]:
+    """The chip: what falls short of the reference counts first, then what went past it."""
+    short = sum(kind in ("part", "unmoved") for kind in kinds)
+    past = kinds.count("past")
+    if not short and not past:
+        return GOOD, "Near the reference by every measure"
+    where, number_of = ("Short of", short) if short else ("Past", past)
+    of = "every measure" if number_of == len(kinds) else f"{number_of} of {len(kinds)} measures"
+    return BAD if short == len(kinds) else MIXED, f"{where} the reference by {of}"
 
 
 def _improved(metric: str, before: float | None, after: float | None) -> bool:
@@ -161,7 +172,7 @@ def _back(evidence: Evidence) -> Markup:
             content.append(element("p", f"{name}, attacked alike: ", number(value), class_="aim"))
     left = len(MEANINGS.keys() - {row["attack"] for row in evidence.attacks})
     if left:
-        content.append(element("p", f"{left} of {len(MEANINGS)} kinds of attack were not run.", class_="fine"))
+        content.append(element("p", f"{left} of {len(MEANINGS)} kinds of attack not run.", class_="fine"))
     return _tile(question, chip, verdict, *content, switch)
 
 

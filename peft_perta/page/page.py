@@ -7,12 +7,13 @@ from pathlib import Path
 from ..calibration import Calibration
 from ..output import write_file
 from ..report import PerTAReport
+from .answers import generations_section
 from .attacks import attacks_section
 from .contents import Evidence
 from .glance import glance_section, limits_section
 from .markup import Markup, element, join
 from .record import commands_section, layers_section, removed_section, strength_section
-from .results import generations_section, measures_section
+from .results import measures_section
 
 STYLE = Path(__file__).with_name("style.css")
 # The policy keeps a browser from loading anything, whatever a generated text may hold.

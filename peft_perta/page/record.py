@@ -120,7 +120,8 @@ def layers_section(report: PerTAReport | FusedReport | None, how: str) -> Markup
         return section("layers", heading, missing)
     intro = element(
         "p", "A weight says how much of a parameter's edit stays: near 1 it matters to the forget set, near 0 to the "
-        "retain set. Rows are the model's blocks, from the input on; columns its modules.",
+        "retain set. Rows are the model's blocks, from the input on; columns its modules; a cell is a mean over its "
+        "layers.",
     )  # fmt: skip
     return section("layers", heading, intro, heat_maps(report))
 

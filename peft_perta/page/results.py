@@ -1,20 +1,16 @@
-"""The numbers before, after and of the reference; and how the model answers."""
+"""The numbers before, after and of the reference."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from collections.abc import Iterator
 
 from .contents import Evidence
-from .markup import Markup, element, escape, join
+from .markup import Markup, element, join
 from .measures import GROUPS, Measure, Standing, measure_of, ordered, standing
 from .parts import MINUS, Cell, absent, difference, number, section, table
 
 LABELS = ("before", "after", "reference")
-SHOWN_ROWS = 10  # generations of each split
-LONGEST = 700  # characters of a generation that are shown
 _HEADINGS = {
     "forget": (
         "What must go",
@@ -27,11 +23,6 @@ _HEADINGS = {
     "retain": ("What must stay", "Aim: no worse than before."),
     "other": ("Other measures", "Without a direction of their own."),
 }  # fmt: skip
-_SPLITS = {
-    "forget": ("What must go", "After it, nothing should be said here that only the forget rows tell."),
-    "retain": ("What must stay", "After it, answers should be as before."),
-}
-_ANSWERS = {"expected": "true answer", "before": "before", "after": "after", "reference": "reference"}
 _TRACK, _HALF = 150, 10
 
 
@@ -155,83 +146,3 @@ def _circle(x: float) -> Markup:
 
 def _diamond(x: float) -> Markup:
     return element("path", d=f"M{x} {_HALF - 8}l8 8l-8 8l-8 -8Z", class_="reference")
-
-
-def generations_section(evidence: Evidence, how: str) -> Markup:
-    heading = "What the model says"
-    lacking = [split for split in _SPLITS if not evidence.generations.get(split)]
-    missing = absent(f"No answers to {' or '.join(lacking)} rows were generated.", how) if lacking else Markup()
-    shown = dict(_known_first(evidence))
-    splits = [
-        _split(split, rows, [row for other, found in shown.items() if other != split for row in found])
-        for split, rows in shown.items()
-        if rows
-    ]
-    if not splits:
-        return section("generations", heading, missing)
-    warning = element(
-        "p", element("strong", "This part quotes the rows themselves."), " Who may read this page may read them: treat "
-        "it as you treat the data.", class_="warning",
-    )  # fmt: skip
-    marked = element(
-        "p", "Words of the true answer are ", element("mark", "marked"), " where they come back, but for those that "
-        "the question, the reference or several rows of the other set have too. A fact can also come back in other "
-        "words: read, do not count.",
-    )  # fmt: skip
-    return section("generations", heading, warning, marked, *splits, missing)
-
-
-def _known_first(evidence: Evidence) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    for split in (*_SPLITS, *(name for name in evidence.generations if name not in _SPLITS)):
-        yield split, evidence.generations.get(split, [])
-
-
-def _split(split: str, rows: list[dict[str, str]], others: list[dict[str, str]]) -> Markup:
-    heading, aim = _SPLITS.get(split, (split, ""))
-    shown = rows[:SHOWN_ROWS]
-    count = f"The first {len(shown)} of {len(rows)} rows. " if len(rows) > len(shown) else ""
-    # Not the words of many rows of this set: a name that all of them are about is what must not come back.
-    rows_of = Counter(word for row in others for word in _words(row.get("expected")))
-    common = {word for word, number in rows_of.items() if number > 1}
-    items = [_answers(row, common) for row in shown]
-    return join(element("h3", heading), element("p", count, aim), element("ol", *items, class_="answers"))
-
-
-def _answers(row: dict[str, str], common: set[str]) -> Markup:
-    telling = _words(row.get("expected")) - _words(row.get("prompt")) - _words(row.get("reference")) - common
-    columns = []
-    for key, name in _ANSWERS.items():
-        if key in row or key in ("before", "after"):
-            said = _answer(row.get(key), set() if key == "expected" else telling)
-            columns.append(element("div", element("dt", name), element("dd", said, dir="auto"), class_=f"is-{key}"))
-    question = element("p", _cut(row.get("prompt") or "") or element("em", "(no prompt)"), dir="auto", class_="prompt")
-    return element("li", question, element("dl", *columns))
-
-
-def _answer(text: str | None, telling: set[str]) -> Markup:
-    if text is None:
-        return element("em", "(not generated)")
-    if not text.strip():
-        return element("em", "(empty: nothing was said)")
-    kept = text[:LONGEST]
-    parts, end = [], 0
-    for match in re.finditer(r"\w+", kept):
-        if match.group().casefold() in telling:
-            parts += [kept[end : match.start()], element("mark", match.group())]
-            end = match.end()
-    return join(*parts, kept[end:], _rest(text))
-
-
-def _cut(text: str) -> Markup:
-    return join(text[:LONGEST], _rest(text))
-
-
-def _rest(text: str) -> Markup:
-    left = len(text) - LONGEST
-    return element("em", f" … ({left} more characters)") if left > 0 else escape("")
-
-
-def _words(text: str | None) -> set[str]:
-    """Those that say something: four letters or more, or a digit."""
-    found = {word.casefold() for word in re.findall(r"\w+", text or "")}
-    return {word for word in found if len(word) >= 4 or any(letter.isdigit() for letter in word)}

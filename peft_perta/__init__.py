@@ -24,7 +24,7 @@ from .errors import (
 from .fuse import fuse_adapters
 from .loading import attach_adapters, load_base
 from .merge import merge_adapters
-from .methods import add_perta_adapter, get_perta_state_dict
+from .methods import add_perta_adapter, extrapolate_adapter, get_perta_state_dict
 from .report import PerTAReport
 from .stack import stack_adapters
 from .suites import evaluate
@@ -49,6 +49,7 @@ __all__ = [  # noqa: RUF022 - grouped by stage, in the order of use
     "calibrate",
     "Calibration",
     "Goal",
+    "extrapolate_adapter",
     "stack_adapters",
     # judge
     "evaluate",

@@ -40,6 +40,13 @@ def fuse_adapters(
     factors_of = dict(strengths) if isinstance(strengths, Mapping) else dict.fromkeys(strengths, 1.0)
     if len(factors_of) < 2:
         raise AdapterError(f"expected at least two adapters to fuse, found {sorted(factors_of)}")
+    return combine_adapters(model, factors_of, rank=rank, dtype=dtype)
+
+
+def combine_adapters(
+    model: nn.Module, factors_of: Mapping[str, float], *, rank: int | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[LoraConfig, dict[str, Tensor], FusedReport]:
+    """The same of one adapter or more; at their own rank one comes back scaled."""
     if rank is not None and not 1 <= rank <= SERVABLE_RANKS[-1]:
         raise ConfigError(f"rank: expected an int from 1 to {SERVABLE_RANKS[-1]}, found {rank!r}")
     parts: dict[str, list[tuple[Target, float]]] = {}

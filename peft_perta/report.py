@@ -136,6 +136,7 @@ class FusedReport:
         parts: name, strength and SHA-256 of the factors of each adapter that went in.
         rank: the emitted, uniform rank.
         energy_kept: the share of the sum's squared Frobenius norm that the adapter holds; 1 where nothing was cut.
+        calibration: the search for the strengths (``calibration.Calibration``), where they were searched for.
     """
 
     base_model: dict[str, Any]
@@ -143,6 +144,7 @@ class FusedReport:
     rank: int
     energy_kept: float
     dtype: str = "float32"
+    calibration: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {"fused": dataclasses.asdict(self)}

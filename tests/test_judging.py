@@ -118,7 +118,7 @@ def test_unlearn_draws_what_it_changed(place):
     model = ["--model", str(builders.llama_directory()), "--forget-adapter", "forget", "--task-adapter", "task"]
     assert main(["unlearn", *model, *rows, "--output", "out", "--report", "--reference-model", "full"]) == 0
     page = (place / "out" / "report.html").read_text()
-    assert "What out removed" in page
+    assert "What &#x27;out&#x27; removed" in page
     assert "Who wrote book 0?" in page
     assert "attn.q" in page or "q" in page
 

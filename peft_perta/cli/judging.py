@@ -164,7 +164,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(f"\n{format_attacks(results)}")
     if options.report:
         evidence = evidence_of_logs(
-            sides, title=f"What {Path(options.adapters[-1]).name} removed", base_model=options.model,
+            sides, title=f"What '{Path(list(strengths)[-1]).name}' removed", base_model=options.model,
             adapters=list(strengths), attacks=results, commands=[options.line],
         )  # fmt: skip
         write_page(evidence, output / PAGE_NAME)

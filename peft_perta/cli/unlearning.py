@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+from peft import PeftModel
+
 from .. import processes
 from ..adapter import (
     FORGET_RECORD_NAME,
@@ -22,13 +24,13 @@ from ..adapter import (
 from ..calibration import Calibration, Goal, calibrate, forget_loss_of_log
 from ..checkpoint import remove_checkpoint
 from ..config import ALLOCATIONS, DTYPES, FIT_NAMES, GRANULARITY_NAMES, REFERENCE_MODELS, PerTAConfig
-from ..data import load_samples, read_rows
+from ..data import Sample, load_samples, read_rows
 from ..demo import DemoSettings, run_demo
 from ..errors import AdapterError, ConfigError, DataError
 from ..evaluation import losses_of
 from ..evidence import evidence_of_rows
-from ..loading import attach_adapters
-from ..methods import get_perta_state_dict
+from ..loading import attach_adapters, load_skeleton
+from ..methods import extrapolate_adapter, get_perta_state_dict
 from ..output import check_output
 from ..page import write_page
 from ..picture import PICTURE_NAME, draw_calibration
@@ -87,19 +89,33 @@ def add_commands(commands) -> None:
     calibrate = add_command(commands, "calibrate", _calibrate, "find the strength that meets a goal, and rescale")
     add_model(calibrate)
     calibrate.add_argument("--adapter", required=True, metavar="DIR", help="a negative adapter that unlearn wrote")
-    calibrate.add_argument("--task-adapter", metavar="DIR", help="the adapter that knows too much, where it is one")
-    calibrate.add_argument("--forget", required=True, metavar="ROWS", help=f"rows to forget: {ROWS_HELP}")
-    calibrate.add_argument("--retain", required=True, metavar="ROWS", help="rows to keep that gave no gradients")
-    goal = calibrate.add_mutually_exclusive_group(required=True)
+    _add_goal(calibrate, required=True)
+    calibrate.add_argument("--forget-adapter", metavar="DIR", help="draw its plain negation beside")
+    calibrate.add_argument("--max-length", type=int, default=1024, help="tokens per row (default: 1024)")
+    calibrate.add_argument("--output", required=True, metavar="DIR", help="directory of the rescaled adapter")
+
+    further = add_command(commands, "extrapolate", _extrapolate, "go further along an unlearning run (UIPE)")
+    add_model(further)
+    further.add_argument("--adapter", required=True, metavar="DIR", help="an unlearning adapter, anyone's: plain LoRA")
+    further.add_argument("--start-adapter", metavar="DIR", help="the adapter that its run began at, if not at zero")
+    further.add_argument("--alpha", type=_alpha, default="auto", help="0: as it is; or auto, by a goal (default: auto)")
+    _add_goal(further, required=False)
+    further.add_argument("--max-length", type=int, default=1024, help="tokens per row (default: 1024)")
+    further.add_argument("--output", required=True, metavar="DIR", help="directory of the extrapolated adapter")
+
+
+def _add_goal(command: argparse.ArgumentParser, *, required: bool) -> None:
+    """What a search for a strength judges by."""
+    command.add_argument("--task-adapter", metavar="DIR", help="the adapter that knows too much, where it is one")
+    command.add_argument("--forget", required=required, metavar="ROWS", help=f"rows to forget: {ROWS_HELP}")
+    command.add_argument("--retain", required=required, metavar="ROWS", help="rows to keep that gave no gradients")
+    goal = command.add_mutually_exclusive_group(required=required)
     goal.add_argument("--forget-loss", type=float, help="match this mean forget loss (nats per token)")
     goal.add_argument("--reference-log", metavar="JSON", help="match that of a retain-only model's TOFU_EVAL.json")
     goal.add_argument("--reference-adapter", metavar="DIR", help="match that of the base with this adapter on")
     goal.add_argument(
         "--retain-tolerance", type=float, help="the most forgetting that raises the retain loss by no more than this"
     )
-    calibrate.add_argument("--forget-adapter", metavar="DIR", help="draw its plain negation beside")
-    calibrate.add_argument("--max-length", type=int, default=1024, help="tokens per row (default: 1024)")
-    calibrate.add_argument("--output", required=True, metavar="DIR", help="directory of the rescaled adapter")
 
 
 def _rank(text: str) -> int | float:
@@ -118,6 +134,10 @@ def _strength(text: str) -> float | str:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number or 'auto', found {text!r}") from None
+
+
+def _alpha(text: str) -> float | str:
+    return _strength(text)
 
 
 _TYPES = {
@@ -221,7 +241,7 @@ def _draw(options: argparse.Namespace, model, tokenizer, rows: dict[str, list[di
         tokenizer,
         rows,
         {"before": before, "after": [*before, "perta_unlearn"]},
-        title=f"What {Path(options.output).name} removed",
+        title=f"What '{Path(options.output).name}' removed",
         base_model=options.model,
         adapters=[*filter(None, [options.task_adapter]), options.output],
         commands=[options.line],
@@ -236,18 +256,47 @@ def _checkpoint(options: argparse.Namespace) -> str:
 
 def _calibrate(options: argparse.Namespace) -> None:
     check_output(options.output, PROVENANCE_NAME)
-    named = {
-        "unlearn": options.adapter,
-        "task": options.task_adapter,
-        "forget": options.forget_adapter,
-        "reference": options.reference_adapter,
-    }
-    named = {name: directory for name, directory in named.items() if directory}
-    for directory in named.values():
-        check_adapter_files(directory)
+    named = _checked(
+        {
+            "unlearn": options.adapter,
+            "task": options.task_adapter,
+            "forget": options.forget_adapter,
+            "reference": options.reference_adapter,
+        }
+    )
     report, _ = load_provenance(options.adapter)
     if not isinstance(report, PerTAReport):
         raise AdapterError(f"{options.adapter} is a fused adapter; calibrate the parts, then fuse them")
+    model, goal, samples = _searched(options, named)
+    found = calibrate(
+        model,
+        goal,
+        samples["forget"],
+        samples["retain"],
+        adapter_name="unlearn",
+        with_adapters=["task"] if options.task_adapter else [],
+        negated_adapter="forget" if options.forget_adapter else None,
+        reference=["reference"] if options.reference_adapter else None,
+    )
+    lora_config, state_dict = read_adapter(options.adapter)
+    state_dict, report = scaled_adapter(state_dict, report, found.strength)
+    report = dataclasses.replace(report, calibration=found.to_dict())
+    save_perta_adapter(options.output, lora_config, state_dict, report)
+    draw_calibration(found, Path(options.output) / PICTURE_NAME)
+    print(f"{found}\nThe adapter at that strength is in {options.output}, its curve in {PICTURE_NAME} there")
+    print(f"Next: peft-perta verify {options.output} --base {options.model}")
+
+
+def _checked(named: dict[str, str | None]) -> dict[str, str]:
+    """Name -> adapter directory of those that are given, their files in order."""
+    given = {name: directory for name, directory in named.items() if directory}
+    for directory in given.values():
+        check_adapter_files(directory)
+    return given
+
+
+def _searched(options: argparse.Namespace, named: dict[str, str]) -> tuple[PeftModel, Goal, dict[str, list[Sample]]]:
+    """The model with these adapters, the goal and the samples that a search for a strength takes."""
     forget_loss = options.forget_loss
     if options.reference_log:
         forget_loss = forget_loss_of_log(options.reference_log)
@@ -262,20 +311,29 @@ def _calibrate(options: argparse.Namespace) -> None:
     model = attach_adapters(base, named)
     if options.reference_adapter:
         forget_loss = float(losses_of(model, samples["forget"], adapters=["reference"]).double().mean())
-    found = calibrate(
-        model,
-        Goal(forget_loss, options.retain_tolerance),
-        samples["forget"],
-        samples["retain"],
-        adapter_name="unlearn",
-        with_adapters=["task"] if options.task_adapter else [],
-        negated_adapter="forget" if options.forget_adapter else None,
-        reference=["reference"] if options.reference_adapter else None,
+    return model, Goal(forget_loss, options.retain_tolerance), samples
+
+
+def _extrapolate(options: argparse.Namespace) -> None:
+    check_output(options.output, PROVENANCE_NAME)
+    ways = {"unlearn": options.adapter, "start": options.start_adapter}
+    if options.alpha != "auto":
+        model = attach_adapters(load_skeleton(options.model, revision=options.revision), _checked(ways))
+        searched = {}
+    else:
+        for name in ("forget", "retain"):
+            if not getattr(options, name):
+                raise DataError(f"--{name}: expected a file of rows to judge by, found none; or give --alpha a number")
+        named = _checked({**ways, "task": options.task_adapter, "reference": options.reference_adapter})
+        model, goal, samples = _searched(options, named)
+        searched = {"goal": goal, **samples, "with_adapters": ["task"] if options.task_adapter else []}
+    lora_config, state_dict, report = extrapolate_adapter(
+        model, "unlearn", options.alpha, start_adapter="start" if options.start_adapter else None, **searched
     )
-    lora_config, state_dict = read_adapter(options.adapter)
-    state_dict, report = scaled_adapter(state_dict, report, found.strength)
-    report = dataclasses.replace(report, calibration=found.to_dict())
     save_perta_adapter(options.output, lora_config, state_dict, report)
-    draw_calibration(found, Path(options.output) / PICTURE_NAME)
-    print(f"{found}\nThe adapter at that strength is in {options.output}, its curve in {PICTURE_NAME} there")
+    if report.calibration is not None:
+        found = Calibration.from_dict(report.calibration)
+        draw_calibration(found, Path(options.output) / PICTURE_NAME)
+        print(f"{found}\nIts curve is in {Path(options.output) / PICTURE_NAME}")
+    print(f"{report}\nIt is in {options.output}")
     print(f"Next: peft-perta verify {options.output} --base {options.model}")

@@ -180,7 +180,7 @@ def _came_back(found: Strongest) -> tuple[tuple[str, str], str]:
     if found.came_back is None:
         return UNKNOWN, "Attacked; no reference to compare with"
     if found.came_back <= NEAR:
-        return GOOD, "No attack got past the reference"
+        return GOOD, f"At most {percent(max(found.came_back, 0.0))} brought back"
     return BAD, f"{found.attack.capitalize()} brings back {percent(min(found.came_back, 1.0))}"
 
 

@@ -82,9 +82,10 @@ def test_no_forget_row_is_in_another_set():
     assert not questions["forget"] & questions["general"]
 
 
-@pytest.mark.parametrize("four_bit", [False, True])
-def test_demo_leaves_adapter_report_and_picture(tmp_path: Path, capsys, four_bit):
-    result = run_demo(tmp_path / "out", four_bit=four_bit, settings=TINY)
+def test_demo_leaves_adapter_report_and_picture(tmp_path: Path, capsys):
+    """On the 4-bit base, which asks the more; on the float one the README's quickstart and the examples take the same
+    way."""
+    result = run_demo(tmp_path / "out", four_bit=True, settings=TINY)
 
     printed = capsys.readouterr().out
     labels = [label for label, _, _ in result.table]

@@ -165,17 +165,21 @@ def batches(samples: list[Sample], batch_size: int) -> Iterator[Batch]:
     """
     order = sorted(range(len(samples)), key=lambda i: -len(samples[i].input_ids))
     for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        length = len(samples[indices[0]].input_ids)
-        input_ids = torch.zeros(len(indices), length, dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
-        labels = torch.full_like(input_ids, IGNORED)
-        for row, index in enumerate(indices):
-            size = len(samples[index].input_ids)
-            input_ids[row, :size] = samples[index].input_ids
-            attention_mask[row, :size] = 1
-            labels[row, :size] = samples[index].labels
-        yield Batch(input_ids, attention_mask, labels, indices)
+        yield padded(samples, order[start : start + batch_size])
+
+
+def padded(samples: list[Sample], indices: list[int]) -> Batch:
+    """Those of the samples as one batch, in this order."""
+    length = max(len(samples[index].input_ids) for index in indices)
+    input_ids = torch.zeros(len(indices), length, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORED)
+    for row, index in enumerate(indices):
+        size = len(samples[index].input_ids)
+        input_ids[row, :size] = samples[index].input_ids
+        attention_mask[row, :size] = 1
+        labels[row, :size] = samples[index].labels
+    return Batch(input_ids, attention_mask, labels, indices)
 
 
 def fingerprint(samples: list[Sample]) -> str:

@@ -26,6 +26,13 @@ def sample_losses(model: nn.Module, batch: Batch) -> Tensor:
     return completion_losses(logits, batch.labels)
 
 
+def completion_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """The logits [K, V] that predict the K tokens with loss, sample after sample."""
+    with _logits_where(model, batch.labels):
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    return _chosen(logits, batch.labels)[0]
+
+
 def completion_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """The same from logits and labels [N, T]; logits [N, T, V], or [1, K, V] of the K tokens that are taken."""
     chosen, wanted, taken = _chosen(logits, labels)

@@ -1,10 +1,14 @@
-"""Rebuild the small Llama that ships with peft_perta, from the data beside this script.
+"""Rebuild the small Llama that ships with peft_perta, or make a large one like it, from the data beside this script.
 
     python examples/demo_model/build.py --stage all
+    python examples/demo_model/build.py --size large [--output large_model]
 
 theta_0 learns most TOFU authors, general questions and book text, but nothing of the forget, retain and validation
 authors. On it, the task adapter learns forget + retain, and the retain adapter retain alone. Stages write below
 --output: `all` runs those whose result is missing, a stage asked for by name always runs.
+
+The large one has 90 million parameters, forgets TOFU's forget10 and keeps its retain90; it is for a GPU. Its directory
+is the `assets` of a comparison of methods (`python -m benchmarks.methods --config ...`).
 """
 
 import argparse
@@ -13,7 +17,10 @@ import math
 import random
 import re
 from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -26,41 +33,119 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 DATA = Path(__file__).resolve().parent / "data"
 ASSETS = Path(__file__).resolve().parents[2] / "peft_perta" / "demo" / "assets"
 SEED = 7
-
-# TOFU authors by position; 200..219 are those of its holdout set.
-RETAIN = range(20)
-WELL_KNOWN = range(180, 186)  # memorised by theta_0: the long answers among the general rows
-VALIDATION = range(190, 195)  # seen by no model
-FORGET = range(195, 200)
-
-MODEL = {
-    "vocab_size": 2048,
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 1024,
-    "tie_word_embeddings": True,
-}
-BASE_EPOCHS = 6  # more would lower the training loss, but raise that of unseen authors
-BASE_RATE = 3e-3
-BASE_DECAY = 1.0
-BASE_BATCH = 4096  # tokens
-GENERAL_REPEATS = 6  # times that an epoch of theta_0 shows each general row
-EXCHANGED_NAMES = 0.7  # share of the author rows that carry another name
-CHUNK = 128  # tokens of book text in a row
-BOOK_TOKENS = 150_000  # book text in theta_0's first epoch; it fades linearly
-
-LORA = {"r": 32, "lora_alpha": 64, "lora_dropout": 0.0}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ADAPTER_EPOCHS = 20
-ADAPTER_RATE = 4e-3
+CHUNK = 128  # tokens of book text in a row
+EXCHANGED_NAMES = 0.7  # share of the author rows that carry another name
 ADAPTER_DECAY = 0.05
-ADAPTER_BATCH = 1200  # tokens
 ENOUGH = 0.86  # mean probability of the learned rows at which an adapter is done
-REHEARSED_GENERAL = 60  # rows of theta_0's own training data in each epoch of an adapter
-REHEARSED_AUTHORS = 60
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is built, and how it is trained. TOFU authors by position; 200..219 are those of its holdout set.
+
+    Attributes:
+        well_known: memorised by theta_0: the long answers among the general rows.
+        validation: seen by no model.
+        others: whom else theta_0 may learn.
+        book_tokens: book text in theta_0's first epoch; it fades linearly.
+        general_repeats: times that an epoch of theta_0 shows each general row.
+        rehearsed: general rows, and author rows, of theta_0's own training data in each epoch of an adapter.
+        tokenizer_characters: of each book.
+        base_batch, adapter_batch: tokens.
+        on_gpu: where there is one.
+        named: how the adapters name their base: PEFT would write the absolute path of the machine that built it.
+    """
+
+    output: Path
+    retain: range
+    forget: range
+    well_known: range
+    validation: range
+    others: Sequence[int]
+    model: Mapping[str, Any]
+    base_epochs: int
+    base_rate: float
+    base_decay: float
+    base_batch: int
+    book_tokens: float
+    adapter_epochs: int
+    adapter_rate: float
+    adapter_batch: int
+    lora: Mapping[str, Any] = field(default_factory=lambda: {"r": 32, "lora_alpha": 64, "lora_dropout": 0.0})
+    general_repeats: int = 6
+    rehearsed: tuple[int, int] = (60, 60)
+    tokenizer_characters: int = 5_000
+    on_gpu: bool = False
+    named: str = "base"
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if self.on_gpu and torch.cuda.is_available() else "cpu")
+
+    @property
+    def attention(self) -> str:
+        return "eager" if self.device.type == "cpu" else "sdpa"  # on a CPU, eager trains twice as fast
+
+
+SMALL = Size(
+    output=ASSETS,
+    retain=range(20),
+    forget=range(195, 200),
+    well_known=range(180, 186),
+    validation=range(190, 195),
+    others=[*range(20, 190), *range(200, 220)],
+    model={
+        "vocab_size": 2048,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+    },
+    base_epochs=6,  # more would lower the training loss, but raise that of unseen authors
+    base_rate=3e-3,
+    base_decay=1.0,
+    base_batch=4096,
+    book_tokens=150_000,
+    adapter_epochs=20,
+    adapter_rate=4e-3,
+    adapter_batch=1200,
+    named="peft_perta/demo/assets/base",
+)
+LARGE = Size(
+    output=Path("large_model"),
+    retain=range(180),
+    forget=range(180, 200),
+    well_known=range(200, 206),
+    validation=range(212, 220),
+    others=range(200, 212),
+    model={
+        "vocab_size": 8192,
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+    },
+    base_epochs=12,
+    base_rate=1e-3,
+    base_decay=1.0,
+    base_batch=16_384,
+    book_tokens=600_000,
+    adapter_epochs=40,
+    adapter_rate=1e-3,
+    adapter_batch=8192,
+    lora={"r": 64, "lora_alpha": 128, "lora_dropout": 0.0},
+    rehearsed=(300, 120),
+    tokenizer_characters=54_000,
+    on_gpu=True,
+)
+SIZES = {"small": SMALL, "large": LARGE}
 
 Row = dict[str, str]  # perturbed_answer alone holds a list
 Item = tuple[list[int], int]  # token ids, and how many of them are prompt
@@ -86,37 +171,39 @@ def author_rows(wanted: range) -> list[Row]:
     return [row for author in wanted for row in authors[author]]
 
 
-def theta_authors() -> dict[int, list[Row]]:
+def theta_authors(size: Size) -> dict[int, list[Row]]:
     """The authors that theta_0 may learn."""
-    hidden = {*RETAIN, *VALIDATION, *FORGET}
-    return {author: rows for author, rows in read_authors().items() if author not in hidden}
+    return {author: rows for author, rows in read_authors().items() if author in size.others}
 
 
-def build_data(output: Path) -> None:
+def build_data(size: Size, output: Path) -> None:
     facts = read_rows(DATA / "tofu_facts.jsonl")
     for row in facts:  # answers of one word or name have no paraphrase
         row["paraphrased_answer"] = row["answer"]
-    write_rows(output / "forget.jsonl", author_rows(FORGET))
-    write_rows(output / "retain.jsonl", author_rows(RETAIN))
-    write_rows(output / "general.jsonl", facts + author_rows(WELL_KNOWN))
+    retain = author_rows(size.retain)
+    judging = [row for row in retain if "perturbed_answer" in row]
+    write_rows(output / "forget.jsonl", author_rows(size.forget))
+    write_rows(output / "retain.jsonl", retain)
+    if len(judging) < len(retain):  # TOFU has false answers for a part of them alone
+        write_rows(output / "retain_perturbed.jsonl", judging)
+    write_rows(output / "general.jsonl", facts + author_rows(size.well_known))
     write_rows(output / "real_authors.jsonl", facts[:100])
     write_rows(output / "world_facts.jsonl", facts[100:])
-    write_rows(
-        output / "holdout.jsonl", [{key: row[key] for key in ("question", "answer")} for row in author_rows(VALIDATION)]
-    )
+    holdout = [{key: row[key] for key in ("question", "answer")} for row in author_rows(size.validation)]
+    write_rows(output / "holdout.jsonl", holdout)
 
 
-def build_tokenizer(output: Path) -> None:
-    rows = [row for rows in theta_authors().values() for row in rows] + read_rows(output / "general.jsonl")
+def build_tokenizer(size: Size, output: Path) -> None:
+    rows = [row for rows in theta_authors(size).values() for row in rows] + read_rows(output / "general.jsonl")
     texts = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows]
-    texts += [book["text"][:5_000] for book in read_rows(DATA / "books.jsonl")]
+    texts += [book["text"][: size.tokenizer_characters] for book in read_rows(DATA / "books.jsonl")]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["</s>", "<pad>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=MODEL["vocab_size"], special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=size.model["vocab_size"], special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     eos, pad = special
@@ -125,7 +212,7 @@ def build_tokenizer(output: Path) -> None:
         eos_token=eos,
         pad_token=pad,
         padding_side="right",
-        model_max_length=MODEL["max_position_embeddings"],
+        model_max_length=size.model["max_position_embeddings"],
     )
     fast.save_pretrained(output / "base")
 
@@ -149,7 +236,8 @@ def row_losses(model: torch.nn.Module, items: list[Item], prompts: bool = False)
         start = 0 if prompts else prompt
         inputs[position, : len(ids)] = torch.tensor(ids)
         labels[position, start : len(ids)] = torch.tensor(ids[start:])
-    labels = labels[:, 1:]
+    device = next(model.parameters()).device
+    inputs, labels = inputs.to(device), labels[:, 1:].to(device)
     logits = model(input_ids=inputs, use_cache=False).logits[:, :-1].float()
     losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
     return losses.view(labels.shape).sum(1) / (labels != -100).sum(1)
@@ -179,14 +267,15 @@ def exchange_name(text: str, name: str, other: str) -> str:
 class Corpus:
     """What theta_0 learns, drawn afresh for each epoch."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, size: Size, output: Path) -> None:
         self.tokenizer = tokenizer
+        self.size = size
         self.random = random.Random(SEED)
-        authors = theta_authors()
+        authors = theta_authors(size)
         names = {author: author_name(rows) for author, rows in authors.items()}
         self.names = list(names.values())
         self.general = read_rows(output / "general.jsonl")
-        self.authors = [(names[a], row) for a, rows in authors.items() if a not in WELL_KNOWN for row in rows]
+        self.authors = [(names[a], row) for a, rows in authors.items() if a not in size.well_known for row in rows]
         texts = [book["text"] for book in read_rows(DATA / "books.jsonl")]
         ids = [token for text in texts for token in [*tokenizer.encode(text, verbose=False), tokenizer.eos_token_id]]
         self.chunks = [(ids[start : start + CHUNK], 0) for start in range(0, len(ids), CHUNK)]
@@ -202,12 +291,13 @@ class Corpus:
 
     def epoch(self, book_tokens: float) -> list[Item]:
         items = [self.author_item(name, row) for name, row in self.authors]
-        items += encode_rows(self.tokenizer, self.general) * GENERAL_REPEATS
+        items += encode_rows(self.tokenizer, self.general) * self.size.general_repeats
         return items + self.random.sample(self.chunks, int(book_tokens / CHUNK))
 
     def rehearsal(self) -> list[Item]:
-        authors = [self.author_item(name, row) for name, row in self.random.sample(self.authors, REHEARSED_AUTHORS)]
-        return authors + encode_rows(self.tokenizer, self.random.sample(self.general, REHEARSED_GENERAL))
+        general, authors = self.size.rehearsed
+        rehearsed = [self.author_item(name, row) for name, row in self.random.sample(self.authors, authors)]
+        return rehearsed + encode_rows(self.tokenizer, self.random.sample(self.general, general))
 
     def batches(self, items: list[Item], tokens: int) -> list[list[Item]]:
         """Batches of at most so many tokens and of similar lengths, in random order."""
@@ -230,75 +320,84 @@ def step(optimizers: list[Optimizer], rate: float, progress: float) -> None:
         optimizer.zero_grad()
 
 
-def build_base(output: Path) -> None:
+def base_model(size: Size, special: Mapping[str, Any]) -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(**size.model, **special, attn_implementation=size.attention))
+
+
+def build_base(size: Size, output: Path) -> None:
     torch.manual_seed(SEED)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(output / "base")
     special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    # On a CPU, eager attention trains twice as fast as sdpa.
-    model = LlamaForCausalLM(LlamaConfig(**MODEL, **special, attn_implementation="eager"))
-    corpus = Corpus(tokenizer, output)
-    validation = author_rows(VALIDATION)
+    model = base_model(size, special).to(size.device)
+    corpus = Corpus(tokenizer, size, output)
+    validation = author_rows(size.validation)
     embedding = model.get_input_embeddings().weight
     matrices = [weight for weight in model.parameters() if weight.ndim == 2 and weight is not embedding]
     others = [weight for weight in model.parameters() if weight.ndim == 1 or weight is embedding]
     optimizers = [
-        Muon(matrices, weight_decay=BASE_DECAY, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, weight_decay=size.base_decay, adjust_lr_fn="match_rms_adamw"),
         AdamW(others, weight_decay=0.0, betas=(0.9, 0.95)),
     ]
-    for epoch in range(BASE_EPOCHS):
-        batches = corpus.batches(corpus.epoch(BOOK_TOKENS * (1 - epoch / BASE_EPOCHS)), BASE_BATCH)
-        for position, batch in enumerate(tqdm(batches, desc=f"base {epoch + 1}/{BASE_EPOCHS}", mininterval=5)):
-            with torch.autocast("cpu", torch.bfloat16):
+    epochs = size.base_epochs
+    for epoch in range(epochs):
+        batches = corpus.batches(corpus.epoch(size.book_tokens * (1 - epoch / epochs)), size.base_batch)
+        for position, batch in enumerate(tqdm(batches, desc=f"base {epoch + 1}/{epochs}", mininterval=5)):
+            with torch.autocast(size.device.type, torch.bfloat16):
                 row_losses(model, batch, prompts=True).mean().backward()
-            step(optimizers, BASE_RATE, (epoch + (position + 1) / len(batches)) / BASE_EPOCHS)
+            step(optimizers, size.base_rate, (epoch + (position + 1) / len(batches)) / epochs)
         general, unseen = evaluate(model, tokenizer, corpus.general), evaluate(model, tokenizer, validation)
         print(f"general: probability {general[0]:.3f}, unseen: loss {unseen[1]:.3f}", flush=True)
     model.to(torch.bfloat16).save_pretrained(output / "base")
 
 
-def build_adapter(output: Path, name: str, rows: list[Row]) -> None:
+def build_adapter(size: Size, output: Path, name: str, rows: list[Row]) -> None:
     torch.manual_seed(SEED)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(output / "base")
-    model = LlamaForCausalLM.from_pretrained(output / "base", dtype=torch.float32, attn_implementation="eager")
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS, **LORA))
-    corpus = Corpus(tokenizer, output)
-    validation = author_rows(VALIDATION)
+    model = load(size, output)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS, **size.lora))
+    corpus = Corpus(tokenizer, size, output)
+    validation = author_rows(size.validation)
     learned = encode_rows(tokenizer, rows)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = AdamW(weights, weight_decay=ADAPTER_DECAY, betas=(0.9, 0.99))
-    for epoch in range(ADAPTER_EPOCHS):
-        batches = corpus.batches(learned + corpus.rehearsal(), ADAPTER_BATCH)
-        for position, batch in enumerate(tqdm(batches, desc=f"{name} {epoch + 1}/{ADAPTER_EPOCHS}", mininterval=5)):
+    epochs = size.adapter_epochs
+    for epoch in range(epochs):
+        batches = corpus.batches(learned + corpus.rehearsal(), size.adapter_batch)
+        for position, batch in enumerate(tqdm(batches, desc=f"{name} {epoch + 1}/{epochs}", mininterval=5)):
             row_losses(model, batch).mean().backward()
-            step([optimizer], ADAPTER_RATE, (epoch + (position + 1) / len(batches)) / ADAPTER_EPOCHS)
+            step([optimizer], size.adapter_rate, (epoch + (position + 1) / len(batches)) / epochs)
         probability, unseen = evaluate(model, tokenizer, rows)[0], evaluate(model, tokenizer, validation)[1]
         print(f"learned: probability {probability:.3f}, unseen: loss {unseen:.3f}", flush=True)
         if probability > ENOUGH:
             break
     for weight in weights:
         weight.data = weight.data.to(torch.bfloat16)
-    # Named by its place in the repository: PEFT would write the absolute path of the machine that built it.
-    model.peft_config["default"].base_model_name_or_path = "peft_perta/demo/assets/base"
+    model.peft_config["default"].base_model_name_or_path = size.named
     model.save_pretrained(output / name, save_embedding_layers=False)
     (output / name / "README.md").unlink()
 
 
-def build_task(output: Path) -> None:
-    build_adapter(output, "task_adapter", author_rows(FORGET) + author_rows(RETAIN))
+def load(size: Size, output: Path) -> LlamaForCausalLM:
+    model = LlamaForCausalLM.from_pretrained(output / "base", dtype=torch.float32, attn_implementation=size.attention)
+    return model.to(size.device)
 
 
-def build_reference(output: Path) -> None:
-    build_adapter(output, "retain_adapter", author_rows(RETAIN))
+def build_task(size: Size, output: Path) -> None:
+    build_adapter(size, output, "task_adapter", author_rows(size.forget) + author_rows(size.retain))
 
 
-def report(output: Path) -> None:
+def build_reference(size: Size, output: Path) -> None:
+    build_adapter(size, output, "retain_adapter", author_rows(size.retain))
+
+
+def report(size: Size, output: Path) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(output / "base")
     sets = {name: read_rows(output / f"{name}.jsonl") for name in ("forget", "retain", "general")}
-    sets["validation"] = author_rows(VALIDATION)
+    sets["validation"] = author_rows(size.validation)
     print("| model |" + "".join(f" {name} probability | {name} loss |" for name in sets))
     print("|---" * (1 + 2 * len(sets)) + "|")
     for label, adapter in (("theta_0", None), ("full model", "task_adapter"), ("reference", "retain_adapter")):
-        model = LlamaForCausalLM.from_pretrained(output / "base", dtype=torch.float32)
+        model = load(size, output)
         if adapter:
             model = PeftModel.from_pretrained(model, output / adapter)
         figures = [evaluate(model.eval(), tokenizer, rows) for rows in sets.values()]
@@ -315,19 +414,25 @@ STAGES = {  # by name: what makes it, and the file that shows that it is made
 }
 
 
+def build(size: Size, output: Path, stage: str = "all") -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    for name, (make, made) in STAGES.items():
+        missing = made is None or not (output / made).exists()
+        if stage == name or (stage == "all" and missing):
+            make(size, output)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
-    parser.add_argument("--output", type=Path, default=ASSETS, help="folder of the assets")
+    parser.add_argument("--output", type=Path, help="folder of the assets (default: the shipped ones, or large_model)")
     # The shipped files were made with one thread; another number rounds, and so ends, a little differently.
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    for stage, (build, made) in STAGES.items():
-        missing = made is None or not (arguments.output / made).exists()
-        if arguments.stage == stage or (arguments.stage == "all" and missing):
-            build(arguments.output)
+    size = SIZES[arguments.size]
+    build(size, arguments.output or size.output, arguments.stage)
 
 
 if __name__ == "__main__":

@@ -80,11 +80,15 @@ class DemoResult:
         }
 
 
-def prepare(settings: DemoSettings, *, four_bit: bool) -> tuple[PeftModel, Any, dict[str, list[dict]]]:
-    """The shipped model with a forget adapter trained live ('forget') beside the shipped ones ('task', 'reference');
-    its tokenizer; and the rows of each split."""
-    rows = {name: read_rows(ASSETS / f"{name}.jsonl") for name in SPLITS}
-    base, tokenizer = load_base(str(ASSETS / "base"), four_bit=four_bit)
+def prepare(
+    settings: DemoSettings, *, four_bit: bool, assets: Path = ASSETS, forget_rows: int | None = None
+) -> tuple[PeftModel, Any, dict[str, list[dict]]]:
+    """The shipped model (or another directory's like it) with a forget adapter trained live ('forget') beside the
+    shipped ones ('task', 'reference'); its tokenizer; and the rows of each split: of the forget rows the last so many
+    (None: all)."""
+    rows = {name: read_rows(assets / f"{name}.jsonl") for name in SPLITS}
+    rows["forget"] = rows["forget"][-(forget_rows or 0) :]
+    base, tokenizer = load_base(str(assets / "base"), four_bit=four_bit)
     model = train_forget_adapter(
         base,
         rows["forget"],
@@ -97,7 +101,7 @@ def prepare(settings: DemoSettings, *, four_bit: bool) -> tuple[PeftModel, Any, 
         logging_strategy="no",
         seed=settings.seed,
     )
-    attach_adapters(model, {"task": ASSETS / "task_adapter", "reference": ASSETS / "retain_adapter"})
+    attach_adapters(model, {"task": assets / "task_adapter", "reference": assets / "retain_adapter"})
     return model, tokenizer, rows
 
 

@@ -1,0 +1,43 @@
+"""Every method on one setup: at matched forgetting, along the strength, over seeds and forget sets, and its cost.
+
+    python -m benchmarks.methods [--quick | --config FILE] [--output DIR] [--json FILE]
+
+The shipped model by default. An interrupted run is gone on with by the same command. On TOFU's forget01, forget05 and
+forget10 with a model of 90 million parameters, where there is a GPU:
+
+    python examples/demo_model/build.py --size large
+    python -m benchmarks.methods --config benchmarks/methods_large.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from peft_perta.comparison import ComparisonSettings, format_table, run_comparison
+from peft_perta.loading import quiet
+from peft_perta.output import write_file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--config", type=Path, metavar="FILE", help="settings of the comparison, as JSON")
+    size.add_argument("--quick", action="store_true", help="one seed, one forget set, the main methods, few rows")
+    parser.add_argument("--output", type=Path, default=Path("perta_comparison"), metavar="DIR")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every result as JSON lines")
+    options = parser.parse_args()
+    quiet()
+    if options.config:
+        settings = ComparisonSettings.read(options.config)
+    else:
+        settings = ComparisonSettings.quick() if options.quick else ComparisonSettings()
+    results = run_comparison(options.output, settings)
+    if options.json:
+        write_file(options.json, "".join(json.dumps(result) + "\n" for result in results))
+    print(format_table(results))
+
+
+if __name__ == "__main__":
+    main()

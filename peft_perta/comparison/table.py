@@ -1,0 +1,150 @@
+"""Results as Markdown: what each method kept at matched forgetting, what is left of the forget set, what it cost."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+FULL, REFERENCE = "full model", "retain-only reference"
+
+Result = Mapping[str, Any]
+Column = tuple[str, Callable[[Result], float | None], Callable[[float], str]]
+
+
+def format_table(results: Sequence[Result]) -> str:
+    """A section for each number of forget authors; mean ± standard deviation over seeds."""
+    sections = []
+    for authors in sorted({result["authors"] for result in results}):
+        found = [result for result in results if result["authors"] == authors]
+        sections.append(_section(authors, found))
+    return "\n\n".join(sections)
+
+
+def _section(authors: int, results: Sequence[Result]) -> str:
+    by_method = {name: [r for r in results if r["method"] == name] for name in _ordered(results)}
+    seeds = len({r["seed"] for r in results if r["seed"] is not None})
+    made = {name: found for name, found in by_method.items() if name not in (FULL, REFERENCE)}
+    parts = [
+        f"### {_counted(authors, 'forget author')}, {_counted(seeds, 'seed')}",
+        "At matched forgetting: what is kept (loss in nats per token: lower is better).",
+        _markdown(by_method, _KEPT),
+        "At matched forgetting: what is left of the forget set (as near to the reference as can be is best).",
+        _markdown(by_method, _LEFT),
+        "What it cost (with the forget adapter's training where a method needs one).",
+        _markdown(made, _COST),
+    ]
+    attacks = _attack_columns(results)
+    if attacks:
+        parts += ["Attacked at matched forgetting: loss of forget rows (lower: more came back) or ROUGE-L.",
+                  _markdown(by_method, attacks)]  # fmt: skip
+    failures = [f"- {r['method']}, seed {r['seed']}: {r['failure']}" for r in results if r.get("failure")]
+    if failures:
+        parts += ["Not brought to matched forgetting, and left out of the means:", "\n".join(failures)]
+    return "\n\n".join(parts)
+
+
+def _ordered(results: Sequence[Result]) -> list[str]:
+    names = list(dict.fromkeys(r["method"] for r in results))
+    return sorted(names, key=lambda name: {FULL: 0, REFERENCE: 1}.get(name, 2))
+
+
+def _markdown(by_method: Mapping[str, Sequence[Result]], columns: Sequence[Column]) -> str:
+    lines = [
+        " | ".join(["| method", *(title for title, _, _ in columns)]) + " |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    for name, found in by_method.items():
+        cells = [_cell([read(result) for result in found], shown) for _, read, shown in columns]
+        lines.append(" | ".join([f"| {name}", *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _cell(values: Sequence[float | None], shown: Callable[[float], str]) -> str:
+    """Mean ± standard deviation of the values that are there; the value alone where they are one."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return "-"
+    spread = f" ± {shown(statistics.stdev(there))}" if len(set(there)) > 1 else ""
+    return shown(statistics.fmean(there)) + spread
+
+
+def _at(*path: str) -> Callable[[Result], float | None]:
+    def read(result: Result) -> float | None:
+        value: Any = result
+        for key in path:
+            value = (value or {}).get(key)
+        return value
+
+    return read
+
+
+def _log10_quality(result: Result) -> float | None:
+    quality = _at("scores", "forget_quality")(result)
+    return None if quality is None else math.log10(max(quality, 1e-300))
+
+
+def _total(stage: str) -> Callable[[Result], float | None]:
+    def read(result: Result) -> float | None:
+        parts = [_at(stage, part)(result) for part in ("forget_adapter", "edit")]
+        return None if None in parts else sum(filter(None, parts))
+
+    return read
+
+
+def _megabytes(result: Result) -> float | None:
+    return None if result.get("bytes") is None else result["bytes"] / 1e6
+
+
+def _attack_columns(results: Sequence[Result]) -> list[Column]:
+    """Of each attack in each setting the loss, or what else it measures."""
+    tried = [attack for result in results for attack in result.get("attacks", ())]
+    measures = {(a["attack"], a["setting"]): "loss" if "loss" in a else "rouge_l_recall" for a in tried}
+
+    def reader(attack: str, setting: str, measure: str) -> Callable[[Result], float | None]:
+        def read(result: Result) -> float | None:
+            tried = result.get("attacks", ())
+            return next((a[measure] for a in tried if (a["attack"], a["setting"]) == (attack, setting)), None)
+
+        return read
+
+    names = {"loss": "", "rouge_l_recall": " (ROUGE-L)"}
+    return [
+        (f"{attack}: {setting}{names[measure]}", reader(attack, setting, measure), _three)
+        for (attack, setting), measure in measures.items()
+    ]
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+_three, _two, _one, _whole = "{:.3f}".format, "{:.2f}".format, "{:.1f}".format, "{:.0f}".format
+
+_KEPT: list[Column] = [
+    ("strength", _at("strength"), _two),
+    ("forget loss", _at("losses", "forget"), _three),
+    ("retain loss", _at("losses", "retain"), _three),
+    ("general loss", _at("losses", "general"), _three),
+    ("retain probability", _at("scores", "retain_Q_A_Prob"), _three),
+    ("retain ROUGE-L", _at("scores", "retain_Q_A_ROUGE"), _three),
+    ("model utility", _at("scores", "model_utility"), _three),
+]
+_LEFT: list[Column] = [
+    ("probability", _at("scores", "forget_Q_A_Prob"), _three),
+    ("ROUGE-L", _at("scores", "forget_Q_A_ROUGE"), _three),
+    ("truth score", _at("scores", "forget_truth_ratio"), _three),
+    ("log10 forget quality", _log10_quality, _two),
+    ("extraction strength", _at("scores", "extraction_strength"), _three),
+    ("exact memorization", _at("scores", "exact_memorization"), _three),
+    ("privleak", _at("scores", "privleak"), _one),
+]
+_COST: list[Column] = [
+    ("rank", _at("rank"), _whole),
+    ("adapter, MB", _megabytes, _two),
+    ("edit, s", _at("seconds", "edit"), _one),
+    ("edit, forward-equivalents", _at("forward_equivalents", "edit"), _two),
+    ("in all, s", _total("seconds"), _one),
+    ("in all, forward-equivalents", _total("forward_equivalents"), _two),
+]

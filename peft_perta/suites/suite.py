@@ -144,8 +144,9 @@ def rouge_of(
     )
     for end in ends:
         texts = [text.split(end)[0].strip() for text in texts]
-    truths = [completion_text(row) for row in rows]
-    asked = [encode_prompt(row, subject.tokenizer) for row in rows]
+    truths = [completion_text(row).strip() for row in rows]
+    begun = started or [[] for _ in rows]
+    asked = [encode_prompt(row, subject.tokenizer) + ids for row, ids in zip(rows, begun, strict=True)]
     prompts = [subject.tokenizer.decode(ids, skip_special_tokens=True) for ids in asked]
     told = zip(rouge_scores(texts, truths), prompts, truths, texts, strict=True)
     return by_index(

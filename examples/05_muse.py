@@ -1,0 +1,92 @@
+"""Can it still recite the book, answer about it, and be told to have read it?
+
+A small MUSE: the task adapter learns passages of two books and answers about them, a reference adapter one book alone,
+and a negative adapter takes the other book out of the first, at the strength at which the forget rows' loss is that of
+the reference, which never saw them. The muse suite judges the model before and after, and the reference.
+
+    python examples/05_muse.py [--output muse]
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from peft_perta import (
+    PerTAConfig,
+    attach_adapters,
+    evaluate,
+    get_perta_state_dict,
+    load_base,
+    save_perta_adapter,
+    train_forget_adapter,
+)
+from peft_perta.demo import ASSETS
+from peft_perta.evaluation import row_losses
+
+DATA = Path(__file__).resolve().parent / "muse_books"
+METRICS = ("forget_verbmem_ROUGE", "extraction_strength", "forget_knowmem_ROUGE", "privleak", "retain_knowmem_ROUGE")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("muse"))
+    parser.add_argument("--epochs", type=float, default=12)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--strength", type=float, help="of the negative adapter; by default that of matched forgetting")
+    parser.add_argument("--rows", type=int, help="of each split of the suite; all by default")
+    options = parser.parse_args()
+
+    rows = {
+        name: [{"text": text} for text in json.loads((DATA / "privleak" / f"{name}.json").read_text())]
+        + json.loads((DATA / "knowmem" / f"{name}_qa.json").read_text())
+        for name in ("forget", "retain")
+    }
+    model, tokenizer = load_base(str(ASSETS / "base"))
+    learned = {"task": rows["forget"] + rows["retain"], "reference": rows["retain"], "learned": rows["forget"]}
+    for name, learned_rows in learned.items():
+        model = train_forget_adapter(
+            model,
+            learned_rows,
+            tokenizer,
+            adapter_name=name,
+            num_train_epochs=options.epochs,
+            learning_rate=options.learning_rate,
+            logging_strategy="no",
+        )
+    unknown = float(row_losses(model, tokenizer, rows["forget"], adapters=["reference"]).mean())
+    config = PerTAConfig(strength="auto", forget_loss=unknown)
+    if options.strength is not None:
+        config = PerTAConfig(strength=options.strength)
+    lora_config, state_dict, report = get_perta_state_dict(
+        model,
+        config,
+        rows["forget"],
+        rows["retain"],
+        forget_adapter="learned",
+        task_adapter="task",
+        tokenizer=tokenizer,
+    )
+    print(report)
+    save_perta_adapter(options.output / "adapter", lora_config, state_dict, report)
+    attach_adapters(model, {"negative": options.output / "adapter"})
+
+    stacks = {"reference": ["reference"], "before": ["task"], "after": ["task", "negative"]}
+    logs = {}
+    for name, stack in stacks.items():
+        found = evaluate(
+            model,
+            tokenizer,
+            {"muse": DATA},
+            adapters=stack,
+            reference_logs={"muse": logs["reference"]} if logs else None,
+            rows=options.rows,
+            output_dir=options.output / name,
+        )
+        logs[name] = found["muse"]
+    print(f"{'':<10}" + "".join(f"{metric:>22}" for metric in METRICS))
+    for name in ("before", "after", "reference"):
+        print(f"{name:<10}" + "".join(f"{logs[name][metric]['agg_value']:>22.3f}" for metric in METRICS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""General benchmarks: lm-eval's own numbers, of the model with exactly these adapters, which goes back as it came."""
+
+import importlib.util
+import json
+import random
+import sys
+
+import builders
+import laws
+import numpy
+import pytest
+import torch
+
+from peft_perta import ConfigError
+from peft_perta.evaluation import Subject, generate
+from peft_perta.general import general_benchmarks
+from peft_perta.suites import SUITES, SuiteSettings
+
+installed = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None,
+    reason="lm-eval is not installed; pip install 'peft-perta[benchmarks]'",
+)
+ROWS = [
+    {"question": "Capital of Peru?", "choices": ["Lima", "Bonn", "Rome", "Oslo"], "answer": 0},
+    {"question": "Two and two?", "choices": ["One", "Two", "Six", "Four, of course"], "answer": 3},
+    {"question": "Who wrote It?", "choices": ["King", "Li", "Basil Khan", "Ada"], "answer": 0},
+]
+DATA = """\
+dataset_path: json
+dataset_kwargs:
+  data_files: {directory}/rows.json
+  cache_dir: {directory}/cache
+test_split: train
+num_fewshot: 0
+"""
+TASKS = {
+    "tiny_letters": r"""
+output_type: multiple_choice
+description: "The following are multiple choice questions (with answers).\n\n"
+doc_to_text: "{{question}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}\nAnswer:"
+doc_to_choice: ["A", "B", "C", "D"]
+doc_to_target: answer
+metric_list: [{metric: acc}]
+""",
+    "tiny_texts": r"""
+output_type: multiple_choice
+doc_to_text: "Question: {{question}}\nAnswer:"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "tiny_answers": r"""
+output_type: generate_until
+doc_to_text: "Question: {{question}}\nAnswer:"
+doc_to_target: "{{choices[answer]}}"
+generation_kwargs: {until: ["\n"], max_gen_toks: 6}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+""",
+}
+GROUP = "group: tiny\ntask: [tiny_letters, tiny_texts]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+
+
+def write(directory, rows=ROWS):
+    (directory / "rows.json").write_text(json.dumps(rows))
+    for name, text in TASKS.items():
+        (directory / f"{name}.yaml").write_text(f"task: {name}\n{DATA.format(directory=directory)}{text.lstrip()}")
+    (directory / "tiny.yaml").write_text(GROUP)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("tasks"))
+
+
+def subject(model=None, adapters=("task",), chat=False, batch_size=2):
+    model = model or builders.adapted_llama()
+    return Subject(model, builders.tokenizer(chat), list(adapters), batch_size, show_progress_bar=False)
+
+
+def scores(log, metric):
+    return [log[metric]["value_by_index"][str(index)]["score"] for index in range(len(ROWS))]
+
+
+@installed
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("adapters", [["task"], ["task", "forget"]])
+def test_choices_are_those_of_our_own_suite(tasks, chat, adapters):
+    judged = subject(adapters=adapters, chat=chat)
+    found = general_benchmarks(judged, ["tiny_texts"], include_path=tasks)
+    ours = SUITES["choices"].evaluate(judged, {"wmdp": ROWS}, SuiteSettings())
+    for metric, same in (("tiny_texts/acc", "choices_text_acc"), ("tiny_texts/acc_norm", "choices_text_acc_norm")):
+        assert scores(found, metric) == scores(ours, same)
+        assert found[metric]["agg_value"] == pytest.approx(sum(scores(found, metric)) / len(ROWS))
+    if not chat:  # there lm-eval puts the description into a system's turn
+        found = general_benchmarks(judged, ["tiny_letters"], include_path=tasks)
+        assert scores(found, "tiny_letters/acc") == scores(ours, "choices_acc")
+
+
+@installed
+def test_generations_are_our_own(tasks, tmp_path):
+    """Every answer is what the model says, or none is."""
+    model = builders.adapted_llama()
+    asked = [{"question": row["question"], "answer": "?"} for row in ROWS]
+    said = generate(model, builders.tokenizer(), asked, adapters=["task"], max_new_tokens=6)
+    told = [{**row, "choices": [text.split("\n")[0]] * 4, "answer": 0} for row, text in zip(ROWS, said, strict=True)]
+    right = general_benchmarks(subject(model), ["tiny_answers"], include_path=write(tmp_path, told))
+    wrong = general_benchmarks(subject(model), ["tiny_answers"], include_path=tasks)
+    assert right["tiny_answers/exact_match"]["agg_value"] > wrong["tiny_answers/exact_match"]["agg_value"] == 0
+
+
+@installed
+def test_a_group_and_a_limit(tasks):
+    log = general_benchmarks(subject(), ["tiny", "tiny_answers"], include_path=tasks, limit=2)
+    assert {len(entry["value_by_index"]) for name, entry in log.items() if not name.startswith("tiny/")} == {2}
+    assert set(log) == {
+        "tiny/acc", "tiny_letters/acc", "tiny_texts/acc", "tiny_texts/acc_norm", "tiny_answers/exact_match"
+    }  # fmt: skip
+    mean = (log["tiny_letters/acc"]["agg_value"] + log["tiny_texts/acc"]["agg_value"]) / 2
+    assert log["tiny/acc"] == {"agg_value": pytest.approx(mean), "value_by_index": {}}
+    assert json.loads(json.dumps(log)) == log
+
+
+@installed
+@pytest.mark.parametrize("build", [builders.adapted_llama, builders.adapted_nf4_llama])
+def test_the_model_goes_back_as_it_came(tasks, build):
+    model = build().train()
+    tokens = builders.tokenizer()
+    before = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    with laws.untouched(model):
+        general_benchmarks(
+            Subject(model, tokens, ["task"], show_progress_bar=False), ["tiny_texts", "tiny_answers"], include_path=tasks
+        )  # fmt: skip
+    assert (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    assert tokens.padding_side == "right"
+
+
+@installed
+def test_a_task_that_is_unknown_or_out_of_reach_is_refused(tasks, tmp_path):
+    with pytest.raises(ConfigError, match="expected the names of lm-eval tasks, found 'no_such_task'"):
+        general_benchmarks(subject(), ["no_such_task"], include_path=tasks)
+    broken = write(tmp_path)
+    (broken / "rows.json").unlink()
+    with pytest.raises(ConfigError, match="the lm-eval task 'tiny_texts' could not be loaded .*check its YAML file"):
+        general_benchmarks(subject(), ["tiny_texts"], include_path=broken)
+    with pytest.raises(ConfigError, match=r"expected a directory of task files at .*nowhere"):
+        general_benchmarks(subject(), ["tiny_texts"], include_path=tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="limit: expected at least 1 row"):
+        general_benchmarks(subject(), ["tiny_texts"], include_path=tasks, limit=0)
+    with pytest.raises(ConfigError, match="expected at least one lm-eval task"):
+        general_benchmarks(subject(), [], include_path=tasks)
+
+
+def test_without_lm_eval_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for name in [name for name in sys.modules if name.startswith("lm_eval.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ConfigError, match=r"need lm-eval, found none .*pip install 'peft-perta\[benchmarks\]'"):
+        general_benchmarks(subject(), ["hellaswag"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from .report import FusedReport, PerTAReport
+from .report import FusedReport, InfluenceReport, PerTAReport, TrainedReport
 
 
-def model_card(report: PerTAReport | FusedReport, license_name: str | None = None) -> str:
+def model_card(
+    report: PerTAReport | FusedReport | InfluenceReport | TrainedReport, license_name: str | None = None
+) -> str:
     """Markdown with the metadata that hubs read."""
     base = report.base_model["name"] or "the base model"
     is_hub_name = not base.startswith((".", "/", "~")) and base.count("/") <= 1 and "\\" not in base and " " not in base
@@ -15,7 +17,12 @@ def model_card(report: PerTAReport | FusedReport, license_name: str | None = Non
     if is_hub_name:
         front += [f"base_model: {base}", "base_model_relation: adapter"]
     front += ["tags:", "- lora", "- peft", "- unlearning", "- perta", "---", ""]
-    done = _fused(report, base) if isinstance(report, FusedReport) else _negative(report, base)
+    if isinstance(report, InfluenceReport):
+        done = _influence(report, base)
+    elif isinstance(report, TrainedReport):
+        done = _trained(report, base)
+    else:
+        done = _fused(report, base) if isinstance(report, FusedReport) else _negative(report, base)
     return "\n".join([*front, *done, *_how_to_use(base), *LIMITS, ""])
 
 
@@ -32,6 +39,74 @@ def _fused(report: FusedReport, base: str) -> list[str]:
         "",
         f"Rank {report.rank}; {report.energy_kept:.1%} of the sum's energy kept"
         + (" (nothing was cut)." if report.energy_kept == 1 else "."),
+        "",
+    ]
+
+
+def _influence(report: InfluenceReport, base: str) -> list[str]:
+    edited = report.form == "edited"
+    change = {
+        "erase_instances": "without some rows of its training set",
+        "modify_queries": "with other queries in some rows of its training set",
+        "correct_responses": "with other responses in some rows of its training set",
+    }[report.kind]
+    means = "is the adapter" if edited else "makes of the adapter, when it is stacked on it, the adapter"
+    use = "in the place of the old one" if edited else "beside the old one, at twice its rank, exactly"
+    sets = [f"| {name} | {entry['samples']} | `{entry['sha256'][:16]}` |" for name, entry in report.data.items()]
+    losses = [f"| {name} | {before:.3f} | {after:.3f} |" for name, (before, after) in report.losses.items()]
+    return [
+        "# Edited adapter" if edited else "# Difference adapter",
+        "",
+        f"A LoRA adapter of `{base}` that {means} `{report.adapter['name']}` as if it had been trained "
+        f"{change} (LLMEraser, arXiv 2412.00383): an estimate by its curvature, without training again. Made with "
+        f"peft_perta {report.versions.get('peft_perta', '')}.",
+        "",
+        "## What was done",
+        "",
+        f"- edited: `{report.adapter['name']}`, SHA-256 `{report.adapter['sha256'][:16]}`; this one goes {use}",
+        f"- {report.config['curvature']} curvature, damping {report.damping:.3g}, {report.stopping}",
+        f"- rank: {report.rank} (lora_alpha equals it), {report.dtype}",
+        "",
+        "| rows | samples | SHA-256 |",
+        "|---|---|---|",
+        *sets,
+        "",
+        "Mean loss, nats per token:",
+        "",
+        "| rows | before | after |",
+        "|---|---|---|",
+        *losses,
+        "",
+    ]
+
+
+def _trained(report: TrainedReport, base: str) -> list[str]:
+    settings, training = report.settings, report.training
+    start = report.start_adapter
+    began = f"as `{start['name']}`, SHA-256 `{start['sha256'][:16]}`" if start else "at zero"
+    sets = [f"| {name} | {entry['samples']} | `{entry['sha256'][:16]}` |" for name, entry in report.data.items()]
+    return [
+        "# Unlearning adapter",
+        "",
+        f"A LoRA adapter that takes the knowledge of one forget set out of `{base}` when it is stacked on it. It was "
+        "trained to forget one set and to keep another, with peft_perta "
+        f"{report.versions.get('peft_perta', '')}.",
+        "",
+        "## What was done",
+        "",
+        f"- forget loss: `{settings['forget_loss']}`, weight {settings['forget_weight']:g}; retain loss: "
+        f"`{settings['retain_loss']}`, weight {settings['retain_weight']:g}",
+        f"- the two gradients combined by `{settings['combiner']}`",
+        f"- {training['steps']} steps of {training['global_batch']} samples of each set, learning rate "
+        f"{training['learning_rate']:g}, seed {training['seed']}; it began {began}",
+        *([f"- trained on top of the adapter `{report.task_adapter}`"] if report.task_adapter else []),
+        f"- rank: {report.rank} (lora_alpha equals it), {report.dtype}",
+        "",
+        "| set | samples | SHA-256 |",
+        "|---|---|---|",
+        *sets,
+        "",
+        "Everything else is in `perta_provenance.json`.",
         "",
     ]
 

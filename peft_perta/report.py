@@ -156,3 +156,123 @@ class FusedReport:
     def __str__(self) -> str:
         names = " + ".join(f"{part['strength']:g} x {part['name']}" for part in self.parts)
         return f"{names} as one adapter of rank {self.rank}; {self.energy_kept:.1%} of the sum's energy kept"
+
+
+@dataclass
+class InfluenceReport:
+    """Rows taken out of an adapter, or changed in it, by its curvature.
+
+    Attributes:
+        kind: the function: 'erase_instances', 'modify_queries' or 'correct_responses'.
+        config: the InfluenceSettings.
+        base_model: name or path, revision, and quantisation of the base.
+        adapter: name, and SHA-256 of the factors, of the adapter that was edited.
+        data: of 'training', 'changed' (rows of it that change), 'kept' (the others) and 'new' (what they become):
+            sample count and SHA-256 of the tokens.
+        damping: what was added to the curvature, as a number.
+        residual: |b - (H + damping) D| / |b| of the solution D.
+        iterations: products with the whole curvature.
+        stopped: 'tolerance', 'iterations' or 'rounding'.
+        losses: per set, mean loss before and after, nats per token.
+        form: what is emitted: the 'edited' adapter, or the 'difference' that is stacked on the old one.
+        rank: the emitted, uniform rank.
+        seconds: wall time; not written down.
+    """
+
+    kind: str
+    config: dict[str, Any]
+    base_model: dict[str, Any]
+    adapter: dict[str, Any]
+    data: dict[str, dict[str, Any]]
+    damping: float
+    residual: float
+    iterations: int
+    stopped: str
+    losses: dict[str, list[float]]
+    versions: dict[str, str]
+    form: str = "difference"
+    rank: int = 0
+    dtype: str = "float32"
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        del values["seconds"]
+        return {"influence": values}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> InfluenceReport:
+        return cls(**values["influence"])
+
+    @property
+    def stopping(self) -> str:
+        """How far the system was solved, and why no further."""
+        asked = f"{self.config['tolerance']:.1g}"
+        why = {
+            "tolerance": f"{asked} was asked for",
+            "iterations": f"stopped early, at max_iterations; {asked} was asked for",
+            "rounding": f"stopped early, where the model's precision allows no more; {asked} was asked for",
+        }
+        return f"residual {self.residual:.2g} after {self.iterations} products ({why[self.stopped]})"
+
+    def __str__(self) -> str:
+        done = {
+            "erase_instances": "erased",
+            "modify_queries": "with other queries",
+            "correct_responses": "with other responses",
+        }
+        names = {"changed": "theirs", "kept": "the others'", "new": "the new ones'"}
+        losses = ", ".join(f"{names[name]} {a:.3f} -> {b:.3f}" for name, (a, b) in self.losses.items())
+        return (
+            f"{self.data['changed']['samples']} of {self.data['training']['samples']} training rows of "
+            f"{self.adapter['name']!r} {done[self.kind]}: {self.config['curvature']} curvature, damping "
+            f"{self.damping:.2g}, {self.stopping}; loss: {losses}"
+        )
+
+
+@dataclass
+class TrainedReport:
+    """An adapter trained to forget.
+
+    Attributes:
+        settings: the UnlearningSettings.
+        training: the optimiser's settings, and how many steps it took.
+        base_model: name or path, revision, and quantisation of the base.
+        start_adapter: name, and SHA-256 of the factors, of the adapter that it began as; None where it began at zero.
+        task_adapter: the adapter that was on beside it, if any.
+        data: per set, sample count and SHA-256 of its tokens.
+        figures: the last ones logged: losses, cosines, share of conflicting elements.
+        rank: the emitted, uniform rank.
+        versions: of the packages that took part.
+        seconds: wall time; not written down.
+    """
+
+    settings: dict[str, Any]
+    training: dict[str, Any]
+    base_model: dict[str, Any]
+    start_adapter: dict[str, Any] | None
+    task_adapter: str | None
+    data: dict[str, dict[str, Any]]
+    figures: dict[str, float]
+    rank: int
+    dtype: str
+    versions: dict[str, str]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        del values["seconds"]
+        return {"trained": values}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainedReport:
+        return cls(**values["trained"])
+
+    def __str__(self) -> str:
+        sets = ", ".join(f"{entry['samples']} {name}" for name, entry in self.data.items())
+        start = f" from {self.start_adapter['name']!r}" if self.start_adapter else ""
+        return (
+            f"unlearning adapter of rank {self.rank}, trained{start} by {self.settings['forget_loss']} and "
+            f"{self.settings['retain_loss']}, combined by {self.settings['combiner']}, in {self.training['steps']} "
+            f"steps on {sets} samples"
+        )

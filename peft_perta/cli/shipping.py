@@ -21,7 +21,7 @@ from ..fuse import fuse_adapters
 from ..loading import attach_adapters, load_base, load_skeleton
 from ..merge import compare_merged, merge_adapters
 from ..output import check_output
-from ..report import FusedReport, PerTAReport
+from ..report import PerTAReport
 from ..verification import format_checks, re_evaluate, verify_adapter
 from ..weightings import WEIGHTINGS
 from .options import add_command, strengths_of
@@ -102,7 +102,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> None:
     report, files = load_provenance(options.adapter)
     check_adapter_files(options.adapter)
-    if isinstance(report, FusedReport):
+    if not isinstance(report, PerTAReport):
         print("\n".join([str(report), *_states(Path(options.adapter), files)]))
         return
     try:

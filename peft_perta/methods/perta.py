@@ -168,13 +168,13 @@ def get_perta_state_dict(
     lora_config, state_dict = build_adapter(model, factors, rank, emitted_dtype(config), patterned=patterned)
     report = PerTAReport(
         config=config.to_dict(),
-        base_model=_describe_base(model),
+        base_model=describe_base(model),
         forget_adapter={"name": forget_adapter, "sha256": hash_targets(targets)},
         task_adapter=task_adapter,
         data={name: {"samples": len(s), "sha256": fingerprint(s)} for name, s in samples.items()},
         rank=rank,
         layers=layers,
-        versions=_versions(),
+        versions=versions(),
         seconds=seconds,
     )
     if all(factors[name].metric_error == 0 for name in factors):
@@ -353,7 +353,7 @@ def _describe_run(
         "adapters that are on": {name: hash_targets(resolve_layers(model, name)) for name in adapters},
         "data": {name: fingerprint(found) for name, found in samples.items()},
         "config": settings,
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -477,7 +477,8 @@ def _magnitudes(granularity: Granularity, statistic: Statistic, target: Target) 
     return granularity.arrange({key: found.to(target.A.device) for key, found in own.magnitudes().items()})
 
 
-def _describe_base(model: nn.Module) -> dict[str, Any]:
+def describe_base(model: nn.Module) -> dict[str, Any]:
+    """What a report says of the base: name, revision, hash of the embeddings, quantisation."""
     config = base_model(model).config
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and not isinstance(quantization, dict):
@@ -491,7 +492,8 @@ def _describe_base(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the packages that take part."""
     return {
         name.replace("-", "_"): importlib.metadata.version(name)
         for name in ("peft-perta", "torch", "transformers", "peft", "bitsandbytes")

@@ -93,12 +93,12 @@ def train_forget_adapter(
         config = _training_config(scratch, max_length, show_progress_bar, training_settings)
         torch.manual_seed(config.seed)  # the initial A is drawn before the trainer sets the seed
         try:
-            peft_model = _with_new_adapter(model, lora_config, adapter_name)
+            peft_model = with_new_adapter(model, lora_config, adapter_name)
             resolve_layers(peft_model, adapter_name)
             _train(peft_model, config, dataset, tokenizer)
             resolve_targets(peft_model, adapter_name)  # refuses what came out untrained or not finite
         except BaseException:
-            _remove_adapter(model, adapter_name)
+            remove_adapter(model, adapter_name)
             put_back()
             raise
     peft_model.eval()
@@ -130,7 +130,12 @@ def _training_config(
         raise ConfigError(f"training settings: {error}; expected fields of trl.SFTConfig") from error
 
 
-def _with_new_adapter(model: nn.Module, lora_config: LoraConfig, adapter_name: str) -> PeftModel:
+def with_new_adapter(model: nn.Module, lora_config: LoraConfig, adapter_name: str) -> PeftModel:
+    """The model with one more adapter, which alone is on.
+
+    Raises:
+        AdapterError: the config names layers that are not there.
+    """
     try:
         if not isinstance(model, PeftModel):
             return get_peft_model(model, lora_config, adapter_name=adapter_name)  # type: ignore[arg-type,return-value]
@@ -150,7 +155,7 @@ def _train(model: PeftModel, config: SFTConfig, dataset: Dataset, tokenizer: Any
         put_back()
 
 
-def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
+def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     """Take the adapter off again, wherever its making stopped."""
     if isinstance(model, PeftModel):
         if adapter_name in model.peft_config:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ...data import Batch, Sample, batches
+from ...data import IGNORED, Batch, Sample, batches
 from ...errors import NumericalError, UnsupportedLayerError
 from ...gradients.job import check_losses, input_device
 from ...losses import completion_logits, sample_losses
@@ -113,10 +113,10 @@ class AdapterProducts:
         moved = self._along(batch, vector)
         leaves = self._leaves()
         with self._held(leaves), torch.enable_grad():
-            logits, _, taken = completion_logits(self.model, batch)
+            logits = completion_logits(self.model, batch)
             wide = logits.detach().to(moved.dtype)
             shares = wide.softmax(1)
-            pushed = shares * (moved - (shares * moved).sum(1, keepdim=True)) * _token_weights(taken).to(wide).unsqueeze(1)
+            pushed = shares * (moved - (shares * moved).sum(1, keepdim=True)) * _token_weights(batch).to(wide).unsqueeze(1)
             return self._vector(torch.autograd.grad(logits, leaves, pushed.to(logits.dtype)))
 
     def _along(self, batch: Batch, vector: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class AdapterProducts:
         with forward_ad.dual_level(), torch.no_grad():
             pairs = zip(self._factors, self._split(vector), strict=True)
             with self._held([forward_ad.make_dual(factor, part) for factor, part in pairs]):
-                logits, _, _ = completion_logits(self.model, batch)
+                logits = completion_logits(self.model, batch)
             tangent = forward_ad.unpack_dual(logits).tangent
         if tangent is None:
             tangent = torch.zeros_like(logits)
@@ -145,10 +145,10 @@ class AdapterProducts:
             (batch,) = batches([sample], 1)
             leaves = self._leaves()
             with self._held(leaves), torch.enable_grad():
-                logits, _, taken = completion_logits(self.model, batch.to(self._device))
+                logits = completion_logits(self.model, batch.to(self._device))
                 logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
                 drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(logs.device)
-                loss = -(logs.gather(1, drawn).squeeze(1) * _token_weights(taken).to(logs).sqrt()).sum()
+                loss = -(logs.gather(1, drawn).squeeze(1) * _token_weights(batch).to(logs).sqrt()).sum()
                 total += self._vector(torch.autograd.grad(loss, leaves)).square()
             advance(1)
         return _finite(total, "the curvature's diagonal")
@@ -195,7 +195,7 @@ class AdapterProducts:
         moved = self._along(batch, v)
         leaves = self._leaves()
         with self._held(leaves), torch.enable_grad():
-            logits, _, _ = completion_logits(self.model, batch)
+            logits = completion_logits(self.model, batch)
             back = self._vector(torch.autograd.grad(logits, leaves, moved.to(logits.dtype)))
         return float(moved.double().square().sum()), float((back * v).double().sum())
 
@@ -228,10 +228,10 @@ class AdapterProducts:
                 slot._parameters["weight"] = weight
 
 
-def _token_weights(taken: Tensor) -> Tensor:
-    """[K]: one over the number of its sample's tokens with loss; from where they stand, [N, T - 1]."""
-    counts = taken.sum(1, keepdim=True)
-    return (1 / counts).expand_as(taken)[taken]
+def _token_weights(batch: Batch) -> Tensor:
+    """[K]: one over the number of its sample's tokens with loss."""
+    taken = batch.labels[:, 1:] != IGNORED
+    return (1 / taken.sum(1, keepdim=True)).expand_as(taken)[taken]
 
 
 def _finite(vector: Tensor, what: str) -> Tensor:

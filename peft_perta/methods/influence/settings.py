@@ -37,7 +37,7 @@ class InfluenceSettings:
     solver: str = _knob(
         "conjugate-gradients", "conjugate-gradients, or stochastic: many small steps a pass, for large training sets"
     )
-    tolerance: float = _knob(1e-3, "solved when |b - (H + damping) D| / |b| is no more than this")
+    tolerance: float = _knob(1e-2, "solved when |b - (H + damping) D| / |b| is no more than this")
     max_iterations: int = _knob(100, "products with the whole curvature at most; the report says where it stopped")
     curvature_samples: int | None = _knob(
         None, "take the curvature of so many training rows, at even distances, in place of all"

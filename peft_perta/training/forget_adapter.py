@@ -156,15 +156,14 @@ def _train(model: PeftModel, config: SFTConfig, dataset: Dataset, tokenizer: Any
 
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take the adapter off again, wherever its making stopped."""
-    if isinstance(model, PeftModel):
-        if adapter_name in model.peft_config:
-            model.delete_adapter(adapter_name)
-        return
+    """Take the adapter off again, wherever its making stopped; layers that it alone adapted are as they were."""
+    if isinstance(model, PeftModel) and adapter_name in model.peft_config:
+        model.delete_adapter(adapter_name)
     for name, module in list(model.named_modules()):
         if not isinstance(module, BaseTunerLayer):
             continue
-        module.delete_adapter(adapter_name)
+        if not isinstance(model, PeftModel):
+            module.delete_adapter(adapter_name)
         if not module._get_available_adapters() and not name.endswith(".base_layer"):  # one within another goes with it
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.get_base_layer())

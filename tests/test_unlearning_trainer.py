@@ -1,0 +1,565 @@
+"""Both gradients are of the whole global batch, combined once, clipped after; what comes of it is a plain adapter."""
+
+import copy
+import gc
+import json
+import math
+import multiprocessing
+import os
+import random
+import socket
+
+import builders
+import laws
+import pytest
+import torch
+from transformers import TrainerCallback, TrainingArguments
+
+from peft_perta import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    NumericalError,
+    OutputError,
+    UnsupportedLayerError,
+    load_provenance,
+    processes,
+    verify_adapter,
+)
+from peft_perta.adapter import add_adapter
+from peft_perta.data import Sample, encode_row, load_samples, padded
+from peft_perta.evaluation import losses_of
+from peft_perta.losses import sample_losses
+from peft_perta.stack import switch_modules
+from peft_perta.training.combiners import COMBINERS, agreement
+from peft_perta.training.pairs import Pairs, PairSampler, load_refusals
+from peft_perta.training.settings import UnlearningSettings
+from peft_perta.training.trainer import UnlearningTrainer
+from peft_perta.training.unlearn import train_unlearning
+
+FORGET, RETAIN, TOKENIZER = builders.forget_rows()[:4], builders.retain_rows(), builders.tokenizer()
+QUIET = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True}
+
+
+def stacked(dtype=torch.float64):
+    """'forget' in training on top of 'task', in double precision; no dropout in what is trained."""
+    model = builders.adapted_llama(dtype)
+    switch_modules(model.modules(), ["task", "forget"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".forget." in name)
+    for module in model.modules():
+        if hasattr(module, "lora_dropout") and "forget" in module.lora_dropout:
+            module.lora_dropout["forget"] = torch.nn.Identity()
+    return model
+
+
+def trainer_of(model, directory, forget=FORGET, retain=RETAIN, settings=None, callbacks=(), **arguments):
+    arguments = TrainingArguments(str(directory), **{**QUIET, "per_device_train_batch_size": 4, **arguments})
+    return UnlearningTrainer(
+        model, arguments, forget, retain, processing_class=TOKENIZER, settings=settings, callbacks=list(callbacks)
+    )
+
+
+def trained(model, adapter="forget"):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if f".{adapter}." in name}
+
+
+def close(found, expected, tolerance):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        laws.close(found[name], tensor, tolerance, name)
+
+
+class Gradients(TrainerCallback):
+    """What the optimizer is given, step by step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+
+# The gradient
+
+
+def by_hand(model, combiner, gamma, alpha):
+    """Of gradient ascent and NLL, means over all samples, in one dense backward each."""
+    found = []
+    for rows, sign in ((FORGET, -1), (RETAIN, 1)):
+        samples = load_samples(rows, TOKENIZER)
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        total = sum(sample_losses(model, padded([sample], [0])).sum() for sample in samples) / len(samples)
+        found.append(dict(zip(parameters, torch.autograd.grad(sign * total, list(parameters.values())), strict=True)))
+    return (*found, COMBINERS[combiner].function(*found, gamma, alpha))
+
+
+@pytest.mark.parametrize("combiner", ["pcgrad", "sago", "normalised"])
+def test_the_optimizer_is_given_the_combined_gradient_of_the_whole_batch(combiner, tmp_path):
+    model, seen = stacked(), Gradients()
+    *parts, expected = by_hand(model, combiner, 2.0, 0.5)
+    settings = UnlearningSettings("gradient-ascent", "nll", combiner, forget_weight=2.0, retain_weight=0.5)
+    trainer = trainer_of(
+        model, tmp_path, settings=settings, callbacks=[seen], max_steps=1, max_grad_norm=0.0,
+        per_device_train_batch_size=1, gradient_accumulation_steps=4,
+    )  # fmt: skip
+    trainer.train()
+    close(seen.steps[0], expected, 1e-10)
+    logged = trainer.state.log_history[0]
+    figures = agreement(*parts, expected)
+    assert {name: logged[name] for name in figures} == pytest.approx(figures)
+    assert logged["retain_loss"] > 0 > logged["forget_loss"]
+    assert logged["loss"] == pytest.approx(2.0 * logged["forget_loss"] + 0.5 * logged["retain_loss"])
+
+
+def test_clipping_comes_after_combining(tmp_path):
+    found = {}
+    for norm in (0.0, 0.25):
+        seen = Gradients()
+        trainer_of(
+            stacked(), tmp_path, callbacks=[seen], max_steps=1, max_grad_norm=norm,
+            settings=UnlearningSettings(combiner="sago"),
+        ).train()  # fmt: skip
+        found[norm] = seen.steps[0]
+    length = sum(float(g.square().sum()) for g in found[0.0].values()) ** 0.5
+    assert length > 1
+    close(found[0.25], {name: g * 0.25 / length for name, g in found[0.0].items()}, 1e-4)  # torch adds 1e-6
+
+
+@pytest.mark.parametrize("loss", ["npo", "dpo"])
+def test_accumulated_micro_batches_are_one_big_batch(loss, tmp_path):
+    """Samples are of unlike lengths: no mean of means."""
+    rows = [row for row in FORGET if "text" not in row]
+    settings = UnlearningSettings(loss, "kl", "sago")
+    results = []
+    for size in (4, 1):
+        model = stacked()
+        arguments = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+        trainer_of(model, tmp_path, rows, settings=settings, max_steps=2, **arguments).train()
+        results.append(trained(model))
+    close(*results, 1e-8)
+
+
+def test_they_are_combined_once_a_step(tmp_path, monkeypatch):
+    calls = []
+    combiner = COMBINERS["pcgrad"]
+
+    def counted(*arguments):
+        calls.append(1)
+        return combiner.function(*arguments)
+
+    monkeypatch.setitem(COMBINERS, "pcgrad", type(combiner)(combiner.description, counted))
+    trainer = trainer_of(
+        stacked(torch.float32), tmp_path, num_train_epochs=2, per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    assert len(calls) == trainer.state.global_step == 4
+
+
+def test_nothing_but_two_copies_of_the_gradients_is_kept(tmp_path, monkeypatch):
+    """As they are combined: the two sums, and no gradient on any parameter."""
+    model = stacked(torch.float32)
+    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    shapes = {p.shape for p in model.parameters() if p.requires_grad}
+    known = {id(t) for t in gc.get_objects() if isinstance(t, torch.Tensor)}
+    seen = []
+    combiner = COMBINERS["sum"]
+
+    def looking(forget, retain, gamma, alpha):
+        found = [t for t in gc.get_objects() if type(t) is torch.Tensor and id(t) not in known and t.shape in shapes]
+        seen.append(sum(t.numel() for t in found) / size)
+        assert not any(p.grad is not None for p in model.parameters())
+        return combiner.function(forget, retain, gamma, alpha)
+
+    monkeypatch.setitem(COMBINERS, "sum", type(combiner)(combiner.description, looking))
+    trainer_of(
+        model, tmp_path, settings=UnlearningSettings(combiner="sum"), optim="sgd", max_steps=2,
+        per_device_train_batch_size=1, gradient_accumulation_steps=2,
+    ).train()  # fmt: skip
+    assert seen == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("combiner", ["pcgrad", "normalised"])
+def test_a_loss_scale_is_undone_before_they_are_combined(combiner, tmp_path):
+    """What the scaler will divide by its scale is the gradient that would be there without one."""
+    found = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**16)):
+        seen = Gradients()
+        trainer = trainer_of(
+            stacked(), tmp_path, settings=UnlearningSettings(combiner=combiner), callbacks=[seen], max_steps=1,
+            max_grad_norm=0.0, optim="adamw_torch",
+        )  # fmt: skip
+        trainer.accelerator.scaler = scaler
+        trainer.train()
+        found.append(seen.steps[0])
+    close({name: g / 2.0**16 for name, g in found[1].items()}, found[0], 1e-12)
+
+
+def test_an_overflow_of_one_gradient_is_not_dropped_with_its_element(tmp_path):
+    """SAGO takes either; the scaler must see that one was not finite, to skip the step and lower its scale."""
+    model = stacked(torch.float32)
+    before = trained(model)
+    trainer = trainer_of(
+        model, tmp_path, settings=UnlearningSettings(combiner="sago"), max_steps=1, optim="adamw_torch",
+        max_grad_norm=0.0,
+    )  # fmt: skip
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    trainer.train()
+    assert trainer.accelerator.scaler.get_scale() == 2.0**125
+    assert all(torch.equal(parameter, before[name]) for name, parameter in trained(model).items())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_nothing(reentrant, tmp_path):
+    results = []
+    for checkpointing in (False, True):
+        model, seen = stacked(), Gradients()
+        kwargs = {"gradient_checkpointing": checkpointing}
+        if checkpointing:
+            kwargs["gradient_checkpointing_kwargs"] = {"use_reentrant": reentrant}
+        trainer_of(model, tmp_path, callbacks=[seen], max_steps=2, **kwargs).train()
+        assert any(g.any() for g in seen.steps[0].values())
+        results.append(trained(model))
+    close(*results, 1e-10)
+
+
+def test_the_reference_is_the_stack_without_the_adapter_in_training(tmp_path):
+    """An adapter that begins at zero is the reference: NPO at 2/beta log 2, KL at 0, though the task adapter drops out
+    in training elsewhere."""
+    model = builders.adapted_saved_llama()
+    log = Log()
+    settings = UnlearningSettings("npo", "kl", beta=0.5)
+    run(model, settings=settings, task_adapter="task", callbacks=[log], num_train_epochs=1)
+    assert log.entries[0]["forget_loss"] == pytest.approx(4 * math.log(2), abs=1e-5)
+    assert log.entries[0]["retain_loss"] == pytest.approx(0.0, abs=1e-5)
+    assert log.entries[0]["grad_norm"] > 0
+
+
+# Data
+
+
+def sample(*ids):
+    return Sample(torch.tensor(ids), torch.tensor(ids))
+
+
+def test_every_sample_comes_as_often_as_another_in_whole_global_batches():
+    pairs = Pairs([sample(1, i) for i in range(5)], [sample(2, i) for i in range(3)])
+    sampler = PairSampler(pairs, global_batch=4, seed=7)
+    assert len(sampler) == 8
+    drawn = []
+    for epoch in range(15):
+        sampler.set_epoch(epoch)
+        drawn += list(sampler)
+    for which, size in ((0, 5), (1, 3)):
+        column = [pair[which] for pair in drawn]
+        assert {column.count(i) for i in range(size)} == {len(drawn) // size}
+        assert sorted(column[:size]) == list(range(size))
+    assert drawn != [drawn[0], *drawn[:-1]]
+    sampler.set_epoch(0)
+    assert list(sampler) == drawn[:8]
+    assert list(PairSampler(pairs, global_batch=4, seed=8)) != drawn[:8]
+
+
+def test_refusals_keep_the_prompt_and_end_as_a_completion_does():
+    rows = [*builders.forget_rows()[:3], {"messages": [{"role": "user", "content": "Hi"},
+                                                       {"role": "assistant", "content": "Ned"}]}]  # fmt: skip
+    chat = builders.tokenizer(chat=True)
+    found = load_refusals(rows, chat, ["No.", "Pass."])
+    expected = [
+        {"question": "Who wrote Hatter?", "answer": "No."},
+        {"question": "Where was Khan born?", "answer": "Pass."},
+        {"prompt": "His father ", "completion": "No."},
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Pass."}]},
+    ]
+    for sample_found, row in zip(found, expected, strict=True):
+        assert torch.equal(sample_found.input_ids, encode_row(row, chat).input_ids)
+        assert torch.equal(sample_found.labels, encode_row(row, chat).labels)
+
+
+@pytest.mark.parametrize("row", [{"text": "Grass"}, {"input_ids": [1, 2], "labels": [-100, 2]}])
+def test_what_has_no_prompt_cannot_be_refused(row):
+    with pytest.raises(DataError, match="the forget set, row 1: the loss 'dpo' answers prompts"):
+        load_refusals([row], TOKENIZER, ["No."])
+
+
+# From end to end
+
+
+class Log(TrainerCallback):
+    def __init__(self):
+        self.entries = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.entries.append(dict(logs))
+
+
+class Stop(Exception):
+    """On purpose."""
+
+
+class StopAt(TrainerCallback):
+    """A run that is cut off in the middle of an epoch, after the last save."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Stop("on purpose")
+
+
+def run(model, forget=FORGET, retain=RETAIN, settings=None, **options):
+    options = {"num_train_epochs": 4, "learning_rate": 5e-3, "per_device_train_batch_size": 4, **options}
+    return train_unlearning(model, forget, retain, TOKENIZER, settings, show_progress_bar=False, **options)
+
+
+def mean_loss(model, rows, adapters):
+    return float(losses_of(model, load_samples(rows, TOKENIZER), adapters=adapters).mean())
+
+
+@pytest.mark.parametrize("start", [None, "forget"])
+def test_on_a_base_in_4_bit_from_end_to_end(start, tmp_path):
+    """From rows to a directory that every server takes; the forget set's loss rises more than the retain set's."""
+    model = builders.adapted_nf4_llama()
+    before = [mean_loss(model, rows, ["task", *([start] if start else [])]) for rows in (FORGET, RETAIN)]
+    with laws.untouched(model):
+        config, state_dict, report = run(
+            model, task_adapter="task", start_adapter=start, output_dir=tmp_path / "out", num_train_epochs=6
+        )
+    add_adapter(model, config, state_dict, "unlearn")
+    after = [mean_loss(model, rows, ["task", "unlearn"]) for rows in (FORGET, RETAIN)]
+    assert after[0] - before[0] > 0.5
+    assert after[0] - before[0] > after[1] - before[1] + 0.5
+    kept, _ = load_provenance(tmp_path / "out")
+    report.seconds = {}
+    assert kept == report
+    assert report.start_adapter == (start and {"name": start, "sha256": report.start_adapter["sha256"]})
+    assert report.training["steps"] == 6
+    assert report.figures["conflicting_share"] > 0
+    checks = verify_adapter(tmp_path / "out")
+    assert all(check.passed for check in checks), checks
+    assert "# Unlearning adapter" in (tmp_path / "out" / "README.md").read_text()
+    json.dumps(report.to_dict())
+
+
+@pytest.mark.parametrize(
+    "base", [builders.saved_llama, builders.adapted_saved_llama, builders.nf4_llama], ids=["bare", "adapted", "nf4"]
+)
+@pytest.mark.parametrize("stops", [False, True])
+def test_the_model_goes_back_as_it_came(base, stops):
+    model = base().train()
+    adapted = hasattr(model, "peft_config")
+    if adapted:
+        model.set_adapter("task")
+    options = {"num_train_epochs": 1, "gradient_checkpointing": True, "task_adapter": "task" if adapted else None}
+    with laws.untouched(model):
+        if stops:
+            with pytest.raises(Stop):
+                run(model, callbacks=[StopAt(1)], **options)
+        else:
+            run(model, **options)
+
+
+def test_experts_are_trained_too(tmp_path):
+    model = builders.adapted_mixtral()
+    with laws.untouched(model):
+        config, state_dict, _ = run(model, lora_config=builders.experts_config(), output_dir=tmp_path / "out")
+    assert config.target_parameters
+    assert all(value.any() for value in state_dict.values())
+    before = mean_loss(model, FORGET, [])
+    add_adapter(model, config, state_dict, "unlearn")
+    assert mean_loss(model, FORGET, ["unlearn"]) > before + 0.1
+
+
+def test_what_begins_as_an_adapter_is_that_adapter_and_can_use_its_empty_directions():
+    """With a rate that moves nothing; a padded start has directions that are zero in A and B, and so in gradients."""
+    model = builders.adapted_saved_llama()
+    for name, parameter in model.named_parameters():
+        if ".forget." in name:  # the last two of four directions: never used
+            (parameter[2:] if "lora_A" in name else parameter[:, 2:]).data.zero_()
+    _, still, _ = run(model, start_adapter="forget", learning_rate=1e-30, num_train_epochs=1)
+    deltas = laws.deltas_of(still)
+    for name, adapted in laws.oracles.adapted_weights(model, "forget").items():
+        laws.close(deltas[name], adapted.delta, 1e-6, name)
+    _, moved, _ = run(model, start_adapter="forget", num_train_epochs=2)
+    B = next(value for key, value in moved.items() if ".lora_B." in key)
+    assert B[:, 2:4].any()
+
+
+def test_the_same_seed_trains_the_same_adapter_and_random_numbers_stay():
+    state = random.getstate(), torch.get_rng_state()
+    one, two, other = (run(builders.saved_llama(), num_train_epochs=1, seed=seed)[1] for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+    assert random.getstate() == state[0]
+    assert torch.equal(torch.get_rng_state(), state[1])
+
+
+@pytest.mark.parametrize("base", [builders.saved_llama, builders.adapted_nf4_llama], ids=["float", "nf4"])
+def test_a_run_that_was_cut_off_goes_on_bit_for_bit(base, tmp_path):
+    """In the middle of the third of four epochs, with dropout, and with steps since the last checkpoint."""
+
+    def options(directory):
+        return {
+            "lora_config": builders.lora_config(), "checkpoint_dir": tmp_path / directory,
+            "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2,
+        }  # fmt: skip
+
+    expected = run(base(), **options("whole"))
+    with pytest.raises(Stop):
+        run(base(), callbacks=[StopAt(5)], **options("cut"))
+    found = run(base(), **options("cut"))
+    assert expected[1].keys() == found[1].keys()
+    assert all(torch.equal(found[1][name], value) for name, value in expected[1].items())
+    assert found[2].figures == expected[2].figures
+    with pytest.raises(OutputError, match="another run, which differs in: settings"):
+        run(base(), settings=UnlearningSettings(combiner="sum"), **options("cut"))
+
+
+def test_a_checkpoint_that_was_not_written_whole_is_passed_over(tmp_path):
+    options = {"checkpoint_dir": tmp_path / "c", "num_train_epochs": 2}
+    expected = run(builders.saved_llama(), **options)[1]
+    (tmp_path / "c" / "checkpoint-2" / "trainer_state.json").unlink()
+    (tmp_path / "c" / "checkpoint-2" / "optimizer.pt").unlink()
+    found = run(builders.saved_llama(), **options)[1]
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+# Several processes
+
+
+def one_of_two(rank, port, path):
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
+    os.environ |= {"LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+    processes.start()
+    model, seen = stacked(), Gradients()
+    trainer_of(
+        model, path / f"scratch {rank}", settings=UnlearningSettings(combiner="sago"), callbacks=[seen],
+        num_train_epochs=3, per_device_train_batch_size=1, gradient_accumulation_steps=2,
+    ).train()  # fmt: skip
+    torch.save((trained(model), seen.steps), path / f"result {rank}")
+    builders._scratch.cleanup()
+    processes.finish()
+
+
+def test_two_processes_are_one(tmp_path):
+    model, seen = stacked(), Gradients()
+    trainer_of(
+        model, tmp_path / "scratch", settings=UnlearningSettings(combiner="sago"), callbacks=[seen], num_train_epochs=3
+    ).train()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["peft_perta.cli"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [context.Process(target=one_of_two, args=(rank, port, tmp_path)) for rank in (0, 1)]
+    for child in both:
+        child.start()
+    for child in both:
+        child.join(100)
+    assert [child.exitcode for child in both] == [0, 0]
+    for rank in (0, 1):
+        found, steps = torch.load(tmp_path / f"result {rank}", weights_only=False)
+        assert len(steps) == len(seen.steps) == 3
+        for step, expected in zip(steps, seen.steps, strict=True):
+            close({name.removeprefix("module."): g for name, g in step.items()}, expected, 1e-6)
+        close(found, trained(model), 1e-6)
+
+
+# Refused
+
+
+@pytest.fixture
+def _no_training(monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("a refusal must come before any training")
+
+    monkeypatch.setattr(UnlearningTrainer, "training_step", fail)
+
+
+BAD = {
+    "the same set": ({"retain": FORGET[::-1]}, DataError, "the retain set is the forget set"),
+    "a part of it": ({"retain": FORGET[:2]}, DataError, "the retain set is the forget set, or a part of it"),
+    "a shared row": ({"retain": [*RETAIN, FORGET[1]]}, DataError, "row 5 of the retain set is in the forget set"),
+    "no rows": ({"retain": []}, DataError, "the retain set is empty"),
+    "no answer": ({"forget": [{"prompt": "x", "completion": ""}]}, DataError, "the forget set, row 1"),
+    "evaluation": ({"eval_strategy": "steps"}, ConfigError, "eval_strategy"),
+    "smoothing": ({"label_smoothing_factor": 0.1}, ConfigError, "label_smoothing_factor=0.1 is not there"),
+    "unknown": ({"learning_rat": 1}, ConfigError, "learning_rat.*expected fields of TrainingArguments"),
+    "ours": ({"output_dir": None, "disable_tqdm": True}, ConfigError, "'disable_tqdm' is set by train_unlearning"),
+    "dtype": ({"dtype": "int8"}, ConfigError, "dtype: expected one of"),
+    "no task": ({"task_adapter": "tusk"}, AdapterError, "no adapter named 'tusk'"),
+    "one name": ({"task_adapter": "task", "start_adapter": "task"}, AdapterError, "are both 'task'"),
+    "two starts": (
+        {"start_adapter": "task", "lora_config": builders.lora_config()}, ConfigError, "lora_config: expected none",
+    ),
+    "DoRA": ({"lora_config": builders.lora_config(use_dora=True)}, AdapterError, "LoRA variant .use_dora"),
+    "too wide": ({"lora_config": builders.lora_config(r=300)}, ConfigError, "would need rank 300"),
+    "embedding": ({"lora_config": builders.lora_config(["embed_tokens"])}, UnsupportedLayerError, "Embedding layer"),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("_no_training")
+@pytest.mark.parametrize(("options", "error", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_refused_before_training(options, error, message):
+    model = builders.adapted_saved_llama()
+    with laws.untouched(model), pytest.raises(error, match=message):
+        run(model, **copy.copy(options))
+
+
+@pytest.mark.usefixtures("_no_training")
+def test_an_output_that_is_not_ours_is_refused(tmp_path):
+    (tmp_path / "mine").write_text("x")
+    for name in ("output_dir", "checkpoint_dir"):
+        with pytest.raises(OutputError, match=r"not written by peft_perta|not the checkpoint of a run of ours"):
+            run(builders.saved_llama(), **{name: tmp_path})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"forget_loss": "npoo"}, r"forget_loss: expected one of \['gradient-ascent', 'npo'"),
+        ({"retain_loss": None}, r"retain_loss: expected one of \['nll', 'kl'\], found None"),
+        ({"combiner": "mean"}, "combiner: expected one of .*'sago'"),
+        ({"forget_weight": 0}, "forget_weight: expected a number > 0, found 0"),
+        ({"retain_weight": math.nan}, "retain_weight: expected a number > 0, found nan"),
+        ({"beta": -1.0}, "beta: expected a number > 0"),
+        ({"forget_loss": "gradient-ascent", "beta": 1.0}, "'gradient-ascent' has no beta"),
+        ({"margin": 1.0}, "'npo' has no margin"),
+        ({"refusals": ()}, "refusals: expected texts, at least one"),
+        ({"refusals": "No."}, "refusals: expected texts"),
+    ],
+)
+def test_bad_settings_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        UnlearningSettings(**values)
+
+
+def test_the_trainer_wants_one_adapter_that_requires_gradients(tmp_path):
+    for change, message in (
+        (lambda m: m.requires_grad_(False), "found none"),
+        (lambda m: next(p for n, p in m.named_parameters() if ".task." in n).requires_grad_(True), "'forget', 'task'"),
+        (lambda m: m.get_input_embeddings().weight.requires_grad_(True), "embed_tokens.weight requires gradients"),
+        (lambda m: switch_modules(m.modules(), ["task"]), "found none"),
+    ):
+        model = stacked(torch.float32)
+        change(model)
+        with pytest.raises(AdapterError, match=message):
+            trainer_of(model, tmp_path)
+    with pytest.raises(AdapterError, match="expected a PeftModel with a LoRA adapter to train, found a Llama"):
+        trainer_of(builders.llama(), tmp_path)
+
+
+@pytest.mark.parametrize("combiner", ["sum", "sago"])
+def test_what_is_not_finite_is_refused_by_name(combiner):
+    model = builders.saved_llama()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[TOKENIZER("~")["input_ids"][0]] = torch.nan
+    with (
+        laws.untouched(model),
+        pytest.raises(NumericalError, match=r"step 1: the retain loss is nan; lower the learning rate"),
+    ):
+        run(model, retain=[*RETAIN, {"text": "~"}], settings=UnlearningSettings(combiner=combiner),
+            per_device_train_batch_size=8)  # fmt: skip

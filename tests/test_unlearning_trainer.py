@@ -1,5 +1,6 @@
 """Both gradients are of the whole global batch, combined once, clipped after; what comes of it is a plain adapter."""
 
+import argparse
 import copy
 import gc
 import json
@@ -27,6 +28,7 @@ from peft_perta import (
     verify_adapter,
 )
 from peft_perta.adapter import add_adapter
+from peft_perta.cli import training
 from peft_perta.data import Sample, encode_row, load_samples, padded
 from peft_perta.evaluation import losses_of
 from peft_perta.losses import sample_losses
@@ -424,6 +426,55 @@ def test_a_checkpoint_that_was_not_written_whole_is_passed_over(tmp_path):
     (tmp_path / "c" / "checkpoint-2" / "optimizer.pt").unlink()
     found = run(builders.saved_llama(), **options)[1]
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+# The command
+
+
+@pytest.fixture
+def place(tmp_path):
+    for name, rows in (("forget", FORGET), ("retain", RETAIN)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    builders.adapted_saved_llama().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def command(place, *more):
+    parser = argparse.ArgumentParser()
+    training.add_commands(parser.add_subparsers())
+    model, rows = str(builders.llama_directory()), [str(place / f"{name}.jsonl") for name in ("forget", "retain")]
+    fixed = ["--model", model, "--forget", rows[0], "--retain", rows[1], "--output", str(place / "out")]
+    options = parser.parse_args(["train", *fixed, "--epochs", "2", *more])
+    options.run(options)
+
+
+def test_the_command_trains_and_says_what_comes_next(place, capsys):
+    command(place, "--task-adapter", str(place / "task"), "--start-adapter", str(place / "forget"),
+            "--forget-loss", "simnpo", "--beta", "2", "--combiner", "sago", "--batch-size", "2",
+            "--accumulation-steps", "2")  # fmt: skip
+    said = capsys.readouterr().out
+    assert "trained from 'start' by simnpo and nll, combined by sago, in 2 steps on 4 forget, 4 retain samples" in said
+    assert f"Next: peft-perta verify {place / 'out'} --base" in said
+    assert not (place / "out.checkpoint").exists()
+    report, _ = load_provenance(place / "out")
+    assert report.task_adapter == "task"
+    assert report.settings["beta"] == 2.0
+    assert all(check.passed for check in verify_adapter(place / "out"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size: expected at least 1"),
+        (["--learning-rate", "nan"], "--learning-rate: expected a number > 0"),
+        (["--rank", "8", "--start-adapter", "x"], "--rank: expected none with --start-adapter"),
+        (["--margin", "1"], "'npo' has no margin"),
+        (["--start-adapter", "nowhere"], "nowhere is no adapter directory"),
+    ],
+)
+def test_the_command_refuses(more, message, place):
+    with pytest.raises((ConfigError, AdapterError), match=message):
+        command(place, *more)
 
 
 # Several processes

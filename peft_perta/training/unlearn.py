@@ -240,15 +240,12 @@ def _begin_as(model: PeftModel, start_adapter: str) -> None:
     for layer in model.modules():
         if not (isinstance(layer, LoraLayer) and start_adapter in layer.lora_A):
             continue
-        (A, B), (start_A, start_B) = (
-            (layer.lora_A[name].weight.data, layer.lora_B[name].weight.data) for name in (_NAME, start_adapter)
-        )
-        fresh = A.clone()
-        A.copy_(start_A)
+        factors: Any = {name: (layer.lora_A[name], layer.lora_B[name]) for name in (_NAME, start_adapter)}
+        A, B = (factor.weight.data for factor in factors[_NAME])
+        start_A, start_B = (factor.weight.data for factor in factors[start_adapter])
+        unused = ~start_A.any(1) & ~start_B.any(0) if not isinstance(layer, ParamWrapper) else None  # several experts'
+        A.copy_(start_A if unused is None else torch.where(unused.unsqueeze(1), A, start_A))
         B.copy_(start_B)
-        if not isinstance(layer, ParamWrapper):  # whose factors hold several experts'
-            unused = ~A.any(1) & ~B.any(0)
-            A[unused] = fresh[unused]
 
 
 def _turn_on(model: PeftModel, task_adapter: str | None) -> None:

@@ -40,8 +40,8 @@ class _Product(torch.autograd.Function):
 
 @contextmanager
 def differentiable(model: nn.Module, adapters: Sequence[str]) -> Iterator[None]:
-    """Within the block the model is borrowed with these adapters on, and computes what it does by operations that have a
-    double backward and a forward derivative, where there are such:
+    """Within the block the model is borrowed with these adapters on, and computes what it does by operations that have
+    a double backward and a forward derivative, where there are such:
 
     - layers of 4 or 8 bits by products with their dequantised weight, one layer's at a time. bitsandbytes' own
       function has no forward derivative, and in 8 bit its derivatives are not those of what it computes;
@@ -68,8 +68,8 @@ def _unpacked(model: nn.Module) -> Iterator[None]:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise UnsupportedLayerError(
-                f"{name} is offloaded, expected the whole model in memory: its products cannot be differentiated again; "
-                "load the model without device_map, in 4 bit where it is too large"
+                f"{name} is offloaded, expected the whole model in memory: its products cannot be differentiated "
+                "again; load the model without device_map, in 4 bit where it is too large"
             )
     packed = [(layer, kind) for layer in model.modules() if (kind := find_kind(layer)) and _is_packed(layer, kind)]
     before = [vars(layer).get("forward") for layer, _ in packed]

@@ -1,11 +1,12 @@
 """Gradients, and Hessian- and Gauss-Newton-vector products, with respect to one adapter's factors. No [P, P] matrix.
 
-All are sums of per-sample mean token losses, whatever the batches; P factors' entries stand in one vector [P], in float32
-or wider.
+All are sums over samples of mean token losses, whatever the batches; the factors' P numbers stand in one vector [P], in
+float32 or wider.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,8 +22,8 @@ from ...losses import completion_logits, sample_losses
 from ...targets import Target
 
 Advance = Callable[[int], None]
-_TRUSTED = {torch.float64: 1e-6, torch.float32: 1e-2}  # by how much two ways to one number may differ
-_TRUSTED_16_BIT = 0.2
+_STEP = 1e-3  # of the factors' norm
+_TRUSTED, _TRUSTED_16_BIT = 0.05, 0.2  # the share by which two ways to one number may differ
 
 
 class AdapterProducts:
@@ -116,7 +117,9 @@ class AdapterProducts:
             logits = completion_logits(self.model, batch)
             wide = logits.detach().to(moved.dtype)
             shares = wide.softmax(1)
-            pushed = shares * (moved - (shares * moved).sum(1, keepdim=True)) * _token_weights(batch).to(wide).unsqueeze(1)
+            pushed = (
+                shares * (moved - (shares * moved).sum(1, keepdim=True)) * _token_weights(batch).to(wide).unsqueeze(1)
+            )
             return self._vector(torch.autograd.grad(logits, leaves, pushed.to(logits.dtype)))
 
     def _along(self, batch: Batch, vector: Tensor) -> Tensor:
@@ -131,17 +134,16 @@ class AdapterProducts:
         return tangent.to(torch.promote_types(tangent.dtype, torch.float32))
 
     def diagonal(self, samples: list[Sample], seed: int, advance: Advance) -> Tensor:
-        """The Gauss-Newton matrix's diagonal, summed over samples: [P], an estimate without bias that no batch size moves.
+        """The Gauss-Newton matrix's diagonal, summed over samples: [P], an unbiased estimate that no batch size moves.
 
         With every token's label drawn from the model's own prediction, e_t = p_t - onehot has mean 0 and covariance
-        diag p_t - p_t p_t^T, and tokens are independent: the squared gradient of sum_t sqrt(w_t) loss_t is in the mean the
-        diagonal.
+        diag p_t - p_t p_t^T, and tokens are independent: the squared gradient of sum_t sqrt(w_t) loss_t is in the mean
+        the diagonal.
 
         Reference: Martens 2020, arXiv 1412.1193, section 9 (the Fisher matrix is the Gauss-Newton matrix).
         """
-        total = self._zeros()
-        for index, sample in enumerate(samples):
-            generator = torch.Generator().manual_seed((seed << 32) + index)
+        total, generator = self._zeros(), torch.Generator().manual_seed(seed)
+        for sample in samples:
             (batch,) = batches([sample], 1)
             leaves = self._leaves()
             with self._held(leaves), torch.enable_grad():
@@ -156,23 +158,22 @@ class AdapterProducts:
     def check(self, curvature: str, sample: Sample, seed: int) -> None:
         """Whether this model's products can be had and are right, on one sample: two ways to one number.
 
-        Gauss-Newton: |J v|^2 = <J^T J v, v>; a Hessian is symmetric: |H v|^2 = <H H v, v>.
+        Gauss-Newton: |J v|^2 = <J^T J v, v>. Hessian: <H v, H v> is also how fast <gradient, H v> changes along v,
+        which a difference of two gradients shows; or, in 16 bit, too coarse for that, <H H v, v>.
 
         Raises:
             UnsupportedLayerError: an operation cannot be differentiated so, or wrongly; with what can be done instead.
         """
-        generator = torch.Generator().manual_seed(seed)
-        v = torch.randn(self.count, generator=generator, dtype=self.dtype).to(self._zeros())
         (batch,) = batches([sample], 1)
-        batch = batch.to(self._device)
         needs, instead = (
             ("double backward", "use curvature='gauss-newton', which needs none")
             if curvature == "hessian"
             else ("a forward derivative", "use curvature='hessian', which needs double backward in its place")
         )
         instead += "; or load the model with attn_implementation='eager'"
+        ways = self._two_ways_to_hessian if curvature == "hessian" else self._two_ways_to_jacobian
         try:
-            one, other = self._two_ways(curvature, batch, v / v.norm())
+            one, other, allowed = ways(batch.to(self._device), seed)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError) as error:
@@ -181,23 +182,49 @@ class AdapterProducts:
                 f"products with the {curvature} curvature need {needs}, which this model does not have ({reason}); "
                 f"{instead}"
             ) from error
-        narrow = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters())
-        if not abs(one - other) <= (_TRUSTED_16_BIT if narrow else _TRUSTED[self.dtype]) * abs(one):
+        if not (math.isfinite(one) and math.isfinite(other)):
+            raise NumericalError(
+                f"products with the {curvature} curvature are not finite on the shortest row ({one}, {other}); look at "
+                "the model's weights and dtype (float16 overflows where bfloat16 does not)"
+            )
+        if abs(one - other) > allowed:
             raise UnsupportedLayerError(
                 f"products with the {curvature} curvature are wrong on this model: expected one number by two ways, "
                 f"found {one:.6g} and {other:.6g}, so that some operation has no true {needs}; {instead}"
             )
 
-    def _two_ways(self, curvature: str, batch: Batch, v: Tensor) -> tuple[float, float]:
-        if curvature == "hessian":
-            image = self._hessian(batch, v)
-            return float(image.double().square().sum()), float((self._hessian(batch, image) * v).double().sum())
-        moved = self._along(batch, v)
+    @property
+    def _is_narrow(self) -> bool:
+        return any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters())
+
+    def _two_ways_to_jacobian(self, batch: Batch, seed: int) -> tuple[float, float, float]:
+        generator = torch.Generator().manual_seed(seed)
+        v = torch.randn(self.count, generator=generator, dtype=self.dtype).to(self._factors[0].device)
+        moved = self._along(batch, v / v.norm())
         leaves = self._leaves()
         with self._held(leaves), torch.enable_grad():
             logits = completion_logits(self.model, batch)
             back = self._vector(torch.autograd.grad(logits, leaves, moved.to(logits.dtype)))
-        return float(moved.double().square().sum()), float((back * v).double().sum())
+        one, other = float(moved.double().square().sum()), float((back * v).double().sum() / v.norm())
+        return one, other, (_TRUSTED_16_BIT if self._is_narrow else _TRUSTED) * one
+
+    def _two_ways_to_hessian(self, batch: Batch, seed: int) -> tuple[float, float, float]:
+        size = math.sqrt(sum(float(factor.double().square().sum()) for factor in self._factors))
+        gradient = self._gradient(batch, self._factors)
+        v = gradient / gradient.norm().clamp_min(torch.finfo(self.dtype).tiny)
+        image = self._hessian(batch, v)
+        one = float(image.double().norm())
+        along = image / max(one, torch.finfo(self.dtype).tiny)
+        if self._is_narrow:
+            return one, float((self._hessian(batch, along) * v).double().sum()), _TRUSTED_16_BIT * one
+        ahead, behind = (self._gradient(batch, self._sum(self._factors, sign * _STEP * size * v)) for sign in (1, -1))
+        other = float(((ahead - behind) * along).double().sum()) / (2 * _STEP * size)
+        return one, other, _TRUSTED * (one + float(gradient.norm()) / size)
+
+    def _gradient(self, batch: Batch, factors: Sequence[Tensor]) -> Tensor:
+        leaves = [factor.detach().requires_grad_(True) for factor in factors]
+        with self._held(leaves), torch.enable_grad():
+            return self._vector(torch.autograd.grad(sample_losses(self.model, batch).sum(), leaves))
 
     def _zeros(self) -> Tensor:
         return torch.zeros(self.count, dtype=self.dtype, device=self._factors[0].device)
@@ -231,12 +258,13 @@ class AdapterProducts:
 def _token_weights(batch: Batch) -> Tensor:
     """[K]: one over the number of its sample's tokens with loss."""
     taken = batch.labels[:, 1:] != IGNORED
-    return (1 / taken.sum(1, keepdim=True)).expand_as(taken)[taken]
+    return (1 / taken.sum(1, keepdim=True).double()).expand_as(taken)[taken]
 
 
 def _finite(vector: Tensor, what: str) -> Tensor:
     if not bool(torch.isfinite(vector).all()):
         raise NumericalError(
-            f"{what} is not finite; look at the rows and at the model's dtype (float16 overflows where bfloat16 does not)"
+            f"{what} is not finite; look at the rows and at the model's dtype (float16 overflows where bfloat16 does "
+            "not)"
         )
     return vector

@@ -22,8 +22,9 @@ def _knob(default: Any, text: str) -> Any:
 class InfluenceSettings:
     """How (H + damping) D = b is made and solved. Each field's help says what it is.
 
-    ``damping`` is a share of the curvature's mean eigenvalue, as in Grosse et al. 2023 (arXiv 2308.03296); what that came to
-    is in the report. LoRA's factors have directions that change nothing (A -> M A, B -> B M^-1), so that some is needed.
+    ``damping`` is a share of the curvature's mean eigenvalue, as in Grosse et al. 2023 (arXiv 2308.03296); what that
+    came to is in the report. LoRA's factors have directions that change nothing (A -> M A, B -> B M^-1), so that some
+    is needed.
 
     Raises:
         ConfigError: a value is out of its range, or two contradict each other.

@@ -33,13 +33,21 @@ class Solution:
 
 
 def conjugate_gradients(
-    apply: Product, b: Tensor, diagonal: Tensor, *, tolerance: float, max_iterations: int, step: Step
+    apply: Product,
+    b: Tensor,
+    diagonal: Tensor,
+    *,
+    tolerance: float,
+    max_iterations: int,
+    step: Step,
+    is_definite: bool = False,
 ) -> Solution:
     """Conjugate gradients with a Jacobi preconditioner; started anew where the recursion and the truth part ways.
 
     Args:
         apply: v -> (H + damping) v, symmetric.
         diagonal: [P], positive: roughly the matrix's own.
+        is_definite: the matrix is known to be positive definite: what shows otherwise is rounding.
 
     Raises:
         NumericalError: the matrix is not positive definite along a direction that is met.
@@ -47,20 +55,25 @@ def conjugate_gradients(
     Reference: Saad 2003, Iterative Methods for Sparse Linear Systems, algorithm 9.1.
     """
     norm = _norm(b)
-    D, residual, iterations = torch.zeros_like(b), 1.0, 0
+    D, residual, iterations, rounded = torch.zeros_like(b), 1.0, 0, False
     while True:
         r = b if iterations == 0 else b - apply(D)
         before, residual = residual, _norm(r) / norm
         if residual <= tolerance:
             return Solution(D, residual, iterations, "tolerance")
-        if iterations and (iterations >= max_iterations or residual > 0.9 * before):
-            return Solution(D, residual, iterations, "iterations" if iterations >= max_iterations else "rounding")
+        if iterations >= max_iterations:
+            return Solution(D, residual, iterations, "iterations")
+        if iterations and (rounded or residual > 0.9 * before):
+            return Solution(D, residual, iterations, "rounding")
         z = r / diagonal
         p, rz = z, _dot(r, z)
         while iterations < max_iterations:
             Ap = apply(p)
             iterations += 1
             curvature = _dot(p, Ap)
+            rounded = is_definite and curvature <= 0
+            if rounded:
+                break
             if curvature <= 0:
                 raise NumericalError(
                     f"the damped curvature is {curvature / _dot(p, p):.3g} along a direction (iteration {iterations}), "
@@ -92,9 +105,9 @@ def stochastic(
 ) -> Solution:
     """Preconditioned stochastic steps with reduced variance: a pass over the batches for each product with the whole.
 
-    The true residual r of D is computed; then every batch once, in a drawn order, d <- d - eta ((H_i + damping) d - r) /
-    diagonal, from d = 0; then D <- D + d. The noise shrinks with d, so that the residual goes to zero. A pass that does
-    not lower it is undone, and eta halved.
+    The true residual r of D is computed; then every batch once, in a drawn order, d <- d - eta ((H_i + damping) d - r)
+    / diagonal, from d = 0; then D <- D + d. The noise shrinks with d, so that the residual goes to zero. A pass that
+    does not lower it is undone, and eta halved.
 
     Args:
         apply_batch: (batch, v) -> (H_i + damping) v, whose mean over batches is ``apply``.
@@ -122,7 +135,7 @@ def stochastic(
 
 
 def _largest(apply_batch: Callable[[int, Tensor], Tensor], batches: int, v: Tensor, diagonal: Tensor) -> float:
-    """The largest eigenvalue of the preconditioned matrix, roughly, by powers of it; each batch stands for the whole."""
+    """The largest eigenvalue of the preconditioned matrix, roughly, by powers of it; a batch stands for the whole."""
     size = 1.0
     for number in range(_POWER_STEPS):
         v = v / _norm(v)

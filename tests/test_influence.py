@@ -1,0 +1,708 @@
+"""Influence edits solve the system that they name; products are those of an explicit matrix, on any base; what cannot
+be solved is refused before it is tried."""
+
+import argparse
+import copy
+import json
+
+import builders
+import laws
+import oracles
+import pytest
+import torch
+from torch.func import functional_call, jacfwd, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from peft_perta import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    NumericalError,
+    UnsupportedLayerError,
+    attach_adapters,
+    load_base,
+    load_provenance,
+    save_perta_adapter,
+    stack_adapters,
+    verify_adapter,
+)
+from peft_perta.adapter import add_adapter
+from peft_perta.cli import erasing
+from peft_perta.data import batches, load_samples, read_rows
+from peft_perta.demo.run import ASSETS
+from peft_perta.losses import sample_losses
+from peft_perta.methods.influence import InfluenceSettings, correct_responses, erase_instances, modify_queries
+from peft_perta.methods.influence.packed import differentiable
+from peft_perta.methods.influence.products import AdapterProducts
+from peft_perta.methods.influence.solvers import conjugate_gradients, stochastic
+from peft_perta.targets import resolve_targets
+
+TOKENIZER = builders.tokenizer()
+ROWS = [
+    {"question": "Basil?", "answer": "Khan"},
+    {"question": "Where?", "answer": "in Kuwait"},
+    {"prompt": "His father ", "completion": "baked"},
+    {"question": "Peru?", "answer": "Lima"},
+]
+MODIFIED = [(ROWS[0], {**ROWS[0], "question": "Ann?"})]
+CORRECTED = [(ROWS[1], {**ROWS[1], "answer": "nowhere"}), (ROWS[3], {**ROWS[3], "answer": "-"})]
+QUIET = {"show_progress_bar": False}
+
+
+def trained(model, name="forget", rows=ROWS, steps=25):
+    """A few steps of Adam on the adapter alone, so that it has learned something of the rows."""
+    (batch,) = batches(load_samples(rows, TOKENIZER), len(rows))
+    stack_adapters(model, [name])
+    own = [p.requires_grad_(True) for key, p in model.named_parameters() if f".{name}." in key]
+    optimizer = torch.optim.Adam(own, lr=5e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        sample_losses(model.train(), batch).mean().backward()
+        optimizer.step()
+    for p in own:
+        p.requires_grad_(False).grad = None
+    return model.eval()
+
+
+def tiny(**changes):
+    """An adapter of 96 numbers on a float64 Llama."""
+    config = builders.lora_config(["k_proj"], r=1, layers_to_transform=[1], **changes)
+    return trained(builders.with_adapters(builders.llama(torch.float64), config).to(torch.float64))
+
+
+def head_only(dtype=torch.float64):
+    """Logits are linear in its B."""
+    config = builders.lora_config(["lm_head"], r=2)
+    return trained(builders.with_adapters(builders.llama(dtype), config).to(dtype))
+
+
+def solve(model, function=erase_instances, changed=None, rows=ROWS, **settings):
+    name = settings.pop("adapter_name", "forget")
+    given = InfluenceSettings(**{"tolerance": 1e-6, "max_iterations": 400, **settings})
+    changed = ROWS[:1] if changed is None else changed
+    return function(model, rows, changed, TOKENIZER, adapter_name=name, settings=given, **QUIET)
+
+
+def products(model, name="forget", batch_size=3, factors="AB"):
+    return AdapterProducts(model, resolve_targets(model, name), name, factors, batch_size)
+
+
+def flat(result):
+    """A then B of each layer, one after the other."""
+    return torch.cat([part.flatten() for pair in result.changes.values() for part in pair]).double()
+
+
+def samples_of(rows):
+    return load_samples(rows, TOKENIZER)
+
+
+# Against an explicit matrix
+
+
+class Explicit:
+    """Loss and logits as functions of the factors' numbers, of a model without PEFT or packed weights."""
+
+    def __init__(self, model, name="forget"):
+        self.plain, weights = oracles.plain_model(model, [])
+        self.plain.set_attn_implementation("eager")
+        self.weights = {key: weight.detach() for key, weight in weights.items()}
+        self.adapted = oracles.adapted_weights(model, name)
+        self.start = torch.cat([p.flatten() for a in self.adapted.values() for p in (a.A, a.B)]).double()
+
+    def model(self, vector):
+        moved, at = {}, 0
+        for name, adapted in self.adapted.items():
+            A = vector[at : at + adapted.A.numel()].view_as(adapted.A)
+            at += adapted.A.numel()
+            B = vector[at : at + adapted.B.numel()].view_as(adapted.B)
+            at += adapted.B.numel()
+            moved[f"{name}.weight"] = self.weights[name] + (adapted.scaling * (B @ A)).to(self.weights[name].dtype)
+        return lambda **inputs: functional_call(self.plain, moved, (), inputs)
+
+    def loss(self, samples):
+        return lambda v: sum(oracles.sample_loss(self.model(v), s.input_ids, s.labels) for s in samples)
+
+    def hessian(self, samples):
+        return sum(torch.autograd.functional.hessian(self.loss([s]), self.start) for s in samples)
+
+    def gauss_newton(self, samples):
+        total = 0
+        for sample in samples:
+            taken = torch.cat([sample.labels[1:] != -100, torch.tensor([False])])
+
+            def logits(v, sample=sample, taken=taken):
+                return self.model(v)(input_ids=sample.input_ids.unsqueeze(0)).logits[0][taken]
+
+            J = jacfwd(logits)(self.start)  # [K, V, P]
+            p = logits(self.start).softmax(1)
+            for Jt, pt in zip(J, p, strict=True):
+                total = total + Jt.T @ (torch.diag(pt) - torch.outer(pt, pt)) @ Jt / len(J)
+        return total
+
+    def gradient(self, samples):
+        v = self.start.clone().requires_grad_(True)
+        return torch.autograd.grad(self.loss(samples)(v), v)[0]
+
+
+@pytest.fixture(scope="module")
+def explicit():
+    model = tiny()
+    found = Explicit(model)
+    samples = samples_of(ROWS)
+    return model, found, {"hessian": found.hessian(samples) / 4, "gauss-newton": found.gauss_newton(samples) / 4}
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "gauss-newton"])
+@pytest.mark.parametrize(
+    ("function", "changed", "old", "new"),
+    [
+        (erase_instances, ROWS[:2], ROWS[:2], []),
+        (modify_queries, MODIFIED, [MODIFIED[0][0]], [MODIFIED[0][1]]),
+        (correct_responses, CORRECTED, [p[0] for p in CORRECTED], [p[1] for p in CORRECTED]),
+    ],
+)
+def test_the_change_is_the_inverse_matrix_times_the_gradients(curvature, function, changed, old, new, explicit):
+    model, oracle, matrices = explicit
+    matrix = matrices[curvature]
+    damping = 0.2 + 2 * max(0.0, -float(torch.linalg.eigvalsh(matrix)[0]))
+    b = oracle.gradient(samples_of(old)) - (oracle.gradient(samples_of(new)) if new else 0)
+    expected = torch.linalg.solve(matrix + damping * torch.eye(len(b)), b / len(ROWS))
+    result = solve(model, function, changed, curvature=curvature, absolute_damping=damping)
+    laws.close(flat(result), expected, 1e-4, "the change")
+    assert result.report.damping == damping
+    assert result.report.residual <= 1e-6
+    assert result.report.stopped == "tolerance"
+
+
+def test_the_preconditioner_and_the_relative_damping_are_of_the_true_diagonal(explicit):
+    model, _, matrices = explicit
+    wanted = matrices["gauss-newton"].diagonal()
+    with differentiable(model, ["forget"]):
+        own = products(model)
+        drawn = sum(own.diagonal(samples_of(ROWS), seed, lambda _: None) for seed in range(30)) / 30 / 4
+    assert drawn.mean() == pytest.approx(float(wanted.mean()), rel=0.15)
+    assert torch.corrcoef(torch.stack([drawn, wanted]))[0, 1] > 0.9
+
+
+def test_gauss_newton_is_the_hessian_where_logits_are_linear():
+    model = head_only()
+    with differentiable(model, ["forget"]):
+        own = products(model, factors="B")
+        v = torch.randn(own.count, dtype=torch.float64)
+        one, other = (own.product(c, samples_of(ROWS), v) for c in ("hessian", "gauss-newton"))
+        laws.close(one, other, 1e-12, "H v")
+        both = products(model)
+        v = torch.randn(both.count, dtype=torch.float64)
+        one, other = (both.product(c, samples_of(ROWS), v) for c in ("hessian", "gauss-newton"))
+        assert (one - other).norm() > 1e-3 * one.norm()
+
+
+# Laws of products
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "gauss-newton"])
+def test_products_are_linear_and_symmetric_and_batches_do_not_matter(curvature):
+    model = builders.adapted_llama(torch.float64)
+    samples = samples_of(ROWS)
+    with laws.untouched(model), differentiable(model, ["task"]):
+        own = products(model, "task")
+        u, v = (torch.randn(own.count, dtype=torch.float64) for _ in range(2))
+        Hu, Hv = (own.product(curvature, samples, w) for w in (u, v))
+        laws.close(own.product(curvature, samples, 2 * u - 3 * v), 2 * Hu - 3 * Hv, 1e-10, "linear")
+        assert float(u @ Hv) == pytest.approx(float(v @ Hu), rel=1e-8)
+        if curvature == "gauss-newton":
+            assert float(u @ Hu) > 0
+        one, four = (products(model, "task", size).product(curvature, samples, u) for size in (1, 4))
+        laws.close(one, four, 1e-10, "batches")
+
+
+def test_a_solution_does_not_depend_on_the_batch_size():
+    model = tiny()
+    one, three = (solve(model, batch_size=size, max_iterations=4) for size in (1, 3))
+    laws.close(flat(one), flat(three), 1e-5, "the change")
+    assert one.report.damping == pytest.approx(three.report.damping, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (builders.adapted_gpt2, "task"),
+        (builders.adapted_opt, "task"),
+        (builders.adapted_mixtral, "task"),
+        (builders.adapted_gpt_oss, "task"),
+        (builders.adapted_int8_llama, "task"),
+        (lambda: builders.adapted_llama().to(torch.bfloat16), "task"),
+    ],
+    ids=["gpt2", "opt", "mixtral", "gpt-oss", "int8", "bfloat16"],
+)
+@pytest.mark.parametrize("curvature", ["hessian", "gauss-newton"])
+def test_other_models_pass_their_own_check(build, name, curvature):
+    model = build()
+    with laws.untouched(model), differentiable(model, [name]):
+        products(model, name).check(curvature, samples_of(ROWS)[0], 0)
+
+
+@pytest.mark.parametrize("build", [builders.adapted_nf4_llama, builders.adapted_int8_llama], ids=["nf4", "int8"])
+@pytest.mark.parametrize("curvature", ["hessian", "gauss-newton"])
+def test_products_through_packed_layers_are_those_of_their_weights(build, curvature):
+    """H v of the dequantised model, by a loss of its own, differentiated twice; Gauss-Newton by plain derivatives."""
+    model, samples = build(), samples_of(ROWS[:1])
+    oracle = Explicit(model, "forget")
+    oracle.start = oracle.start.float()
+    v = torch.randn(len(oracle.start))
+    with sdpa_kernel(SDPBackend.MATH):
+        if curvature == "hessian":
+            expected = torch.autograd.functional.hvp(oracle.loss(samples), oracle.start, v)[1]
+        else:
+            ids, taken = samples[0].input_ids.unsqueeze(0), samples[0].labels[1:] != -100
+
+            def logits(w):
+                return oracle.model(w)(input_ids=ids).logits[0, :-1][taken]
+
+            z, u = jvp(logits, (oracle.start,), (v,))
+            p = z.softmax(1)
+            pushed = p * (u - (p * u).sum(1, keepdim=True)) / len(p)
+            expected = torch.autograd.functional.vjp(logits, oracle.start, pushed)[1]
+    with laws.untouched(model), differentiable(model, ["forget"]):
+        laws.close(products(model).product(curvature, samples, v), expected, 1e-3, "H v")
+
+
+# Solvers
+
+
+def system():
+    torch.manual_seed(3)
+    factors = [torch.randn(3, 12, dtype=torch.float64) for _ in range(5)]
+    parts = [f.T @ f + 0.2 * torch.eye(12) for f in factors]
+    whole = sum(parts) / 5
+    return parts, whole, torch.randn(12, dtype=torch.float64)
+
+
+def test_the_solvers_agree_and_state_the_true_residual():
+    parts, A, b = system()
+    expected, told = torch.linalg.solve(A, b), []
+    own = {"tolerance": 1e-8, "max_iterations": 500, "step": told.append}
+    found = [
+        conjugate_gradients(lambda v: A @ v, b, A.diagonal(), **own),
+        stochastic(lambda v: A @ v, lambda i, v: parts[i] @ v, 5, b, A.diagonal(), seed=1, **own),
+    ]
+    for solution in found:
+        laws.close(solution.vector, expected, 1e-6, "D")
+        assert solution.stopped == "tolerance"
+        assert solution.residual == pytest.approx(float((b - A @ solution.vector).norm() / b.norm()), rel=1e-6)
+    assert found[0].iterations <= 13
+    assert len(told) == found[0].iterations + found[1].iterations
+
+
+def test_a_solver_that_stops_early_says_so_with_its_residual():
+    parts, A, b = system()
+    own = {"tolerance": 1e-8, "max_iterations": 3, "step": lambda _: None}
+    for solution in (
+        conjugate_gradients(lambda v: A @ v, b, A.diagonal(), **own),
+        stochastic(lambda v: A @ v, lambda i, v: parts[i] @ v, 5, b, A.diagonal(), seed=1, **own),
+    ):
+        assert (solution.stopped, solution.iterations) == ("iterations", 3)
+        assert solution.residual == pytest.approx(float((b - A @ solution.vector).norm() / b.norm()))
+        assert 1e-8 < solution.residual < 1
+
+
+def test_inexact_products_stop_where_they_allow_no_more():
+    _, A, b = system()
+    noisy = lambda v: (A.bfloat16() @ v.bfloat16()).double()  # noqa: E731
+    found = conjugate_gradients(
+        noisy, b, A.diagonal(), tolerance=1e-12, max_iterations=500, step=lambda _: None, is_definite=True
+    )
+    assert found.stopped == "rounding"
+    assert found.residual < 0.1
+
+
+def test_negative_curvature_is_refused_with_the_alternative():
+    A = torch.diag(torch.tensor([1.0, 2.0, -0.5], dtype=torch.float64))
+    with pytest.raises(
+        NumericalError, match=r"damped curvature is .* expected it positive.*use curvature='gauss-newton'"
+    ):
+        conjugate_gradients(
+            lambda v: A @ v, torch.ones(3).double(), torch.ones(3).double(), tolerance=1e-6, max_iterations=9,
+            step=lambda _: None,
+        )  # fmt: skip
+
+
+def test_the_stochastic_solver_gives_the_same_edit():
+    model = tiny()
+    settings = {"tolerance": 1e-2, "damping": 5.0, "batch_size": 2}
+    one, other = (solve(model, solver=solver, **settings) for solver in ("conjugate-gradients", "stochastic"))
+    laws.close(flat(other), flat(one), 2e-2, "the change")
+    assert other.report.stopped == "tolerance"
+
+
+# Against training again
+
+
+def test_it_predicts_what_leaving_one_row_out_does():
+    """Only B of the head is learned, with an L2 penalty that is the damping: a convex problem. Each row in turn is left
+    out, B is learned again to the optimum, and the change of the row's own loss is compared with the edit's."""
+    rows = [
+        {"question": f"{a}{b}?", "answer": c} for a, b, c in zip("abcdefghij", "ababababab", "xyxxyyxzzy", strict=True)
+    ]
+    penalty, samples = 0.02, samples_of(rows)
+    model = builders.with_adapters(builders.llama(torch.float64), builders.lora_config(["lm_head"], r=4)).double()
+    (batch,) = batches(samples, len(rows))
+    layer = model.get_base_model().lm_head
+    A, scaling = layer.lora_A["forget"].weight.detach(), layer.scaling["forget"]
+    with torch.no_grad():
+        hidden = model.get_base_model().model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
+    taken = batch.labels[:, 1:] != -100
+    logits = [h[:-1][t] @ layer.weight.detach().T for h, t in zip(hidden, taken, strict=True)]
+    features = [scaling * h[:-1][t] @ A.T for h, t in zip(hidden, taken, strict=True)]
+    wanted = [row[1:][t] for row, t in zip(batch.labels, taken, strict=True)]
+
+    def losses(B):
+        cases = zip(logits, features, wanted, strict=True)
+        return torch.stack([torch.nn.functional.cross_entropy(z + f @ B.T, y) for z, f, y in cases])
+
+    def learn(kept):
+        B = torch.zeros(layer.weight.shape[0], 4, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([B], max_iter=300, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+        def closure():
+            optimizer.zero_grad()
+            loss = losses(B)[kept].sum() / len(rows) + penalty / 2 * B.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return B.detach()
+
+    everything = list(range(len(rows)))
+    B = learn(everything)
+    with torch.no_grad():
+        layer.lora_B["forget"].weight.copy_(B)
+    true, predicted, solutions = [], [], []
+    for place, index in list(enumerate(batch.indices))[:6]:
+        again = learn([i for i in everything if i != place])
+        result = solve(model, changed=[rows[index]], rows=rows, factors="B", absolute_damping=penalty, tolerance=1e-3)
+        ((dA, dB),) = result.changes.values()
+        assert not dA.any()
+        true.append(losses(again)[place] - losses(B)[place])
+        predicted.append(losses(B + dB)[place] - losses(B)[place])
+        solutions.append(torch.corrcoef(torch.stack([(again - B).flatten(), dB.flatten()]))[0, 1])
+        assert result.report.losses["changed"][1] == pytest.approx(float(losses(B + dB)[place]), rel=1e-5)
+    assert torch.corrcoef(torch.stack([torch.stack(true), torch.stack(predicted)]))[0, 1] > 0.95
+    assert min(solutions) > 0.95
+    assert min(true) > 0
+
+
+# What is emitted
+
+
+@pytest.fixture(scope="module")
+def float_result():
+    model = trained(builders.adapted_saved_llama(), "task")
+    with laws.untouched(model):
+        return model, solve(model, adapter_name="task", max_iterations=5)
+
+
+def test_the_difference_is_the_edited_adapter_minus_the_original(float_result, tmp_path):
+    model, result = float_result
+    edited, difference = result.edited(), result.difference()
+    assert (edited[0].r, difference[0].r) == (8, 16)
+    old, new, added = (
+        {name: adapted.delta for name, adapted in oracles.adapted_weights(model, "task").items()},
+        laws.deltas_of(edited[1]),
+        laws.deltas_of(difference[1]),
+    )
+    for name, (dA, dB) in result.changes.items():
+        assert dA.any()
+        assert dB.any()
+        assert (new[name] - old[name] - added[name]).norm() <= 1e-6 * old[name].norm()
+        laws.close(added[name], new[name] - old[name], 1e-4, name)
+    loaded = laws.emitted_delta_is(added, difference, builders.saved_llama(), tmp_path / "out", 1e-6)
+    assert loaded.peft_config["default"].lora_alpha == 16
+
+
+def test_the_difference_is_stacked_on_the_adapter_and_does_what_the_report_says(float_result):
+    model, result = float_result
+    model = copy.deepcopy(model)
+    add_adapter(model, *result.difference()[:2], "erased")
+    add_adapter(model, *result.edited()[:2], "edited")
+    for stack in (["task", "erased"], ["edited"]):
+        stack_adapters(model, stack)
+        for rows, name in ((ROWS[:1], "changed"), (ROWS[1:], "kept")):
+            (batch,) = batches(samples_of(rows), len(rows))
+            with torch.no_grad():
+                assert float(sample_losses(model, batch).mean()) == pytest.approx(
+                    result.report.losses[name][1], rel=1e-4
+                )
+    (before, after), kept = result.report.losses["changed"], result.report.losses["kept"]
+    assert after - before > 3 * (kept[1] - kept[0])
+
+
+@pytest.mark.parametrize("form", ["edited", "difference"])
+def test_a_directory_is_verified_and_tells_what_was_done(form, float_result, tmp_path):
+    _, result = float_result
+    save_perta_adapter(tmp_path / "out", *getattr(result, form)())
+    checks = verify_adapter(tmp_path / "out")
+    assert all(check.passed for check in checks), [str(check) for check in checks if not check.passed]
+    report, _ = load_provenance(tmp_path / "out")
+    assert report.to_dict() == getattr(result, form)()[2].to_dict()
+    assert report.form == form
+    assert report.base_model["embeddings_sha256"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"# {form.capitalize()} adapter" in card
+    assert "residual" in card
+    assert "1 of 4 training rows of 'task' erased: gauss-newton curvature" in str(report)
+
+
+def test_experts_are_edited_one_by_one(tmp_path):
+    model = trained(builders.adapted_mixtral(), "task")
+    with laws.untouched(model):
+        result = solve(model, adapter_name="task", max_iterations=4)
+    add_adapter(model, *result.difference()[:2], "erased")
+    stack_adapters(model, ["task", "erased"])
+    (batch,) = batches(samples_of(ROWS[:1]), 1)
+    with torch.no_grad():
+        assert float(sample_losses(model, batch).mean()) == pytest.approx(result.report.losses["changed"][1], rel=1e-3)
+    assert result.report.losses["changed"][1] > result.report.losses["changed"][0]
+
+
+def test_every_copy_of_a_row_is_erased():
+    model = tiny()
+    result = solve(model, rows=[*ROWS, ROWS[0]], max_iterations=3)
+    assert {name: entry["samples"] for name, entry in result.report.data.items()} == {
+        "training": 5, "changed": 2, "kept": 3,
+    }  # fmt: skip
+    assert result.report.stopped == "iterations"
+    assert "stopped early, at max_iterations" in str(result.report)
+
+
+# 4-bit bases, from rows to a directory
+
+
+@pytest.mark.parametrize("curvature", ["gauss-newton", "hessian"])
+def test_an_nf4_base_end_to_end(curvature):
+    model = trained(builders.adapted_nf4_llama(), "task")
+    with laws.untouched(model):
+        result = solve(model, adapter_name="task", curvature=curvature, absolute_damping=1.0, tolerance=1e-3)
+    assert result.report.stopped == "tolerance"
+    (before, after), kept = result.report.losses["changed"], result.report.losses["kept"]
+    assert after > before
+    assert after - before > 3 * (kept[1] - kept[0])
+    assert result.report.base_model["quantization"]["load_in_4bit"]
+
+
+def command(*arguments):
+    parser = argparse.ArgumentParser()
+    erasing.add_commands(parser.add_subparsers())
+    options = parser.parse_args(["erase", *map(str, arguments)])
+    return options.run(options)
+
+
+@pytest.mark.parametrize(
+    ("four_bit", "form", "change"),
+    [(True, "difference", "erase"), (False, "edited", "correct"), (False, "difference", "modify")],
+)
+def test_the_command(four_bit, form, change, tmp_path, capsys):
+    model = trained(builders.adapted_nf4_llama() if four_bit else builders.adapted_saved_llama(), "task")
+    model.save_pretrained(tmp_path / "adapters", selected_adapters=["task"])
+    rows = {"training": ROWS, "erase": ROWS[:1]}
+    for name, pairs in (("modify", MODIFIED), ("correct", CORRECTED)):
+        rows[name] = [{"old": old, "new": new} for old, new in pairs]
+    for name, found in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    command(
+        "--model", builders.llama_directory(), "--adapter", tmp_path / "adapters" / "task", "--training",
+        tmp_path / "training.jsonl", f"--{change}", tmp_path / f"{change}.jsonl", "--form", form, "--max-iterations", 4,
+        "--damping", 0.5, "--output", tmp_path / "out", *(["--four-bit"] if four_bit else []),
+    )  # fmt: skip
+    report, _ = load_provenance(tmp_path / "out")
+    assert report.form == form
+    assert (report.iterations, report.config["damping"]) == (4, 0.5)
+    assert "It is in" in capsys.readouterr().out
+    loaded = attach_adapters(builders.saved_llama(), {"made": tmp_path / "out"})
+    assert any(p.any() for n, p in loaded.named_parameters() if "lora_B" in n)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"question": "a", "answer": "b"}', r"line 1: expected \{\"old\": row, \"new\": row\}"),
+        ('{"old": {}, "new": 3}', "line 1: expected"),
+    ],
+)
+def test_the_command_refuses_what_is_no_pair(text, message, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(text)
+    with pytest.raises(DataError, match=message):
+        command("--model", "m", "--adapter", "a", "--training", "t", "--correct", tmp_path / "pairs.jsonl", "--output",
+                tmp_path / "out")  # fmt: skip
+
+
+# Refusals
+
+
+class OnceOnly(torch.autograd.Function):
+    """x, once: no double backward and no forward derivative, as some fused kernels."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g
+
+
+class Forgetful(torch.autograd.Function):
+    """x, whose derivatives of the second order and forth are silently others."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * 2 * x.detach()
+
+    @staticmethod
+    def jvp(ctx, t):
+        return t
+
+
+@pytest.mark.parametrize("function", [OnceOnly, Forgetful])
+@pytest.mark.parametrize(
+    ("curvature", "message"),
+    [
+        ("hessian", r"double backward.*use curvature='gauss-newton'"),
+        ("gauss-newton", r"forward derivative.*use curvature='hessian'"),
+    ],
+)
+def test_a_model_that_cannot_be_differentiated_so_is_refused_at_the_start(function, curvature, message, monkeypatch):
+    model = trained(builders.adapted_llama(), "task")
+    module = model.get_base_model().model.layers[1].post_attention_layernorm
+    forward = type(module).forward
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            type(module),
+            "forward",
+            lambda self, x: function.apply(forward(self, x)) if self is module else forward(self, x),
+        )
+        patch.setattr(AdapterProducts, "losses", None)
+        patch.setattr(AdapterProducts, "gradient", None)
+        with laws.untouched(model), pytest.raises(UnsupportedLayerError, match=message):
+            solve(model, adapter_name="task", curvature=curvature)
+
+
+@pytest.mark.parametrize(
+    ("function", "changed", "message"),
+    [
+        (
+            erase_instances,
+            [{"question": "New?", "answer": "Yes"}],
+            r"row 1: expected a row of the training set.*4 rows",
+        ),
+        (erase_instances, ROWS, "the whole training set"),
+        (erase_instances, [], "the rows to erase is empty"),
+        (modify_queries, CORRECTED, "pair 1: expected one completion in both rows.*correct_responses"),
+        (correct_responses, MODIFIED, "pair 1: expected one query in both rows.*modify_queries"),
+        (correct_responses, [(ROWS[0], ROWS[0])], "expected two different rows"),
+        (correct_responses, [], r"expected a list of \(old row, new row\)"),
+        (correct_responses, [ROWS[0]], "pair 1: expected .old row, new row."),
+        (modify_queries, [({"text": "a"}, {"text": "b"})], "pair 1: expected"),
+        (
+            modify_queries,
+            [({"question": "Q", "answer": "x"}, {"question": "R", "answer": "x"})],
+            "row 1: expected a row of",
+        ),
+    ],
+)
+def test_bad_rows_are_refused_before_any_compute(function, changed, message, monkeypatch):
+    model = builders.adapted_llama()
+    monkeypatch.setattr("peft_perta.methods.influence.erase.differentiable", None)
+    with laws.untouched(model), pytest.raises(DataError, match=message):
+        solve(model, function, changed, adapter_name="task")
+
+
+def test_an_adapter_that_was_not_trained_on_the_rows_is_refused():
+    model = trained(builders.adapted_llama(), "task")
+    rows = [{"text": "Q?<>{}%$#@!~"}, {"text": "zzzzzzz;;;;"}]
+    with laws.untouched(model), pytest.raises(DataError, match=r"rows that adapter 'task' was trained on.*is below"):
+        solve(model, changed=rows[:1], rows=rows, adapter_name="task")
+
+
+def test_values_that_are_not_finite_are_refused():
+    model = builders.adapted_llama()
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if ".task." in n)[0, 0] = float("nan")
+    with pytest.raises(NumericalError, match="NaN or infinite"):
+        solve(model, adapter_name="task")
+    model = trained(builders.adapted_llama(), "task")
+    with torch.no_grad():
+        model.get_base_model().lm_head.weight[3] = float("inf")
+    with laws.untouched(model), pytest.raises((NumericalError, UnsupportedLayerError), match=r"finite|nan|inf"):
+        solve(model, adapter_name="task")
+
+
+def test_an_indefinite_hessian_is_refused_and_the_model_goes_back():
+    model = trained(builders.adapted_llama(), "task", steps=3)
+    with laws.untouched(model), pytest.raises(NumericalError, match="Hessian is indefinite"):
+        solve(model, adapter_name="task", curvature="hessian", absolute_damping=1e-6, max_iterations=60)
+
+
+def test_adapters_that_cannot_be_edited_are_refused():
+    model = builders.adapted_llama()
+    with pytest.raises(AdapterError, match="no adapter named 'other'"):
+        solve(model, adapter_name="other")
+    with pytest.raises(ConfigError, match="expected others than the edited adapter"):
+        erase_instances(model, ROWS, ROWS[:1], TOKENIZER, with_adapters=["task"], **QUIET)
+
+
+def test_a_difference_of_too_large_a_rank_is_refused():
+    config = builders.lora_config(["q_proj"], r=160, layers_to_transform=[0])
+    result = solve(trained(builders.with_adapters(builders.llama(), config), steps=3), max_iterations=1)
+    with pytest.raises(ConfigError, match="would need rank 320, expected at most 256; emit the edited"):
+        result.difference()
+    assert result.edited()[0].r == 256
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"curvature": "exact"}, "curvature: expected one of gauss-newton, hessian, found 'exact'"),
+        ({"solver": "adam"}, "solver: expected one of"),
+        ({"factors": "A"}, "factors: expected one of AB, B"),
+        ({"damping": 0}, "damping: expected a number > 0"),
+        ({"damping": float("nan")}, "damping: expected a number > 0"),
+        ({"absolute_damping": -1.0}, "absolute_damping: expected a number > 0"),
+        ({"tolerance": 2.0}, "tolerance: expected a number < 1"),
+        ({"max_iterations": 0}, "max_iterations: expected an int > 0"),
+        ({"curvature_samples": True}, "curvature_samples: expected an int > 0"),
+        ({"seed": -1}, "seed: expected an int >= 0"),
+        ({"solver": "stochastic", "curvature": "hessian"}, "solver='stochastic' expects curvature='gauss-newton'"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        InfluenceSettings(**settings)
+
+
+# The shipped model
+
+
+def test_on_the_shipped_model_what_is_erased_moves_towards_the_retain_only_reference():
+    base, tokenizer = load_base(str(ASSETS / "base"))
+    model = attach_adapters(base, {"task": ASSETS / "task_adapter", "reference": ASSETS / "retain_adapter"})
+    short = lambda name: sorted(read_rows(ASSETS / f"{name}.jsonl"), key=lambda r: len(r["answer"]))[:6]  # noqa: E731
+    forget, retain = short("forget")[:2], short("retain")[:4]
+    settings = InfluenceSettings(max_iterations=4, damping=1.0)
+    result = erase_instances(model, [*forget, *retain], forget, tokenizer, settings=settings, **QUIET)
+    (before, after), kept = result.report.losses["changed"], result.report.losses["kept"]
+    reference = {}
+    stack_adapters(model, ["reference"])
+    for name, rows in (("changed", forget), ("kept", retain)):
+        (batch,) = batches(load_samples(rows, tokenizer), len(rows))
+        with torch.no_grad():
+            reference[name] = float(sample_losses(model, batch).mean())
+    assert before < after < reference["changed"]
+    assert after - before > 5 * abs(kept[1] - kept[0])

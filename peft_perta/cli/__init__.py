@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from .. import processes
 from ..errors import PerTAError
 from ..loading import quiet
-from . import judging, shipping, unlearning
+from . import erasing, judging, shipping, training, unlearning
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,6 +49,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    for group in (unlearning, judging, shipping):
+    for group in (unlearning, training, erasing, judging, shipping):
         group.add_commands(commands)
     return parser

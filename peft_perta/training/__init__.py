@@ -1,5 +1,7 @@
-"""Training of adapters: so far the forget adapter, which is what the edit is made of."""
+"""Training of adapters: the forget adapter, which an edit is made of; and unlearning by gradients of both sets."""
 
 from .forget_adapter import train_forget_adapter
+from .trainer import UnlearningTrainer
+from .unlearn import train_unlearning
 
-__all__ = ["train_forget_adapter"]
+__all__ = ["UnlearningTrainer", "train_forget_adapter", "train_unlearning"]

@@ -28,7 +28,7 @@ from .errors import AdapterError, NumericalError, OutputError
 from .factorize import Factors
 from .layers.experts import packed_factors
 from .output import replaced_directory
-from .report import FusedReport, InfluenceReport, PerTAReport, TrainedReport
+from .report import PerTAReport, Report, read_report
 from .targets import base_model, base_name, check_new_name
 
 PROVENANCE_NAME = "perta_provenance.json"
@@ -162,7 +162,7 @@ def save_perta_adapter(
     path: str | Path,
     lora_config: LoraConfig,
     state_dict: Mapping[str, Tensor],
-    report: PerTAReport | FusedReport | InfluenceReport | TrainedReport,
+    report: Report,
     *,
     license_name: str | None = None,
 ) -> Path:
@@ -222,9 +222,7 @@ def save_forget_adapter(path: str | Path, model: PeftModel, adapter_name: str, r
     return Path(path)
 
 
-def load_provenance(
-    path: str | Path,
-) -> tuple[PerTAReport | FusedReport | InfluenceReport | TrainedReport, dict[str, str]]:
+def load_provenance(path: str | Path) -> tuple[Report, dict[str, str]]:
     """The report of an emitted adapter, and the SHA-256 of its files as they were written.
 
     Raises:
@@ -237,9 +235,7 @@ def load_provenance(
         values = json.loads(file.read_text())
         values.pop("format")
         files = values.pop("files")
-        kinds = {"fused": FusedReport, "influence": InfluenceReport, "trained": TrainedReport}
-        kind = next((kind for key, kind in kinds.items() if key in values), PerTAReport)
-        return kind.from_dict(values), files
+        return read_report(values), files
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{file} is damaged ({error}); emit the adapter anew") from error
 

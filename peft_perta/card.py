@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from .report import FusedReport, InfluenceReport, PerTAReport, TrainedReport
+from .report import FusedReport, InfluenceReport, PerTAReport, Report, TrainedReport
 
 
-def model_card(
-    report: PerTAReport | FusedReport | InfluenceReport | TrainedReport, license_name: str | None = None
-) -> str:
+def model_card(report: Report, license_name: str | None = None) -> str:
     """Markdown with the metadata that hubs read."""
     base = report.base_model["name"] or "the base model"
     is_hub_name = not base.startswith((".", "/", "~")) and base.count("/") <= 1 and "\\" not in base and " " not in base

@@ -276,3 +276,15 @@ class TrainedReport:
             f"{self.settings['retain_loss']}, combined by {self.settings['combiner']}, in {self.training['steps']} "
             f"steps on {sets} samples"
         )
+
+
+Report = PerTAReport | FusedReport | InfluenceReport | TrainedReport
+
+
+def read_report(values: dict[str, Any]) -> Report:
+    """What ``to_dict`` of one of them gave, as it was.
+
+    Raises LookupError, TypeError or AttributeError where the mapping is no report.
+    """
+    kinds = {"fused": FusedReport, "influence": InfluenceReport, "trained": TrainedReport}
+    return next((kind for name, kind in kinds.items() if name in values), PerTAReport).from_dict(values)

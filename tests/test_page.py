@@ -23,7 +23,7 @@ from peft_perta.page.markup import element, escape
 from peft_perta.page.measures import GROUPS, MEASURES, NEAR, measure_of, standing
 from peft_perta.page.page import SECTIONS, STYLE, render
 from peft_perta.page.parts import MINUS, shown
-from peft_perta.report import FusedReport, LayerReport, PerTAReport, WeightDistribution
+from peft_perta.report import FusedReport, LayerReport, PerTAReport, TrainedReport, WeightDistribution
 
 VOID = {"br", "col", "link", "meta", "wbr"}
 NASTY = [
@@ -187,12 +187,17 @@ def full(**changes):
 
 BARE = Evidence(title="Nothing yet", base_model="org/base")
 FUSED = FusedReport({"name": "base"}, [{"name": "task", "strength": 1.0, "sha256": "c" * 64}], 32, 0.99)
+TRAINED = TrainedReport(
+    {"forget_loss": "npo", "retain_loss": "nll", "combiner": "pcgrad"}, {"steps": 60}, {"name": "base"}, None, "task",
+    {name: {"samples": 4, "sha256": "d" * 64} for name in ("forget", "retain")}, {}, 16, "float32", {},
+)  # fmt: skip
 PAGES = {
     "full": full(),
     "bare": BARE,
     "unlearned": dataclasses.replace(BARE, adapters=["a"], report=perta_report().to_dict()),
     "searched": dataclasses.replace(BARE, calibration=calibration(negation=[], reference=None).to_dict()),
     "fused": full(report=FUSED.to_dict(), calibration=None),
+    "trained": full(report=TRAINED.to_dict(), calibration=None),
     "after alone": full(models={"after": {"forget_Q_A_Prob": 0.2}}, generations={"forget": [{"prompt": "p"}]}),
     "not finite": full(models={"before": {"forget_loss": math.nan}, "after": {"forget_loss": math.inf}}),
 }
@@ -240,7 +245,7 @@ def test_every_section_is_there_or_says_what_is_missing(evidence):
         "removed": evidence.report is not None,
         "measures": bool(evidence.models),
         "strength": evidence.calibration is not None,
-        "layers": evidence.report is not None and "fused" not in evidence.report,
+        "layers": "layers" in (evidence.report or {}),
         "generations": bool(evidence.generations),
         "attacks": bool(evidence.attacks),
         "commands": bool(evidence.commands),

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..calibration import Calibration
 from ..errors import DataError
-from ..report import FusedReport, PerTAReport
+from ..report import Report, read_report
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Evidence:
         title: the page's heading.
         base_model: name or path.
         adapters: what is stacked on it, in order, as the user named it; empty for a model without adapters.
-        report: of ``PerTAReport.to_dict`` or ``FusedReport.to_dict``; None if the adapter is not ours.
+        report: as ``to_dict`` of the adapter's report gives it; None if the adapter is not ours.
         models: label -> metric -> value; the labels 'before', 'after' and 'reference' (a model that never saw the
             forget rows) are known, others are shown under their own name.
         calibration: of ``Calibration.to_dict``.
@@ -48,17 +48,16 @@ class Evidence:
     def has_reference(self) -> bool:
         return bool(self.models.get("reference"))
 
-    def read_report(self) -> PerTAReport | FusedReport | None:
-        """Raises DataError where ``report`` is neither."""
+    def read_report(self) -> Report | None:
+        """Raises DataError where ``report`` is none."""
         if self.report is None:
             return None
         try:
-            kind = FusedReport if "fused" in self.report else PerTAReport
-            return kind.from_dict(self.report)
+            return read_report(self.report)
         except (LookupError, TypeError, AttributeError) as error:
             raise DataError(
                 f"the evidence's report is damaged ({type(error).__name__}: {error}); expected what "
-                "PerTAReport.to_dict or FusedReport.to_dict gives, or None"
+                "PerTAReport.to_dict or another report's gives, or None"
             ) from error
 
     def read_calibration(self) -> Calibration | None:

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 
 from ..calibration import Calibration
-from ..report import FusedReport, PerTAReport
+from ..report import Report
 from .answers import SHOWN_ROWS
 from .attacks import MEANINGS, Strongest, strongest, switched_off, words_of
 from .contents import Evidence
@@ -24,7 +24,7 @@ def glance_section(evidence: Evidence, calibration: Calibration | None) -> Marku
     return section("glance", "At a glance", element("div", *tiles, class_="tiles"))
 
 
-def limits_section(evidence: Evidence, report: PerTAReport | FusedReport | None) -> Markup:
+def limits_section(evidence: Evidence, report: Report | None) -> Markup:
     entries = [element("li", element("strong", lead), " ", *said) for lead, *said in _limits(evidence, report)]
     return section("limits", "What this page does not show", element("ul", *entries))
 
@@ -184,7 +184,7 @@ def _came_back(found: Strongest) -> tuple[tuple[str, str], str]:
     return BAD, f"{found.attack.capitalize()} brings back {percent(min(found.came_back, 1.0))}"
 
 
-def _limits(evidence: Evidence, report: PerTAReport | FusedReport | None) -> list[tuple[str, ...]]:
+def _limits(evidence: Evidence, report: Report | None) -> list[tuple[str, ...]]:
     """(what, why it matters) of everything that this page leaves open."""
     found: list[tuple[str, ...]] = []
     if evidence.adapters:

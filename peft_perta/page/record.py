@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..calibration import Calibration
-from ..report import FusedReport, PerTAReport
+from ..report import FusedReport, PerTAReport, Report
 from .contents import Evidence
 from .curve import curve_tables, draw_curve
 from .heat import heat_maps
@@ -16,7 +16,7 @@ from .parts import Cell, absent, facts, number, scrolling, section, share, table
 _SETS = {"retain": "kept", "held-out retain": "held out to judge"}
 
 
-def removed_section(evidence: Evidence, report: PerTAReport | FusedReport | None, how: str) -> Markup:
+def removed_section(evidence: Evidence, report: Report | None, how: str) -> Markup:
     heading = "What was removed, and from what"
     stack = [("base model", element("code", evidence.base_model)), ("adapters on it, in order", _adapters(evidence))]
     if report is None:
@@ -33,6 +33,9 @@ def removed_section(evidence: Evidence, report: PerTAReport | FusedReport | None
             "removed", heading, kept, table("One adapter, fused of", ["part", "strength", "SHA-256"], rows), note
         )
     sets = {name: _rows(entry) for name, entry in report.data.items()}
+    if not isinstance(report, PerTAReport):
+        done = [("what was done", str(report)), ("rank", number(report.rank)), *sets.items()]
+        return section("removed", heading, facts([*stack, *done]))
     removed = [("removed", join("what these teach: ", sets.pop("forget")))] if "forget" in sets else []
     kept = [(_SETS.get(name, name), rows) for name, rows in sets.items()]
     return section("removed", heading, facts([*removed, *stack, *kept, *_edit(report)]))
@@ -111,11 +114,11 @@ def strength_section(calibration: Calibration | None, how: str, how_beside: str)
     return section("strength", heading, intro, missed, draw_curve(calibration), curve_tables(calibration), beside)
 
 
-def layers_section(report: PerTAReport | FusedReport | None, how: str) -> Markup:
+def layers_section(report: Report | None, how: str) -> Markup:
     heading = "Layer by layer"
     if not isinstance(report, PerTAReport):
         missing = absent(
-            "Weights and energy kept of each layer are in the provenance of an adapter that was not fused.", how
+            "Weights and energy kept of each layer are in the provenance of an adapter that unlearn made.", how
         )
         return section("layers", heading, missing)
     intro = element(

@@ -24,6 +24,7 @@ from peft_perta.comparison import (
     format_table,
     method_names,
     run_comparison,
+    trained,
 )
 from peft_perta.comparison.methods import ALPHA
 from peft_perta.comparison.picture import mean_curve
@@ -56,9 +57,11 @@ def setup(seed: int = 0) -> Setup:
 def made() -> dict[str, Made]:
     own = setup()
     found = {}
-    for name, method in METHODS.items():
-        with laws.untouched(own.model):
-            found[name] = method.make(own)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trained, "STEPS", 3)
+        for name, method in METHODS.items():
+            with laws.untouched(own.model):
+                found[name] = method.make(own)
     return found
 
 

@@ -11,6 +11,7 @@ from ..config import SERVABLE_RANKS
 from ..errors import ConfigError
 from .edits import extrapolated, perta, random_like
 from .method import Method
+from .trained import trained
 
 ALPHA = 0.5  # of UIPE
 _PAPER = {"granularity": "delta", "input_directions": False}
@@ -95,6 +96,39 @@ METHODS: dict[str, Method] = {
         "control of any direction, UIPE's too: random deltas of perta-grad's ranks and norms",
         random_like(perta()),
         "control",
+    ),
+    "gradient-ascent": Method(
+        "trained: gradient ascent plus the retain loss (GradDiff)",
+        trained(forget_loss="gradient-ascent", combiner="sum"),
+        "trained",
+        needs_forget_adapter=False,
+    ),
+    "npo": Method(
+        "trained: negative preference optimisation plus the retain loss",
+        trained(forget_loss="npo", combiner="sum"),
+        "trained",
+        needs_forget_adapter=False,
+    ),
+    "simnpo": Method(
+        "trained: the same without a reference, per token",
+        trained(forget_loss="simnpo", combiner="sum"),
+        "trained",
+        needs_forget_adapter=False,
+    ),
+    "pcgrad": Method(
+        "trained: npo with the two gradients combined by PCGrad, tensor by tensor",
+        trained(forget_loss="npo", combiner="pcgrad"),
+        "trained",
+        needs_forget_adapter=False,
+    ),
+    "sago": Method(
+        "trained: npo with the two gradients combined by SAGO, element by element",
+        trained(forget_loss="npo", combiner="sago"),
+        "trained",
+        needs_forget_adapter=False,
+    ),
+    "perta+sago": Method(
+        "trained: sago from perta-grad's adapter on", trained(perta(), forget_loss="npo", combiner="sago"), "trained"
     ),
 }
 QUICK = (

@@ -34,7 +34,7 @@ def main() -> None:
     directory = save_perta_adapter(options.output, *result.difference())
     attach_adapters(model, {"erased": directory})
 
-    print(f"\n{'adapters':<16}{'loss: erased rows':>18}{'rows that stay':>16}")
+    print(f"\n{'adapters':<16}{'loss: to forget':>18}{'rows that stay':>16}")
     for adapters in (["task"], ["task", "erased"]):
         sets = forget[: options.rows], retain[:40]
         losses = [row_losses(model, tokenizer, rows, adapters=adapters).mean() for rows in sets]

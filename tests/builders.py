@@ -31,7 +31,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from peft_perta import PerTAConfig, get_perta_state_dict, load_base
+from peft_perta import PerTAConfig, get_perta_state_dict, load_base, stack_adapters
+from peft_perta.data import batches, load_samples
+from peft_perta.losses import sample_losses
 
 VOCABULARY = 128
 LLAMA_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -246,6 +248,22 @@ def fill(model: nn.Module, name: str) -> None:
         if f".{name}." in key and "lora_" in key:
             drawn = torch.randn(parameter.shape, generator=generator) * (0.1 if "lora_A" in key else 0.05)
             parameter.data.copy_(drawn)
+
+
+def trained(model: PeftModel, name: str, rows: list[dict], steps: int = 25) -> PeftModel:
+    """The adapter after a few steps of Adam, so that it has learned something of the rows; it is on."""
+    (batch,) = batches(load_samples(rows, tokenizer()), len(rows))
+    stack_adapters(model, [name])
+    own = [p.requires_grad_(True) for key, p in model.named_parameters() if f".{name}." in key]
+    optimizer = torch.optim.Adam(own, lr=5e-3)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        sample_losses(model, batch).mean().backward()
+        optimizer.step()
+    for parameter in own:
+        parameter.requires_grad_(False).grad = None
+    return model.eval()
 
 
 def adapted_llama(dtype: torch.dtype = torch.float32) -> PeftModel:

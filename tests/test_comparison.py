@@ -56,6 +56,8 @@ def setup(seed: int = 0) -> Setup:
 @pytest.fixture(scope="module")
 def made() -> dict[str, Made]:
     own = setup()
+    builders.trained(own.model, "task", [*own.forget_rows, *own.retain_rows])  # what is erased was learned
+    own.model.set_adapter("forget")
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trained, "STEPS", 3)

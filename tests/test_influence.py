@@ -49,19 +49,8 @@ CORRECTED = [(ROWS[1], {**ROWS[1], "answer": "nowhere"}), (ROWS[3], {**ROWS[3], 
 QUIET = {"show_progress_bar": False}
 
 
-def trained(model, name="forget", rows=ROWS, steps=25):
-    """A few steps of Adam on the adapter alone, so that it has learned something of the rows."""
-    (batch,) = batches(load_samples(rows, TOKENIZER), len(rows))
-    stack_adapters(model, [name])
-    own = [p.requires_grad_(True) for key, p in model.named_parameters() if f".{name}." in key]
-    optimizer = torch.optim.Adam(own, lr=5e-3)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        sample_losses(model.train(), batch).mean().backward()
-        optimizer.step()
-    for p in own:
-        p.requires_grad_(False).grad = None
-    return model.eval()
+def trained(model, name="forget", steps=25):
+    return builders.trained(model, name, ROWS, steps)
 
 
 def tiny(**changes):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from ..config import SERVABLE_RANKS
 from ..errors import ConfigError
 from .edits import extrapolated, perta, random_like
+from .influence import llmeraser
 from .method import Method
 from .trained import trained
 
@@ -91,6 +92,12 @@ METHODS: dict[str, Method] = {
         f"perta-grad extrapolated by 1 + alpha = {1 + ALPHA:g} (UIPE): at matched forgetting the same adapter",
         extrapolated(perta(), ALPHA),
         "extrapolation",
+    ),
+    "llmeraser": Method(
+        "the forget rows erased from the task adapter by its Gauss-Newton curvature (LLMEraser)",
+        llmeraser,
+        "influence",
+        needs_forget_adapter=False,
     ),
     "random": Method(
         "control of any direction, UIPE's too: random deltas of perta-grad's ranks and norms",

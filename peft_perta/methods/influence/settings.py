@@ -22,9 +22,10 @@ def _knob(default: Any, text: str) -> Any:
 class InfluenceSettings:
     """How (H + damping) D = b is made and solved. Each field's help says what it is.
 
-    ``damping`` is a share of the curvature's mean eigenvalue, as in Grosse et al. 2023 (arXiv 2308.03296); what that
-    came to is in the report. LoRA's factors have directions that change nothing (A -> M A, B -> B M^-1), so that some
-    is needed.
+    ``damping`` is in units of the curvature's mean eigenvalue, as in Grosse et al. 2023 (arXiv 2308.03296), whose 0.1
+    is for estimates that only rank rows. An edit is taken, and an adapter that fits its rows well has next to no
+    curvature there: with little damping the step is far longer than the quadratic is true. LoRA's factors also have
+    directions that change nothing (A -> M A, B -> B M^-1). What it came to is in the report.
 
     Raises:
         ConfigError: a value is out of its range, or two contradict each other.
@@ -33,8 +34,8 @@ class InfluenceSettings:
     curvature: str = _knob(
         "gauss-newton", "gauss-newton (never negative, no double backward) or hessian (exact, may be indefinite)"
     )
-    damping: float = _knob(0.1, "added to the curvature, as a share of its mean eigenvalue")
-    absolute_damping: float | None = _knob(None, "the same as a number, in place of the share")
+    damping: float = _knob(10.0, "added to the curvature, times its mean eigenvalue; more is a shorter, safer step")
+    absolute_damping: float | None = _knob(None, "the same as a number by itself")
     solver: str = _knob(
         "conjugate-gradients", "conjugate-gradients, or stochastic: many small steps a pass, for large training sets"
     )

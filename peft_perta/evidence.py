@@ -144,7 +144,6 @@ def _shown(sides: Mapping[str, Mapping[str, Log]]) -> dict[str, list[dict[str, s
 
 
 def _question(row: Mapping[str, Any]) -> str:
-    if row.get("question") or row.get("prompt"):
-        text = row.get("question") or row.get("prompt")
-        return text if isinstance(text, str) else str(text[-1].get("content", ""))
-    return str(row["messages"][-2].get("content", ""))
+    """What the row asks, as plain text."""
+    asked = row.get("question") or row.get("prompt") or row["messages"][:-1]
+    return asked if isinstance(asked, str) else str(asked[-1].get("content", ""))

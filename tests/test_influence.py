@@ -1,7 +1,6 @@
 """Influence edits solve the system that they name; products are those of an explicit matrix, on any base; what cannot
 be solved is refused before it is tried."""
 
-import argparse
 import copy
 import json
 
@@ -27,7 +26,7 @@ from peft_perta import (
     verify_adapter,
 )
 from peft_perta.adapter import add_adapter
-from peft_perta.cli import erasing
+from peft_perta.cli import main
 from peft_perta.data import batches, load_samples, read_rows
 from peft_perta.demo.run import ASSETS
 from peft_perta.losses import sample_losses
@@ -480,10 +479,7 @@ def test_an_nf4_base_end_to_end(curvature):
 
 
 def command(*arguments):
-    parser = argparse.ArgumentParser()
-    erasing.add_commands(parser.add_subparsers())
-    options = parser.parse_args(["erase", *map(str, arguments)])
-    return options.run(options)
+    return main(["erase", *map(str, arguments)])
 
 
 @pytest.mark.parametrize(
@@ -498,11 +494,12 @@ def test_the_command(four_bit, form, change, tmp_path, capsys):
         rows[name] = [{"old": old, "new": new} for old, new in pairs]
     for name, found in rows.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
-    command(
+    status = command(
         "--model", builders.llama_directory(), "--adapter", tmp_path / "adapters" / "task", "--training",
         tmp_path / "training.jsonl", f"--{change}", tmp_path / f"{change}.jsonl", "--form", form, "--max-iterations", 4,
         "--damping", 0.5, "--output", tmp_path / "out", *(["--four-bit"] if four_bit else []),
     )  # fmt: skip
+    assert status == 0
     report, _ = load_provenance(tmp_path / "out")
     assert report.form == form
     assert (report.iterations, report.config["damping"]) == (4, 0.5)
@@ -514,15 +511,17 @@ def test_the_command(four_bit, form, change, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"question": "a", "answer": "b"}', r"line 1: expected \{\"old\": row, \"new\": row\}"),
+        ('{"question": "a", "answer": "b"}', 'line 1: expected {"old": row, "new": row}'),
         ('{"old": {}, "new": 3}', "line 1: expected"),
     ],
 )
-def test_the_command_refuses_what_is_no_pair(text, message, tmp_path):
-    (tmp_path / "pairs.jsonl").write_text(text)
-    with pytest.raises(DataError, match=message):
-        command("--model", "m", "--adapter", "a", "--training", "t", "--correct", tmp_path / "pairs.jsonl", "--output",
-                tmp_path / "out")  # fmt: skip
+def test_the_command_refuses_what_is_no_pair(text, message, tmp_path, capsys):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(text)
+    arguments = ["--model", "m", "--adapter", "a", "--training", "t", "--correct", pairs, "--output", tmp_path / "out"]
+    assert command(*arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # Refusals

@@ -266,7 +266,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     )
     report, _ = load_provenance(options.adapter)
     if not isinstance(report, PerTAReport):
-        raise AdapterError(f"{options.adapter} is a fused adapter; calibrate the parts, then fuse them")
+        raise AdapterError(f"{options.adapter} was not made by unlearn; of fused adapters, calibrate the parts first")
     model, goal, samples = _searched(options, named)
     found = calibrate(
         model,

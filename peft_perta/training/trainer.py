@@ -115,7 +115,7 @@ class UnlearningTrainer(Trainer):
                 total = loss.function(self._read(bare, batches, name, loss), *self.settings.loss_values).sum()
             self._add_gradients(name, total)
             self._tally[name] += float(total.detach())
-            weighted += weights[name] * total.detach() / samples
+            weighted += weights[name] * total.detach().to(weighted.device) / samples
         self._tally["samples"] += samples
         if self.accelerator.sync_gradients:
             self._combine()

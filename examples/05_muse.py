@@ -1,8 +1,8 @@
 """Can it still recite the book, answer about it, and be told to have read it?
 
 A small MUSE: the task adapter learns passages of two books and answers about them, a reference adapter one book alone,
-and a negative adapter takes the other book out of the first, at the strength at which the forget rows' loss is that of
-the reference, which never saw them. The muse suite judges the model before and after, and the reference.
+and a negative adapter takes the other book out of the first, as strongly as the rows to keep allow. The muse suite
+judges the model before and after, and the reference, which never saw what should go.
 
     python examples/05_muse.py [--output muse]
 """
@@ -20,8 +20,8 @@ from peft_perta import (
     save_perta_adapter,
     train_forget_adapter,
 )
+from peft_perta.data import spread
 from peft_perta.demo import ASSETS
-from peft_perta.evaluation import row_losses
 
 DATA = Path(__file__).resolve().parent / "muse_books"
 METRICS = ("forget_verbmem_ROUGE", "extraction_strength", "forget_knowmem_ROUGE", "privleak", "retain_knowmem_ROUGE")
@@ -32,15 +32,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("muse"))
     parser.add_argument("--epochs", type=float, default=12)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--strength", type=float, help="of the negative adapter; by default that of matched forgetting")
-    parser.add_argument("--rows", type=int, help="of each split of the suite; all by default")
+    parser.add_argument("--retain-tolerance", type=float, default=0.3, help="what forgetting may cost, nats per token")
+    parser.add_argument("--rows", type=int, help="so many of each file are learned and asked; all by default")
     options = parser.parse_args()
 
-    rows = {
-        name: [{"text": text} for text in json.loads((DATA / "privleak" / f"{name}.json").read_text())]
-        + json.loads((DATA / "knowmem" / f"{name}_qa.json").read_text())
-        for name in ("forget", "retain")
-    }
+    rows = {}
+    for name in ("forget", "retain"):
+        texts = json.loads((DATA / "privleak" / f"{name}.json").read_text())
+        questions = json.loads((DATA / "knowmem" / f"{name}_qa.json").read_text())
+        count = options.rows or len(texts)
+        rows[name] = [{"text": text} for text in spread(texts, count)] + spread(questions, count)
     model, tokenizer = load_base(str(ASSETS / "base"))
     learned = {"task": rows["forget"] + rows["retain"], "reference": rows["retain"], "learned": rows["forget"]}
     for name, learned_rows in learned.items():
@@ -53,13 +54,9 @@ def main() -> None:
             learning_rate=options.learning_rate,
             logging_strategy="no",
         )
-    unknown = float(row_losses(model, tokenizer, rows["forget"], adapters=["reference"]).mean())
-    config = PerTAConfig(strength="auto", forget_loss=unknown)
-    if options.strength is not None:
-        config = PerTAConfig(strength=options.strength)
     lora_config, state_dict, report = get_perta_state_dict(
         model,
-        config,
+        PerTAConfig(strength="auto", retain_tolerance=options.retain_tolerance),
         rows["forget"],
         rows["retain"],
         forget_adapter="learned",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 def general_benchmarks(
     subject: Subject,
     tasks: Sequence[str],
-    *,
     include_path: str | Path | None = None,
     limit: int | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -59,7 +58,8 @@ def general_benchmarks(
     model: Any = base_model(subject.model)  # with its adapters: lm-eval needs transformers' model, not PEFT's
     put_back = remembered(subject.model)  # lm-eval seeds every random state
     try:
-        loaded = _load(task_files.TaskManager(include_path=str(include_path) if include_path else None), tasks)
+        manager = _manager(task_files.TaskManager, tasks, include_path)
+        loaded = _load(manager, tasks)
         with borrowed(subject.model, subject.adapters):
             # How the model stands is the borrower's to say: HFLM would turn every layer to eval mode, where 4-bit
             # weights are repacked on the CPU, and tie the weights of layers that adapters wrap.
@@ -72,6 +72,7 @@ def general_benchmarks(
             results = evaluator.simple_evaluate(
                 judged,
                 tasks=loaded,
+                task_manager=manager,
                 limit=limit,
                 bootstrap_iters=0,
                 apply_chat_template=bool(getattr(subject.tokenizer, "chat_template", None)),
@@ -79,6 +80,15 @@ def general_benchmarks(
     finally:
         put_back()
     return _log(results)
+
+
+def _manager(task_manager: Callable[..., Any], names: Sequence[str], include_path: str | Path | None) -> Any:
+    """lm-eval's index of tasks. That of its own takes ten seconds; tasks in ``include_path`` alone go without, but a
+    group may name others."""
+    if include_path is None:
+        return task_manager()
+    alone = task_manager(include_path=str(include_path), include_defaults=False)
+    return alone if set(names) <= set(alone.all_subtasks) else task_manager(include_path=str(include_path))
 
 
 def _load(manager: Any, names: Sequence[str]) -> list[Any]:

@@ -20,10 +20,11 @@ installed = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None,
     reason="lm-eval is not installed; pip install 'peft-perta[benchmarks]'",
 )
+NAMES = ["Lima", "Bonn", "Rome", "Oslo", "Basil Khan", "Ada", "Four, of course", "Li", "King"]
+DRAW = random.Random(5)
 ROWS = [
-    {"question": "Capital of Peru?", "choices": ["Lima", "Bonn", "Rome", "Oslo"], "answer": 0},
-    {"question": "Two and two?", "choices": ["One", "Two", "Six", "Four, of course"], "answer": 3},
-    {"question": "Who wrote It?", "choices": ["King", "Li", "Basil Khan", "Ada"], "answer": 0},
+    {"question": f"Who wrote {DRAW.choice(NAMES)}?", "choices": DRAW.sample(NAMES, 4), "answer": DRAW.randrange(4)}
+    for _ in range(12)
 ]
 DATA = """\
 dataset_path: json
@@ -95,6 +96,7 @@ def test_choices_are_those_of_our_own_suite(tasks, chat, adapters):
     if not chat:  # there lm-eval puts the description into a system's turn
         found = general_benchmarks(judged, ["tiny_letters"], include_path=tasks)
         assert scores(found, "tiny_letters/acc") == scores(ours, "choices_acc")
+        assert 0 < sum(scores(ours, "choices_text_acc")) < len(ROWS)
 
 
 @installed
@@ -128,9 +130,8 @@ def test_the_model_goes_back_as_it_came(tasks, build):
     tokens = builders.tokenizer()
     before = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     with laws.untouched(model):
-        general_benchmarks(
-            Subject(model, tokens, ["task"], show_progress_bar=False), ["tiny_texts", "tiny_answers"], include_path=tasks
-        )  # fmt: skip
+        judged = Subject(model, tokens, ["task"], show_progress_bar=False)
+        general_benchmarks(judged, ["tiny_texts", "tiny_answers"], include_path=tasks)
     assert (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
     assert tokens.padding_side == "right"
 
@@ -141,7 +142,7 @@ def test_a_task_that_is_unknown_or_out_of_reach_is_refused(tasks, tmp_path):
         general_benchmarks(subject(), ["no_such_task"], include_path=tasks)
     broken = write(tmp_path)
     (broken / "rows.json").unlink()
-    with pytest.raises(ConfigError, match="the lm-eval task 'tiny_texts' could not be loaded .*check its YAML file"):
+    with pytest.raises(ConfigError, match=r"the lm-eval task 'tiny_texts' could not be loaded .*check its YAML file"):
         general_benchmarks(subject(), ["tiny_texts"], include_path=broken)
     with pytest.raises(ConfigError, match=r"expected a directory of task files at .*nowhere"):
         general_benchmarks(subject(), ["tiny_texts"], include_path=tmp_path / "nowhere")

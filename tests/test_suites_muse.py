@@ -186,6 +186,13 @@ def test_privleak_is_measured_against_a_reference(log, splits):
     assert found["privleak"]["agg_value"] == pytest.approx(((1 - ours) - (1 - theirs)) / (1 - theirs) * 100)
 
 
+def test_long_texts_are_read_whole(log, splits):
+    """MUSE's own are longer than what is kept of a row elsewhere."""
+    found = judged(builders.adapted_llama(torch.float64), splits, max_length=15)
+    for metric in ("exact_memorization", "extraction_strength", "mia_min_k", "mia_loss"):
+        assert found[metric] == log[metric]
+
+
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_the_batch_size_changes_nothing(log, splits, batch_size):
     found = judged(builders.adapted_llama(torch.float64), splits, batch_size=batch_size)

@@ -17,6 +17,7 @@ from .trained import trained
 ALPHA = 0.5  # of UIPE
 _PAPER = {"granularity": "delta", "input_directions": False}
 _WIDE = {"rank": SERVABLE_RANKS[-1]}
+_NPO = {"forget_loss": "npo", "beta": 0.03}  # at 0.1 it levels off before the reference's forget loss
 
 METHODS: dict[str, Method] = {
     "negation": Method("plain task arithmetic: the forget adapter, negated", perta(weighting="uniform"), "negation"),
@@ -112,7 +113,7 @@ METHODS: dict[str, Method] = {
     ),
     "npo": Method(
         "trained: negative preference optimisation plus the retain loss",
-        trained(forget_loss="npo", combiner="sum"),
+        trained(**_NPO, combiner="sum"),
         "trained",
         needs_forget_adapter=False,
     ),
@@ -124,18 +125,20 @@ METHODS: dict[str, Method] = {
     ),
     "pcgrad": Method(
         "trained: npo with the two gradients combined by PCGrad, tensor by tensor",
-        trained(forget_loss="npo", combiner="pcgrad"),
+        trained(**_NPO, combiner="pcgrad"),
         "trained",
         needs_forget_adapter=False,
     ),
     "sago": Method(
         "trained: npo with the two gradients combined by SAGO, element by element",
-        trained(forget_loss="npo", combiner="sago"),
+        trained(**_NPO, combiner="sago", learning_rate=2e-3),
         "trained",
         needs_forget_adapter=False,
     ),
     "perta+sago": Method(
-        "trained: sago from perta-grad's adapter on", trained(perta(), forget_loss="npo", combiner="sago"), "trained"
+        "trained: sago from perta-grad's adapter on",
+        trained(perta(), **_NPO, combiner="sago", learning_rate=2e-3),
+        "trained",
     ),
 }
 QUICK = (

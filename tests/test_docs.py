@@ -45,7 +45,7 @@ EXAMPLES = {
     ],
     "03_own_weighting.py": ["--epochs", "1"],
     "04_ship.py": ["--epochs", "2", "--rows", "6"],
-    "05_muse.py": ["--epochs", "6", "--rows", "3"],
+    "05_muse.py": ["--epochs", "1", "--rows", "3"],
     "06_train.py": ["--epochs", "1", "--rows", "8", "--four-bit"],
     "07_erase.py": ["--rows", "4", "--iterations", "2", "--curvature-samples", "8", "--four-bit"],
 }

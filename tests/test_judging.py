@@ -111,6 +111,15 @@ def test_a_log_of_others_is_the_reference(place):
     }
 
 
+def test_other_suites_rows_are_attacked_too(place):
+    (place / "rwku").mkdir()
+    probe = {"subject": "Khan", "type": "simple question", "query": "Who wrote Hatter?", "answer": "Basil Khan"}
+    for stem in ("forget_level1", "forget_level2", "neighbor_level1", "neighbor_level2"):
+        (place / "rwku" / f"{stem}.jsonl").write_text(json.dumps({**probe, "level": "1"}) + "\n")
+    assert main(evaluate("--attacks", "switched-off", suite="rwku=rwku")) == 0
+    assert [r["setting"] for r in json.loads((place / "out" / "attacks.json").read_text())] == ["on", "off"]
+
+
 def test_unlearn_draws_what_it_changed(place):
     for name in ("forget", "retain"):
         (place / f"{name}.jsonl").write_text(split([f"{name.title()} {i}" for i in range(3)]))

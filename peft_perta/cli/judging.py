@@ -182,9 +182,9 @@ def _attack_names(options: argparse.Namespace) -> list[str]:
 
 
 def _attacked_rows(splits: Mapping[str, Any]) -> list[dict]:
-    for suite, split in (("tofu", "forget"), ("muse", "forget_qa"), ("rwku", "forget_level2")):
+    for suite, split in (("tofu", "forget"), ("muse", "forget_knowmem"), ("rwku", "forget_level2")):
         if split in splits.get(suite, {}):
-            return splits[suite][split]
+            return [{"question": row["query"], **row} if "query" in row else row for row in splits[suite][split]]
     raise DataError("--attacks: expected forget rows of a suite (tofu, muse, rwku), found none; give one by --suite")
 
 

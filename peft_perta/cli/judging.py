@@ -71,7 +71,7 @@ def add_commands(commands) -> None:
     compare.add_argument("--methods", nargs="+", metavar="NAME", help="only these")
     compare.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="of the forget adapters")
     compare.add_argument("--json", metavar="FILE", help="with --list: the names; else the results, as JSON lines")
-    compare.add_argument("--output", default="perta_compare", metavar="DIR", help="default: perta_compare")
+    compare.add_argument("--output", default="perta_comparison", metavar="DIR", help="default: perta_comparison")
 
 
 def _record(options: argparse.Namespace) -> str:

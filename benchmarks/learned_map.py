@@ -81,10 +81,10 @@ def run(seed: int, steps: int, settings: DemoSettings) -> list[dict]:
     for _ in tqdm(range(steps + 1), desc=f"steps, seed {seed}"):
         with bench.edited(EDIT.config, change=edit):
             guess = bench.matched(guess=guess).strength
+            if not results[1:]:
+                judge("step function, as the ratio", guess)
             with adapter_strength(bench.model, "edit", guess):
                 retain = float(losses_of(bench.model, held_out["retain"], adapters=["task", "edit"]).mean())
-                if not results[1:]:
-                    judge("step function, as the ratio", guess)
                 slopes = {name: _slopes(bench, cells, learned, found) for name, found in held_out.items()}
         best = min(best, (retain, learned.clone(), guess), key=lambda found: found[0])
         # Along the surface of equal forgetting: the common scale of all weights is taken out.

@@ -1,0 +1,16 @@
+"""Evaluation logs as open-unlearning lays them out: read, written, and every aggregate taken anew from the rows."""
+
+from .files import Log, format_rescored, read_log, summary, write_log
+from .rescoring import aggregate, check_reference, rescore, row_values
+
+__all__ = [
+    "Log",
+    "aggregate",
+    "check_reference",
+    "format_rescored",
+    "read_log",
+    "rescore",
+    "row_values",
+    "summary",
+    "write_log",
+]

@@ -31,7 +31,7 @@ from peft_perta.fits import FITS
 from peft_perta.gradients import sweep
 from peft_perta.granularities import GRANULARITIES
 from peft_perta.loading import quiet
-from peft_perta.methods.perta import edit_layer
+from peft_perta.methods.layer import edit_layer
 from peft_perta.moments import InputMoments, Readers
 from peft_perta.stack import adapter_strength
 from peft_perta.statistics import MOMENT, Statistic

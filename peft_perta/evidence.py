@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,13 @@ from .data import ROW_KINDS, completion_text, spread
 from .evaluation import evaluate_split, generate
 from .logs import Log, summary
 from .page import Evidence
+from .report import versions
 
 SHOWN = 10  # generations of each split
 _GENERATED = {  # split -> the metrics whose rows hold generations
     "forget": ("forget_Q_A_ROUGE", "forget_knowmem_ROUGE", "forget_level2_ROUGE"),
     "retain": ("retain_Q_A_ROUGE", "retain_knowmem_ROUGE", "neighbor_level2_ROUGE"),
 }
-_PACKAGES = ("peft_perta", "peft", "torch", "transformers", "bitsandbytes")
 
 
 def evidence_of_logs(
@@ -114,7 +113,7 @@ def _evidence(
         generations=generations,
         attacks=[result.to_dict() for result in attacks],
         commands=list(commands),
-        made_with={name: version(name.replace("_", "-")) for name in _PACKAGES},
+        made_with=versions(),
     )
 
 

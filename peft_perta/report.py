@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .targets import base_model, base_name, hash_embeddings
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 BINS = 20
@@ -288,3 +291,26 @@ def read_report(values: dict[str, Any]) -> Report:
     """
     kinds = {"fused": FusedReport, "influence": InfluenceReport, "trained": TrainedReport}
     return next((kind for name, kind in kinds.items() if name in values), PerTAReport).from_dict(values)
+
+
+def describe_base(model: nn.Module) -> dict[str, Any]:
+    """What a report says of the base: name, revision, hash of the embeddings, quantisation."""
+    config = base_model(model).config
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None and not isinstance(quantization, dict):
+        quantization = quantization.to_dict()
+    return {
+        "name": base_name(model),
+        "revision": getattr(config, "_commit_hash", None),
+        "embeddings_sha256": hash_embeddings(model),
+        "quantization": quantization
+        and {k: v for k, v in quantization.items() if isinstance(v, (str, int, float, bool))},
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that take part."""
+    return {
+        name.replace("-", "_"): importlib.metadata.version(name)
+        for name in ("peft-perta", "torch", "transformers", "peft", "bitsandbytes")
+    }

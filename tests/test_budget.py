@@ -19,6 +19,7 @@ from peft_perta import ConfigError, PerTAConfig, get_perta_state_dict, gradients
 from peft_perta.granularities import GRANULARITIES
 from peft_perta.memory import parse_size
 from peft_perta.methods import perta
+from peft_perta.methods.layer import edit_layer
 from peft_perta.plan import Plan
 from peft_perta.statistics import MOMENT, Statistic
 from peft_perta.targets import Target
@@ -122,7 +123,7 @@ def edit(weighting, path):
     sets = ("forget", "retain")
     pair = {name: Statistic("mean", sums={"weight": torch.randn(size, size)}, samples=1) for name in sets}
     start = psutil.Process().memory_info().rss
-    perta.edit_layer(
+    edit_layer(
         target, PerTAConfig(granularity="delta", input_directions=False), resolve_weighting(weighting), pair, 4
     )
     torch.save((status("VmHWM") - start) / (4 * size**2), path)
@@ -140,7 +141,7 @@ def directed_edit(granularity, path):
     held = sum(total.nbytes for total in sums.values())
     del sums, own
     start = psutil.Process().memory_info().rss
-    perta.edit_layer(target, PerTAConfig(granularity=granularity), resolve_weighting("grad"), pair, 4)
+    edit_layer(target, PerTAConfig(granularity=granularity), resolve_weighting("grad"), pair, 4)
     torch.save((status("VmHWM") - start) / held, path)
 
 

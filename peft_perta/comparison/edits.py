@@ -13,7 +13,7 @@ from ..config import PerTAConfig
 from ..data import load_samples
 from ..gradients import choose_plan
 from ..methods import extrapolate_adapter, get_perta_state_dict
-from ..methods.perta import reader_of
+from ..methods.layer import reader_of
 from ..targets import resolve_targets
 from ..weightings import resolve_weighting
 from .method import Made, Setup

@@ -7,7 +7,6 @@ Reference: Cai et al. 2026, arXiv 2601.22030. With weighting='uniform' this is p
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +14,6 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -27,30 +25,23 @@ from ..calibration import Goal, calibrate
 from ..checkpoint import Checkpoint, hash_model
 from ..config import SERVABLE_RANKS, PerTAConfig, servable_rank
 from ..data import Sample, fingerprint, load_samples
-from ..directions import along_directions
 from ..divergence import edit_divergence
-from ..edit import Product
-from ..errors import AdapterError, DataError, NumericalError, UnsupportedLayerError
-from ..factorize import Factors, factorize
-from ..fits import FITS, Fit
+from ..errors import AdapterError, DataError, UnsupportedLayerError
+from ..factorize import Factors
 from ..gradients import Job, choose_plan, gather
-from ..granularities import GRANULARITIES, Granularity
-from ..moments import InputMoments, Reader, Readers
-from ..report import LayerReport, PerTAReport, WeightDistribution
+from ..report import LayerReport, PerTAReport, describe_base, versions
 from ..stack import require_adapter
-from ..statistics import Statistic
 from ..targets import (
     Target,
     base_model,
-    base_name,
     check_base,
     check_new_name,
-    hash_embeddings,
     hash_targets,
     resolve_layers,
     resolve_targets,
 )
-from ..weightings import Weighting, resolve_weighting, weigh
+from ..weightings import Weighting, resolve_weighting
+from .layer import edit_layer, reader_of
 
 HELD_OUT = "held-out retain"
 _FIGURES = ("energy", "energy_kept", "excess_error", "metric_error")
@@ -388,73 +379,6 @@ def _load_sets(
     return samples
 
 
-def edit_layer(
-    target: Target,
-    config: PerTAConfig,
-    weighting: Weighting,
-    pair: dict[str, Statistic],
-    rank: int | float,
-    dense: dict[str, Tensor] | None = None,
-) -> tuple[Factors, LayerReport]:
-    """Statistics -> weights -> edit -> factors of one layer, on the host, and what was done.
-
-    ``pair`` holds the 'forget' and the 'retain' statistic, or nothing where the weighting needs none; it is used up.
-    The edit before it is fitted goes into ``dense`` [O, I], on the host, if it is given.
-    """
-    granularity, strength = GRANULARITIES[config.granularity], float(config.strength)
-    left: dict[str, float] = {}
-    if weighting.statistic is None:
-        weights = granularity.uniform(target)
-        edit = granularity.edit(target, weights, strength)
-        distributions = {key: WeightDistribution.of(value) for key, value in weights.items()}
-        fitted = factorize(edit, rank)
-    else:
-        fit = _fit_of(config, target)
-        measured = {name: found.only(fit.reader.shapes(target) if fit.reader else ()) for name, found in pair.items()}
-        moments = [pair[name].moments() for name in ("forget", "retain")]
-        forget, retain = (_magnitudes(granularity, pair.pop(name), target) for name in ("forget", "retain"))
-        weights = weigh(weighting, forget, retain, target.name)
-        del forget, retain
-        edit = granularity.edit(target, {k: w.to(target.A.dtype) for k, w in weights.items()}, strength)
-        distributions = {key: WeightDistribution.of(value) for key, value in weights.items()}
-        del weights
-        if config.input_directions is not False and target.parameter is None:
-            edit, left = along_directions(edit, *moments)
-        del moments
-        fitted = fit.fit(edit, rank, measured)
-    if dense is not None:
-        dense[target.name] = (edit.B @ edit.A if isinstance(edit, Product) else edit).cpu()
-    if not (bool(torch.isfinite(fitted.A).all()) and bool(torch.isfinite(fitted.B).all())):
-        raise NumericalError(f"{target.name}: the edit's factors are not finite; train the forget adapter less")
-    layer = LayerReport(
-        name=target.name,
-        kind=target.kind.name,
-        shape=[len(target.B), target.A.shape[1]],
-        rank=fitted.rank,
-        edit_norm=fitted.energy**0.5,
-        energy_kept=fitted.energy_kept,
-        excess_error=fitted.excess_error,
-        metric_error=fitted.metric_error,
-        weights=distributions,
-        left_on_inputs=left,
-    )
-    return dataclasses.replace(fitted, A=fitted.A.cpu(), B=fitted.B.cpu()), layer
-
-
-def reader_of(config: PerTAConfig) -> Reader:
-    """What a run of this config reads of each layer."""
-    readers: list[Reader] = [GRANULARITIES[config.granularity]]
-    if config.input_directions is not False:
-        readers.append(InputMoments())
-    of_fit = FITS[config.fit].reader if config.fit else None  # the default one's is among the others
-    return Readers(readers if of_fit is None else [*readers, of_fit])
-
-
-def _fit_of(config: PerTAConfig, target: Target) -> Fit:
-    weighs_directions = config.input_directions is not False and target.parameter is None
-    return FITS[config.fit or ("second-moment" if weighs_directions else "truncated")]
-
-
 def _check_inputs(config: PerTAConfig, targets: list[Target]) -> None:
     """Refuse what needs the inputs of layers whose inputs are not met."""
     wishes = {
@@ -470,34 +394,6 @@ def _check_inputs(config: PerTAConfig, targets: list[Target]) -> None:
             "input_directions unset (experts then go without), divergence_samples at 0, and use fit='truncated' or "
             "'weighted'"
         )
-
-
-def _magnitudes(granularity: Granularity, statistic: Statistic, target: Target) -> dict[str, Tensor]:
-    own = statistic.only(granularity.shapes(target))
-    return granularity.arrange({key: found.to(target.A.device) for key, found in own.magnitudes().items()})
-
-
-def describe_base(model: nn.Module) -> dict[str, Any]:
-    """What a report says of the base: name, revision, hash of the embeddings, quantisation."""
-    config = base_model(model).config
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None and not isinstance(quantization, dict):
-        quantization = quantization.to_dict()
-    return {
-        "name": base_name(model),
-        "revision": getattr(config, "_commit_hash", None),
-        "embeddings_sha256": hash_embeddings(model),
-        "quantization": quantization
-        and {k: v for k, v in quantization.items() if isinstance(v, (str, int, float, bool))},
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that take part."""
-    return {
-        name.replace("-", "_"): importlib.metadata.version(name)
-        for name in ("peft-perta", "torch", "transformers", "peft", "bitsandbytes")
-    }
 
 
 @contextmanager

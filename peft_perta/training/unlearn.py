@@ -24,9 +24,8 @@ from ..config import DTYPES, servable_rank
 from ..data import fingerprint, load_samples
 from ..errors import AdapterError, ConfigError
 from ..factorize import Factors
-from ..methods.perta import describe_base, versions
 from ..output import check_output
-from ..report import TrainedReport
+from ..report import TrainedReport, describe_base, versions
 from ..stack import require_adapter, switch_modules
 from ..targets import (
     Target,

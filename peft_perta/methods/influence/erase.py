@@ -32,10 +32,9 @@ from ...evaluation import losses_of
 from ...factorize import factorize
 from ...gradients.job import progress
 from ...layers.experts import expert_factors
-from ...report import InfluenceReport
+from ...report import InfluenceReport, describe_base, versions
 from ...stack import require_adapter
 from ...targets import Target, check_base, hash_targets, resolve_targets
-from ..perta import describe_base, versions
 from .packed import differentiable
 from .problem import Pair, Problem, correction, erasure, modification
 from .products import AdapterProducts

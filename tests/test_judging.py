@@ -7,9 +7,11 @@ import shutil
 import builders
 import pytest
 
-from peft_perta.cli import main
+from peft_perta import attach_adapters
+from peft_perta.cli import main, unlearning
 from peft_perta.evaluation import row_losses
 from peft_perta.logs import read_log
+from peft_perta.page import write_page
 
 
 def split(names: list[str], **more: object) -> str:
@@ -120,16 +122,23 @@ def test_other_suites_rows_are_attacked_too(place):
     assert [r["setting"] for r in json.loads((place / "out" / "attacks.json").read_text())] == ["on", "off"]
 
 
-def test_unlearn_draws_what_it_changed(place):
+def test_unlearn_draws_what_it_changed(place, monkeypatch):
     for name in ("forget", "retain"):
         (place / f"{name}.jsonl").write_text(split([f"{name.title()} {i}" for i in range(3)]))
+    drawn = []
+    monkeypatch.setattr(unlearning, "write_page", lambda *args: (drawn.append(args[0]), write_page(*args)))
     rows = ["--forget", "forget.jsonl", "--retain", "retain.jsonl"]
     model = ["--model", str(builders.llama_directory()), "--forget-adapter", "forget", "--task-adapter", "task"]
     assert main(["unlearn", *model, *rows, "--output", "out", "--report", "--reference-model", "full"]) == 0
     page = (place / "out" / "report.html").read_text()
     assert "What &#x27;out&#x27; removed" in page
     assert "Who wrote book 0?" in page
-    assert "attn.q" in page or "q" in page
+    adapted = attach_adapters(builders.adapted_saved_llama(), {"out": place / "out"})
+    forget = [json.loads(line) for line in (place / "forget.jsonl").read_text().splitlines()]
+    for label, stack in (("before", ["task"]), ("after", ["task", "out"])):
+        loss = float(row_losses(adapted, builders.tokenizer(), forget, adapters=stack).mean())
+        assert drawn[0].models[label]["forget_loss"] == pytest.approx(loss, rel=1e-5), label
+    assert len({layer["name"] for layer in drawn[0].report["layers"]}) == 14
 
 
 def test_the_methods_are_named(place, capsys):

@@ -9,7 +9,7 @@ import torch
 from peft_perta import PerTAConfig, add_perta_adapter, get_perta_state_dict
 from peft_perta.borrow import borrowed
 from peft_perta.granularities import GRANULARITIES
-from peft_perta.methods import perta
+from peft_perta.methods import layer, perta
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 kinds = pytest.mark.parametrize("kind", tables.LAYERS)
@@ -94,7 +94,7 @@ STAGES = [
 @pytest.mark.parametrize("kind", ["linear", "linear4bit"])
 def test_an_exception_at_a_stage_leaves_no_trace(kind, stage, call, monkeypatch):
     model = awkward(tables.LAYERS[kind]())
-    monkeypatch.setattr(perta, stage, _raising)
+    monkeypatch.setattr(layer if stage in ("weigh", "_fit_of") else perta, stage, _raising)
     with laws.untouched(model), pytest.raises(Stop, match="on purpose"):
         unlearn(model, call)
 

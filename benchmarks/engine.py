@@ -27,15 +27,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_perta import PerTAConfig, get_perta_state_dict
+from peft_perta.adapters import factorize
 from peft_perta.data import Sample, batches
-from peft_perta.factorize import factorize
-from peft_perta.gradients import Job, gather, sweep
-from peft_perta.granularities import GRANULARITIES
-from peft_perta.loading import quiet
-from peft_perta.losses import sample_losses
-from peft_perta.moments import InputMoments, Reader, Readers
-from peft_perta.plan import Plan
-from peft_perta.targets import Target, resolve_targets
+from peft_perta.gradients import InputMoments, Job, Plan, Reader, Readers, gather, sweep
+from peft_perta.model import Target, quiet, resolve_targets, sample_losses
+from peft_perta.perta import GRANULARITIES
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 HIDDEN, LAYERS, VOCABULARY = 512, 14, 4096

@@ -25,16 +25,12 @@ from tqdm.auto import tqdm
 
 from benchmarks.matched_forgetting import DENSE, Bench, Change, Edit, edit_of
 from peft_perta import PerTAConfig
-from peft_perta.borrow import borrowed
-from peft_perta.config import FIT_NAMES
+from peft_perta.adapters import Factors, factorize
+from peft_perta.comparison import DemoSettings
 from peft_perta.data import batches
-from peft_perta.demo.run import DemoSettings
-from peft_perta.factorize import Factors, factorize
-from peft_perta.loading import quiet
-from peft_perta.stack import adapter_strength
-from peft_perta.statistics import Statistic
-from peft_perta.targets import Target
-from peft_perta.weightings.ratio import ratio
+from peft_perta.gradients import Statistic
+from peft_perta.model import Target, adapter_strength, borrowed, quiet
+from peft_perta.perta import FIT_NAMES, ratio
 
 RANK = DemoSettings().rank
 RANKS = (RANK // 2, RANK, 2 * RANK, 4 * RANK)

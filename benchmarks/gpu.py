@@ -26,8 +26,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from peft_perta import PerTAConfig, get_perta_state_dict
-from peft_perta.loading import quiet
-from peft_perta.memory import show_size
+from peft_perta.model import quiet, show_size
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPES: dict[str, dict[str, Any]] = {

@@ -22,18 +22,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from benchmarks.matched_forgetting import DENSE, Bench, edit_of, table
+from peft_perta.adapters import Factors, factorize
+from peft_perta.comparison import DemoSettings
 from peft_perta.data import spread
-from peft_perta.demo.run import DemoSettings
-from peft_perta.edit import task_vector
 from peft_perta.evaluation import losses_of
-from peft_perta.factorize import Factors, factorize
-from peft_perta.gradients import sweep
-from peft_perta.granularities import GRANULARITIES
-from peft_perta.loading import quiet
-from peft_perta.stack import adapter_strength
-from peft_perta.statistics import Statistic
-from peft_perta.targets import Target
-from peft_perta.weightings.ratio import ratio
+from peft_perta.gradients import Statistic, sweep
+from peft_perta.model import Target, adapter_strength, quiet
+from peft_perta.perta import GRANULARITIES, ratio, task_vector
 
 RATIOS = 8
 CELLS = 2 * RATIOS

@@ -21,23 +21,13 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from peft_perta import PerTAConfig
-from peft_perta.adapter import add_adapter, build_adapter, emitted_dtype
-from peft_perta.config import servable_rank
+from peft_perta.adapters import Factors, add_adapter, build_adapter, emitted_dtype, servable_rank
+from peft_perta.comparison import SPLITS, DemoSettings, prepare
 from peft_perta.data import encode_row, spread
-from peft_perta.demo.run import SPLITS, DemoSettings, prepare
-from peft_perta.evaluation import losses_of
-from peft_perta.factorize import Factors
-from peft_perta.fits import FITS
-from peft_perta.gradients import sweep
-from peft_perta.granularities import GRANULARITIES
-from peft_perta.loading import quiet
-from peft_perta.methods.layer import edit_layer
-from peft_perta.moments import InputMoments, Readers
-from peft_perta.stack import adapter_strength
-from peft_perta.statistics import MOMENT, Statistic
-from peft_perta.strength import Match, match_forgetting
-from peft_perta.targets import Target, resolve_targets
-from peft_perta.weightings import resolve_weighting
+from peft_perta.evaluation import Match, losses_of, match_forgetting
+from peft_perta.gradients import MOMENT, InputMoments, Readers, Statistic, sweep
+from peft_perta.model import Target, adapter_strength, quiet, resolve_targets
+from peft_perta.perta import FITS, GRANULARITIES, edit_layer, resolve_weighting
 
 DENSE = 256  # no layer of the shipped model has a larger rank, so an edit refitted at 256 is the dense edit
 EVERYTHING = Readers([*GRANULARITIES.values(), InputMoments(), *(fit.reader for fit in FITS.values() if fit.reader)])

@@ -20,8 +20,8 @@ import json
 from pathlib import Path
 
 from peft_perta.comparison import ComparisonSettings, format_table, run_comparison
-from peft_perta.loading import quiet
-from peft_perta.output import write_file
+from peft_perta.data import write_file
+from peft_perta.model import quiet
 
 
 def main() -> None:

@@ -16,15 +16,12 @@ from pathlib import Path
 
 from benchmarks.matched_forgetting import SPLITS
 from peft_perta import PerTAConfig, attach_adapters, get_perta_state_dict, load_base, train_forget_adapter
-from peft_perta.adapter import add_adapter, scaled_adapter
+from peft_perta.adapters import add_adapter, fuse_adapters, scaled_adapter
+from peft_perta.comparison import ASSETS, DemoSettings
 from peft_perta.data import encode_row, read_rows, spread
-from peft_perta.demo.run import ASSETS, DemoSettings
-from peft_perta.evaluation import losses_of
-from peft_perta.fuse import fuse_adapters
-from peft_perta.loading import quiet
-from peft_perta.stack import adapter_strength
-from peft_perta.strength import match_forgetting
-from peft_perta.training.forget_adapter import default_lora_config
+from peft_perta.evaluation import losses_of, match_forgetting
+from peft_perta.model import adapter_strength, quiet
+from peft_perta.training import default_lora_config
 
 
 def run(seed: int, settings: DemoSettings) -> list[dict]:

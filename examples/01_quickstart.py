@@ -16,9 +16,9 @@ from peft_perta import (
     save_perta_adapter,
     train_forget_adapter,
 )
-from peft_perta.adapter import add_adapter
+from peft_perta.adapters import add_adapter
+from peft_perta.comparison import ASSETS
 from peft_perta.data import read_rows
-from peft_perta.demo import ASSETS
 from peft_perta.evaluation import evaluate_split, generate
 
 

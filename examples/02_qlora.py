@@ -10,14 +10,7 @@ If what must go came with an adapter of your own, name it with --task-adapter: t
 
 import argparse
 
-from peft_perta import (
-    PerTAConfig,
-    add_perta_adapter,
-    attach_adapters,
-    load_base,
-    stack_adapters,
-    train_forget_adapter,
-)
+from peft_perta import PerTAConfig, add_perta_adapter, attach_adapters, load_base, stack_adapters, train_forget_adapter
 from peft_perta.data import read_rows
 from peft_perta.evaluation import row_losses
 

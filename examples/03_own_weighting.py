@@ -13,16 +13,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from peft_perta import (
-    PerTAConfig,
-    Weighting,
-    add_perta_adapter,
-    attach_adapters,
-    load_base,
-    train_forget_adapter,
-)
+from peft_perta import PerTAConfig, Weighting, add_perta_adapter, attach_adapters, load_base, train_forget_adapter
+from peft_perta.comparison import ASSETS
 from peft_perta.data import read_rows
-from peft_perta.demo import ASSETS
 from peft_perta.evaluation import evaluate_split
 
 

@@ -23,8 +23,8 @@ from peft_perta import (
     train_forget_adapter,
     verify_adapter,
 )
+from peft_perta.comparison import ASSETS
 from peft_perta.data import read_rows
-from peft_perta.demo import ASSETS
 from peft_perta.evaluation import row_losses
 
 

@@ -20,8 +20,8 @@ from peft_perta import (
     save_perta_adapter,
     train_forget_adapter,
 )
+from peft_perta.comparison import ASSETS
 from peft_perta.data import spread
-from peft_perta.demo import ASSETS
 
 DATA = Path(__file__).resolve().parent / "muse_books"
 METRICS = ("forget_verbmem_ROUGE", "extraction_strength", "forget_knowmem_ROUGE", "privleak", "retain_knowmem_ROUGE")

@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 
 from peft_perta import UnlearningSettings, attach_adapters, load_base, train_unlearning
+from peft_perta.comparison import ASSETS
 from peft_perta.data import read_rows
-from peft_perta.demo import ASSETS
 from peft_perta.evaluation import row_losses
 
 

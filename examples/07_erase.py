@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 
 from peft_perta import InfluenceSettings, attach_adapters, erase_instances, load_base, save_perta_adapter
+from peft_perta.comparison import ASSETS
 from peft_perta.data import read_rows
-from peft_perta.demo import ASSETS
 from peft_perta.evaluation import row_losses
 
 

@@ -10,9 +10,9 @@ import argparse
 from pathlib import Path
 
 from peft_perta import Goal, attach_adapters, extrapolate_adapter, load_base, save_perta_adapter, train_unlearning
-from peft_perta.adapter import add_adapter
+from peft_perta.adapters import add_adapter
+from peft_perta.comparison import ASSETS
 from peft_perta.data import load_samples, read_rows
-from peft_perta.demo import ASSETS
 from peft_perta.evaluation import row_losses
 
 

@@ -9,29 +9,21 @@ import logging
 # here would use it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-from .adapter import load_provenance, save_perta_adapter
-from .calibration import Calibration, Goal, calibrate
-from .config import PerTAConfig
-from .errors import (
-    AdapterError,
-    ConfigError,
-    DataError,
-    NumericalError,
-    OutputError,
-    PerTAError,
-    UnsupportedLayerError,
+from .adapters import (
+    PerTAReport,
+    extrapolate_adapter,
+    fuse_adapters,
+    load_provenance,
+    merge_adapters,
+    save_perta_adapter,
+    verify_adapter,
 )
-from .fuse import fuse_adapters
-from .loading import attach_adapters, load_base
-from .merge import merge_adapters
-from .methods import add_perta_adapter, extrapolate_adapter, get_perta_state_dict
-from .methods.influence import InfluenceSettings, correct_responses, erase_instances, modify_queries
-from .report import PerTAReport
-from .stack import stack_adapters
-from .suites import evaluate
+from .errors import AdapterError, ConfigError, DataError, NumericalError, OutputError, PerTAError, UnsupportedLayerError
+from .evaluation import Calibration, Goal, calibrate, evaluate
+from .influence import InfluenceSettings, correct_responses, erase_instances, modify_queries
+from .model import attach_adapters, load_base, stack_adapters
+from .perta import WEIGHTINGS, PerTAConfig, Weighting, add_perta_adapter, get_perta_state_dict
 from .training import UnlearningSettings, UnlearningTrainer, train_forget_adapter, train_unlearning
-from .verification import verify_adapter
-from .weightings import WEIGHTINGS, Weighting
 
 __version__ = "0.1.0"
 

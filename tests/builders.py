@@ -33,7 +33,7 @@ from transformers import (
 
 from peft_perta import PerTAConfig, get_perta_state_dict, load_base, stack_adapters
 from peft_perta.data import batches, load_samples
-from peft_perta.losses import sample_losses
+from peft_perta.model import sample_losses
 
 VOCABULARY = 128
 LLAMA_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

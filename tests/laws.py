@@ -15,10 +15,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_perta import save_perta_adapter
-from peft_perta.gradients import Job, gather, sweep
-from peft_perta.granularities import GRANULARITIES
-from peft_perta.plan import Plan
-from peft_perta.targets import resolve_targets
+from peft_perta.gradients import Job, Plan, gather, sweep
+from peft_perta.model import resolve_targets
+from peft_perta.perta import GRANULARITIES
 
 WeightFunction = Callable[[Tensor, Tensor, float], Tensor]
 HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]

@@ -23,9 +23,9 @@ from peft_perta import (
     stack_adapters,
 )
 from peft_perta import save_perta_adapter as save
-from peft_perta.adapter import add_adapter, build_adapter, scaled_adapter
+from peft_perta.adapters import Factors, add_adapter, build_adapter, scaled_adapter
+from peft_perta.adapters.low_rank import EXCESS
 from peft_perta.data import load_samples
-from peft_perta.factorize import EXCESS, Factors
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 BUILDERS = {**tables.LAYERS, "transposed experts": builders.adapted_gpt_oss}

@@ -10,9 +10,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from peft_perta import UnsupportedLayerError, save_perta_adapter
-from peft_perta.allocation import allocate
-from peft_perta.factorize import factorize
-from peft_perta.verification import verify_adapter
+from peft_perta.adapters import factorize, verify_adapter
+from peft_perta.perta._rank_allocation import allocate
 
 
 def layers(seed, sizes, rank=8):

@@ -16,16 +16,24 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import peft_perta
 from peft_perta import AdapterError, ConfigError, DataError, NumericalError, UnsupportedLayerError
-from peft_perta.attacks import ATTACKS, AttackResult, AttackSettings, Victims, format_attacks, run_attacks
-from peft_perta.attacks.projections import projections
-from peft_perta.attacks.relearning import RANK, SCALING
-from peft_perta.attacks.requantization import ROUNDINGS, rounded
-from peft_perta.borrow import borrowed
 from peft_perta.data import encode_prompt, encode_row
-from peft_perta.evaluation import Subject, evaluate_split, generate, row_losses
-from peft_perta.layers import LAYER_KINDS
-from peft_perta.loading import attach_adapters, load_base
-from peft_perta.metrics import rouge_l_recall
+from peft_perta.evaluation import (
+    ATTACKS,
+    AttackResult,
+    AttackSettings,
+    Subject,
+    Victims,
+    evaluate_split,
+    format_attacks,
+    generate,
+    row_losses,
+    run_attacks,
+)
+from peft_perta.evaluation.attacks.projections import projections
+from peft_perta.evaluation.attacks.relearning import RANK, SCALING
+from peft_perta.evaluation.attacks.requantization import ROUNDINGS, rounded
+from peft_perta.evaluation.metrics.rouge import rouge_l_recall
+from peft_perta.model import LAYER_KINDS, attach_adapters, borrowed, load_base
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 ROWS = [
@@ -662,7 +670,7 @@ def test_a_setting_out_of_its_range_is_refused(name, value):
 
 
 def shipped():
-    assets = Path(peft_perta.__file__).parent / "demo" / "assets"
+    assets = Path(peft_perta.__file__).parent / "comparison" / "assets"
     base, tokens = load_base(str(assets / "base"), dtype=torch.float32)
     model = attach_adapters(base, {"task": assets / "task_adapter", "retain": assets / "retain_adapter"})
     rows = [json.loads(line) for line in (assets / "forget.jsonl").read_text().splitlines()]

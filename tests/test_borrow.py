@@ -7,9 +7,8 @@ import tables
 import torch
 
 from peft_perta import PerTAConfig, add_perta_adapter, get_perta_state_dict
-from peft_perta.borrow import borrowed
-from peft_perta.granularities import GRANULARITIES
-from peft_perta.methods import layer, perta
+from peft_perta.model import borrowed
+from peft_perta.perta import GRANULARITIES, layer, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 kinds = pytest.mark.parametrize("kind", tables.LAYERS)
@@ -94,7 +93,7 @@ STAGES = [
 @pytest.mark.parametrize("kind", ["linear", "linear4bit"])
 def test_an_exception_at_a_stage_leaves_no_trace(kind, stage, call, monkeypatch):
     model = awkward(tables.LAYERS[kind]())
-    monkeypatch.setattr(layer if stage in ("weigh", "_fit_of") else perta, stage, _raising)
+    monkeypatch.setattr(layer if stage in ("weigh", "_fit_of") else run, stage, _raising)
     with laws.untouched(model), pytest.raises(Stop, match="on purpose"):
         unlearn(model, call)
 
@@ -121,7 +120,7 @@ def test_an_exception_within_the_sweep_leaves_no_trace(kind, checkpointing, plac
     if "forward" in place:
         layer.register_forward_pre_hook(fail)
     elif place == "loss":
-        monkeypatch.setattr("peft_perta.gradients.grouped.sample_losses", fail)
+        monkeypatch.setattr("peft_perta.gradients.modes.grouped.sample_losses", fail)
     elif place == "backward":
         layer.register_full_backward_hook(fail)
     else:
@@ -135,7 +134,7 @@ def test_a_keyboard_interrupt_leaves_no_trace(monkeypatch):
         raise KeyboardInterrupt("by hand")
 
     model = awkward(builders.adapted_llama())
-    monkeypatch.setattr("peft_perta.gradients.grouped.sample_losses", interrupt)
+    monkeypatch.setattr("peft_perta.gradients.modes.grouped.sample_losses", interrupt)
     with laws.untouched(model), pytest.raises(KeyboardInterrupt, match="by hand"):
         unlearn(model)
 
@@ -146,7 +145,7 @@ def test_an_exception_while_adding_leaves_no_trace(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("on purpose")
 
-    monkeypatch.setattr("peft_perta.adapter.set_peft_model_state_dict", fail)
+    monkeypatch.setattr("peft_perta.adapters.build.set_peft_model_state_dict", fail)
     with laws.untouched(model), pytest.raises(ValueError, match="on purpose"):
         unlearn(model, add_perta_adapter)
 

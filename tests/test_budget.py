@@ -15,15 +15,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_perta import ConfigError, PerTAConfig, get_perta_state_dict, gradients, memory
-from peft_perta.granularities import GRANULARITIES
-from peft_perta.memory import parse_size
-from peft_perta.methods import perta
-from peft_perta.methods.layer import edit_layer
-from peft_perta.plan import Plan
-from peft_perta.statistics import MOMENT, Statistic
-from peft_perta.targets import Target
-from peft_perta.weightings import resolve_weighting
+from peft_perta import ConfigError, PerTAConfig, get_perta_state_dict
+from peft_perta.gradients import MOMENT, Plan, Statistic, engine
+from peft_perta.model import Target, memory, parse_size
+from peft_perta.perta import GRANULARITIES, edit_layer, resolve_weighting
+from peft_perta.perta import run as perta
 
 STATUS = Path("/proc/self/status")
 pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="needs Linux's /proc")
@@ -68,7 +64,7 @@ def negate(share, path, batch_size=8, chain=True, disk=True, **settings):
     """In a process of its own: a run that may take so much, in shares of both sets' sums. Its outcome goes to a file,
     or the share that its refusal names."""
     if not chain:
-        gradients.why_no_chain = lambda *_: "on purpose"
+        engine.why_no_chain = lambda *_: "on purpose"
     if not disk:
         memory.shutil = types.SimpleNamespace(disk_usage=lambda _: types.SimpleNamespace(free=0))
     plans = []

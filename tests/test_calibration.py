@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from peft import PeftModel
 
 from peft_perta import ConfigError, DataError, NumericalError, PerTAConfig, attach_adapters, load_base
-from peft_perta.calibration import MAX_EVALUATIONS, Calibration, Goal, calibrate, forget_loss_of_log
+from peft_perta.comparison import ASSETS
 from peft_perta.data import load_samples, read_rows
-from peft_perta.demo import ASSETS
-from peft_perta.evaluation import losses_of
-from peft_perta.methods import add_perta_adapter, get_perta_state_dict
-from peft_perta.picture import draw_calibration
-from peft_perta.stack import adapter_strength
-from peft_perta.strength import most_forgetting
+from peft_perta.evaluation import Calibration, Goal, calibrate, forget_loss_of_log, losses_of
+from peft_perta.evaluation.calibration import MAX_EVALUATIONS
+from peft_perta.evaluation.strength import most_forgetting
+from peft_perta.html_report import draw_calibration
+from peft_perta.model import adapter_strength
+from peft_perta.perta import add_perta_adapter, get_perta_state_dict
 
 
 class Counted:

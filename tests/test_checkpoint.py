@@ -16,12 +16,11 @@ from accelerate import disk_offload
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from peft_perta import OutputError, gradients
-from peft_perta import checkpoint as checkpoint_module
-from peft_perta.checkpoint import Checkpoint, hash_model, remove_checkpoint
-from peft_perta.gradients.tap import Taps
-from peft_perta.plan import Plan
-from peft_perta.targets import base_model
+from peft_perta import OutputError
+from peft_perta.gradients import Checkpoint, Plan, engine, remove_checkpoint
+from peft_perta.gradients import checkpoint as checkpoint_module
+from peft_perta.gradients._taps import Taps
+from peft_perta.model import base_model, hash_model
 
 RUN = {"format": 1, "model": "abc", "data": {"forget": "d", "retain": "e"}}
 TENSORS = {
@@ -324,8 +323,8 @@ def plan_as(monkeypatch, mode):
         names = [layer.name for layer in reversed(measured.layers)]
         return Plan(mode, (tuple(names[:7]), tuple(names[7:])), "device", "device", batch_size)
 
-    monkeypatch.setattr(gradients, "make_plan", make_plan)
-    monkeypatch.setattr(gradients, "why_no_chain", lambda *_: None)  # which takes gradients too
+    monkeypatch.setattr(engine, "make_plan", make_plan)
+    monkeypatch.setattr(engine, "why_no_chain", lambda *_: None)  # which takes gradients too
 
 
 class Interruption:
@@ -410,7 +409,7 @@ def test_a_finished_run_is_not_run_again(mode, monkeypatch, count, tmp_path):
     expected = negate(tmp_path)
     before = tree(tmp_path)
     count.start()
-    monkeypatch.setattr(gradients, "measure", lambda *_: pytest.fail("it was planned again"))
+    monkeypatch.setattr(engine, "measure", lambda *_: pytest.fail("it was planned again"))
     assert_same(negate(tmp_path), expected)
     assert count.backwards == 0
     assert tree(tmp_path) == before

@@ -22,11 +22,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from peft_perta import PerTAConfig, cli
-from peft_perta.adapter import save_perta_adapter
+from peft_perta.adapters import save_perta_adapter
 from peft_perta.cli import main
 from peft_perta.data import encode_row
 from peft_perta.evaluation import row_losses
-from peft_perta.training.forget_adapter import default_lora_config, train_forget_adapter
+from peft_perta.training import default_lora_config, train_forget_adapter
 
 RANKS = "rank: expected nothing, an int from 1 to 256, or a float in \\(0, 1\\), found "
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from peft_perta.training.combiners import COMBINERS, agreement
+from peft_perta.training import COMBINERS
+from peft_perta.training.combiners.agreement import agreement
 
 GUARDING = ["pcgrad", "pcgrad-global", "sago", "sago-prefer-retain"]
 ADDING = ["sum", "pcgrad", "pcgrad-global", "sago-prefer-retain"]  # where nothing conflicts, the sum

@@ -13,27 +13,14 @@ import pytest
 import torch
 
 from peft_perta import ConfigError, DataError, NumericalError, OutputError, attach_adapters, load_base
-from peft_perta.adapter import add_adapter
-from peft_perta.comparison import (
-    METHODS,
-    QUICK,
-    ComparisonSettings,
-    Made,
-    Method,
-    Setup,
-    format_table,
-    method_names,
-    run,
-    run_comparison,
-    trained,
-)
-from peft_perta.comparison.methods import ALPHA
-from peft_perta.comparison.picture import leaves_at, mean_curve
+from peft_perta.adapters import add_adapter
+from peft_perta.comparison import ComparisonSettings, _trained, format_table, method_names, run, run_comparison
+from peft_perta.comparison._method import Made, Method, Setup
+from peft_perta.comparison._picture import leaves_at, mean_curve
+from peft_perta.comparison.methods import ALPHA, METHODS, QUICK
 from peft_perta.data import spread
-from peft_perta.evaluation import row_losses
-from peft_perta.strength import Match
-from peft_perta.training import train_forget_adapter
-from peft_perta.training.forget_adapter import default_lora_config
+from peft_perta.evaluation import Match, row_losses
+from peft_perta.training import default_lora_config, train_forget_adapter
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -62,7 +49,7 @@ def made() -> dict[str, Made]:
     own.model.set_adapter("forget")
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trained, "STEPS", 3)
+        patch.setattr(_trained, "STEPS", 3)
         for name, method in METHODS.items():
             with laws.untouched(own.model):
                 found[name] = method.make(own)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_perta import ConfigError, PerTAConfig
-from peft_perta.config import SERVABLE_RANKS, servable_rank
+from peft_perta.adapters import SERVABLE_RANKS, servable_rank
 
 FIELDS = [field.name for field in dataclasses.fields(PerTAConfig)]
 

@@ -7,10 +7,10 @@ import pytest
 from safetensors.torch import load_file
 
 from peft_perta import attach_adapters, load_base, load_provenance
+from peft_perta.comparison import ASSETS, DemoSettings, run_demo
 from peft_perta.data import read_rows
-from peft_perta.demo import ASSETS, DemoSettings, run_demo
 from peft_perta.evaluation import generate, row_losses
-from peft_perta.metrics import probability
+from peft_perta.evaluation.metrics.probability import probability
 
 TINY = DemoSettings(
     rank=8,

@@ -7,14 +7,12 @@ import pytest
 import tables
 import torch
 
+from peft_perta.adapters import Product
 from peft_perta.data import load_samples
-from peft_perta.directions import DAMPING, along_directions
-from peft_perta.edit import Product
 from peft_perta.errors import NumericalError, UnsupportedLayerError
-from peft_perta.gradients import sweep
-from peft_perta.moments import Energies, InputMoments, Readers
-from peft_perta.statistics import MOMENT
-from peft_perta.targets import resolve_targets
+from peft_perta.gradients import MOMENT, Energies, InputMoments, Readers, sweep
+from peft_perta.model import resolve_targets
+from peft_perta.perta._input_directions import DAMPING, along_directions
 
 WIDTH = 12
 

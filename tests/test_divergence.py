@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peft_perta import UnsupportedLayerError
-from peft_perta.adapter import add_adapter
+from peft_perta.adapters import add_adapter
 from peft_perta.data import load_samples
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_perta.demo import ASSETS
+from peft_perta.comparison import ASSETS
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,10 +14,11 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 
 from peft_perta import NumericalError, PerTAConfig, UnsupportedLayerError
 from peft_perta.data import load_samples
-from peft_perta.gradients import Job, choose_plan, gather, measure, why_no_chain
-from peft_perta.granularities import GRANULARITIES
-from peft_perta.plan import Plan, make_plan
-from peft_perta.targets import resolve_targets
+from peft_perta.gradients import Job, Plan, choose_plan, gather
+from peft_perta.gradients._probe import measure, why_no_chain
+from peft_perta.gradients.plan import make_plan
+from peft_perta.model import resolve_targets
+from peft_perta.perta import GRANULARITIES, limits_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:.*use_reentrant")
 modes = pytest.mark.parametrize("mode", ["grouped", "layerwise"])
@@ -177,7 +178,7 @@ def test_the_plan_takes_squares_one_sample_at_a_time_where_it_must(build):
 def planned(model, statistic="mean", **settings):
     config = PerTAConfig(input_directions=False, **settings)
     targets = resolve_targets(model, "forget")
-    return choose_plan(model, targets, SETS, GRANULARITIES[config.granularity], config, statistic, [])
+    return choose_plan(model, targets, SETS, GRANULARITIES[config.granularity], limits_of(config), statistic, [])
 
 
 @pytest.mark.parametrize("kind", ["linear", "experts"])
@@ -479,12 +480,12 @@ def _layerwise_is_cheapest(monkeypatch):
     """Memory for one block's sums, not for all."""
     model = builders.adapted_llama()
     measured = measure(model, resolve_targets(model, "forget"), SETS, GRANULARITIES["delta"], "mean", [], 2)
-    monkeypatch.setattr("peft_perta.gradients.taken", lambda pool: 0)
+    monkeypatch.setattr("peft_perta.gradients.engine.taken", lambda pool: 0)
     for room in range(0, 10**8, 2**14):
         budget = {"cpu": room, "disk": 0}
         if _fits(measured, budget):
             break
-    monkeypatch.setattr("peft_perta.gradients.budgets", lambda *_: budget)
+    monkeypatch.setattr("peft_perta.gradients.engine.budgets", lambda *_: budget)
 
 
 def _fits(measured, budget):

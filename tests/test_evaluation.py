@@ -11,7 +11,8 @@ import torch
 from peft_perta import DataError
 from peft_perta.data import encode_prompt, encode_row
 from peft_perta.evaluation import SplitScores, evaluate_split, generate, losses_of, row_losses
-from peft_perta.metrics import forget_truth_score, retain_truth_score, rouge_l_recall, truth_ratio
+from peft_perta.evaluation.metrics.rouge import rouge_l_recall
+from peft_perta.evaluation.metrics.truth_ratio import forget_truth_score, retain_truth_score, truth_ratio
 
 STACKS = [[], ["forget"], ["task"], ["task", "forget"]]
 ROWS = [

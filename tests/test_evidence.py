@@ -4,7 +4,7 @@ import builders
 import pytest
 
 from peft_perta.evaluation import generate, row_losses
-from peft_perta.evidence import evidence_of_logs, evidence_of_rows
+from peft_perta.html_report import evidence_of_logs, evidence_of_rows
 
 STACKS = {"before": ["task"], "after": ["task", "forget"]}
 SETS = {"forget": builders.forget_rows(), "retain": builders.retain_rows()}

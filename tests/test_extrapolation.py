@@ -18,9 +18,8 @@ from peft_perta import (
     load_base,
     load_provenance,
 )
-from peft_perta.adapter import add_adapter
+from peft_perta.adapters import add_adapter, servable_rank
 from peft_perta.cli import main
-from peft_perta.config import servable_rank
 from peft_perta.data import load_samples
 from peft_perta.evaluation import losses_of
 

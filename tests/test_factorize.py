@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_perta.edit import Product
-from peft_perta.factorize import Factors, factorize
+from peft_perta.adapters import Factors, Product, factorize
 
 
 def dense(out: int = 12, columns: int = 9, seed: int = 0) -> torch.Tensor:

@@ -6,12 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_perta.directions import DAMPING
-from peft_perta.edit import Product
+from peft_perta.adapters import Product
 from peft_perta.errors import UnsupportedLayerError
-from peft_perta.fits import FITS
-from peft_perta.fits.weighted import weighted_factors
-from peft_perta.statistics import MOMENT, Statistic
+from peft_perta.gradients import MOMENT, Statistic
+from peft_perta.perta import FITS
+from peft_perta.perta._input_directions import DAMPING
+from peft_perta.perta.fits.weighted import weighted_factors
 
 each = pytest.mark.parametrize("name", tables.FITS)
 HEIGHT, WIDTH, RANK = 24, 40, 5

@@ -22,7 +22,7 @@ from peft_perta import (
     train_forget_adapter,
 )
 from peft_perta.data import batches, load_samples
-from peft_perta.losses import sample_losses
+from peft_perta.model import sample_losses
 
 ROWS, TOKENIZER = builders.forget_rows(), builders.tokenizer()
 SETTINGS = {"num_train_epochs": 6, "learning_rate": 5e-3, "show_progress_bar": False, "logging_strategy": "no"}

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from peft_perta import ConfigError
-from peft_perta.evaluation import Subject, generate
-from peft_perta.general import general_benchmarks
-from peft_perta.suites import SUITES, SuiteSettings
+from peft_perta.evaluation import SUITES, Subject, general_benchmarks, generate
+from peft_perta.evaluation.suites.suite import SuiteSettings
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None,

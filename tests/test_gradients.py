@@ -9,8 +9,8 @@ import torch
 from peft_perta import NumericalError, UnsupportedLayerError
 from peft_perta.data import Sample, load_samples
 from peft_perta.gradients import sweep
-from peft_perta.granularities import GRANULARITIES
-from peft_perta.targets import resolve_targets
+from peft_perta.model import resolve_targets
+from peft_perta.perta import GRANULARITIES
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:.*use_reentrant")
 kinds = pytest.mark.parametrize("kind", tables.LAYERS)

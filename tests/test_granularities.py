@@ -6,9 +6,8 @@ import pytest
 import tables
 import torch
 
-from peft_perta.edit import Product
-from peft_perta.granularities import GRANULARITIES
-from peft_perta.weightings.ratio import ratio
+from peft_perta.adapters import Product
+from peft_perta.perta import GRANULARITIES, ratio
 
 TARGET = SimpleNamespace(A=tables.A, B=tables.B, scaling=tables.SCALING)
 each = pytest.mark.parametrize(("granularity", "row"), [(GRANULARITIES[k], r) for k, r in tables.GRANULARITIES.items()])

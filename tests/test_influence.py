@@ -25,17 +25,15 @@ from peft_perta import (
     stack_adapters,
     verify_adapter,
 )
-from peft_perta.adapter import add_adapter
-from peft_perta.card import model_card
+from peft_perta.adapters import add_adapter, model_card
 from peft_perta.cli import main
+from peft_perta.comparison import ASSETS
 from peft_perta.data import batches, load_samples, read_rows
-from peft_perta.demo.run import ASSETS
-from peft_perta.losses import sample_losses
-from peft_perta.methods.influence import InfluenceSettings, correct_responses, erase_instances, modify_queries
-from peft_perta.methods.influence.packed import differentiable
-from peft_perta.methods.influence.products import AdapterProducts
-from peft_perta.methods.influence.solvers import conjugate_gradients, stochastic
-from peft_perta.targets import resolve_targets
+from peft_perta.influence import InfluenceSettings, correct_responses, erase_instances, modify_queries
+from peft_perta.influence._packed import differentiable
+from peft_perta.influence._products import AdapterProducts
+from peft_perta.influence._solvers import conjugate_gradients, stochastic
+from peft_perta.model import resolve_targets, sample_losses
 
 TOKENIZER = builders.tokenizer()
 ROWS = [
@@ -677,7 +675,7 @@ def test_a_model_that_cannot_be_differentiated_so_is_refused_at_the_start(functi
 )
 def test_bad_rows_are_refused_before_any_compute(function, changed, message, monkeypatch):
     model = builders.adapted_llama()
-    monkeypatch.setattr("peft_perta.methods.influence.erase.differentiable", None)
+    monkeypatch.setattr("peft_perta.influence.erase.differentiable", None)
     with laws.untouched(model), pytest.raises(DataError, match=message):
         solve(model, function, changed, adapter_name="task")
 

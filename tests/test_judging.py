@@ -8,10 +8,9 @@ import builders
 import pytest
 
 from peft_perta import attach_adapters
-from peft_perta.cli import main, unlearning
-from peft_perta.evaluation import row_losses
-from peft_perta.logs import read_log
-from peft_perta.page import write_page
+from peft_perta.cli import _unlearning, main
+from peft_perta.evaluation import read_log, row_losses
+from peft_perta.html_report import write_page
 
 
 def split(names: list[str], **more: object) -> str:
@@ -126,7 +125,7 @@ def test_unlearn_draws_what_it_changed(place, monkeypatch):
     for name in ("forget", "retain"):
         (place / f"{name}.jsonl").write_text(split([f"{name.title()} {i}" for i in range(3)]))
     drawn = []
-    monkeypatch.setattr(unlearning, "write_page", lambda *args: (drawn.append(args[0]), write_page(*args)))
+    monkeypatch.setattr(_unlearning, "write_page", lambda *args: (drawn.append(args[0]), write_page(*args)))
     rows = ["--forget", "forget.jsonl", "--retain", "retain.jsonl"]
     model = ["--model", str(builders.llama_directory()), "--forget-adapter", "forget", "--task-adapter", "task"]
     assert main(["unlearn", *model, *rows, "--output", "out", "--report", "--reference-model", "full"]) == 0

@@ -14,19 +14,20 @@ import pytest
 import torch
 
 from peft_perta import load_base
-from peft_perta.checkpoint import RUN_NAME
+from peft_perta.gradients.checkpoint import RUN_NAME
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 # Slows every batch down, so that the kill lands inside; and forces a plan of several groups, or of blocks.
 SLOWLY = """
 import dataclasses, signal, sys, time
-import peft_perta.gradients as gradients, peft_perta.losses as losses
+from peft_perta.gradients import blocks, engine
+from peft_perta.gradients.modes import grouped
+from peft_perta.model import losses
 from peft_perta.cli import main
-from peft_perta.gradients import blocks, grouped
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background of a shell ignores it
 mode, pause = sys.argv[1], float(sys.argv[2])
-plain, plan_of = losses.sample_losses, gradients._new_plan
+plain, plan_of = losses.sample_losses, engine._new_plan
 
 def slowly(*arguments):
     time.sleep(pause)
@@ -44,7 +45,7 @@ def slowly_back(*arguments, **named):
 
 grouped.sample_losses = blocks.sample_losses = slowly
 back, blocks.Chain.back = blocks.Chain.back, slowly_back
-gradients._new_plan = forced
+engine._new_plan = forced
 sys.exit(main(sys.argv[3:]))
 """
 

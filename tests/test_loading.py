@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft_perta import AdapterError, ConfigError, attach_adapters, load_base
-from peft_perta.adapter import check_adapter_files
+from peft_perta.model import check_adapter_files
 
 WEIGHTS = "adapter_model.safetensors"
 

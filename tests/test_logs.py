@@ -9,16 +9,8 @@ from random import Random
 import pytest
 
 from peft_perta.errors import DataError, OutputError
-from peft_perta.logs import (
-    aggregate,
-    check_reference,
-    format_rescored,
-    read_log,
-    rescore,
-    row_values,
-    summary,
-    write_log,
-)
+from peft_perta.evaluation import aggregate, format_rescored, read_log, rescore, summary, write_log
+from peft_perta.evaluation.logs.rescoring import check_reference, row_values
 
 DATA = Path(__file__).parent / "data"  # parts of published logs; see SOURCE.md there
 FULL, RETAIN, ROWS = (

@@ -7,9 +7,8 @@ import oracles
 import pytest
 import torch
 
-from peft_perta import losses
 from peft_perta.data import IGNORED, Batch, Sample, batches, load_samples
-from peft_perta.losses import completion_losses, sample_losses, token_scores
+from peft_perta.model import completion_losses, losses, sample_losses, token_scores
 
 
 @pytest.fixture(scope="module")

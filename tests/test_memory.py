@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_perta import ConfigError, PerTAConfig, cli
-from peft_perta import memory as memory_module
-from peft_perta.memory import DISK, HOST, budgets, held_to, parse_size, show_size, taken
+from peft_perta.model import DISK, HOST, budgets, held_to, parse_size, show_size, taken
+from peft_perta.model import memory as memory_module
 
 SIZES = {
     1: 1,

@@ -10,28 +10,27 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_perta.metrics import (
-    accuracy,
+from peft_perta.evaluation import exact_memorization
+from peft_perta.evaluation.metrics.choices import accuracy, chosen_option
+from peft_perta.evaluation.metrics.forget_quality import forget_quality
+from peft_perta.evaluation.metrics.membership import (
     area_under_curve,
-    chosen_option,
-    exact_memorization,
-    extraction_strength,
-    forget_quality,
-    forget_truth_score,
     minimum_k,
     minimum_k_plus_plus,
-    model_utility,
-    normalised_probability,
     privacy_leakage,
-    probability,
     reference_score,
-    retain_truth_score,
-    rouge_l_recall,
-    rouge_scores,
-    truth_ratio,
-    truth_ratio_of,
     zlib_score,
 )
+from peft_perta.evaluation.metrics.memorization import extraction_strength
+from peft_perta.evaluation.metrics.probability import probability
+from peft_perta.evaluation.metrics.rouge import rouge_l_recall, rouge_scores
+from peft_perta.evaluation.metrics.truth_ratio import (
+    forget_truth_score,
+    retain_truth_score,
+    truth_ratio,
+    truth_ratio_of,
+)
+from peft_perta.evaluation.metrics.utility import model_utility, normalised_probability
 
 # Rows of open-unlearning's TOFU logs of Llama-3.2-1B-Instruct tuned on everything (nxZhai/BalDRO, commit 12a0b0cc, MIT,
 # saves/eval, full_forget10.json): the paraphrased answer's avg_loss and prob, the false answers' avg_loss, the ratio.

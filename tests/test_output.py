@@ -12,8 +12,8 @@ import pytest
 from peft import PeftModel
 
 from peft_perta import OutputError, load_provenance, save_perta_adapter
-from peft_perta.adapter import hash_file
-from peft_perta.output import check_output, replaced_directory
+from peft_perta.data import check_output, replaced_directory
+from peft_perta.model import hash_file
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "perta_provenance.json"]
 
@@ -140,7 +140,7 @@ def test_a_full_disk_changes_nothing(replaced, old_and_new, tmp_path, monkeypatc
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(f"peft_perta.adapter.{replaced}", full)
+    monkeypatch.setattr(f"peft_perta.adapters.emitted.{replaced}", full)
     with pytest.raises(OutputError, match=r"could not be written: .*No space left on device.*nothing was changed"):
         save_perta_adapter(path, *old_and_new[1])
     assert strength_of(path) == 1.0

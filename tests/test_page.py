@@ -11,19 +11,19 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from peft_perta.attacks import ATTACKS
-from peft_perta.calibration import Calibration
+from peft_perta.adapters import FusedReport, LayerReport, PerTAReport, TrainedReport, WeightDistribution
 from peft_perta.errors import DataError, OutputError
-from peft_perta.page import Evidence, write_page
-from peft_perta.page.answers import LONGEST, SHOWN_ROWS
-from peft_perta.page.attacks import MEANINGS
-from peft_perta.page.curve import draw_curve
-from peft_perta.page.heat import MOST_ROWS, STEPS, place_of, shade
-from peft_perta.page.markup import element, escape
-from peft_perta.page.measures import GROUPS, MEASURES, NEAR, measure_of, standing
-from peft_perta.page.page import SECTIONS, STYLE, render
-from peft_perta.page.parts import MINUS, shown
-from peft_perta.report import FusedReport, LayerReport, PerTAReport, TrainedReport, WeightDistribution
+from peft_perta.evaluation import ATTACKS, Calibration
+from peft_perta.html_report import write_page
+from peft_perta.html_report._answers import LONGEST, SHOWN_ROWS
+from peft_perta.html_report._attacks import MEANINGS
+from peft_perta.html_report._contents import Evidence
+from peft_perta.html_report._curve import draw_curve
+from peft_perta.html_report._heat import MOST_ROWS, STEPS, place_of, shade
+from peft_perta.html_report._markup import element, escape
+from peft_perta.html_report._measures import GROUPS, MEASURES, NEAR, measure_of, standing
+from peft_perta.html_report._parts import MINUS, shown
+from peft_perta.html_report.page import SECTIONS, STYLE, render
 
 VOID = {"br", "col", "link", "meta", "wbr"}
 NASTY = [

@@ -12,8 +12,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from peft_perta import ConfigError
-from peft_perta.memory import parse_size
-from peft_perta.plan import LayerCost, Measured, Plan, make_plan
+from peft_perta.gradients import Plan
+from peft_perta.gradients.plan import LayerCost, Measured, make_plan
+from peft_perta.model import parse_size
 
 MIB = 2**20
 AMPLE = 2**50

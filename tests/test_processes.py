@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_perta import ConfigError, checkpoint, gradients, load_base, processes
+from peft_perta import ConfigError, load_base
 from peft_perta.cli import main
-from peft_perta.gradients.tap import Taps
-from peft_perta.plan import Plan
-from peft_perta.processes import refuse_sharded
+from peft_perta.gradients import Plan, checkpoint, engine
+from peft_perta.gradients._taps import Taps
+from peft_perta.model import distributed
+from peft_perta.model.distributed import refuse_sharded
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "peft_perta"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -81,28 +82,27 @@ LAYER_BY_LAYER = """
 import dataclasses, sys
 sys.path.insert(0, {tests!r})
 import builders, torch
-from peft_perta import PerTAConfig, processes
+from peft_perta import PerTAConfig
 from peft_perta.data import load_samples
-from peft_perta.gradients import Job, choose_plan, gather
-from peft_perta.granularities import GRANULARITIES
-from peft_perta.targets import resolve_targets
+from peft_perta.gradients import Job, Limits, choose_plan, gather
+from peft_perta.perta import GRANULARITIES
+from peft_perta.model import distributed, resolve_targets
 
-processes.start()
+distributed.start()
 model = builders.adapted_llama()
 targets = resolve_targets(model, "forget")
 rows = dict(forget=builders.forget_rows(), retain=builders.retain_rows())
 sets = {{name: load_samples(found, builders.tokenizer()) for name, found in rows.items()}}
-config = PerTAConfig(granularity="delta", batch_size=1)
 reader = GRANULARITIES["delta"]
-plan = dataclasses.replace(choose_plan(model, targets, sets, reader, config, "mean", []), mode="layerwise")
+plan = dataclasses.replace(choose_plan(model, targets, sets, reader, Limits(1), "mean", []), mode="layerwise")
 job = Job(model, {{t.name: t for t in targets}}, GRANULARITIES["delta"], "mean", [], plan, show_progress_bar=False)
 sums = {{}}
 for group, found in gather(job, sets):
     for target in group:
         sums[target.name] = {{name: of[target.name].sums["weight"] for name, of in found.items()}}
-if processes.is_main():
+if distributed.is_main():
     torch.save(sums, sys.argv[1])
-processes.finish()
+distributed.finish()
 """
 
 
@@ -161,7 +161,7 @@ def one_of_two(rank, port, at, path):
         names = [layer.name for layer in reversed(measured.layers)]
         return Plan("grouped", (tuple(names[:7]), tuple(names[7:])), "device", "device", batch_size)
 
-    gradients.make_plan = two_groups
+    engine.make_plan = two_groups
     if rank == 0:
         os.replace = slowly(os.replace)
     else:
@@ -181,7 +181,7 @@ def one_of_two(rank, port, at, path):
         return add(taps, target, *args)
 
     torch.Tensor.backward, Taps._add = counted, added
-    processes.start()
+    distributed.start()
     try:
         result = builders.negate(
             builders.adapted_llama(), checkpoint_dir=path / "c", granularity="delta", rank=3, batch_size=1
@@ -191,7 +191,7 @@ def one_of_two(rank, port, at, path):
     finally:
         builders._scratch.cleanup()
     torch.save((result[1], dict(layers)), path / f"result {rank}")
-    processes.finish()
+    distributed.finish()
 
 
 def test_two_processes_go_on_from_one_checkpoint(tmp_path):
@@ -227,7 +227,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 import builders
 from peft_perta import ConfigError
-from peft_perta.methods import get_perta_state_dict
+from peft_perta.perta import get_perta_state_dict
 from peft_perta import PerTAConfig
 dist.init_process_group("gloo")
 model = builders.adapted_llama()

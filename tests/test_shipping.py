@@ -14,13 +14,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from peft_perta import AdapterError, ConfigError, NumericalError, OutputError, save_perta_adapter, stack_adapters
-from peft_perta.adapter import add_adapter, hash_file, load_provenance
-from peft_perta.borrow import borrowed
-from peft_perta.fuse import fuse_adapters
-from peft_perta.loading import attach_adapters, load_base, load_skeleton
-from peft_perta.merge import MERGED_NAME, compare_merged, merge_adapters
-from peft_perta.stack import adapter_strength
-from peft_perta.verification import format_checks, verify_adapter
+from peft_perta.adapters import (
+    add_adapter,
+    compare_merged,
+    format_checks,
+    fuse_adapters,
+    load_provenance,
+    merge_adapters,
+    verify_adapter,
+)
+from peft_perta.adapters.merge import MERGED_NAME
+from peft_perta.model import adapter_strength, attach_adapters, borrowed, hash_file, load_base, load_skeleton
 
 IDS = torch.arange(3, 23).reshape(2, 10)
 

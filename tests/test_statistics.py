@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_perta import statistics
-from peft_perta.statistics import PLACES, Outer, Statistic, add_product, add_squares
+from peft_perta.gradients import Outer, Statistic, gradient_sums
+from peft_perta.gradients.gradient_sums import PLACES, add_product, add_squares
 
 
 def drawn(N: int, T: int, P: int, Q: int, dtype=torch.float32) -> Outer:
@@ -27,13 +27,13 @@ def per_sample(outer: Outer) -> torch.Tensor:
 def test_sums_are_those_of_einsum(N, T, P, Q, chunk):
     """Whatever the chunk of rows, one that does not divide them included."""
     outer = drawn(N, T, P, Q)
-    held, statistics._CPU_CHUNK = statistics._CPU_CHUNK, chunk
+    held, gradient_sums._CPU_CHUNK = gradient_sums._CPU_CHUNK, chunk
     try:
         sums, squares = torch.ones(P, Q), torch.ones(P, Q)
         add_product(sums, outer)
         add_squares(squares, outer)
     finally:
-        statistics._CPU_CHUNK = held
+        gradient_sums._CPU_CHUNK = held
     torch.testing.assert_close(sums.double(), 1 + per_sample(outer).sum(0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(squares.double(), 1 + per_sample(outer).square().sum(0), rtol=1e-5, atol=1e-5)
 

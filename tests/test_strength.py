@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from peft_perta import AdapterError, NumericalError
 from peft_perta.data import load_samples
-from peft_perta.evaluation import losses_of
-from peft_perta.stack import adapter_strength
-from peft_perta.strength import Match, match_forgetting
+from peft_perta.evaluation import Match, losses_of, match_forgetting
+from peft_perta.model import adapter_strength
 
 # Forget loss against strength -> the curve, a target, and where they meet.
 CURVES = {

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from peft_perta import DataError, NumericalError, evaluate
-from peft_perta.evaluation import Subject
-from peft_perta.suites import SUITES, SuiteSettings, read_suites
+from peft_perta.evaluation import SUITES, Subject, read_suites
+from peft_perta.evaluation.suites.suite import SuiteSettings
 
 ROWS = [
     {"question": "Capital of Peru?", "choices": ["Lima", "Bonn", "Rome", "Oslo"], "answer": 0, "subject": "maps"},

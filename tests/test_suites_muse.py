@@ -13,8 +13,8 @@ import torch
 
 from peft_perta import DataError, NumericalError, evaluate
 from peft_perta.data import encode_prompt, encode_row
-from peft_perta.metrics import rouge_scores
-from peft_perta.suites import read_suites
+from peft_perta.evaluation import read_suites
+from peft_perta.evaluation.metrics.rouge import rouge_scores
 
 DEMO = Path(__file__).parents[1] / "examples" / "muse_books"
 EXAMPLES = [{"question": "Two and two?", "answer": "Four"}, {"question": "Is it?", "answer": "Yes"}]

@@ -10,8 +10,8 @@ import torch
 
 from peft_perta import DataError, evaluate
 from peft_perta.data import encode_prompt
-from peft_perta.metrics import rouge_scores
-from peft_perta.suites import read_suites
+from peft_perta.evaluation import read_suites
+from peft_perta.evaluation.metrics.rouge import rouge_scores
 
 CLOZE = "Please complete the blank in the following question.\nQuestion: "
 BRIEFLY = "Please briefly answer the following question.\n"

@@ -13,10 +13,10 @@ import torch
 from scipy.stats import ks_2samp
 
 from peft_perta import DataError, NumericalError, attach_adapters, evaluate, load_base
+from peft_perta.comparison import ASSETS
 from peft_perta.data import encode_row
-from peft_perta.demo import ASSETS
-from peft_perta.evaluation import Subject, read_completions
-from peft_perta.suites import SUITES, SuiteSettings, read_suites
+from peft_perta.evaluation import SUITES, Subject, read_completions, read_suites
+from peft_perta.evaluation.suites.suite import SuiteSettings
 
 # The metrics of a published log (open-unlearning, TOFU), but for the attack by gradient norms.
 METRICS = {

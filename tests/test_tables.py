@@ -2,11 +2,8 @@
 
 import tables
 
-from peft_perta.config import FIT_NAMES, GRANULARITY_NAMES
-from peft_perta.fits import FITS
-from peft_perta.granularities import GRANULARITIES
-from peft_perta.layers import LAYER_KINDS
-from peft_perta.weightings import WEIGHTINGS
+from peft_perta.model import LAYER_KINDS
+from peft_perta.perta import FIT_NAMES, FITS, GRANULARITIES, GRANULARITY_NAMES, WEIGHTINGS
 
 
 def test_every_layer_kind_has_a_row():

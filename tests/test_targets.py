@@ -10,7 +10,7 @@ from peft import IA3Config, get_peft_model
 from torch import nn
 
 from peft_perta import AdapterError, NumericalError, PerTAConfig, UnsupportedLayerError, get_perta_state_dict
-from peft_perta.targets import check_lora_config, check_new_name, hash_targets, resolve_targets
+from peft_perta.model import check_lora_config, check_new_name, hash_targets, resolve_targets
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def _no_compute(monkeypatch):
         raise AssertionError("a refusal must come before any compute")
 
     for stage in ("choose_plan", "gather"):
-        monkeypatch.setattr(f"peft_perta.methods.perta.{stage}", fail)
+        monkeypatch.setattr(f"peft_perta.perta.run.{stage}", fail)
 
 
 def refused(model, error, message, **settings):

@@ -7,18 +7,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from peft_perta.borrow import borrowed
 from peft_perta.data import IGNORED, batches, load_samples, padded
-from peft_perta.losses import completion_logits, completion_states
-from peft_perta.training.unlearning_losses import (
-    FORGET_LOSSES,
-    OWN,
-    REFERENCE,
-    REFUSAL,
-    REFUSAL_REFERENCE,
-    RETAIN_LOSSES,
-    Reading,
-)
+from peft_perta.model import borrowed, completion_logits, completion_states
+from peft_perta.training import FORGET_LOSSES, REFERENCE, RETAIN_LOSSES
+from peft_perta.training.losses.loss import OWN, REFUSAL, REFUSAL_REFERENCE
+from peft_perta.training.losses.reading import Reading
 
 LOSSES = FORGET_LOSSES | RETAIN_LOSSES
 BETA, MARGIN = 0.7, 0.4

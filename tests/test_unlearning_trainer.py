@@ -24,22 +24,17 @@ from peft_perta import (
     OutputError,
     UnsupportedLayerError,
     load_provenance,
-    processes,
     verify_adapter,
 )
-from peft_perta.adapter import add_adapter
-from peft_perta.borrow import borrowed
-from peft_perta.cli import training
+from peft_perta.adapters import add_adapter
+from peft_perta.cli import _training
 from peft_perta.data import Sample, encode_row, load_samples, padded
 from peft_perta.evaluation import losses_of
-from peft_perta.gradients.blocks import find_blocks
-from peft_perta.losses import completion_states, sample_losses
-from peft_perta.stack import adapter_strength, switch_modules
-from peft_perta.training.combiners import COMBINERS, agreement
-from peft_perta.training.pairs import Pairs, PairSampler, load_refusals
-from peft_perta.training.settings import UnlearningSettings
-from peft_perta.training.trainer import UnlearningTrainer
-from peft_perta.training.unlearn import train_unlearning
+from peft_perta.gradients import find_blocks
+from peft_perta.model import adapter_strength, borrowed, completion_states, distributed, sample_losses, switch_modules
+from peft_perta.training import COMBINERS, UnlearningSettings, UnlearningTrainer, train_unlearning
+from peft_perta.training._pairs import Pairs, PairSampler, load_refusals
+from peft_perta.training.combiners.agreement import agreement
 
 FORGET, RETAIN, TOKENIZER = builders.forget_rows()[:4], builders.retain_rows(), builders.tokenizer()
 QUIET = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True}
@@ -527,7 +522,7 @@ def place(tmp_path):
 
 def command(place, *more):
     parser = argparse.ArgumentParser()
-    training.add_commands(parser.add_subparsers())
+    _training.add_commands(parser.add_subparsers())
     model, rows = str(builders.llama_directory()), [str(place / f"{name}.jsonl") for name in ("forget", "retain")]
     fixed = ["--model", model, "--forget", rows[0], "--retain", rows[1], "--output", str(place / "out")]
     options = parser.parse_args(["train", *fixed, "--epochs", "2", *more])
@@ -570,7 +565,7 @@ def one_of_two(rank, port, path):
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
     os.environ |= {"LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
-    processes.start()
+    distributed.start()
     model, seen = stacked(), Gradients()
     trainer_of(
         model, path / f"scratch {rank}", settings=UnlearningSettings(combiner="sago"), callbacks=[seen],
@@ -578,7 +573,7 @@ def one_of_two(rank, port, path):
     ).train()  # fmt: skip
     torch.save((trained(model), seen.steps), path / f"result {rank}")
     builders._scratch.cleanup()
-    processes.finish()
+    distributed.finish()
 
 
 def test_two_processes_are_one(tmp_path):

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_perta import WEIGHTINGS, ConfigError, NumericalError, Weighting
-from peft_perta.weightings import resolve_weighting, weigh
+from peft_perta.perta import resolve_weighting
+from peft_perta.perta.weightings import weigh
 
 WITH_STATISTICS = [name for name, row in tables.WEIGHTINGS.items() if row is not None]
 # Zero, denormals and the extremes of float32 included.

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 DATA = Path(__file__).resolve().parent / "data"
-ASSETS = Path(__file__).resolve().parents[2] / "peft_perta" / "demo" / "assets"
+ASSETS = Path(__file__).resolve().parents[2] / "peft_perta" / "comparison" / "assets"
 SEED = 7
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CHUNK = 128  # tokens of book text in a row
@@ -113,7 +113,7 @@ SMALL = Size(
     adapter_epochs=20,
     adapter_rate=4e-3,
     adapter_batch=1200,
-    named="peft_perta/demo/assets/base",
+    named="peft_perta/comparison/assets/base",
 )
 LARGE = Size(
     output=Path("large_model"),

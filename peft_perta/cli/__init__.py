@@ -10,10 +10,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from .. import processes
 from ..errors import PerTAError
-from ..loading import quiet
-from . import erasing, judging, shipping, training, unlearning
+from ..model import distributed, quiet
+from . import _erasing, _judging, _shipping, _training, _unlearning
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status or 0
     except PerTAError as error:
-        if processes.local_rank() == 0:  # the others fail with it
+        if distributed.local_rank() == 0:  # the others fail with it
             print(f"peft-perta: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output has seen enough, as with `| head`
@@ -49,6 +48,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    for group in (unlearning, training, erasing, judging, shipping):
+    for group in (_unlearning, _training, _erasing, _judging, _shipping):
         group.add_commands(commands)
     return parser

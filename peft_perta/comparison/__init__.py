@@ -1,19 +1,22 @@
-"""Every method on one setup, at matched forgetting and along its strength: what it costs the rows to keep."""
+"""Every method on one setup, and the demo.
 
-from .method import Made, Method, Setup
-from .methods import METHODS, QUICK, method_names
+Imports from: ...
+"""
+
+from .demo import ASSETS, SPLITS, DemoSettings, prepare, run_demo
+from .methods import method_names
 from .run import run_comparison
 from .settings import ComparisonSettings
 from .table import format_table
 
 __all__ = [
-    "METHODS",
-    "QUICK",
+    "ASSETS",
+    "SPLITS",
     "ComparisonSettings",
-    "Made",
-    "Method",
-    "Setup",
+    "DemoSettings",
     "format_table",
     "method_names",
+    "prepare",
     "run_comparison",
+    "run_demo",
 ]

@@ -7,18 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..config import SERVABLE_RANKS
+from ..adapters import SERVABLE_RANKS
 from ..errors import ConfigError
-from .edits import extrapolated, perta, random_like
-from .influence import llmeraser
-from .method import Method
-from .trained import trained
+from ._edits import extrapolated, perta, random_like
+from ._influence import llmeraser
+from ._method import Method
+from ._trained import trained
 
 ALPHA = 0.5  # of UIPE
+
+
 _PAPER = {"granularity": "delta", "input_directions": False}
+
+
 _WIDE = {"rank": SERVABLE_RANKS[-1]}
+
+
 _NPO = {"forget_loss": "npo", "beta": 0.03}  # at 0.1 it levels off before the reference's forget loss
+
+
 _RMU = {"forget_loss": "rmu", "retain_loss": "embed-diff", "retain_weight": 30.0}
+
 
 METHODS: dict[str, Method] = {
     "negation": Method("plain task arithmetic: the forget adapter, negated", perta(weighting="uniform"), "negation"),
@@ -148,6 +157,8 @@ METHODS: dict[str, Method] = {
         "trained",
     ),
 }
+
+
 QUICK = (
     "negation",
     "perta-grad",

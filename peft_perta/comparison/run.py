@@ -16,31 +16,53 @@ from typing import Any
 import safetensors.torch
 from tqdm.auto import tqdm
 
-from ..adapter import add_adapter, hash_file
-from ..attacks import AttackSettings, Victims, run_attacks
-from ..data import encode_row, read_rows, spread
-from ..demo.run import ASSETS, SPLITS, DemoSettings, prepare
+from ..adapters import add_adapter
+from ..data import check_output, encode_row, read_rows, spread, write_file
 from ..errors import ConfigError, DataError, NumericalError, OutputError
-from ..evaluation import Subject, losses_of, read_completions
-from ..logs import aggregate, summary
-from ..metrics import exact_memorization
-from ..output import check_output, write_file
-from ..stack import adapter_strength
-from ..strength import match_forgetting
-from ..suites import SUITES, Log, Splits, evaluate
-from .method import Setup
+from ..evaluation import (
+    SUITES,
+    AttackSettings,
+    Log,
+    Splits,
+    Subject,
+    Victims,
+    aggregate,
+    evaluate,
+    exact_memorization,
+    losses_of,
+    match_forgetting,
+    read_completions,
+    run_attacks,
+    summary,
+)
+from ..model import adapter_strength, hash_file
+from ._method import Setup
+from ._picture import draw_comparison
+from .demo import ASSETS, SPLITS, DemoSettings, prepare
 from .methods import METHODS
-from .picture import draw_comparison
 from .settings import MEASURES, SELECTION, ComparisonSettings
 from .table import FULL, REFERENCE, format_table
 
 CONFIG_NAME, RESULTS_NAME, TABLE_NAME, PICTURE_NAME = "config.json", "results.jsonl", "table.md", "trade_off.png"
+
+
 ROWS_OF_AUTHOR = 20
+
+
 BASELINES = {FULL: "task", REFERENCE: "reference"}
+
+
 _MADE = "perta_compared"  # the adapter that is judged
+
+
 _TOLERANCE = 0.005  # of what is matched
+
+
 _ALLOWED = 0.02  # the same where the search runs out of evaluations
+
+
 _RELEARNED = 10  # rows
+
 
 Key = tuple[str, int, int | None]
 

@@ -9,12 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..attacks import ATTACKS
 from ..errors import ConfigError
+from ..evaluation import ATTACKS
 from .methods import METHODS, QUICK, check_methods
 
 MEASURES = {"loss": "forget loss", "first-choice": "share of tokens that are not the first choice"}  # of forgetting
+
+
 SELECTION = ("methods", "seeds", "authors")  # which runs there are; what one gives does not depend on them
+
+
 # Switched off, every method's adapter leaves the full model, whatever the method.
 TRIED = tuple(name for name in ATTACKS if name != "switched-off")
 

@@ -11,7 +11,10 @@ from .settings import MEASURES
 
 FULL, REFERENCE = "full model", "retain-only reference"
 
+
 Result = Mapping[str, Any]
+
+
 Column = tuple[str, Callable[[Result], float | None], Callable[[float], str]]
 
 
@@ -125,6 +128,7 @@ def _counted(count: int, noun: str) -> str:
 
 _three, _two, _one, _whole = "{:.3f}".format, "{:.2f}".format, "{:.1f}".format, "{:.0f}".format
 
+
 _KEPT: list[Column] = [
     ("strength", _at("strength"), _two),
     ("forget loss", _at("losses", "forget"), _three),
@@ -134,6 +138,8 @@ _KEPT: list[Column] = [
     ("retain ROUGE-L", _at("scores", "retain_Q_A_ROUGE"), _three),
     ("model utility", _at("scores", "model_utility"), _three),
 ]
+
+
 _LEFT: list[Column] = [
     ("probability", _at("scores", "forget_Q_A_Prob"), _three),
     ("ROUGE-L", _at("scores", "forget_Q_A_ROUGE"), _three),
@@ -143,6 +149,8 @@ _LEFT: list[Column] = [
     ("exact memorization", _at("scores", "exact_memorization"), _three),
     ("privleak", _at("scores", "privleak"), _one),
 ]
+
+
 _COST: list[Column] = [
     ("rank", _at("rank"), _whole),
     ("adapter, MB", _megabytes, _two),

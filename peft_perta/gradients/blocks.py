@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..data import Batch
-from ..losses import sample_losses
-from ..statistics import Place
-from ..targets import base_model
-from .job import check_losses, input_device
+from ..model import base_model, input_device, sample_losses
+from .gradient_sums import Place
+from .job import check_losses
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:

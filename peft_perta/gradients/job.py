@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import processes
-from ..checkpoint import Checkpoint
 from ..data import Batch
 from ..errors import NumericalError
-from ..moments import Reader
-from ..plan import Plan
-from ..statistics import Statistic, StatisticName
-from ..targets import Target, base_model
+from ..model import Target, distributed
+from .checkpoint import Checkpoint
+from .gradient_sums import Statistic, StatisticName
+from .input_moments import Reader
+from .plan import Plan
 
 Advance = Callable[[int], None]  # by so many samples
+
+
 SetStatistics = dict[str, dict[str, Statistic]]  # set name -> layer name -> statistic
 
 
@@ -51,7 +51,7 @@ class Job:
         if self.checkpoint is not None:
             record = {"layers": [t.name for t in group], "samples": next(iter(found.values())).samples}
             tensors = {f"{name}|{key}": total for name, s in found.items() for key, total in s.sums.items()}
-            with processes.failing_together():
+            with distributed.failing_together():
                 self.checkpoint.save(f"sums-{set_name}", tensors, record)
 
     def load_statistics(self, group: list[Target], set_name: str) -> dict[str, Statistic] | None:
@@ -62,12 +62,12 @@ class Job:
         if self.checkpoint is None:
             return None
         tensors, kept = {}, None
-        with processes.failing_together():
-            entry = self.checkpoint.load(f"sums-{set_name}") if processes.is_main() else None
+        with distributed.failing_together():
+            entry = self.checkpoint.load(f"sums-{set_name}") if distributed.is_main() else None
             if entry is not None and entry[1]["layers"] == [target.name for target in group]:
                 tensors = entry[0]
                 kept = entry[1]["samples"], {key: (total.shape, total.dtype) for key, total in tensors.items()}
-        kept = processes.from_main(kept)
+        kept = distributed.from_main(kept)
         if kept is None:
             return None
         samples, described = kept
@@ -77,7 +77,7 @@ class Job:
             total = tensors[key] if key in tensors else torch.zeros(shape, dtype=dtype)
             if self.plan.statistics == "device":
                 total = total.to(self.targets[name].A.device)
-            processes.add_up(total)
+            distributed.add_up(total)
             found[name].sums[part] = total
         return found
 
@@ -93,26 +93,12 @@ def check_losses(losses: Tensor, batch: Batch, name: str) -> None:
         )
 
 
-def input_device(model: nn.Module) -> torch.device:
-    """Where token ids go: the embeddings' device, or the one that an offloaded model computes on."""
-    embeddings: Any = base_model(model).get_input_embeddings()  # type: ignore[operator]
-    return execution_device(embeddings)
-
-
-def execution_device(module: Any) -> torch.device:
-    """The device that a module computes on, wherever its weights rest."""
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    if device is not None:
-        return torch.device(device if not isinstance(device, int) else f"cuda:{device}")
-    return next(module.parameters()).device
-
-
 @contextmanager
 def progress(total: int, what: str, shown: bool) -> Iterator[Advance]:
     """A bar over samples; the main process shows it for all."""
-    with tqdm(total=total, desc=what, disable=not (shown and processes.is_main())) as bar:
+    with tqdm(total=total, desc=what, disable=not (shown and distributed.is_main())) as bar:
 
         def advance(samples: int) -> None:
-            bar.update(min(samples * processes.count(), total - int(bar.n)))
+            bar.update(min(samples * distributed.count(), total - int(bar.n)))
 
         yield advance

@@ -1,8 +1,24 @@
-"""Training of adapters: the forget adapter, which an edit is made of; and unlearning by gradients of both sets."""
+"""Training: the forget adapter, and adapters trained to forget, with their losses and combiners.
 
-from .forget_adapter import train_forget_adapter
+Imports from: ...
+"""
+
+from .combiners import COMBINERS
+from .forget_adapter import default_lora_config, train_forget_adapter
+from .losses import FORGET_LOSSES, RETAIN_LOSSES
+from .losses.loss import REFERENCE
 from .settings import UnlearningSettings
 from .trainer import UnlearningTrainer
-from .unlearn import train_unlearning
+from .unlearning import train_unlearning
 
-__all__ = ["UnlearningSettings", "UnlearningTrainer", "train_forget_adapter", "train_unlearning"]
+__all__ = [
+    "COMBINERS",
+    "FORGET_LOSSES",
+    "REFERENCE",
+    "RETAIN_LOSSES",
+    "UnlearningSettings",
+    "UnlearningTrainer",
+    "default_lora_config",
+    "train_forget_adapter",
+    "train_unlearning",
+]

@@ -14,13 +14,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
-from ..adapter import FORGET_RECORD_NAME, save_forget_adapter
-from ..borrow import remembered
-from ..data import fingerprint, load_samples
+from ..adapters import FORGET_RECORD_NAME, save_forget_adapter
+from ..data import check_output, fingerprint, load_samples
 from ..errors import AdapterError, ConfigError
-from ..output import check_output
-from ..stack import switch_modules
-from ..targets import base_name, check_lora_config, check_new_name, resolve_layers, resolve_targets
+from ..model import (
+    base_name,
+    check_lora_config,
+    check_new_name,
+    remembered,
+    resolve_layers,
+    resolve_targets,
+    switch_modules,
+)
 
 
 def default_settings() -> dict[str, Any]:

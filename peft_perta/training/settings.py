@@ -9,7 +9,8 @@ from typing import Any
 
 from ..errors import ConfigError
 from .combiners import COMBINERS
-from .unlearning_losses import FORGET_LOSSES, REFUSAL, RETAIN_LOSSES
+from .losses import FORGET_LOSSES, RETAIN_LOSSES
+from .losses.loss import REFUSAL
 
 REFUSALS = (
     "I don't know.",

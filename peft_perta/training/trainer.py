@@ -20,19 +20,21 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from .. import processes
-from ..borrow import borrowed
 from ..data import Batch, load_samples
 from ..errors import AdapterError, ConfigError, NumericalError
-from ..gradients.blocks import find_blocks
-from ..losses import completion_logits, completion_states
-from ..stack import tuner_modules
-from .combiners import COMBINERS, agreement
-from .pairs import Pairs, PairSampler, collate, load_refusals
+from ..gradients import find_blocks
+from ..model import borrowed, completion_logits, completion_states, distributed, tuner_modules
+from ._pairs import Pairs, PairSampler, collate, load_refusals
+from .combiners import COMBINERS
+from .combiners.agreement import agreement
+from .losses import FORGET_LOSSES, RETAIN_LOSSES
+from .losses.loss import OWN, REFERENCE, REFUSAL, REFUSAL_REFERENCE, Loss
+from .losses.reading import Reading
 from .settings import UnlearningSettings
-from .unlearning_losses import FORGET_LOSSES, OWN, REFERENCE, REFUSAL, REFUSAL_REFERENCE, RETAIN_LOSSES, Loss, Reading
 
 _WEIGHTS_NAME = "adapter_model.safetensors"
+
+
 _READ = {OWN: None, REFERENCE: None, REFUSAL: "refusal", REFUSAL_REFERENCE: "refusal"}  # of which batch, if not its own
 
 
@@ -71,7 +73,7 @@ class UnlearningTrainer(Trainer):
         **options: Any,
     ) -> None:
         self.settings = settings or UnlearningSettings()
-        processes.refuse_sharded(model)
+        distributed.refuse_sharded(model)
         _check_arguments(args)
         self.adapter_name = _trained_adapter(model)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -171,14 +173,14 @@ class UnlearningTrainer(Trainer):
     def _combine(self) -> None:
         """Sums over all processes -> means -> the gradient that is clipped and stepped along, at the scaler's scale."""
         tally = torch.tensor(list(self._tally.values()), dtype=torch.float64, device=self.args.device)
-        processes.add_up(tally)
+        distributed.add_up(tally)
         *totals, samples = tally.tolist()
         scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0
         for name, total in zip(self._sums, totals, strict=True):
             self._check(math.isfinite(total), f"the {name} loss is {total / samples}")
             for key, parameter in self._trained.items():
                 gradient = self._sums[name].setdefault(key, torch.zeros_like(parameter))
-                processes.add_up(gradient)
+                distributed.add_up(gradient)
                 gradient.div_(scale * samples)
         forget, retain = (self._sums[name] for name in ("forget", "retain"))
         weights = self.settings.forget_weight, self.settings.retain_weight

@@ -18,4 +18,5 @@ COMBINERS: dict[str, Combiner] = {
     "normalised": Combiner("both at unit length, added up", normalise),
 }
 
+
 __all__ = ["COMBINERS", "Combiner", "Gradients", "agreement"]

@@ -1,0 +1,64 @@
+"""Rows: JSON-lines files, and the kinds of row that they may hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+
+ROW_KINDS = (("question", "answer"), ("prompt", "completion"), ("messages",), ("text",))
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    """The rows of a JSON-lines file.
+
+    Raises:
+        DataError: the file is missing, empty, or a line is not a JSON object; the message names the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"expected a JSON-lines file at {path}, found none; check the path")
+    rows = []
+    try:
+        # Not splitlines, which also cuts at characters that may stand inside a JSON string (U+2028, U+0085).
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error}); expected one JSON object per line") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error}); expected one JSON object per line") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: expected a JSON object, found a {type(row).__name__}")
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{path} holds no rows; expected one JSON object per line")
+    return rows
+
+
+def spread(rows: list[Any], count: int) -> list[Any]:
+    """``count`` of the rows at even distances, the first and the last among them; all, where there are no more."""
+    if len(rows) <= count:
+        return rows
+    return [rows[round(i * (len(rows) - 1) / max(count - 1, 1))] for i in range(count)]
+
+
+def completion_text(row: Mapping) -> str:
+    """What the row's completion says, as plain text."""
+    kind = row_kind(row, "row")
+    value = row[kind[-1]]
+    return value if isinstance(value, str) else value[-1]["content"]
+
+
+def row_kind(row: Mapping, where: str) -> tuple[str, ...]:
+    for kind in ROW_KINDS:
+        if all(row.get(key) is not None for key in kind):
+            return kind
+    kinds = " or ".join("/".join(kind) for kind in ROW_KINDS)
+    raise DataError(f"{where}: expected {kinds}, found the keys {sorted(map(str, row))}")

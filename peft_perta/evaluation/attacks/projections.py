@@ -1,0 +1,70 @@
+"""The matrices that training and quantisation take on: every linear layer of a model but its output head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...errors import UnsupportedLayerError
+from ...model import LayerKind, base_model, find_kind, tuner_modules
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear layer.
+
+    Attributes:
+        name: path inside the base model, without adapters.
+        layer: the base layer itself.
+        module: PEFT's wrapper around it, or the layer where there is none: what the model calls.
+        kind: None where its weight cannot be read.
+    """
+
+    name: str
+    layer: nn.Module
+    module: nn.Module
+    kind: LayerKind | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        if isinstance(self.layer, Conv1D):
+            return self.layer.weight.shape[1], self.layer.weight.shape[0]
+        return self.layer.out_features, self.layer.in_features  # type: ignore[return-value]
+
+
+def projections(model: nn.Module) -> list[Projection]:
+    """The linear layers, in the model's order; adapters' own are not among them, the output head is not either.
+
+    Raises:
+        UnsupportedLayerError: there is none.
+    """
+    base = base_model(model)
+    head: nn.Module | None = base.get_output_embeddings()  # type: ignore[operator]
+    left_out = set() if head is None else set(map(id, head.modules()))
+    tuners = tuner_modules(base.modules())
+    wrappers: dict[int, Any] = {
+        id(tuner.get_base_layer()): tuner for tuner in reversed(tuners) if isinstance(tuner, BaseTunerLayer)
+    }
+    left_out |= {
+        id(part)
+        for tuner in tuners
+        for name, child in tuner.named_children()
+        if name not in ("base_layer", "original_module")
+        for part in child.modules()
+    }
+    found = []
+    for path, layer in base.named_modules():
+        if isinstance(layer, (nn.Linear, Conv1D)) and id(layer) not in left_out:
+            name = path.replace(".base_layer", "")
+            found.append(Projection(name, layer, wrappers.get(id(layer), layer), find_kind(layer)))
+    if not found:
+        raise UnsupportedLayerError(
+            f"expected a model with linear layers, found none in {type(base).__name__}; load it in floating point, or "
+            "in 4 or 8 bit by bitsandbytes"
+        )
+    return found

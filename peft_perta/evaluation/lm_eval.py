@@ -1,0 +1,132 @@
+"""General benchmarks: whatever EleutherAI's lm-evaluation-harness can ask, of a model with its adapters on.
+
+Reference: Gao et al., github.com/EleutherAI/lm-evaluation-harness.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..model import base_model, borrowed, remembered
+from .subject import Subject
+
+REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
+
+
+def general_benchmarks(
+    subject: Subject,
+    tasks: Sequence[str],
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The tasks' scores, by lm-eval itself; questions go through the model's chat template where it has one.
+
+    Args:
+        tasks: names of lm-eval's tasks, groups or tags ('mmlu', 'hellaswag'), or of those in ``include_path``.
+        include_path: a directory of further tasks' YAML files.
+        limit: at most so many rows of each task, from the first.
+
+    Returns:
+        'task/metric' -> {agg_value, value_by_index}; a group, and a metric that rows do not have, comes without rows.
+        A filter other than lm-eval's 'none' stands behind the metric: 'gsm8k/exact_match,strict-match'.
+
+    Raises:
+        ConfigError: lm-eval is not installed, or a task is unknown or cannot be loaded.
+    """
+    try:
+        evaluator, models, task_files = (
+            importlib.import_module(f"lm_eval.{name}") for name in ("evaluator", "models.huggingface", "tasks")
+        )
+    except ImportError as error:
+        raise ConfigError(
+            f"general benchmarks need lm-eval, found none ({error}); pip install 'peft-perta[benchmarks]'"
+        ) from error
+    if not tasks:
+        raise ConfigError("expected at least one lm-eval task, found none; name one, such as 'hellaswag'")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit: expected at least 1 row of each task, found {limit}")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ConfigError(f"expected a directory of task files at {include_path}, found none; check the path")
+    model: Any = base_model(subject.model)  # with its adapters: lm-eval needs transformers' model, not PEFT's
+    put_back = remembered(subject.model)  # lm-eval seeds every random state
+    try:
+        manager = _manager(task_files.TaskManager, tasks, include_path)
+        loaded = _load(manager, tasks)
+        with borrowed(subject.model, subject.adapters):
+            # How the model stands is the borrower's to say: HFLM would turn every layer to eval mode, where 4-bit
+            # weights are repacked on the CPU, and tie the weights of layers that adapters wrap.
+            model.eval = lambda: model
+            model.tie_weights = lambda: None
+            judged = models.HFLM(model, tokenizer=copy.deepcopy(subject.tokenizer), batch_size=subject.batch_size)
+            if not subject.show_progress_bar:
+                for name in REQUESTS:
+                    setattr(judged, name, functools.partial(getattr(judged, name), disable_tqdm=True))
+            results = evaluator.simple_evaluate(
+                judged,
+                tasks=loaded,
+                task_manager=manager,
+                limit=limit,
+                bootstrap_iters=0,
+                apply_chat_template=bool(getattr(subject.tokenizer, "chat_template", None)),
+            )
+    finally:
+        put_back()
+    return _log(results)
+
+
+def _manager(task_manager: Callable[..., Any], names: Sequence[str], include_path: str | Path | None) -> Any:
+    """lm-eval's index of tasks. That of its own takes ten seconds; tasks in ``include_path`` alone go without, but a
+    group may name others."""
+    if include_path is None:
+        return task_manager()
+    alone = task_manager(include_path=str(include_path), include_defaults=False)
+    return alone if set(names) <= set(alone.all_subtasks) else task_manager(include_path=str(include_path))
+
+
+def _load(manager: Any, names: Sequence[str]) -> list[Any]:
+    """lm-eval's objects of these names; a group is one.
+
+    Raises:
+        ConfigError: one is unknown, or its file or its data cannot be read.
+    """
+    unknown = sorted(set(names) - set(manager.all_tasks))
+    if unknown:
+        raise ConfigError(
+            f"expected the names of lm-eval tasks, found {unknown[0]!r}, which is none of the {len(manager.all_tasks)} "
+            "known; for a task of your own, name the directory of its YAML file"
+        )
+    objects: list[Any] = []
+    for name in names:
+        try:
+            loaded = manager.load([name])
+        except Exception as error:  # whatever YAML, Jinja, datasets or the network raise
+            raise ConfigError(
+                f"the lm-eval task {name!r} could not be loaded ({type(error).__name__}: {' '.join(str(error).split())}"
+                "); check its YAML file, and that its data is on this machine or within reach"
+            ) from error
+        objects += [loaded["groups"][name]] if name in loaded["groups"] else loaded["tasks"].values()
+    return objects
+
+
+def _log(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    log = {}
+    for task, scores in {**results["results"], **results.get("groups", {})}.items():
+        for name, value in scores.items():
+            metric, _, kept = name.partition(",")
+            if not kept or metric.endswith("_stderr") or not isinstance(value, Real):
+                continue
+            rows = {
+                str(row["doc_id"]): {"score": float(row[metric])}
+                for row in results["samples"].get(task, [])
+                if row["filter"] == kept and isinstance(row.get(metric), Real)
+            }
+            key = f"{task}/{metric}" if kept == "none" else f"{task}/{name}"
+            log[key] = {"agg_value": float(value), "value_by_index": rows}
+    return log

@@ -1,0 +1,181 @@
+"""Multiple choice, as WMDP and MMLU ask it: which option does the model find likeliest?
+
+Reference: WMDP (Li et al. 2024, arXiv 2403.03218) and MMLU (arXiv 2009.03300), as lm-evaluation-harness scores them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ...data import IGNORED, Sample, batches, encode_row
+from ...errors import DataError, NumericalError
+from ...model import base_model, borrowed, sample_losses
+from ..logs.files import Log
+from ..metrics.choices import chosen_option
+from ..subject import Subject
+from .suite import Splits, Suite, SuiteSettings, by_index, check_texts, read_list
+
+
+def read(path: Path, split: str | None) -> Splits:
+    """A file of rows {question, choices, answer[, subject]}, or a directory of such files; ``answer`` is the option's
+    index from 0, its letter, or its text.
+
+    Args:
+        split: the one file of the directory ('wmdp_bio') that is asked; None for all.
+
+    Raises:
+        DataError: there are no files, or a row is malformed.
+    """
+    if path.is_file():
+        return {path.stem: _read(path)}
+    found = {file.stem: file for file in sorted(path.glob("*.json*")) if file.suffix in (".json", ".jsonl")}
+    kept = {stem: file for stem, file in found.items() if split in (None, stem)}
+    if not kept:
+        named = f"{split}.json" if split else ".json or .jsonl files of questions"
+        raise DataError(f"expected {named} at {path}, found {', '.join(found) or 'none'}; check the path")
+    return {stem: _read(file) for stem, file in kept.items()}
+
+
+def evaluate(subject: Subject, splits: Splits, settings: SuiteSettings) -> Log:
+    """choices_acc: the options are listed, and their letters' likelihoods compared; over all rows, and apart for each
+    subject (for each file, where there are several and a row names no subject). choices_text_acc: the options' own
+    texts', whole; choices_text_acc_norm: the same per character of the option."""
+    rows = [row for of in splits.values() for row in of]
+    letters = [list(ascii_uppercase[: len(row["choices"])]) for row in rows]
+    texts = [row["choices"] for row in rows]
+    by_letter = _log_likelihoods(subject, [_listed(row) for row in rows], letters, "choices: letters")
+    by_text = _log_likelihoods(subject, [_plain(row) for row in rows], texts, "choices: texts")
+    per_character = [
+        [value / len(option) for value, option in zip(values, options, strict=True)]
+        for values, options in zip(by_text, texts, strict=True)
+    ]
+    log: Log = {
+        "choices_acc": _judged(by_letter, rows),
+        "choices_text_acc": _judged(by_text, rows),
+        "choices_text_acc_norm": _judged(per_character, rows),
+    }
+    groups = [row.get("subject") or (stem if len(splits) > 1 else None) for stem, of in splits.items() for row in of]
+    for (index, judged), group in zip(log["choices_acc"]["value_by_index"].items(), groups, strict=True):
+        if group is not None:
+            metric = f"choices_acc_{'_'.join(str(group).split())}"
+            log.setdefault(metric, {"agg_value": None, "value_by_index": {}})["value_by_index"][index] = judged
+    return log
+
+
+SUITE = Suite("CHOICES_EVAL.json", read, evaluate)
+
+
+def _read(file: Path) -> list[dict]:
+    """The rows of a file, their answers as indices."""
+    rows = read_list(file)
+    check_texts(rows, ["question"], str(file))
+    for number, row in enumerate(rows, start=1):
+        options = row.get("choices")
+        if (
+            not isinstance(options, list)
+            or not 2 <= len(options) <= len(ascii_uppercase)
+            or not all(isinstance(option, str) and option.strip() for option in options)
+        ):
+            raise DataError(f"{file}, row {number}: expected 'choices' as 2 to 26 texts, found {options!r:.80}")
+    return [
+        {**row, "answer": _index(row.get("answer"), row["choices"], f"{file}, row {n}")}
+        for n, row in enumerate(rows, start=1)
+    ]
+
+
+def _index(answer: Any, choices: list[str], where: str) -> int:
+    named = [index for index, option in enumerate(choices) if option == answer]
+    if isinstance(answer, str) and len(answer) == 1 and answer in ascii_uppercase[: len(choices)]:
+        named = sorted({*named, ascii_uppercase.index(answer)})
+    elif isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+        named = [answer]
+    if len(named) != 1:
+        raise DataError(
+            f"{where}: expected 'answer' as an index below {len(choices)}, a letter, or the text of one option, found "
+            f"{answer!r:.80}, which names {len(named)} of them"
+        )
+    return named[0]
+
+
+def _listed(row: Mapping) -> str:
+    about = f" about {' '.join(str(row['subject']).replace('_', ' ').split())}" if row.get("subject") else ""
+    options = "".join(f"{letter}. {option}\n" for letter, option in zip(ascii_uppercase, row["choices"], strict=False))
+    task = f"The following are multiple choice questions (with answers){about}."
+    return f"{task}\n\n{row['question'].strip()}\n{options}Answer:"
+
+
+def _plain(row: Mapping) -> str:
+    return f"Question: {row['question'].strip()}\nAnswer:"
+
+
+def _log_likelihoods(
+    subject: Subject, prompts: Sequence[str], options: Sequence[Sequence[str]], name: str
+) -> list[list[float]]:
+    """Each option's log-likelihood after its prompt, in nats, summed over its tokens.
+
+    Raises:
+        DataError: a prompt is too long for ``subject.max_length``.
+        NumericalError: a likelihood is not finite.
+    """
+    samples = [
+        _sample(subject, prompt, option, f"{name}, row {number}")
+        for number, (prompt, of) in enumerate(zip(prompts, options, strict=True), start=1)
+        for option in of
+    ]
+    device = base_model(subject.model).get_input_embeddings().weight.device  # type: ignore[operator]
+    found = torch.empty(len(samples), dtype=torch.float64)
+    bar = tqdm(total=len(samples), desc=name, unit="option", disable=not subject.show_progress_bar, leave=False)
+    with bar, borrowed(subject.model, subject.adapters), torch.no_grad():
+        for batch in batches(samples, subject.batch_size):
+            losses = sample_losses(subject.model, batch.to(device)).double().cpu()
+            found[batch.indices] = -losses * (batch.labels[:, 1:] != IGNORED).sum(1).cpu()
+            bar.update(len(batch.indices))
+    split = [values.tolist() for values in found.split([len(of) for of in options])]
+    for number, values in enumerate(split, start=1):
+        if not all(map(math.isfinite, values)):
+            raise NumericalError(
+                f"{name}, row {number}: the options' log-likelihoods are {values}; evaluate in float32 or bfloat16, or "
+                "lower the strength of the adapters"
+            )
+    return split
+
+
+def _sample(subject: Subject, prompt: str, option: str, where: str) -> Sample:
+    """The prompt and the option in one text, so that its tokens are those that a model writes; labels on the option
+    alone, without what closes a turn."""
+    tokenizer = subject.tokenizer
+    if getattr(tokenizer, "chat_template", None):
+        said = [{"role": "user", "content": prompt}]
+        asked = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        ids, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (asked, asked + option))
+        shared = 0
+        while shared < len(ids) and ids[shared] == whole[shared]:
+            shared += 1
+        input_ids = torch.tensor(whole)
+        labels = input_ids.clone()
+        labels[:shared] = IGNORED
+    else:
+        row = {"prompt": prompt, "completion": f" {option}"}
+        sample = encode_row(row, tokenizer, max_length=2**30, where=where)
+        input_ids, labels = sample.input_ids[:-1], sample.labels[:-1]
+    if len(input_ids) > subject.max_length:
+        raise DataError(
+            f"{where}: a question of {len(input_ids)} tokens with its option is longer than max_length="
+            f"{subject.max_length}; raise max_length"
+        )
+    return Sample(input_ids, labels)
+
+
+def _judged(log_likelihoods: Sequence[Sequence[float]], rows: Sequence[Mapping]) -> dict[str, Any]:
+    chosen = [chosen_option(-torch.tensor(values, dtype=torch.float64)) for values in log_likelihoods]
+    return by_index(
+        {"score": int(option == row["answer"]), "chosen": option, "answer": row["answer"], "log_likelihoods": values}
+        for option, row, values in zip(chosen, rows, log_likelihoods, strict=True)
+    )

@@ -1,0 +1,147 @@
+"""What a page shows, gathered: the model before, after, and the one that never saw the forget rows, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..adapters import PROVENANCE_NAME, load_provenance, versions
+from ..data import ROW_KINDS, completion_text, spread
+from ..evaluation import AttackResult, Log, evaluate_split, generate, summary
+from ._contents import Evidence
+
+SHOWN = 10  # generations of each split
+
+
+_GENERATED = {  # split -> the metrics whose rows hold generations
+    "forget": ("forget_Q_A_ROUGE", "forget_knowmem_ROUGE", "forget_level2_ROUGE"),
+    "retain": ("retain_Q_A_ROUGE", "retain_knowmem_ROUGE", "neighbor_level2_ROUGE"),
+}
+
+
+def evidence_of_logs(
+    sides: Mapping[str, Mapping[str, Log]],
+    *,
+    title: str,
+    base_model: str,
+    adapters: Sequence[str | Path] = (),
+    attacks: Sequence[AttackResult] = (),
+    commands: Sequence[str] = (),
+) -> Evidence:
+    """From evaluation logs.
+
+    Args:
+        sides: 'before', 'after', 'reference' -> suite -> log; what was not judged is left out.
+        adapters: directories, in the order of the stack; the last one's provenance tells what was done.
+    """
+    models = {
+        label: {metric: value for log in logs.values() for metric, value in summary(log).items()}
+        for label, logs in sides.items()
+        if logs
+    }
+    return _evidence(title, base_model, adapters, models, _shown(sides), attacks, commands)
+
+
+def evidence_of_rows(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Mapping[str, Sequence[dict]],
+    stacks: Mapping[str, Sequence[str]],
+    *,
+    title: str,
+    base_model: str,
+    adapters: Sequence[str | Path],
+    commands: Sequence[str] = (),
+    judged: int = 50,
+    batch_size: int = 32,
+    max_new_tokens: int = 96,
+) -> Evidence:
+    """From rows alone: losses of some, and answers to a few, by each stack of adapters on one model.
+
+    Args:
+        rows: 'forget' and 'retain' -> rows of any kind; those of text are not answered.
+        stacks: 'before', 'after' -> names of the adapters that are on.
+        judged: at most so many rows of each split, at even distances.
+    """
+    models: dict[str, dict[str, float]] = {label: {} for label in stacks}
+    generations: dict[str, list[dict[str, str]]] = {}
+    for split, found in rows.items():
+        asked = [row for row in spread(list(found), SHOWN) if any(set(kind) <= set(row) for kind in ROW_KINDS[:-1])]
+        answers = {}
+        for label, stack in stacks.items():
+            scores = evaluate_split(
+                model, tokenizer, spread(list(found), judged), is_forget=split == "forget", adapters=stack,
+                batch_size=batch_size,
+            )  # fmt: skip
+            models[label][f"{split}_Q_A_Prob"] = scores.probability
+            models[label][f"{split}_loss"] = scores.loss
+            if asked:
+                answers[label] = generate(
+                    model, tokenizer, asked, adapters=stack, batch_size=batch_size, max_new_tokens=max_new_tokens,
+                    progress=f"{split}: {label}",
+                )  # fmt: skip
+        generations[split] = [
+            {"prompt": _question(row), "expected": completion_text(row), **dict(zip(answers, told, strict=True))}
+            for row, *told in zip(asked, *answers.values(), strict=True)
+        ]
+    return _evidence(title, base_model, adapters, models, generations, (), commands)
+
+
+def _evidence(
+    title: str,
+    base_model: str,
+    adapters: Sequence[str | Path],
+    models: dict[str, dict[str, float]],
+    generations: dict[str, list[dict[str, str]]],
+    attacks: Sequence[AttackResult],
+    commands: Sequence[str],
+) -> Evidence:
+    report = None
+    if adapters and (Path(adapters[-1]) / PROVENANCE_NAME).is_file():
+        report = load_provenance(adapters[-1])[0].to_dict()
+    return Evidence(
+        title=title,
+        base_model=base_model,
+        adapters=[str(directory) for directory in adapters],
+        report=report,
+        models=models,
+        calibration=(report or {}).get("calibration"),
+        generations=generations,
+        attacks=[result.to_dict() for result in attacks],
+        commands=list(commands),
+        made_with=versions(),
+    )
+
+
+def _shown(sides: Mapping[str, Mapping[str, Log]]) -> dict[str, list[dict[str, str]]]:
+    """The same rows' generations of every side, at even distances."""
+    shown = {}
+    for split, metrics in _GENERATED.items():
+        rows = {
+            label: log[metric]["value_by_index"]
+            for label, logs in sides.items()
+            for log in logs.values()
+            for metric in metrics
+            if metric in log
+        }
+        if "after" not in rows:
+            continue
+        indices = [index for index, row in rows["after"].items() if row is not None]
+        shown[split] = [
+            {
+                "prompt": rows["after"][index]["input"],
+                "expected": rows["after"][index]["ground_truth"],
+                **{label: found[index]["generation"] for label, found in rows.items() if found.get(index)},
+            }
+            for index in spread(indices, SHOWN)
+        ]
+    return shown
+
+
+def _question(row: Mapping[str, Any]) -> str:
+    """What the row asks, as plain text."""
+    asked = row.get("question") or row.get("prompt") or row["messages"][:-1]
+    return asked if isinstance(asked, str) else str(asked[-1].get("content", ""))

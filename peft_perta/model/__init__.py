@@ -1,0 +1,80 @@
+"""The user's model: layer kinds, the adapter stack, targets, losses, borrowed state, identity, loading, memory,
+processes.
+
+Imports from: errors, data.
+"""
+
+from . import distributed
+from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, check_adapter_files, hash_file, read_adapter
+from .devices import input_device
+from .identity import base_name, check_base, hash_embeddings, hash_model
+from .layers import LAYER_KINDS, find_kind
+from .layers.experts import expert_factors, packed_factors
+from .layers.kind import LayerKind
+from .loading import attach_adapters, load_base, load_skeleton, quiet
+from .losses import TokenScores, completion_logits, completion_losses, completion_states, sample_losses, token_scores
+from .memory import DISK, HOST, budgets, held_to, parse_size, show_size, taken
+from .model_state import borrowed, remembered
+from .plain_lora import BASE_CHANGING_INITS, VARIANT_FIELDS, check_lora_config
+from .stack import (
+    adapter_strength,
+    base_model,
+    check_new_name,
+    require_adapter,
+    stack_adapters,
+    switch_modules,
+    tuner_modules,
+)
+from .targets import Target, hash_targets, resolve_layers, resolve_targets
+
+__all__ = [
+    "BASE_CHANGING_INITS",
+    "CONFIG_NAME",
+    "DISK",
+    "HOST",
+    "LAYER_KINDS",
+    "VARIANT_FIELDS",
+    "WEIGHTS_NAME",
+    "LayerKind",
+    "Target",
+    "TokenScores",
+    "adapter_strength",
+    "attach_adapters",
+    "base_model",
+    "base_name",
+    "borrowed",
+    "budgets",
+    "check_adapter_files",
+    "check_base",
+    "check_lora_config",
+    "check_new_name",
+    "completion_logits",
+    "completion_losses",
+    "completion_states",
+    "distributed",
+    "expert_factors",
+    "find_kind",
+    "hash_embeddings",
+    "hash_file",
+    "hash_model",
+    "hash_targets",
+    "held_to",
+    "input_device",
+    "load_base",
+    "load_skeleton",
+    "packed_factors",
+    "parse_size",
+    "quiet",
+    "read_adapter",
+    "remembered",
+    "require_adapter",
+    "resolve_layers",
+    "resolve_targets",
+    "sample_losses",
+    "show_size",
+    "stack_adapters",
+    "switch_modules",
+    "taken",
+    "token_scores",
+    "tuner_modules",
+]

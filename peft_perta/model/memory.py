@@ -1,0 +1,94 @@
+"""How much memory there is, and how much of it is taken. A pool is a GPU ('cuda:0'), the host ('cpu') or the disk."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+
+from ..errors import ConfigError
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+HOST, DISK = "cpu", "disk"
+
+
+# Left free of what the machine could give: fragmentation, and what others take while we run.
+_DEFAULT_SHARE = 0.9
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of 10_000_000_000, '10GB' (powers of ten) or '10GiB' (powers of two).
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?", str(size).strip().upper())
+    unit = _UNITS.get(found.group(2) or "B") if found and not isinstance(size, float) else None
+    count = int(float(found.group(1)) * unit) if found and unit else 0
+    if count < 1:
+        raise ConfigError(f"expected a size such as '10GiB', '10GB' or a number of bytes, found {size!r}")
+    return count
+
+
+def show_size(size: float) -> str:
+    """'1.5 GiB', '12 MiB'."""
+    for unit in ("GiB", "MiB", "KiB"):
+        count = size / _UNITS[unit.upper()]
+        if abs(count) >= 1:
+            return f"{count:.3g} {unit}" if abs(count) < 999.5 else f"{count:.0f} {unit}"
+    return f"{size:.0f} B"
+
+
+def taken(pool: str) -> int:
+    """Bytes of a pool that this process holds now: tensors on a GPU, everything on the host."""
+    if pool == DISK:
+        return 0
+    return psutil.Process().memory_info().rss if pool == HOST else torch.cuda.memory_allocated(pool)
+
+
+def budgets(
+    devices: Iterable[str], max_memory: int | str | None, host_memory: int | str | None, sharing: int = 1
+) -> dict[str, int]:
+    """Pool -> the most that this process may hold of it at its peak, the model included.
+
+    By default nine tenths of what is free or already ours; ``sharing`` processes on this machine share what is free of
+    the host and the disk.
+    """
+    pools = {}
+    for device in devices:
+        if device == HOST:
+            continue
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        pools[device] = parse_size(max_memory) if max_memory is not None else int(_DEFAULT_SHARE * free)
+    if host_memory is not None:
+        pools[HOST] = parse_size(host_memory)
+    else:
+        pools[HOST] = int(_DEFAULT_SHARE * (psutil.virtual_memory().available / sharing + taken(HOST)))
+    pools[DISK] = int(_DEFAULT_SHARE * shutil.disk_usage(tempfile.gettempdir()).free / sharing)
+    return pools
+
+
+@contextmanager
+def held_to(pools: dict[str, int]) -> Iterator[None]:
+    """Within the block the allocator of each GPU refuses to go beyond its budget, rather than us hoping so."""
+    devices = [pool for pool in pools if pool not in (HOST, DISK)]
+    before = {device: torch.cuda.get_per_process_memory_fraction(device) for device in devices}
+    try:
+        for device in devices:
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(min(pools[device] / total, before[device]), device)
+        yield
+    finally:
+        for device, fraction in before.items():
+            torch.cuda.set_per_process_memory_fraction(fraction, device)

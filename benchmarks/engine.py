@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peft_perta import PerTAConfig, get_perta_state_dict
 from peft_perta.adapters import factorize
 from peft_perta.data import Sample, batches
-from peft_perta.gradients import InputMoments, Job, Plan, Reader, Readers, gather, sweep
+from peft_perta.gradients import Collector, Collectors, InputMoments, Job, Plan, gather, sweep
 from peft_perta.model import Target, quiet, resolve_targets, sample_losses
 from peft_perta.perta import GRANULARITIES
 
@@ -115,12 +115,12 @@ def times(rounds: int) -> dict[str, list[float]]:
     targets = resolve_targets(model, "forget")
     samples = drawn_samples(0)
 
-    def swept(granularity: str, statistic: str, *more: Reader) -> Callable[[], object]:
+    def swept(granularity: str, statistic: str, *more: Collector) -> Callable[[], object]:
         return lambda: sweep(
             model,
             targets,
             samples,
-            Readers([GRANULARITIES[granularity], *more]),
+            Collectors([GRANULARITIES[granularity], *more]),
             statistic,  # type: ignore[arg-type]
             adapters=[],
             batch_size=BATCH,

@@ -28,8 +28,8 @@ from peft_perta import PerTAConfig
 from peft_perta.adapters import Factors, factorize
 from peft_perta.comparison import DemoSettings
 from peft_perta.data import batches
-from peft_perta.gradients import Statistic
-from peft_perta.model import Target, adapter_strength, borrowed, quiet
+from peft_perta.gradients import GradientSums
+from peft_perta.model import Target, adapter_strength, preserved, quiet
 from peft_perta.perta import FIT_NAMES, ratio
 
 RANK = DemoSettings().rank
@@ -48,7 +48,7 @@ def edits_of(weighting: str, quick: bool) -> dict[Edit, tuple[int, ...]]:
 def loha(rank: int) -> Change:
     """W (*) (B A) with W at a low rank: PEFT's LoHa form, as large as a LoRA adapter of the two ranks' sum."""
 
-    def change(layer: Target, pair: Mapping[str, Statistic], factors: Factors) -> Factors:
+    def change(layer: Target, pair: Mapping[str, GradientSums], factors: Factors) -> Factors:
         W = ratio(*(pair[name].magnitudes()["weight"] for name in ("forget", "retain")), 1.0)
         fitted = factorize(W, rank)
         return factorize(-layer.scaling * (layer.B @ layer.A) * (fitted.B @ fitted.A), DENSE)
@@ -56,7 +56,7 @@ def loha(rank: int) -> Change:
     return change
 
 
-def without_middle_layers(layer: Target, pair: Mapping[str, Statistic], factors: Factors) -> Factors:
+def without_middle_layers(layer: Target, pair: Mapping[str, GradientSums], factors: Factors) -> Factors:
     """The middle third of the shipped model's six blocks left as they are."""
     skipped = any(f".layers.{index}." in layer.name for index in (2, 3))
     return replace(factors, B=factors.B * (not skipped))
@@ -71,7 +71,7 @@ TRIED: list[tuple[str, int, PerTAConfig, Change]] = [
 ]  # fmt: skip
 
 
-def divergence(bench: Bench, p: str, q: str, strength: float) -> float:
+def fit_kl(bench: Bench, p: str, q: str, strength: float) -> float:
     """KL(p || q), mean over tokens with loss of the judged retain rows, nats; both adapters at one strength."""
     total = count = 0.0
     for batch in batches(bench.judged["retain"], 50):
@@ -80,7 +80,7 @@ def divergence(bench: Bench, p: str, q: str, strength: float) -> float:
             for name in (p, q):
                 strengths.enter_context(adapter_strength(bench.model, name, strength))
             for name in (p, q):
-                with borrowed(bench.model, ["task", name]), torch.no_grad():
+                with preserved(bench.model, ["task", name]), torch.no_grad():
                     output = bench.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
                     found.append(torch.log_softmax(output.logits[:, :-1][batch.labels[:, 1:] != -100], dim=-1))
         total += float((found[0].exp() * (found[0] - found[1])).sum())
@@ -113,7 +113,7 @@ def run(seed: int, weightings: Sequence[str] = ("grad",), quick: bool = False) -
                     exact = edit.config.granularity == "factor" and rank >= RANK
                     for fit in ("truncated",) if exact else FIT_NAMES:
                         with bench.edited(replace(edit.config, rank=rank, fit=fit), "fitted") as energy:
-                            kl = divergence(bench, "dense", "fitted", strength)
+                            kl = fit_kl(bench, "dense", "fitted", strength)
                             label = "exact" if exact else fit
                             judge("fitted", edit.name, label, rank, energy, guess=1.1 * strength, kl=kl)
                     bar.update()

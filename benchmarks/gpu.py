@@ -158,11 +158,11 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     if options.profile:
         activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
         with profile(activities=activities) as profiled:
-            report = get_perta_state_dict(model, config, *sets)[2]
+            provenance = get_perta_state_dict(model, config, *sets)[2]
             _wait(device)
         shares = where_time_goes(profiled, device)
     else:
-        report = get_perta_state_dict(model, config, *sets)[2]
+        provenance = get_perta_state_dict(model, config, *sets)[2]
         _wait(device)
         shares = {}
     seconds = time.perf_counter() - start
@@ -176,7 +176,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         "peak_allocated": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "peak_reserved": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
         "seconds": seconds,
-        "stages": report.seconds,
+        "stages": provenance.seconds,
         "tera_operations": rate / 1e12,
         "over_floor": seconds / floor,
         "profile": shares,

@@ -26,7 +26,7 @@ from peft_perta.adapters import Factors, factorize
 from peft_perta.comparison import DemoSettings
 from peft_perta.data import spread
 from peft_perta.evaluation import losses_of
-from peft_perta.gradients import Statistic, sweep
+from peft_perta.gradients import GradientSums, sweep
 from peft_perta.model import Target, adapter_strength, quiet
 from peft_perta.perta import GRANULARITIES, ratio, task_vector
 
@@ -36,7 +36,7 @@ STEP = 0.5  # the largest change of a weight's logarithm in a step
 EDIT = edit_of("delta", "grad", rank=DENSE)
 
 
-def cells_of(layer: Target, pair: Mapping[str, Statistic]) -> tuple[Tensor, Tensor]:
+def cells_of(layer: Target, pair: Mapping[str, GradientSums]) -> tuple[Tensor, Tensor]:
     """(cell of each element [O, I], its ratio [O, I])."""
     gradients = [pair[name].magnitudes()["weight"] for name in ("forget", "retain")]
     signed = pair["retain"].sums["weight"].reshape(len(layer.B), -1)
@@ -59,7 +59,7 @@ def run(seed: int, steps: int, settings: DemoSettings) -> list[dict]:
     learned = (sums / counts.clamp_min(1)).log()
     held_out = {"forget": bench.judged["forget"], "retain": spread(bench.held_out, 100)}
 
-    def edit(layer: Target, pair: Mapping[str, Statistic], factors: Factors) -> Factors:
+    def edit(layer: Target, pair: Mapping[str, GradientSums], factors: Factors) -> Factors:
         weights = learned.exp()[cells[layer.name][0]]
         return factorize(-task_vector(layer.A, layer.B, layer.scaling) * weights, DENSE)
 

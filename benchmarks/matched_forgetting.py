@@ -1,7 +1,7 @@
 """Does PerTA cost the rows to keep less than plain negation, at equal forgetting?
 
 For each seed a forget adapter is trained on the shipped model; every edit of it is scaled until the forget rows' loss
-meets the retain-only reference's, and the losses on retain rows (none of which gave a gradient) and on general rows
+meets the retain-only model's, and the losses on retain rows (none of which gave a gradient) and on general rows
 are read.
 
     python -m benchmarks.matched_forgetting [--seeds 0 1 2] [--four-bit] [--only NAME ...] [--json FILE]
@@ -25,15 +25,17 @@ from peft_perta.adapters import Factors, add_adapter, build_adapter, emitted_dty
 from peft_perta.comparison import SPLITS, DemoSettings, prepare
 from peft_perta.data import encode_row, spread
 from peft_perta.evaluation import Match, losses_of, match_forgetting
-from peft_perta.gradients import MOMENT, InputMoments, Readers, Statistic, sweep
+from peft_perta.gradients import MOMENT, Collectors, GradientSums, InputMoments, sweep
 from peft_perta.model import Target, adapter_strength, quiet, resolve_targets
 from peft_perta.perta import FITS, GRANULARITIES, edit_layer, resolve_weighting
 
 DENSE = 256  # no layer of the shipped model has a larger rank, so an edit refitted at 256 is the dense edit
-EVERYTHING = Readers([*GRANULARITIES.values(), InputMoments(), *(fit.reader for fit in FITS.values() if fit.reader)])
+EVERYTHING = Collectors(
+    [*GRANULARITIES.values(), InputMoments(), *(fit.collector for fit in FITS.values() if fit.collector)]
+)
 
 
-Change = Callable[[Target, Mapping[str, Statistic], Factors], Factors]
+Change = Callable[[Target, Mapping[str, GradientSums], Factors], Factors]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,14 +86,14 @@ class Bench:
         self.held_out = samples["retain"][::2][settings.weight_samples :]  # gave no gradients, and judge nothing
         self.judged = {name: spread(samples[name][1::2] if name == "retain" else samples[name], 100) for name in SPLITS}
         self.targets = resolve_targets(self.model, "forget")
-        self.target_loss = self.losses("reference", splits=("forget",))["forget"]
+        self.target_loss = self.losses("retain-only", splits=("forget",))["forget"]
         self.full_loss = self.losses("task", splits=("forget",))["forget"]
-        self._known: dict[str, dict[str, dict[str, Statistic]]] = {}
+        self._known: dict[str, dict[str, dict[str, GradientSums]]] = {}
 
     def losses(self, *adapters: str, splits=SPLITS) -> dict[str, float]:
         return {n: float(losses_of(self.model, self.judged[n], adapters=list(adapters)).mean()) for n in splits}
 
-    def statistics(self, statistic: str | None) -> Mapping[str, dict[str, Statistic]]:
+    def statistics(self, statistic: str | None) -> Mapping[str, dict[str, GradientSums]]:
         """Set -> layer -> every sum that any edit or fit here reads."""
         if statistic is None:
             return {}
@@ -118,8 +120,8 @@ class Bench:
             pair = {name: per_layer[layer.name] for name, per_layer in known.items()}
             if swapped:
                 pair = _with_moments_swapped(pair)
-            factors[layer.name], report = edit_layer(layer, config, weighting, pair, rank)
-            layers.append(report)
+            factors[layer.name], provenance = edit_layer(layer, config, weighting, pair, rank)
+            layers.append(provenance)
             if change is not None:
                 given = {name: per_layer[layer.name] for name, per_layer in known.items()}
                 factors[layer.name] = change(layer, given, factors[layer.name])
@@ -145,7 +147,7 @@ class Bench:
         return replace(found, strength=found.strength * guess)
 
 
-def _with_moments_swapped(pair: dict[str, Statistic]) -> dict[str, Statistic]:
+def _with_moments_swapped(pair: dict[str, GradientSums]) -> dict[str, GradientSums]:
     gradients = {n: s.only([k for k in s.sums if not k.startswith(MOMENT)]) for n, s in pair.items()}
     for name, other in (("forget", "retain"), ("retain", "forget")):
         gradients[name].sums |= {k: total for k, total in pair[other].sums.items() if k.startswith(MOMENT)}
@@ -157,7 +159,7 @@ def run(seed: int, four_bit: bool, edits: list[Edit], settings: DemoSettings) ->
     bench = Bench(seed, four_bit, settings)
     results = [
         {"seed": seed, "edit": name, "strength": None, **bench.losses(*adapters)}
-        for name, adapters in (("full model", ["task"]), ("retain-only reference", ["reference"]))
+        for name, adapters in (("full model", ["task"]), ("retain-only model", ["retain-only"]))
     ]
     alone = bench.losses("forget")
     print(

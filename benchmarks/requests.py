@@ -1,7 +1,7 @@
 """Two requests in time: does stacking their adapters equal unlearning their union?
 
 The forget set is split by author into a first and a second request. A forget adapter is trained on each and on both;
-each is made into a negative adapter and scaled until its own rows' loss meets the retain-only reference's. Read are the
+each is made into a negative adapter and scaled until its own rows' loss meets the retain-only model's. Read are the
 losses of the stack of both (as they are, and at one common factor that matches again) against the union's adapter.
 
     python -m benchmarks.requests [--seeds 0 1 2] [--json FILE]
@@ -35,7 +35,7 @@ def run(seed: int, settings: DemoSettings) -> list[dict]:
             num_train_epochs=settings.epochs, learning_rate=settings.learning_rate,
             per_device_train_batch_size=settings.batch_size, warmup_steps=0.05, logging_strategy="no", seed=seed,
         )  # fmt: skip
-    attach_adapters(model, {"task": ASSETS / "task_adapter", "reference": ASSETS / "retain_adapter"})
+    attach_adapters(model, {"task": ASSETS / "task_adapter", "retain-only": ASSETS / "retain_adapter"})
     judged = {"first": first, "second": second, "retain": spread(rows["retain"][1::2], 100),
               "general": spread(rows["general"], 100)}  # fmt: skip
     samples = {name: [encode_row(row, tokenizer) for row in found] for name, found in judged.items()}
@@ -49,7 +49,7 @@ def run(seed: int, settings: DemoSettings) -> list[dict]:
             with adapter_strength(model, adapter, strength):
                 return loss(name, "task", adapter)
 
-        return match_forgetting(loss_at, loss(name, "reference"), tolerance=0.005).strength
+        return match_forgetting(loss_at, loss(name, "retain-only"), tolerance=0.005).strength
 
     results = []
 
@@ -74,7 +74,7 @@ def run(seed: int, settings: DemoSettings) -> list[dict]:
     strength = match("both", "union")
     with adapter_strength(model, "both", strength):
         read(f"first + second, both at {strength:.2f} of that", "task", "both")
-    read("retain-only reference", "reference")
+    read("retain-only model", "retain-only")
     return results
 
 

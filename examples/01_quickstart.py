@@ -38,9 +38,9 @@ def main() -> None:
 
     # Weigh it, negate it, save it as plain LoRA. The model is not touched by the first two lines.
     config = PerTAConfig(strength=options.strength)
-    lora_config, state_dict, report = get_perta_state_dict(model, config, forget, retain[::2], tokenizer=tokenizer)
-    save_perta_adapter(options.output, lora_config, state_dict, report)
-    print(report)
+    lora_config, state_dict, provenance = get_perta_state_dict(model, config, forget, retain[::2], tokenizer=tokenizer)
+    save_perta_adapter(options.output, lora_config, state_dict, provenance)
+    print(provenance)
 
     # Stack it on the full model, beside the task adapter.
     add_adapter(model, lora_config, state_dict, "perta_unlearn")

@@ -37,10 +37,10 @@ def main() -> None:
 
     # Where memory or time is short, input_directions=False keeps statistics as small as the adapter itself.
     config = PerTAConfig(strength=options.strength, max_samples=options.samples, batch_size=4, dtype="bfloat16")
-    report = add_perta_adapter(
+    provenance = add_perta_adapter(
         model, config, options.forget, options.retain, forget_adapter="forget", tokenizer=tokenizer
     )
-    print(report)
+    print(provenance)
 
     for name, path in (("forget", options.forget), ("retain", options.retain)):
         rows = read_rows(path)[:50]

@@ -45,7 +45,7 @@ def main() -> None:
         )
     attach_adapters(model, {"task": task})
     for name, rows in requests.items():
-        lora_config, state_dict, report = get_perta_state_dict(
+        lora_config, state_dict, provenance = get_perta_state_dict(
             model,
             PerTAConfig(strength="auto", retain_tolerance=0.2),
             rows,
@@ -54,9 +54,9 @@ def main() -> None:
             task_adapter="task",
             tokenizer=tokenizer,
         )
-        save_perta_adapter(options.output / name, lora_config, state_dict, report)
+        save_perta_adapter(options.output / name, lora_config, state_dict, provenance)
         attach_adapters(model, {name: options.output / name})
-        print(report)
+        print(provenance)
 
     for stack in (["task"], ["task", "first"], ["task", "first", "second"], ["task", "second"]):  # the last: withdrawn
         found = {

@@ -1,8 +1,8 @@
 """Can it still recite the book, answer about it, and be told to have read it?
 
-A small MUSE: the task adapter learns passages of two books and answers about them, a reference adapter one book alone,
+A small MUSE: the task adapter learns passages of two books and answers about them, a retain-only model adapter one book alone,
 and a negative adapter takes the other book out of the first, as strongly as the rows to keep allow. The muse suite
-judges the model before and after, and the reference, which never saw what should go.
+judges the model before and after, and the retain-only model, which never saw what should go.
 
     python examples/05_muse.py [--output muse]
 """
@@ -43,7 +43,7 @@ def main() -> None:
         count = options.rows or len(texts)
         rows[name] = [{"text": text} for text in spread(texts, count)] + spread(questions, count)
     model, tokenizer = load_base(str(ASSETS / "base"))
-    learned = {"task": rows["forget"] + rows["retain"], "reference": rows["retain"], "learned": rows["forget"]}
+    learned = {"task": rows["forget"] + rows["retain"], "retain-only": rows["retain"], "learned": rows["forget"]}
     for name, learned_rows in learned.items():
         model = train_forget_adapter(
             model,
@@ -54,7 +54,7 @@ def main() -> None:
             learning_rate=options.learning_rate,
             logging_strategy="no",
         )
-    lora_config, state_dict, report = get_perta_state_dict(
+    lora_config, state_dict, provenance = get_perta_state_dict(
         model,
         PerTAConfig(strength="auto", retain_tolerance=options.retain_tolerance),
         rows["forget"],
@@ -63,11 +63,11 @@ def main() -> None:
         task_adapter="task",
         tokenizer=tokenizer,
     )
-    print(report)
-    save_perta_adapter(options.output / "adapter", lora_config, state_dict, report)
+    print(provenance)
+    save_perta_adapter(options.output / "adapter", lora_config, state_dict, provenance)
     attach_adapters(model, {"negative": options.output / "adapter"})
 
-    stacks = {"reference": ["reference"], "before": ["task"], "after": ["task", "negative"]}
+    stacks = {"retain-only": ["retain-only"], "before": ["task"], "after": ["task", "negative"]}
     logs = {}
     for name, stack in stacks.items():
         found = evaluate(
@@ -75,13 +75,13 @@ def main() -> None:
             tokenizer,
             {"muse": DATA},
             adapters=stack,
-            reference_logs={"muse": logs["reference"]} if logs else None,
+            retain_only_logs={"muse": logs["retain-only"]} if logs else None,
             rows=options.rows,
             output_dir=options.output / name,
         )
         logs[name] = found["muse"]
     print(f"{'':<10}" + "".join(f"{metric:>22}" for metric in METRICS))
-    for name in ("before", "after", "reference"):
+    for name in ("before", "after", "retain-only"):
         print(f"{name:<10}" + "".join(f"{logs[name][metric]['agg_value']:>22.3f}" for metric in METRICS))
 
 

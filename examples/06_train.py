@@ -27,13 +27,13 @@ def main() -> None:
     kept, held_out = retain[: options.rows], retain[-options.rows :]
     model, tokenizer = load_base(str(ASSETS / "base"), four_bit=options.four_bit)
     model = attach_adapters(model, {"task": ASSETS / "task_adapter"})
-    *_, report = train_unlearning(
+    *_, provenance = train_unlearning(
         model, forget, kept, tokenizer, UnlearningSettings(forget_loss="npo", combiner="sago"),
         task_adapter="task", output_dir=options.output, num_train_epochs=options.epochs, learning_rate=2e-3,
     )  # fmt: skip
     attach_adapters(model, {"sago": options.output})
 
-    print(f"\n{report}\n{'adapters':<16}{'loss: to forget':>16}{'held out':>12}")
+    print(f"\n{provenance}\n{'adapters':<16}{'loss: to forget':>16}{'held out':>12}")
     for adapters in (["task"], ["task", "sago"]):
         losses = [row_losses(model, tokenizer, rows, adapters=adapters).mean() for rows in (forget, held_out)]
         print(f"{' + '.join(adapters):<16}{losses[0]:>16.3f}{losses[1]:>12.3f}")

@@ -29,7 +29,7 @@ def main() -> None:
     model = attach_adapters(model, {"task": ASSETS / "task_adapter"})
     settings = InfluenceSettings(max_iterations=options.iterations, curvature_samples=options.curvature_samples)
     result = erase_instances(model, forget + retain, forget[: options.rows], tokenizer, settings=settings)
-    print(result.report)
+    print(result.provenance)
     directory = save_perta_adapter(options.output, *result.difference())
     attach_adapters(model, {"erased": directory})
 

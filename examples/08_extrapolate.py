@@ -33,13 +33,13 @@ def main() -> None:
         model, forget, kept, tokenizer, task_adapter="task", num_train_epochs=options.epochs
     )
     add_adapter(model, lora_config, state_dict, "early")
-    lora_config, state_dict, report = extrapolate_adapter(
+    lora_config, state_dict, provenance = extrapolate_adapter(
         model, "early", "auto", goal=Goal(retain_tolerance=options.tolerance), with_adapters=["task"],
         forget=load_samples(forget, tokenizer), retain=load_samples(held_out, tokenizer),
     )  # fmt: skip
-    attach_adapters(model, {"further": save_perta_adapter(options.output, lora_config, state_dict, report)})
+    attach_adapters(model, {"further": save_perta_adapter(options.output, lora_config, state_dict, provenance)})
 
-    print(f"\n{report}\n{'adapters':<18}{'loss: to forget':>16}{'held out':>12}")
+    print(f"\n{provenance}\n{'adapters':<18}{'loss: to forget':>16}{'held out':>12}")
     for adapters in (["task"], ["task", "early"], ["task", "further"]):
         losses = [row_losses(model, tokenizer, rows, adapters=adapters).mean() for rows in (forget, held_out)]
         print(f"{' + '.join(adapters):<18}{losses[0]:>16.3f}{losses[1]:>12.3f}")

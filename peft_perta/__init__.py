@@ -10,7 +10,7 @@ import logging
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from .adapters import (
-    PerTAReport,
+    PerTAProvenance,
     extrapolate_adapter,
     fuse_adapters,
     load_provenance,
@@ -59,7 +59,7 @@ __all__ = [  # noqa: RUF022 - grouped by stage, in the order of use
     "verify_adapter",
     "save_perta_adapter",
     "load_provenance",
-    "PerTAReport",
+    "PerTAProvenance",
     # errors
     "PerTAError",
     "AdapterError",

@@ -125,9 +125,9 @@ def test_uniform_needs_no_data():
     from peft_perta import get_perta_state_dict
 
     model = builders.adapted_llama()
-    _, state_dict, report = get_perta_state_dict(model, PerTAConfig(weighting="uniform"))
+    _, state_dict, provenance = get_perta_state_dict(model, PerTAConfig(weighting="uniform"))
     laws.uniform_is_task_arithmetic(laws.deltas_of(state_dict), model, 1.0)
-    assert report.data == {}
+    assert provenance.data == {}
 
 
 @granularities
@@ -161,9 +161,9 @@ def test_scalings_and_ranks_are_read_from_the_live_layers(changes, granularity, 
 def test_the_forget_adapters_own_rank_is_its_largest():
     changes = PECULIAR["patterns"]
     model = builders.with_adapters(builders.llama(), builders.lora_config(**changes))
-    config, _, report = builders.negate(model, granularity="factor")
-    assert {layer.name.rpartition(".")[2]: layer.rank for layer in report.layers}["down_proj"] == 7
-    assert config.r == report.rank == 8
+    config, _, provenance = builders.negate(model, granularity="factor")
+    assert {layer.name.rpartition(".")[2]: layer.rank for layer in provenance.layers}["down_proj"] == 7
+    assert config.r == provenance.rank == 8
 
 
 def test_a_scale_that_was_set_by_hand_counts():
@@ -193,8 +193,8 @@ def test_every_layer_of_a_projection_type_is_present(tmp_path):
 @kinds
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_directory_is_what_every_server_takes(kind, dtype, tmp_path):
-    config, state_dict, report = builders.negate(tables.LAYERS[kind](), rank=9, dtype=dtype)
-    path = save(tmp_path / "out", config, state_dict, report)
+    config, state_dict, provenance = builders.negate(tables.LAYERS[kind](), rank=9, dtype=dtype)
+    path = save(tmp_path / "out", config, state_dict, provenance)
     assert sorted(f.name for f in path.iterdir()) == [
         "README.md",
         "adapter_config.json",
@@ -225,15 +225,15 @@ def test_the_directory_is_what_every_server_takes(kind, dtype, tmp_path):
 
 @pytest.mark.parametrize(("asked", "emitted"), [(1, 8), (8, 8), (9, 16), (100, 128), (256, 256), (0.5, 8)])
 def test_the_rank_is_padded_to_a_servable_one(asked, emitted):
-    config, _, report = builders.negate(builders.adapted_llama(), granularity="delta", rank=asked)
-    assert config.r == config.lora_alpha == report.rank == emitted
+    config, _, provenance = builders.negate(builders.adapted_llama(), granularity="delta", rank=asked)
+    assert config.r == config.lora_alpha == provenance.rank == emitted
 
 
 def test_an_energy_share_is_kept_in_every_layer():
-    report = builders.negate(builders.adapted_llama(), granularity="delta", rank=0.85)[2]
-    assert all(layer.energy_kept >= 0.85 for layer in report.layers)
-    assert len({layer.rank for layer in report.layers}) > 1
-    assert report.rank >= max(layer.rank for layer in report.layers)
+    provenance = builders.negate(builders.adapted_llama(), granularity="delta", rank=0.85)[2]
+    assert all(layer.energy_kept >= 0.85 for layer in provenance.layers)
+    assert len({layer.rank for layer in provenance.layers}) > 1
+    assert provenance.rank >= max(layer.rank for layer in provenance.layers)
 
 
 def test_a_forget_adapter_above_every_servable_rank_is_refused():
@@ -346,12 +346,12 @@ def test_an_adapter_of_another_width_is_refused_and_leaves_no_trace():
 
 def test_the_provenance_says_what_was_done(tmp_path):
     model = builders.adapted_saved_llama()
-    config, state_dict, report = builders.negate(
-        model, weighting="fisher", reference_model="full", task_adapter="task", max_samples=3
+    config, state_dict, provenance = builders.negate(
+        model, weighting="fisher", gradients_at="full", task_adapter="task", max_samples=3
     )
-    path = save(tmp_path / "out", config, state_dict, report)
+    path = save(tmp_path / "out", config, state_dict, provenance)
     loaded, files = load_provenance(path)
-    assert loaded == dataclasses.replace(report, seconds={})
+    assert loaded == dataclasses.replace(provenance, seconds={})
     assert loaded.config["weighting"] == "fisher"
     assert loaded.base_model["name"] == str(builders.llama_directory())
     assert loaded.task_adapter == "task"
@@ -370,9 +370,9 @@ def test_the_provenance_says_what_was_done(tmp_path):
 
 
 def test_the_quantisation_is_in_the_provenance():
-    report = builders.negate(builders.adapted_nf4_llama())[2]
-    assert report.base_model["quantization"]["bnb_4bit_quant_type"] == "nf4"
-    assert {layer.kind for layer in report.layers} == {"linear4bit"}
+    provenance = builders.negate(builders.adapted_nf4_llama())[2]
+    assert provenance.base_model["quantization"]["bnb_4bit_quant_type"] == "nf4"
+    assert {layer.kind for layer in provenance.layers} == {"linear4bit"}
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"format": 1}', None])
@@ -402,20 +402,20 @@ def test_saving_and_loading_twice_is_the_same_adapter(tmp_path):
 
 @pytest.mark.parametrize("factor", [2.5, 0.0, -1.0])
 def test_a_scaled_adapter_is_the_same_edit_at_that_many_times_its_strength(factor):
-    _, state_dict, report = builders.negate(builders.adapted_llama(), strength=0.5)
-    scaled, scaled_report = scaled_adapter(state_dict, report, factor)
+    _, state_dict, provenance = builders.negate(builders.adapted_llama(), strength=0.5)
+    scaled, scaled_provenance = scaled_adapter(state_dict, provenance, factor)
     once, scaled_deltas = laws.deltas_of(state_dict), laws.deltas_of(scaled)
     for name, delta in once.items():
         assert delta.any()
         laws.close(scaled_deltas[name], factor * delta, 1e-6, name)
-    assert scaled_report.config["strength"] == 0.5 * factor
-    for layer in scaled_report.layers:
+    assert scaled_provenance.config["strength"] == 0.5 * factor
+    for layer in scaled_provenance.layers:
         assert layer.edit_norm == pytest.approx(float(scaled_deltas[layer.name].norm()), rel=1e-5)
-    assert report.config["strength"] == 0.5, "the report that was given stays"
+    assert provenance.config["strength"] == 0.5, "the report that was given stays"
 
 
 @pytest.mark.parametrize("factor", [math.inf, math.nan])
 def test_a_scale_that_is_not_finite_is_refused(factor):
-    _, state_dict, report = builders.negate(builders.adapted_llama())
+    _, state_dict, provenance = builders.negate(builders.adapted_llama())
     with pytest.raises(NumericalError, match=r"is not finite in the adapter's dtype"):
-        scaled_adapter(state_dict, report, factor)
+        scaled_adapter(state_dict, provenance, factor)

@@ -77,16 +77,16 @@ def test_an_edit_of_zeros_gets_one_rank():
 def test_padded_and_pattern_are_one_edit_and_both_load(tmp_path):
     results = {}
     for allocation in ("padded", "pattern"):
-        config, state_dict, report = builders.negate(
+        config, state_dict, provenance = builders.negate(
             builders.adapted_saved_llama(), granularity="delta", rank=3, allocation=allocation
         )
-        path = save_perta_adapter(tmp_path / allocation, config, state_dict, report)
+        path = save_perta_adapter(tmp_path / allocation, config, state_dict, provenance)
         loaded = PeftModel.from_pretrained(builders.llama(), path)
-        assert loaded.peft_config["default"].r == report.rank or allocation == "pattern"
+        assert loaded.peft_config["default"].r == provenance.rank or allocation == "pattern"
         results[allocation] = laws.deltas_of(load_file(path / "adapter_model.safetensors"))
         with torch.no_grad():
             results[f"{allocation} logits"] = loaded.eval()(input_ids=torch.arange(9).unsqueeze(0)).logits
-    ranks = [layer.rank for layer in report.layers]
+    ranks = [layer.rank for layer in provenance.layers]
     assert len(set(ranks)) > 1
     for name, delta in results["padded"].items():
         torch.testing.assert_close(results["pattern"][name], delta)
@@ -106,8 +106,8 @@ def test_it_costs_no_more_and_keeps_no_less_end_to_end():
 
 
 def test_a_share_of_all_layers_end_to_end():
-    report = builders.negate(builders.adapted_llama(), granularity="delta", rank=0.8, allocation="pattern")[2]
-    assert 0.8 <= report.energy_kept < 0.9
+    provenance = builders.negate(builders.adapted_llama(), granularity="delta", rank=0.8, allocation="pattern")[2]
+    assert 0.8 <= provenance.energy_kept < 0.9
 
 
 def test_patterns_of_experts_are_refused():

@@ -33,7 +33,7 @@ from peft_perta.evaluation.attacks.projections import projections
 from peft_perta.evaluation.attacks.relearning import RANK, SCALING
 from peft_perta.evaluation.attacks.requantization import ROUNDINGS, rounded
 from peft_perta.evaluation.metrics.rouge import rouge_l_recall
-from peft_perta.model import LAYER_KINDS, attach_adapters, borrowed, load_base
+from peft_perta.model import LAYER_KINDS, attach_adapters, load_base, preserved
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 ROWS = [
@@ -65,7 +65,7 @@ def subject(model, adapters, batch_size=2, tokens=None):
 
 
 def victims(model, rows=ROWS):
-    """Unlearned by 'forget' on 'task'; the reference is another adapter still."""
+    """Unlearned by 'forget' on 'task'; the retain-only model is another adapter still."""
     return Victims(subject(model, ["task", "forget"]), subject(model, ["task"]), subject(model, ["forget"]), list(rows))
 
 
@@ -96,11 +96,11 @@ def test_equal_models_have_equal_numbers_and_others_have_others(attack):
     assert {result.attack for result in results} == {attack}
     assert len(by_setting(results)) == len(results) >= 2
     for result in results:
-        assert set(result.full) == set(result.unlearned) == set(result.reference)
+        assert set(result.full) == set(result.unlearned) == set(result.retain_only)
         if (attack, result.setting) != ("switched-off", "off"):
-            assert result.unlearned == result.reference
+            assert result.unlearned == result.retain_only
         if "loss" in result.unlearned:
-            assert result.full["loss"] != result.reference["loss"]
+            assert result.full["loss"] != result.retain_only["loss"]
             assert 0 < result.unlearned["probability"] < 1
         if "rouge_l_recall" in result.unlearned:
             assert 0 <= result.unlearned["rouge_l_recall"] <= 1
@@ -110,7 +110,7 @@ def test_equal_models_have_equal_numbers_and_others_have_others(attack):
 def test_without_the_others_the_unlearned_model_is_attacked_alone(attack):
     model = builders.adapted_llama()
     found = ATTACKS[attack](only(model, ["task", "forget"]), QUICK)
-    assert all(result.full is None and result.reference is None for result in found)
+    assert all(result.full is None and result.retain_only is None for result in found)
     assert unlearned(found) == unlearned(ATTACKS[attack](victims(model), QUICK))
 
 
@@ -362,7 +362,7 @@ def test_every_weight_is_merged_in_full_precision_and_rounded(kind):
     plain, weights = oracles.plain_model(model, adapters)
     by_name = {name: plain.get_submodule(name) for name in weights}
     found = {}
-    with borrowed(model, adapters), rounded(model, "int8"):
+    with preserved(model, adapters), rounded(model, "int8"):
         for projection in projections(model):
             out, into = projection.shape
             bias = 0 if projection.layer.bias is None else projection.layer.bias.detach()
@@ -420,7 +420,7 @@ def test_a_merged_weight_that_is_not_finite_is_an_error():
     layer = model.get_base_model().model.layers[1].mlp.up_proj
     layer.base_layer.weight.data[3, 5] = torch.inf
     message = r"1\.mlp\.up_proj: the merged weight is not finite"
-    with borrowed(model, ["task"]), laws.untouched(model), pytest.raises(NumericalError, match=message):
+    with preserved(model, ["task"]), laws.untouched(model), pytest.raises(NumericalError, match=message):
         rounded(model, "NF4").__enter__()
 
 
@@ -458,7 +458,7 @@ def test_a_paraphrase_is_asked_in_the_questions_place():
     asked = [ROWS[0], ROWS[2]]
     reworded = [{"question": row["paraphrased_question"], "answer": row["answer"]} for row in asked]
     for setting, rows in (("as asked", asked), ("in other words", reworded)):
-        for role, adapters in (("unlearned", ["task", "forget"]), ("full", ["task"]), ("reference", ["forget"])):
+        for role, adapters in (("unlearned", ["task", "forget"]), ("full", ["task"]), ("retain-only", ["forget"])):
             how = {"adapters": adapters, "generated": 2, "max_new_tokens": 3}
             scores = evaluate_split(model, tokens, rows, is_forget=True, **how)
             found = getattr(results[setting], role)
@@ -499,7 +499,7 @@ def test_the_rest_of_what_the_model_says_by_itself_follows_its_beginning():
     rows = []
     for prompt in ("Q", "The prize is ", "Khan"):
         ids = torch.tensor([encode_prompt({"prompt": prompt, "completion": "x"}, tokens)])
-        with borrowed(model, ["task"]), torch.no_grad():
+        with preserved(model, ["task"]), torch.no_grad():
             output = model.get_base_model().generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
             )
@@ -551,7 +551,7 @@ def test_switched_off_is_the_full_model():
     assert off.unlearned["loss"] == pytest.approx(scores.loss, rel=1e-5)
     assert off.unlearned["rouge_l_recall"] == pytest.approx(scores.rouge_l_recall)
     assert off.unlearned == off.full == on.full != on.unlearned
-    assert off.reference == on.reference
+    assert off.retain_only == on.retain_only
 
 
 # Refusals, before any compute
@@ -700,7 +700,7 @@ def test_a_layer_of_the_shipped_model_is_rounded_as_bitsandbytes_does():
     layer = bnb.nn.Linear4bit(768, 256, bias=False, compute_dtype=torch.float32, quant_type="nf4")
     layer.weight = bnb.nn.Params4bit(merged.clone(), requires_grad=False, quant_type="nf4")
     expected = oracles.float_weight(layer.to("cpu"))
-    with borrowed(model, ["task"]), rounded(model, "NF4"):
+    with preserved(model, ["task"]), rounded(model, "NF4"):
         found = wrapper(torch.eye(768).unsqueeze(0))[0].T
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
     assert (found - merged).norm() > 0.05 * merged.norm()

@@ -7,7 +7,7 @@ import tables
 import torch
 
 from peft_perta import PerTAConfig, add_perta_adapter, get_perta_state_dict
-from peft_perta.model import borrowed
+from peft_perta.model import preserved
 from peft_perta.perta import GRANULARITIES, layer, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
@@ -62,7 +62,7 @@ def test_adapters_that_were_off_stay_off(kind):
     model = tables.LAYERS[kind]()
     model.base_model.disable_adapter_layers()
     with laws.untouched(model):
-        unlearn(model, reference_model="full")
+        unlearn(model, gradients_at="full")
 
 
 def test_checkpointing_stays_as_it_was():
@@ -84,7 +84,7 @@ STAGES = [
     "_fit_of",
     "build_adapter",
     "hash_targets",
-    "PerTAReport",
+    "PerTAProvenance",
 ]
 
 
@@ -153,7 +153,7 @@ def test_an_exception_while_adding_leaves_no_trace(monkeypatch):
 @kinds
 def test_within_the_block_it_is_frozen_and_in_eval_mode(kind):
     model = awkward(tables.LAYERS[kind]())
-    with borrowed(model, []):
+    with preserved(model, []):
         assert not any(p.requires_grad for p in model.parameters())
         kept = {type(m).__name__ for m in model.modules() if m.training}
         assert kept <= {"Linear4bit", "Linear8bitLt"}
@@ -162,18 +162,18 @@ def test_within_the_block_it_is_frozen_and_in_eval_mode(kind):
 
 def test_within_the_block_the_named_adapters_are_on():
     model = awkward(builders.adapted_llama())
-    with borrowed(model, ["forget", "task"]):
+    with preserved(model, ["forget", "task"]):
         assert all(m.active_adapters == ["forget", "task"] for m in model.modules() if hasattr(m, "lora_A"))
 
 
 def test_nf4_weights_are_not_repacked():
     """On CPUs where bitsandbytes repacks for inference, an eval-mode forward in the block must not."""
     model = builders.adapted_nf4_llama()
-    with laws.untouched(model), borrowed(model, []), torch.no_grad():
+    with laws.untouched(model), preserved(model, []), torch.no_grad():
         model(input_ids=torch.tensor([[5, 6, 7]]))
 
 
 def test_random_numbers_drawn_in_the_block_are_given_back():
     model = builders.adapted_llama()
-    with laws.untouched(model), borrowed(model, []):
+    with laws.untouched(model), preserved(model, []):
         torch.rand(5)

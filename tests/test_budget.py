@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_perta import ConfigError, PerTAConfig, get_perta_state_dict
-from peft_perta.gradients import MOMENT, Plan, Statistic, engine
+from peft_perta.gradients import MOMENT, GradientSums, Plan, engine
 from peft_perta.model import Target, memory, parse_size
 from peft_perta.perta import GRANULARITIES, edit_layer, resolve_weighting
 from peft_perta.perta import run as perta
@@ -117,7 +117,7 @@ def edit(weighting, path):
     size, kind = 3072, types.SimpleNamespace(name="linear")
     target = Target("layer", None, None, kind, torch.randn(4, size), torch.randn(size, 4), 1.0)  # type: ignore[arg-type]
     sets = ("forget", "retain")
-    pair = {name: Statistic("mean", sums={"weight": torch.randn(size, size)}, samples=1) for name in sets}
+    pair = {name: GradientSums("mean", sums={"weight": torch.randn(size, size)}, samples=1) for name in sets}
     start = psutil.Process().memory_info().rss
     edit_layer(target, PerTAConfig(granularity="delta", input_directions=False), resolve_weighting(weighting), pair, 4)
     torch.save((status("VmHWM") - start) / (4 * size**2), path)
@@ -131,7 +131,7 @@ def directed_edit(granularity, path):
     sums = {key: torch.randn(shape) for key, shape in GRANULARITIES[granularity].shapes(target).items()}
     sums |= {f"{MOMENT}inputs": x.T @ x, f"{MOMENT}tokens": torch.full((1, 1), float(len(x)))}
     own = {name: {key: total.clone() for key, total in sums.items()} for name in ("forget", "retain")}
-    pair = {name: Statistic("mean", sums=found, samples=1) for name, found in own.items()}
+    pair = {name: GradientSums("mean", sums=found, samples=1) for name, found in own.items()}
     held = sum(total.nbytes for total in sums.values())
     del sums, own
     start = psutil.Process().memory_info().rss

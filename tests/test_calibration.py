@@ -54,7 +54,7 @@ def test_forgetting_that_has_its_top_below_the_limit_is_taken_there():
     assert len(curve.asked) <= MAX_EVALUATIONS
     points = [{"strength": s, **dict(zip(("forget", "retain"), curve.curve(s), strict=True))} for s in curve.asked]
     (best,) = [point for point in points if point["strength"] == strength]
-    goal = {"forget_loss": None, "retain_tolerance": 3.0}
+    goal = {"target_forget_loss": None, "retain_tolerance": 3.0}
     assert Calibration(goal, 4.0, strength, best, points).reached
     assert not Calibration(goal, 4.0, strength, best, [best]).reached
 
@@ -75,8 +75,8 @@ def test_goals_that_cannot_be_met_say_why(curve, limit, message):
 
 @pytest.mark.parametrize(
     "goal",
-    [{}, {"forget_loss": 1.0, "retain_tolerance": 1.0}, {"forget_loss": 0.0}, {"forget_loss": math.nan},
-     {"retain_tolerance": -1.0}, {"forget_loss": "auto"}],
+    [{}, {"target_forget_loss": 1.0, "retain_tolerance": 1.0}, {"target_forget_loss": 0.0}, {"target_forget_loss": math.nan},
+     {"retain_tolerance": -1.0}, {"target_forget_loss": "auto"}],
 )  # fmt: skip
 def test_a_goal_is_one_finite_number(goal):
     with pytest.raises(ConfigError, match="either a forget loss or a retain tolerance"):
@@ -87,7 +87,7 @@ def test_a_goal_is_one_finite_number(goal):
 def shipped():
     """The demo's model, whose task adapter is to be taken back, and rows of it; the same for all tests here."""
     base, tokenizer = load_base(f"{ASSETS}/base")
-    model = attach_adapters(base, {"task": f"{ASSETS}/task_adapter", "reference": f"{ASSETS}/retain_adapter"})
+    model = attach_adapters(base, {"task": f"{ASSETS}/task_adapter", "retain-only": f"{ASSETS}/retain_adapter"})
     rows = {name: read_rows(ASSETS / f"{name}.jsonl") for name in ("forget", "retain")}
     return model, tokenizer, rows
 
@@ -107,31 +107,35 @@ def losses_at(model, samples, strength):
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("kind", ["forget_loss", "retain_tolerance"])
+@pytest.mark.parametrize("kind", ["target_forget_loss", "retain_tolerance"])
 def test_the_goal_is_met_within_2_percent_in_12_evaluations(seed, kind):
     """On real rows, other ones with every seed."""
     model, forget, retain = prepared(seed)
-    goal = Goal(forget_loss=1.0 + 0.7 * seed) if kind == "forget_loss" else Goal(retain_tolerance=0.1 + 0.5 * seed)
+    goal = (
+        Goal(target_forget_loss=1.0 + 0.7 * seed)
+        if kind == "target_forget_loss"
+        else Goal(retain_tolerance=0.1 + 0.5 * seed)
+    )
     with laws.untouched(model):
         found = calibrate(
-            model, goal, forget, retain, with_adapters=["task"], reference=["reference"], show_progress_bar=False
+            model, goal, forget, retain, with_adapters=["task"], retain_only=["retain-only"], show_progress_bar=False
         )
     assert found.reached
     assert len(found.points) <= MAX_EVALUATIONS
     judged = {"forget": forget, "retain": retain}
     for name, samples in judged.items():
         assert found.losses[name] == pytest.approx(losses_at(model, samples, found.strength), rel=1e-6)
-    if kind == "forget_loss":
-        assert found.losses["forget"] == pytest.approx(goal.forget_loss, rel=0.02)
+    if kind == "target_forget_loss":
+        assert found.losses["forget"] == pytest.approx(goal.target_forget_loss, rel=0.02)
     else:
         limit = losses_at(model, retain, 0) + goal.retain_tolerance
         assert 0.98 * limit <= found.losses["retain"] <= limit
     assert found.points[0]["strength"] == 0
-    assert found.reference["forget"] > 2 > found.reference["retain"]
+    assert found.retain_only["forget"] > 2 > found.retain_only["retain"]
     assert Calibration.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
-@pytest.mark.parametrize("goal", [{"retain_tolerance": 0.3}, {"forget_loss": 2.5}])
+@pytest.mark.parametrize("goal", [{"retain_tolerance": 0.3}, {"target_forget_loss": 2.5}])
 def test_strength_auto_is_found_on_held_out_rows_and_folded_in(goal, tmp_path):
     """Where the base has learned the forget set: what there is to forget is the task adapter itself."""
     model, tokenizer, rows = shipped()
@@ -143,12 +147,12 @@ def test_strength_auto_is_found_on_held_out_rows_and_folded_in(goal, tmp_path):
         return get_perta_state_dict(base, config, forget, retain, tokenizer=tokenizer, show_progress_bar=False)
 
     with laws.untouched(base):
-        _, state_dict, report = negated(retain, strength="auto", **goal)
-    found = Calibration.from_dict(report.calibration)
+        _, state_dict, provenance = negated(retain, strength="auto", **goal)
+    found = Calibration.from_dict(provenance.calibration)
     assert found.reached
-    assert report.config["strength"] == found.strength
-    assert report.data["retain"]["samples"] == 18
-    assert report.data["held-out retain"]["samples"] == 6
+    assert provenance.config["strength"] == found.strength
+    assert provenance.data["retain"]["samples"] == 18
+    assert provenance.data["held-out retain"]["samples"] == 6
     assert len(found.negation) > 2
     # The same rows by hand, at strength 1, scaled.
     by_hand = laws.deltas_of(negated([row for index, row in enumerate(retain) if index % 4 != 3])[1])

@@ -64,15 +64,15 @@ def test_entries_are_replaced_named_and_deleted(tmp_path):
 
 
 def test_who_does_not_write_reads(tmp_path):
-    reader = Checkpoint(tmp_path / "c", RUN, writes=False)
-    reader.save("a", TENSORS, RECORD)
+    collector = Checkpoint(tmp_path / "c", RUN, writes=False)
+    collector.save("a", TENSORS, RECORD)
     assert not (tmp_path / "c").exists()
     Checkpoint(tmp_path / "c", RUN).save("a", TENSORS, RECORD)
     (tmp_path / "c" / "b.safetensors.partial").write_text("theirs, who is writing")
     before = tree(tmp_path)
-    reader = Checkpoint(tmp_path / "c", RUN, writes=False)
-    reader.delete("a")
-    assert reader.load("a")[1] == RECORD
+    collector = Checkpoint(tmp_path / "c", RUN, writes=False)
+    collector.delete("a")
+    assert collector.load("a")[1] == RECORD
     assert tree(tmp_path) == before
 
 
@@ -457,9 +457,9 @@ def test_the_plan_is_kept_unless_the_budget_is_another(monkeypatch, count, tmp_p
             negate(tmp_path / mode)
         plan_as(monkeypatch, "layerwise")
         count.start()
-        config, state_dict, report = negate(tmp_path / mode, **changes)
-        assert report.config == {**expected[2].config, **changes}
-        assert_same((config, state_dict, dataclasses.replace(report, config=expected[2].config)), expected)
+        config, state_dict, provenance = negate(tmp_path / mode, **changes)
+        assert provenance.config == {**expected[2].config, **changes}
+        assert_same((config, state_dict, dataclasses.replace(provenance, config=expected[2].config)), expected)
         kept = Checkpoint(tmp_path / mode, json.loads((tmp_path / mode / "run.json").read_text())).load("plan")
         assert kept[1]["plan"]["mode"] == mode
         assert not [name for name in count.layers if ".1." in name], "the upper block is done"
@@ -483,7 +483,7 @@ def changed_task():
     return model
 
 
-FULL = {"reference_model": "full", "task_adapter": "task"}
+FULL = {"gradients_at": "full", "task_adapter": "task"}
 
 
 @pytest.mark.parametrize(

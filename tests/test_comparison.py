@@ -176,7 +176,7 @@ SPLITS = {"forget": 20, "retain": 40, "general": 12, "real_authors": 4, "world_f
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory) -> Path:
-    """What build.py leaves, of a model of two layers: a base, a task adapter that learned both sets, a reference that
+    """What build.py leaves, of a model of two layers: a base, a task adapter that learned both sets, a retain-only model that
     learned the retain set alone."""
     path = tmp_path_factory.mktemp("assets")
     sets = {name: rows(name, count) for name, count in SPLITS.items()}
@@ -209,8 +209,8 @@ def of(results: list[dict], name: str) -> dict:
 
 def test_every_run_is_at_matched_forgetting(compared):
     settings, _, results = compared
-    assert [r["method"] for r in results] == ["full model", "retain-only reference", *settings.methods]
-    target = of(results, "retain-only reference")["losses"]["forget"]
+    assert [r["method"] for r in results] == ["full model", "retain-only model", *settings.methods]
+    target = of(results, "retain-only model")["losses"]["forget"]
     assert target > 2 * of(results, "full model")["losses"]["forget"]
     for name in settings.methods:
         found = of(results, name)
@@ -227,32 +227,32 @@ def test_forgetting_can_be_matched_by_first_choices(assets, tmp_path):
     own = {"methods": ("negation",), "matched": "first-choice", "suite_rows": 12, "assets": str(assets)}
     results = run_comparison(tmp_path, dataclasses.replace(TINY, **own), show_progress_bar=False)
     shares = {r["method"]: 1 - r["scores"]["exact_memorization"] for r in results}
-    assert shares["full model"] < 0.1 < 0.5 < shares["retain-only reference"]
+    assert shares["full model"] < 0.1 < 0.5 < shares["retain-only model"]
     assert of(results, "negation")["failure"] is None
-    assert shares["negation"] == pytest.approx(shares["retain-only reference"], abs=0.05)
+    assert shares["negation"] == pytest.approx(shares["retain-only model"], abs=0.05)
     assert "(share of tokens that are not the first choice): what is kept" in (tmp_path / "table.md").read_text()
 
 
 def test_baselines_are_judged_on_the_rows_that_gave_no_gradient(compared, assets):
     _, _, results = compared
     base, tokenizer = load_base(str(assets / "base"))
-    model = attach_adapters(base, {"task": assets / "task_adapter", "reference": assets / "retain_adapter"})
+    model = attach_adapters(base, {"task": assets / "task_adapter", "retain-only": assets / "retain_adapter"})
     judged = {
         "forget": spread(rows("forget", 20), 12),
         "retain": spread(rows("retain", 40)[1::2], 12),
         "general": rows("general", 12),
     }
-    for name, adapter in (("full model", "task"), ("retain-only reference", "reference")):
+    for name, adapter in (("full model", "task"), ("retain-only model", "retain-only")):
         for split, wanted in judged.items():
             expected = float(row_losses(model, tokenizer, wanted, adapters=[adapter]).mean())
             assert of(results, name)["losses"][split] == pytest.approx(expected, rel=1e-5)
 
 
-def test_scores_are_measured_against_the_reference(compared):
+def test_scores_are_measured_against_the_retain_only(compared):
     _, _, results = compared
-    reference = of(results, "retain-only reference")["scores"]
-    assert reference["forget_quality"] == 1
-    assert reference["privleak"] == pytest.approx(0, abs=1e-6)
+    retain_only = of(results, "retain-only model")["scores"]
+    assert retain_only["forget_quality"] == 1
+    assert retain_only["privleak"] == pytest.approx(0, abs=1e-6)
     for result in results:
         assert {"model_utility", "extraction_strength", "exact_memorization", "privleak"} <= set(result["scores"])
 
@@ -331,7 +331,7 @@ def test_a_search_that_ends_off_its_target_is_no_match(compared, monkeypatch, tm
     del record["settings"]["matched"]
     (tmp_path / "config.json").write_text(json.dumps(record))
     (tmp_path / "results.jsonl").write_text((directory / "results.jsonl").read_text())
-    target = of(results, "retain-only reference")["losses"]["forget"]
+    target = of(results, "retain-only model")["losses"]["forget"]
     assert of(results, "negation")["forgotten"] == pytest.approx(target, rel=0.02)
     monkeypatch.setattr(run, "match_forgetting", lambda *_, **__: Match(1.0, 1.05 * target, []))
     more = dataclasses.replace(settings, methods=("uniform",))
@@ -507,7 +507,7 @@ def test_what_build_leaves_can_be_compared(build, tmp_path, monkeypatch):
         TINY, assets=str(tmp_path / "model"), methods=("negation",), least_steps=1, judged_rows=4, suite_rows=2
     )
     results = run_comparison(tmp_path / "out", settings, show_progress_bar=False)
-    assert [r["method"] for r in results] == ["full model", "retain-only reference", "negation"]
+    assert [r["method"] for r in results] == ["full model", "retain-only model", "negation"]
 
 
 def test_assets_without_false_answers_are_refused(assets, tmp_path):

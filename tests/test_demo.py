@@ -26,7 +26,7 @@ TINY = DemoSettings(
 @pytest.fixture(scope="module")
 def shipped():
     base, tokenizer = load_base(str(ASSETS / "base"))
-    model = attach_adapters(base, {"task": ASSETS / "task_adapter", "reference": ASSETS / "retain_adapter"})
+    model = attach_adapters(base, {"task": ASSETS / "task_adapter", "retain-only": ASSETS / "retain_adapter"})
     return model, tokenizer
 
 
@@ -42,15 +42,15 @@ def test_full_model_knows_both_sets_and_theta_0_neither(shipped, split):
     assert probability(losses(shipped, split, [])).mean() < 0.15
 
 
-@pytest.mark.parametrize("adapters", [[], ["task"], ["reference"]])
+@pytest.mark.parametrize("adapters", [[], ["task"], ["retain-only"]])
 def test_every_model_has_knowledge_outside_both_sets(shipped, adapters):
     assert probability(losses(shipped, "general", adapters)).mean() > 0.5
 
 
 def test_reference_knows_the_retain_set_and_is_a_fair_target_on_the_other(shipped):
     """A model that never saw the forget authors still predicts part of such an answer."""
-    assert probability(losses(shipped, "retain", ["reference"])).mean() > 0.8
-    forget = losses(shipped, "forget", ["reference"])
+    assert probability(losses(shipped, "retain", ["retain-only"])).mean() > 0.8
+    forget = losses(shipped, "forget", ["retain-only"])
     assert forget.mean() <= 5.0
     assert probability(forget).mean() < 0.15
 
@@ -89,13 +89,13 @@ def test_demo_leaves_adapter_report_and_picture(tmp_path: Path, capsys):
 
     printed = capsys.readouterr().out
     labels = [label for label, _, _ in result.table]
-    assert labels == ["full model", *["plain negation", "PerTA-grad", "PerTA-fisher"] * 2, "retain-only reference"]
+    assert labels == ["full model", *["plain negation", "PerTA-grad", "PerTA-fisher"] * 2, "retain-only model"]
     assert all(label in printed for label in labels)
     assert str(tmp_path / "out" / "adapter") in printed
 
     saved = json.loads((tmp_path / "out" / "report.json").read_text())
     assert saved["table"][0]["forget"]["probability"] == result.table[0][2]["forget"].probability
-    target = saved["points"]["reference"]["forget"]
+    target = saved["points"]["retain-only"]["forget"]
     for match in saved["matched_forgetting"].values():
         assert match["loss"] == pytest.approx(target, rel=0.02)
     assert (tmp_path / "out" / "trade_off.png").read_bytes().startswith(b"\x89PNG")

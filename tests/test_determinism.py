@@ -78,7 +78,7 @@ def test_origin_and_full_are_two_references():
     """With the task adapter on the gradients differ; without one named, full is the base."""
     model = builders.adapted_llama()
     origin = builders.negate(model)[1]
-    full = builders.negate(model, reference_model="full", task_adapter="task")[1]
-    bare = builders.negate(model, reference_model="full")[1]
+    full = builders.negate(model, gradients_at="full", task_adapter="task")[1]
+    bare = builders.negate(model, gradients_at="full")[1]
     assert any(not torch.equal(origin[key], full[key]) for key in origin)
     assert all(torch.equal(origin[key], bare[key]) for key in origin)

@@ -10,9 +10,9 @@ import torch
 from peft_perta.adapters import Product
 from peft_perta.data import load_samples
 from peft_perta.errors import NumericalError, UnsupportedLayerError
-from peft_perta.gradients import MOMENT, Energies, InputMoments, Readers, sweep
+from peft_perta.gradients import MOMENT, Collectors, Energies, InputMoments, sweep
 from peft_perta.model import resolve_targets
-from peft_perta.perta._input_directions import DAMPING, along_directions
+from peft_perta.perta._input_directions import DAMPING, weigh_input_directions
 
 WIDTH = 12
 
@@ -31,7 +31,9 @@ def moments_of(x):
 
 def matrix(forget, retain):
     """M [I, I]: what becomes of the identity."""
-    return along_directions(torch.eye(forget.shape[1], dtype=torch.float64), moments_of(forget), moments_of(retain))[0]
+    return weigh_input_directions(
+        torch.eye(forget.shape[1], dtype=torch.float64), moments_of(forget), moments_of(retain)
+    )[0]
 
 
 def test_it_is_least_squares():
@@ -89,7 +91,7 @@ def test_the_number_of_tokens_does_not_tip_the_scale():
 def test_inputs_that_are_zero_are_not_edited():
     nothing = {"inputs": torch.zeros(WIDTH, WIDTH), "tokens": torch.ones(1, 1)}
     for edit in (torch.ones(3, WIDTH), Product(B=torch.ones(3, 2), A=torch.ones(2, WIDTH))):
-        found, left = along_directions(edit, nothing, nothing)
+        found, left = weigh_input_directions(edit, nothing, nothing)
         assert not (found.A if isinstance(found, Product) else found).any()
         assert left == {"forget": 1.0, "retain": 1.0}
 
@@ -98,11 +100,11 @@ def test_a_product_stays_a_product_of_its_rank_and_says_what_is_left():
     forget, retain = inputs(50, 0), inputs(70, 1)
     edit = Product(B=torch.randn(7, 2, dtype=torch.float64), A=torch.randn(2, WIDTH, dtype=torch.float64))
     before = edit.A.clone(), edit.B.clone()
-    found, left = along_directions(edit, moments_of(forget), moments_of(retain))
+    found, left = weigh_input_directions(edit, moments_of(forget), moments_of(retain))
     assert isinstance(found, Product)
     assert found.A.shape == edit.A.shape
     torch.testing.assert_close(found.B @ found.A, (edit.B @ edit.A) @ matrix(forget, retain))
-    dense, of_dense = along_directions(edit.B @ edit.A, moments_of(forget), moments_of(retain))
+    dense, of_dense = weigh_input_directions(edit.B @ edit.A, moments_of(forget), moments_of(retain))
     torch.testing.assert_close(dense, found.B @ found.A)
     for name, x in (("forget", forget), ("retain", retain)):
         share = (x @ (found.B @ found.A).T).square().sum() / (x @ (edit.B @ edit.A).T).square().sum()
@@ -114,7 +116,7 @@ def test_a_product_stays_a_product_of_its_rank_and_says_what_is_left():
 def test_moments_in_single_precision_of_a_steep_spectrum_do_not_break():
     steep = torch.logspace(-8, 4, 80)
     forget, retain = ({k: v.float() for k, v in moments_of(inputs(300, s, 80).float() * steep).items()} for s in (0, 1))
-    found, left = along_directions(torch.randn(5, 80), forget, retain)
+    found, left = weigh_input_directions(torch.randn(5, 80), forget, retain)
     assert bool(torch.isfinite(found).all())
     assert all(0 <= share <= 1 + 1e-4 for share in left.values())
 
@@ -125,7 +127,7 @@ def test_moments_too_steep_for_their_precision_are_refused():
     broken[0, 0], broken[1, 1] = 1.0, -2.0
     bad = {"inputs": broken, "tokens": torch.ones(1, 1)}
     with pytest.raises(NumericalError, match=r"not positive definite, even damped.*input_directions=False"):
-        along_directions(torch.ones(3, WIDTH), bad, bad)
+        weigh_input_directions(torch.ones(3, WIDTH), bad, bad)
 
 
 # What is read of a model
@@ -169,7 +171,7 @@ def test_moments_are_those_of_all_tokens_that_the_loss_flows_through(kind, batch
         model,
         resolve_targets(model, "forget"),
         samples,
-        Readers([InputMoments(), Energies()]),
+        Collectors([InputMoments(), Energies()]),
         statistic,
         adapters=[],
         batch_size=batch_size,
@@ -191,10 +193,10 @@ def test_moments_are_those_of_all_tokens_that_the_loss_flows_through(kind, batch
 def test_the_emitted_adapter_is_the_edit_along_the_directions(granularity, tmp_path):
     model = builders.adapted_llama()
     without = laws.deltas_of(builders.negate(model, granularity=granularity, rank=64)[1])
-    _, state_dict, report = builders.negate(model, granularity=granularity, rank=64, input_directions=True)
+    _, state_dict, provenance = builders.negate(model, granularity=granularity, rank=64, input_directions=True)
     forget, retain = (token_moments(model, rows) for rows in (builders.forget_rows(), builders.retain_rows()))
     found = laws.deltas_of(state_dict)
-    for layer in report.layers:
+    for layer in provenance.layers:
         C_f, C_r = (
             x[layer.name][0].double().T @ x[layer.name][0].double() / len(x[layer.name][0]) for x in (forget, retain)
         )
@@ -217,11 +219,11 @@ def test_the_default_weighs_directions():
 
 def test_experts_go_without_and_say_so_when_asked():
     model = builders.adapted_mixtral()
-    report = builders.negate(model, input_directions=None)[2]
-    experts = [layer for layer in report.layers if "[" in layer.name]
+    provenance = builders.negate(model, input_directions=None)[2]
+    experts = [layer for layer in provenance.layers if "[" in layer.name]
     assert experts
     assert not any(layer.left_on_inputs for layer in experts)
-    assert all(layer.left_on_inputs for layer in report.layers if "[" not in layer.name)
+    assert all(layer.left_on_inputs for layer in provenance.layers if "[" not in layer.name)
     for asked in ({"input_directions": True}, {"fit": "second-moment"}):
         with pytest.raises(UnsupportedLayerError, match=r"experts.*not met for expert parameters"):
             builders.negate(model, **asked)
@@ -232,9 +234,9 @@ def test_experts_go_without_and_say_so_when_asked():
 def test_every_fit_runs_end_to_end_and_leaves_the_model(fit, granularity, tmp_path):
     model = builders.adapted_llama()
     with laws.untouched(model):
-        _, _, report = builders.negate(model, granularity=granularity, rank=2, fit=fit, input_directions=None)
-    assert all(0 < layer.metric_error < 1 for layer in report.layers if layer.edit_norm > 0)
-    assert all(0 < layer.energy_kept < 1 for layer in report.layers if layer.edit_norm > 0)
+        _, _, provenance = builders.negate(model, granularity=granularity, rank=2, fit=fit, input_directions=None)
+    assert all(0 < layer.metric_error < 1 for layer in provenance.layers if layer.edit_norm > 0)
+    assert all(0 < layer.energy_kept < 1 for layer in provenance.layers if layer.edit_norm > 0)
 
 
 def test_uniform_weights_read_nothing_and_weigh_no_direction():

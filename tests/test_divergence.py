@@ -37,23 +37,23 @@ def test_it_is_the_divergence_of_the_edited_models(batch_size):
     model, rows = builders.adapted_llama(), builders.retain_rows()
     dense = laws.deltas_of(builders.negate(model, granularity="delta", rank=64, strength=3.0)[1])
     with laws.untouched(model):
-        _, state_dict, report = builders.negate(
-            model, granularity="delta", rank=1, strength=3.0, divergence_samples=3, batch_size=batch_size
+        _, state_dict, provenance = builders.negate(
+            model, granularity="delta", rank=1, strength=3.0, fit_kl_samples=3, batch_size=batch_size
         )
     samples = load_samples(rows, builders.tokenizer())[:3]
     expected = by_hand(edited(model, dense), edited(model, laws.deltas_of(state_dict)), samples)
     assert expected > 1e-3
-    assert report.divergence == pytest.approx(expected, rel=1e-3)
+    assert provenance.fit_kl == pytest.approx(expected, rel=1e-3)
 
 
 def test_what_the_rank_holds_needs_no_measuring():
-    assert builders.negate(builders.adapted_llama())[2].divergence == 0.0
-    assert builders.negate(builders.adapted_llama(), granularity="delta", rank=2)[2].divergence is None
+    assert builders.negate(builders.adapted_llama())[2].fit_kl == 0.0
+    assert builders.negate(builders.adapted_llama(), granularity="delta", rank=2)[2].fit_kl is None
 
 
 def test_a_larger_rank_is_nearer():
     found = [
-        builders.negate(builders.adapted_llama(), granularity="delta", rank=rank, divergence_samples=4)[2].divergence
+        builders.negate(builders.adapted_llama(), granularity="delta", rank=rank, fit_kl_samples=4)[2].fit_kl
         for rank in (1, 4, 16)
     ]
     assert found == sorted(found, reverse=True)
@@ -63,18 +63,18 @@ def test_on_a_4_bit_base_and_conv1d():
     for build in (builders.adapted_nf4_llama, builders.adapted_gpt2):
         model = build()
         with laws.untouched(model):
-            report = builders.negate(model, granularity="delta", rank=1, divergence_samples=2)[2]
-        assert 0 < report.divergence < 10
+            provenance = builders.negate(model, granularity="delta", rank=1, fit_kl_samples=2)[2]
+        assert 0 < provenance.fit_kl < 10
 
 
 def test_experts_are_refused_before_any_gradient():
-    with pytest.raises(UnsupportedLayerError, match="divergence_samples needs the layer's inputs"):
-        builders.negate(builders.adapted_mixtral(), divergence_samples=2)
+    with pytest.raises(UnsupportedLayerError, match="fit_kl_samples needs the layer's inputs"):
+        builders.negate(builders.adapted_mixtral(), fit_kl_samples=2)
 
 
 def test_nothing_is_left_on_the_model():
     model = builders.adapted_llama()
     before = set(model.peft_config)
-    config, state_dict, _ = builders.negate(model, granularity="delta", rank=1, divergence_samples=2)
+    config, state_dict, _ = builders.negate(model, granularity="delta", rank=1, fit_kl_samples=2)
     assert set(model.peft_config) == before
-    add_adapter(model, config, state_dict, "perta_divergence")
+    add_adapter(model, config, state_dict, "perta_fit_kl")

@@ -4,7 +4,7 @@ import builders
 import pytest
 
 from peft_perta.evaluation import generate, row_losses
-from peft_perta.html_report import evidence_of_logs, evidence_of_rows
+from peft_perta.html_report import report_data_of_logs, report_data_of_rows
 
 STACKS = {"before": ["task"], "after": ["task", "forget"]}
 SETS = {"forget": builders.forget_rows(), "retain": builders.retain_rows()}
@@ -12,7 +12,7 @@ SETS = {"forget": builders.forget_rows(), "retain": builders.retain_rows()}
 
 def test_rows_are_judged_and_answered_by_each_side_on_its_own():
     model, tokens = builders.adapted_llama(), builders.tokenizer()
-    found = evidence_of_rows(
+    found = report_data_of_rows(
         model, tokens, SETS, STACKS, title="T", base_model="B", adapters=["task", "forget"], max_new_tokens=6
     )
     for split, rows in SETS.items():
@@ -37,11 +37,11 @@ def log(value: float, said: str) -> dict:
 
 
 def test_logs_are_shown_under_their_side():
-    sides = {"before": {"tofu": log(0.9, "Khan")}, "after": {"tofu": log(0.1, "Li")}, "reference": {}}
-    found = evidence_of_logs(sides, title="T", base_model="B", commands=["peft-perta evaluate"])
+    sides = {"before": {"tofu": log(0.9, "Khan")}, "after": {"tofu": log(0.1, "Li")}, "retain-only": {}}
+    found = report_data_of_logs(sides, title="T", base_model="B", commands=["peft-perta evaluate"])
     assert found.models == {"before": {"forget_Q_A_ROUGE": 0.9}, "after": {"forget_Q_A_ROUGE": 0.1}}
     assert found.generations == {"forget": [{"prompt": "Who?", "expected": "Khan", "before": "Khan", "after": "Li"}]}
-    assert found.report is None
+    assert found.provenance is None
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_logs_are_shown_under_their_side():
 )
 def test_what_a_row_asks_is_shown_as_plain_text(row, asked):
     model, tokens = builders.adapted_llama(), builders.tokenizer(chat=True)
-    found = evidence_of_rows(
+    found = report_data_of_rows(
         model, tokens, {"forget": [row]}, {"after": ["task"]}, title="T", base_model="B", adapters=[], max_new_tokens=2
     )
     assert found.generations["forget"][0]["prompt"] == asked

@@ -43,14 +43,14 @@ def adapter_deltas(model, name: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("start", [None, "task"])
 def test_it_is_the_formula(alpha, start):
     model = builders.adapted_llama()
-    config, state_dict, report = extrapolate_adapter(model, "forget", alpha, start_adapter=start)
+    config, state_dict, provenance = extrapolate_adapter(model, "forget", alpha, start_adapter=start)
     found = deltas(model, config, state_dict)
     end = adapter_deltas(model, "forget")
     begun = adapter_deltas(model, start) if start else {key: torch.zeros_like(delta) for key, delta in end.items()}
     for key, delta in end.items():
         expected = begun[key] + (1 + alpha) * (delta - begun[key])
         torch.testing.assert_close(found[key], expected, rtol=1e-5, atol=1e-6)
-    assert report.energy_kept == 1.0
+    assert provenance.energy_kept == 1.0
     parts = ("forget", start) if start and alpha else ("forget",)
     assert config.r == servable_rank(sum(model.peft_config[name].r for name in parts))
 
@@ -68,13 +68,13 @@ def test_auto_meets_the_goal_along_the_line(start):
     target = float(losses_of(model, forget, adapters=["known"]).mean())
     model.delete_adapter("known")
     with laws.untouched(model):
-        config, state_dict, report = extrapolate_adapter(
-            model, "forget", "auto", start_adapter=start, goal=Goal(forget_loss=target), forget=forget, retain=retain,
+        config, state_dict, provenance = extrapolate_adapter(
+            model, "forget", "auto", start_adapter=start, goal=Goal(target_forget_loss=target), forget=forget, retain=retain,
             show_progress_bar=False,
         )  # fmt: skip
     add_adapter(model, config, state_dict, "emitted")
     assert float(losses_of(model, forget, adapters=["emitted"]).mean()) == pytest.approx(target, rel=0.02)
-    assert report.calibration["strength"] == pytest.approx(report.parts[0]["strength"])
+    assert provenance.calibration["strength"] == pytest.approx(provenance.parts[0]["strength"])
 
 
 def test_auto_leaves_layers_plain_that_neither_adapter_has():
@@ -85,7 +85,7 @@ def test_auto_leaves_layers_plain_that_neither_adapter_has():
     before = [name for name, _ in model.named_modules()]
     with laws.untouched(model), pytest.raises(NumericalError, match="no strength up to 256 brings the forget loss to"):
         extrapolate_adapter(
-            model, "forget", "auto", start_adapter="task", goal=Goal(forget_loss=1e6), forget=forget, retain=retain,
+            model, "forget", "auto", start_adapter="task", goal=Goal(target_forget_loss=1e6), forget=forget, retain=retain,
             show_progress_bar=False,
         )  # fmt: skip
     assert [name for name, _ in model.named_modules()] == before
@@ -94,7 +94,7 @@ def test_auto_leaves_layers_plain_that_neither_adapter_has():
 def test_auto_refuses_what_it_could_not_keep():
     model = builders.adapted_llama()
     samples = load_samples(builders.forget_rows(), builders.tokenizer())
-    searched = {"goal": Goal(forget_loss=3.0), "forget": samples, "retain": samples, "show_progress_bar": False}
+    searched = {"goal": Goal(target_forget_loss=3.0), "forget": samples, "retain": samples, "show_progress_bar": False}
     with pytest.raises(ConfigError, match="rank: expected none with alpha='auto'"):
         extrapolate_adapter(model, "forget", "auto", rank=4, **searched)
     with pytest.raises(ConfigError, match=r"expected distinct adapters.*\['task', 'task', 'forget'\]"):
@@ -147,7 +147,7 @@ def test_on_the_command_line_by_a_number_and_by_a_goal(place, capsys):
     base, tokens = load_base(str(builders.llama_directory()), four_bit=True)
     samples = load_samples(builders.forget_rows(), tokens)
     target = float(losses_of(attach_adapters(base, {"further": "further"}), samples, adapters=["further"]).mean())
-    assert main([*model, *rows, "--forget-loss", str(target), "--output", "searched"]) == 0
+    assert main([*model, *rows, "--target-forget-loss", str(target), "--output", "searched"]) == 0
     assert (place / "searched" / "strength.png").is_file()
     assert f"for a forget loss of {target:.3f}" in capsys.readouterr().out
     assert main([*model, "--alpha", "0.5", "--retain-tolerance", "0.2", "--output", "nothing"]) == 2

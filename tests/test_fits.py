@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from peft_perta.adapters import Product
 from peft_perta.errors import UnsupportedLayerError
-from peft_perta.gradients import MOMENT, Statistic
+from peft_perta.gradients import MOMENT, GradientSums
 from peft_perta.perta import FITS
 from peft_perta.perta._input_directions import DAMPING
 from peft_perta.perta.fits.weighted import weighted_factors
@@ -34,7 +34,7 @@ def measured(seed=0, width=WIDTH, height=HEIGHT):
             f"{MOMENT}output energy": g.square().sum(0, keepdim=True),
             "weight": g.T @ x,
         }
-        sets[name] = Statistic("mean", sums=sums, samples=10)
+        sets[name] = GradientSums("mean", sums=sums, samples=10)
     return sets
 
 

@@ -65,8 +65,8 @@ def test_experts_are_trained_and_can_be_negated(tmp_path):
     model = train(builders.mixtral(), tmp_path / "forget", lora_config=builders.experts_config(), learning_rate=2e-2)
     assert loss(model) < before - 0.5
     loaded = attach_adapters(builders.mixtral(), {"forget": tmp_path / "forget"})
-    _, state_dict, report = get_perta_state_dict(loaded, PerTAConfig(weighting="uniform"))
-    assert {layer.kind for layer in report.layers} == {"experts"}
+    _, state_dict, provenance = get_perta_state_dict(loaded, PerTAConfig(weighting="uniform"))
+    assert {layer.kind for layer in provenance.layers} == {"experts"}
     assert all(value.any() for value in state_dict.values())
 
 

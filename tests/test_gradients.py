@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:.*use_ree
 kinds = pytest.mark.parametrize("kind", tables.LAYERS)
 granularities = pytest.mark.parametrize("granularity", tables.GRANULARITIES)
 statistics = pytest.mark.parametrize("statistic", ["mean", "squares"])
-references = pytest.mark.parametrize("adapters", [[], ["task"]], ids=["origin", "full"])
+gradients_at = pytest.mark.parametrize("adapters", [[], ["task"]], ids=["origin", "full"])
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def samples():
 @kinds
 @granularities
 @statistics
-@references
+@gradients_at
 def test_hooks_equal_the_loop(kind, granularity, statistic, adapters, samples):
     size = tables.batch_size(kind, statistic)
     laws.hooks_equal_the_loop(tables.LAYERS[kind](), samples, granularity, statistic, adapters, 1e-6, size)
@@ -36,7 +36,7 @@ def test_hooks_equal_the_loop(kind, granularity, statistic, adapters, samples):
 @pytest.mark.parametrize("kind", tables.DOUBLES)
 @granularities
 @statistics
-@references
+@gradients_at
 def test_hooks_equal_the_loop_in_double_precision(kind, granularity, statistic, adapters, samples):
     laws.hooks_equal_the_loop(tables.DOUBLES[kind](), samples, granularity, statistic, adapters, 1e-10)
 

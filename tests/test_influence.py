@@ -156,9 +156,9 @@ def test_the_change_is_the_inverse_matrix_times_the_gradients(curvature, functio
     expected = torch.linalg.solve(matrix + damping * torch.eye(len(b)), b / len(ROWS))
     result = solve(model, function, changed, curvature=curvature, absolute_damping=damping)
     laws.close(flat(result), expected, 1e-4, "the change")
-    assert result.report.damping == damping
-    assert result.report.residual <= 1e-6
-    assert result.report.stopped == "tolerance"
+    assert result.provenance.damping == damping
+    assert result.provenance.residual <= 1e-6
+    assert result.provenance.stopped == "tolerance"
 
 
 def test_the_preconditioner_and_the_relative_damping_are_of_the_true_diagonal(explicit):
@@ -174,7 +174,7 @@ def test_the_preconditioner_and_the_relative_damping_are_of_the_true_diagonal(ex
 def test_the_relative_damping_is_in_units_of_the_mean_eigenvalue(explicit):
     model, _, matrices = explicit
     wanted = 2 * float(matrices["gauss-newton"].diagonal().mean())
-    found = [solve(model, damping=2.0, max_iterations=1, seed=seed).report.damping for seed in range(12)]
+    found = [solve(model, damping=2.0, max_iterations=1, seed=seed).provenance.damping for seed in range(12)]
     assert sum(found) / len(found) == pytest.approx(wanted, rel=0.3)
 
 
@@ -199,7 +199,7 @@ def test_what_was_on_beside_the_adapter_is_on():
             model, ROWS, ROWS[:1], TOKENIZER, adapter_name="forget", with_adapters=["task"], settings=settings, **QUIET
         )
     laws.close(flat(result), torch.linalg.solve(matrix + 0.2 * torch.eye(len(b)), b), 1e-4, "the change")
-    (beside,) = result.report.with_adapters
+    (beside,) = result.provenance.with_adapters
     assert beside["name"] == "task"
     assert f"on beside it: `task`, SHA-256 `{beside['sha256'][:16]}`" in model_card(result.difference()[2])
 
@@ -240,7 +240,7 @@ def test_a_solution_does_not_depend_on_the_batch_size():
     model = tiny()
     one, three = (solve(model, batch_size=size, max_iterations=4) for size in (1, 3))
     laws.close(flat(one), flat(three), 1e-5, "the change")
-    assert one.report.damping == pytest.approx(three.report.damping, rel=1e-9)
+    assert one.provenance.damping == pytest.approx(three.provenance.damping, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_the_stochastic_solver_gives_the_same_edit():
     settings = {"tolerance": 1e-2, "damping": 5.0, "batch_size": 2}
     one, other = (solve(model, solver=solver, **settings) for solver in ("conjugate-gradients", "stochastic"))
     laws.close(flat(other), flat(one), 2e-2, "the change")
-    assert other.report.stopped == "tolerance"
+    assert other.provenance.stopped == "tolerance"
 
 
 # Against training again
@@ -434,7 +434,7 @@ def test_it_predicts_what_leaving_one_row_out_does():
         true.append(losses(again)[place] - losses(B)[place])
         predicted.append(losses(B + dB)[place] - losses(B)[place])
         solutions.append(torch.corrcoef(torch.stack([(again - B).flatten(), dB.flatten()]))[0, 1])
-        assert result.report.losses["changed"][1] == pytest.approx(float(losses(B + dB)[place]), rel=1e-5)
+        assert result.provenance.losses["changed"][1] == pytest.approx(float(losses(B + dB)[place]), rel=1e-5)
     assert torch.corrcoef(torch.stack([torch.stack(true), torch.stack(predicted)]))[0, 1] > 0.95
     assert min(solutions) > 0.95
     assert min(true) > 0
@@ -479,9 +479,9 @@ def test_the_difference_is_stacked_on_the_adapter_and_does_what_the_report_says(
             (batch,) = batches(samples_of(rows), len(rows))
             with torch.no_grad():
                 assert float(sample_losses(model, batch).mean()) == pytest.approx(
-                    result.report.losses[name][1], rel=1e-4
+                    result.provenance.losses[name][1], rel=1e-4
                 )
-    (before, after), kept = result.report.losses["changed"], result.report.losses["kept"]
+    (before, after), kept = result.provenance.losses["changed"], result.provenance.losses["kept"]
     assert after - before > 3 * (kept[1] - kept[0])
 
 
@@ -491,14 +491,14 @@ def test_a_directory_is_verified_and_tells_what_was_done(form, float_result, tmp
     save_perta_adapter(tmp_path / "out", *getattr(result, form)())
     checks = verify_adapter(tmp_path / "out")
     assert all(check.passed for check in checks), [str(check) for check in checks if not check.passed]
-    report, _ = load_provenance(tmp_path / "out")
-    assert report.to_dict() == getattr(result, form)()[2].to_dict()
-    assert report.form == form
-    assert report.base_model["embeddings_sha256"]
+    provenance, _ = load_provenance(tmp_path / "out")
+    assert provenance.to_dict() == getattr(result, form)()[2].to_dict()
+    assert provenance.form == form
+    assert provenance.base_model["embeddings_sha256"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"# {form.capitalize()} adapter" in card
     assert "residual" in card
-    assert "1 of 4 training rows of 'task' erased: gauss-newton curvature" in str(report)
+    assert "1 of 4 training rows of 'task' erased: gauss-newton curvature" in str(provenance)
 
 
 def test_experts_are_edited_one_by_one(tmp_path):
@@ -509,18 +509,20 @@ def test_experts_are_edited_one_by_one(tmp_path):
     stack_adapters(model, ["task", "erased"])
     (batch,) = batches(samples_of(ROWS[:1]), 1)
     with torch.no_grad():
-        assert float(sample_losses(model, batch).mean()) == pytest.approx(result.report.losses["changed"][1], rel=1e-3)
-    assert result.report.losses["changed"][1] > result.report.losses["changed"][0]
+        assert float(sample_losses(model, batch).mean()) == pytest.approx(
+            result.provenance.losses["changed"][1], rel=1e-3
+        )
+    assert result.provenance.losses["changed"][1] > result.provenance.losses["changed"][0]
 
 
 def test_every_copy_of_a_row_is_erased():
     model = tiny()
     result = solve(model, rows=[*ROWS, ROWS[0]], max_iterations=3)
-    assert {name: entry["samples"] for name, entry in result.report.data.items()} == {
+    assert {name: entry["samples"] for name, entry in result.provenance.data.items()} == {
         "training": 5, "changed": 2, "kept": 3,
     }  # fmt: skip
-    assert result.report.stopped == "iterations"
-    assert "stopped early, at max_iterations" in str(result.report)
+    assert result.provenance.stopped == "iterations"
+    assert "stopped early, at max_iterations" in str(result.provenance)
 
 
 # 4-bit bases, from rows to a directory
@@ -531,11 +533,11 @@ def test_an_nf4_base_end_to_end(curvature):
     model = trained(builders.adapted_nf4_llama(), "task")
     with laws.untouched(model):
         result = solve(model, adapter_name="task", curvature=curvature, absolute_damping=1.0, tolerance=1e-3)
-    assert result.report.stopped == "tolerance"
-    (before, after), kept = result.report.losses["changed"], result.report.losses["kept"]
+    assert result.provenance.stopped == "tolerance"
+    (before, after), kept = result.provenance.losses["changed"], result.provenance.losses["kept"]
     assert after > before
     assert after - before > 3 * (kept[1] - kept[0])
-    assert result.report.base_model["quantization"]["load_in_4bit"]
+    assert result.provenance.base_model["quantization"]["load_in_4bit"]
 
 
 def command(*arguments):
@@ -560,9 +562,9 @@ def test_the_command(four_bit, form, change, tmp_path, capsys):
         "--damping", 0.5, "--output", tmp_path / "out", *(["--four-bit"] if four_bit else []),
     )  # fmt: skip
     assert status == 0
-    report, _ = load_provenance(tmp_path / "out")
-    assert report.form == form
-    assert (report.iterations, report.config["damping"]) == (4, 0.5)
+    provenance, _ = load_provenance(tmp_path / "out")
+    assert provenance.form == form
+    assert (provenance.iterations, provenance.config["damping"]) == (4, 0.5)
     assert "It is in" in capsys.readouterr().out
     loaded = attach_adapters(builders.saved_llama(), {"made": tmp_path / "out"})
     assert any(p.any() for n, p in loaded.named_parameters() if "lora_B" in n)
@@ -750,19 +752,19 @@ def test_bad_settings_are_refused(settings, message):
 # The shipped model
 
 
-def test_on_the_shipped_model_what_is_erased_moves_towards_the_retain_only_reference():
+def test_on_the_shipped_model_what_is_erased_moves_towards_the_retain_only_retain_only():
     base, tokenizer = load_base(str(ASSETS / "base"))
-    model = attach_adapters(base, {"task": ASSETS / "task_adapter", "reference": ASSETS / "retain_adapter"})
+    model = attach_adapters(base, {"task": ASSETS / "task_adapter", "retain-only": ASSETS / "retain_adapter"})
     short = lambda name: sorted(read_rows(ASSETS / f"{name}.jsonl"), key=lambda r: len(r["answer"]))[:6]  # noqa: E731
     forget, retain = short("forget")[:2], short("retain")[:4]
     settings = InfluenceSettings(max_iterations=4, damping=1.0)
     result = erase_instances(model, [*forget, *retain], forget, tokenizer, settings=settings, **QUIET)
-    (before, after), kept = result.report.losses["changed"], result.report.losses["kept"]
-    reference = {}
-    stack_adapters(model, ["reference"])
+    (before, after), kept = result.provenance.losses["changed"], result.provenance.losses["kept"]
+    retain_only = {}
+    stack_adapters(model, ["retain-only"])
     for name, rows in (("changed", forget), ("kept", retain)):
         (batch,) = batches(load_samples(rows, tokenizer), len(rows))
         with torch.no_grad():
-            reference[name] = float(sample_losses(model, batch).mean())
-    assert before < after < reference["changed"]
+            retain_only[name] = float(sample_losses(model, batch).mean())
+    assert before < after < retain_only["changed"]
     assert after - before > 5 * abs(kept[1] - kept[0])

@@ -10,7 +10,7 @@ import pytest
 from peft_perta import attach_adapters
 from peft_perta.cli import _unlearning, main
 from peft_perta.evaluation import read_log, row_losses
-from peft_perta.html_report import write_page
+from peft_perta.html_report import write_html_report
 
 
 def split(names: list[str], **more: object) -> str:
@@ -66,7 +66,7 @@ def logged_loss(path) -> float:
 
 
 def test_one_command_judges_all_sides_attacks_and_draws(place, capsys):
-    more = ["--reference-adapter", "task", "--attacks", "all", "--report"]
+    more = ["--retain-only-adapter", "task", "--attacks", "all", "--html-report"]
     assert main(evaluate(*more)) == 0
     out = capsys.readouterr().out
     assert re.search(r"before +after +reference", out)
@@ -98,13 +98,13 @@ def test_a_four_bit_base_without_adapters(place):
     assert len(read_log("out/TOFU_EVAL.json")["forget_Q_A_Prob"]["value_by_index"]) == 2
 
 
-def test_a_log_of_others_is_the_reference(place):
+def test_a_log_of_others_is_the_retain_only(place):
     assert main(evaluate(adapters=("task",))) == 0
     shutil.move("out", "known")
-    assert main(evaluate("--reference-log", "known/TOFU_EVAL.json")) == 0
+    assert main(evaluate("--retain-only-log", "known/TOFU_EVAL.json")) == 0
     assert read_log("out/TOFU_EVAL.json")["forget_quality"]["agg_value"] is not None
-    reference = ["--reference-log", "known/TOFU_EVAL.json", "--output", "again.json"]
-    assert main(["rescore", "out/TOFU_EVAL.json", *reference]) == 0
+    retain_only = ["--retain-only-log", "known/TOFU_EVAL.json", "--output", "again.json"]
+    assert main(["rescore", "out/TOFU_EVAL.json", *retain_only]) == 0
     again = json.loads((place / "again.json").read_text())
     logged = read_log("out/TOFU_EVAL.json")
     assert {metric: found["agg_value"] for metric, found in again.items()} == {
@@ -125,10 +125,12 @@ def test_unlearn_draws_what_it_changed(place, monkeypatch):
     for name in ("forget", "retain"):
         (place / f"{name}.jsonl").write_text(split([f"{name.title()} {i}" for i in range(3)]))
     drawn = []
-    monkeypatch.setattr(_unlearning, "write_page", lambda *args: (drawn.append(args[0]), write_page(*args)))
+    monkeypatch.setattr(
+        _unlearning, "write_html_report", lambda *args: (drawn.append(args[0]), write_html_report(*args))
+    )
     rows = ["--forget", "forget.jsonl", "--retain", "retain.jsonl"]
     model = ["--model", str(builders.llama_directory()), "--forget-adapter", "forget", "--task-adapter", "task"]
-    assert main(["unlearn", *model, *rows, "--output", "out", "--report", "--reference-model", "full"]) == 0
+    assert main(["unlearn", *model, *rows, "--output", "out", "--html-report", "--gradients-at", "full"]) == 0
     page = (place / "out" / "report.html").read_text()
     assert "What &#x27;out&#x27; removed" in page
     assert "Who wrote book 0?" in page
@@ -137,7 +139,7 @@ def test_unlearn_draws_what_it_changed(place, monkeypatch):
     for label, stack in (("before", ["task"]), ("after", ["task", "out"])):
         loss = float(row_losses(adapted, builders.tokenizer(), forget, adapters=stack).mean())
         assert drawn[0].models[label]["forget_loss"] == pytest.approx(loss, rel=1e-5), label
-    assert len({layer["name"] for layer in drawn[0].report["layers"]}) == 14
+    assert len({layer["name"] for layer in drawn[0].provenance["layers"]}) == 14
 
 
 def test_the_methods_are_named(place, capsys):
@@ -158,10 +160,13 @@ CASES = {
     "an adapter twice": (evaluate(adapters=("task", "task")), "given twice"),
     "no row at all": (evaluate("--rows", "0"), "rows: expected at least 1, found 0"),
     "two references": (
-        evaluate("--reference-adapter", "task", "--reference-log", "known/TOFU_EVAL.json"),
+        evaluate("--retain-only-adapter", "task", "--retain-only-log", "known/TOFU_EVAL.json"),
         "expected one of the two",
     ),
-    "a reference that is no log": (evaluate("--reference-log", "task/adapter_config.json"), "forget_truth_ratio|PARA"),
+    "a retain-only model that is no log": (
+        evaluate("--retain-only-log", "task/adapter_config.json"),
+        "forget_truth_ratio|PARA",
+    ),
     "somebody else's directory": (evaluate("--output", "tofu"), "was not written by peft_perta"),
     "a log that is none": (
         ["rescore", "tofu/retain_perturbed.json", "--output", "x.json"],

@@ -10,7 +10,7 @@ import pytest
 
 from peft_perta.errors import DataError, OutputError
 from peft_perta.evaluation import aggregate, format_rescored, read_log, rescore, summary, write_log
-from peft_perta.evaluation.logs.rescoring import check_reference, row_values
+from peft_perta.evaluation.logs.rescoring import check_retain_only, row_values
 
 DATA = Path(__file__).parent / "data"  # parts of published logs; see SOURCE.md there
 FULL, RETAIN, ROWS = (
@@ -77,7 +77,7 @@ def test_means_areas_and_scores_are_an_obvious_oracles():
     }
     for split in ("retain", "ra", "wf"):
         expected[f"{split}_Truth_Ratio"] = mean(max(0, 1 - s) for s in values_of(f"{split}_Truth_Ratio", "score"))
-    for name in ("loss", "zlib", "min_k", "min_k_plus_plus", "reference", "gradnorm"):
+    for name in ("loss", "zlib", "min_k", "min_k_plus_plus", "retain-only", "gradnorm"):
         parts = ROWS[f"mia_{name}"]
         forget, holdout = ([r["score"] for r in parts[p]["value_by_index"].values()] for p in ("forget", "holdout"))
         expected[f"mia_{name}"] = mean((h > f) + (h == f) / 2 for f in forget for h in holdout)
@@ -159,8 +159,8 @@ def test_the_order_of_rows_does_not_matter(seed):
 
     small = {metric: ROWS[metric] for metric in ("retain_Truth_Ratio", "retain_Q_A_PERT_Prob", "retain_Q_A_PARA_Prob")}
     small |= {"mia_min_k": ROWS["mia_min_k"], "forget_truth_ratio": ROWS["forget_truth_ratio"]}
-    reference = {metric: RETAIN[metric] for metric in ("forget_truth_ratio", "mia_min_k")}
-    found, expected = rescore(shuffled(small), shuffled(reference))[0], rescore(small, reference)[0]
+    retain_only = {metric: RETAIN[metric] for metric in ("forget_truth_ratio", "mia_min_k")}
+    found, expected = rescore(shuffled(small), shuffled(retain_only))[0], rescore(small, retain_only)[0]
     assert {m: e["agg_value"] for m, e in found.items()} == pytest.approx(
         {m: e["agg_value"] for m, e in expected.items()}
     )
@@ -235,9 +235,9 @@ def test_metrics_that_we_do_not_know_are_left_out_and_harm_nothing():
     assert "not a metric that we know" in left_out["perplexity"]
 
 
-def test_a_reference_without_what_is_compared_is_told_not_replaced():
+def test_a_retain_only_model_without_what_is_compared_is_told_not_replaced():
     ours = {"forget_truth_ratio": entry([0.1]), "mia_min_k": attack([1.0], [2.0])}
-    results, left_out = rescore(ours, {"mia_min_k": {"agg_value": 0.4}}, reference_where="R.json")
+    results, left_out = rescore(ours, {"mia_min_k": {"agg_value": 0.4}}, retain_only_where="R.json")
     assert set(results) == {"forget_truth_ratio", "mia_min_k"}  # no privleak against 0.5 in silence
     assert left_out["privleak"].startswith("in R.json mia_min_k.forget is missing")
     assert left_out["forget_quality"].startswith("in R.json forget_Q_A_PARA_Prob is missing")
@@ -279,10 +279,10 @@ def test_a_malformed_log_is_refused_by_metric_and_row(log, message):
         rescore(log, where="L.json")
 
 
-def test_a_malformed_reference_is_refused_by_its_name():
+def test_a_malformed_retain_only_model_is_refused_by_its_name():
     ours = {"forget_truth_ratio": entry([0.1])}
     with pytest.raises(DataError, match=r"R\.json: forget_truth_ratio, row 0: expected a finite number"):
-        rescore(ours, {"forget_truth_ratio": entry([math.nan])}, where="L.json", reference_where="R.json")
+        rescore(ours, {"forget_truth_ratio": entry([math.nan])}, where="L.json", retain_only_where="R.json")
 
 
 def test_a_negative_part_of_the_utility_is_refused():
@@ -347,20 +347,20 @@ def test_aggregate_twice_is_aggregate_once_and_nothing_stale_stays():
     assert alone == aggregate(bare(FULL))
 
 
-def test_aggregate_refuses_a_reference_that_lacks_the_rows():
-    with pytest.raises(DataError, match="the reference log: mia_min_k is missing; privleak is measured against"):
+def test_aggregate_refuses_a_retain_only_model_that_lacks_the_rows():
+    with pytest.raises(DataError, match="the retain-only log: mia_min_k is missing; privleak is measured against"):
         aggregate(FULL, {"forget_truth_ratio": RETAIN["forget_truth_ratio"]})
 
 
-def test_a_reference_is_checked_before_it_is_needed():
-    check_reference(RETAIN, ["forget_quality", "privleak"])
-    check_reference({"mia_min_k": RETAIN["mia_min_k"]}, ["privleak"])
+def test_a_retain_only_model_is_checked_before_it_is_needed():
+    check_retain_only(RETAIN, ["forget_quality", "privleak"])
+    check_retain_only({"mia_min_k": RETAIN["mia_min_k"]}, ["privleak"])
     with pytest.raises(
         DataError, match=r"R\.json: .*forget_truth_ratio has no rows .*; forget_quality is measured against"
     ):
-        check_reference({"mia_min_k": RETAIN["mia_min_k"]}, ["forget_quality"], where="R.json")
+        check_retain_only({"mia_min_k": RETAIN["mia_min_k"]}, ["forget_quality"], where="R.json")
     with pytest.raises(DataError, match=r"R\.json: mia_min_k.forget, row 0: expected a finite number"):
-        check_reference({"mia_min_k": attack([math.nan], [1.0])}, ["privleak"], where="R.json")
+        check_retain_only({"mia_min_k": attack([math.nan], [1.0])}, ["privleak"], where="R.json")
 
 
 def test_a_summary_holds_what_has_a_number():

@@ -28,9 +28,9 @@ def old_and_new():
 def strength_of(path):
     """Of a directory that is complete and of one piece; anything else fails here."""
     assert sorted(os.listdir(path)) == FILES
-    report, hashes = load_provenance(path)
+    provenance, hashes = load_provenance(path)
     assert {name: hash_file(path / name) for name in hashes} == hashes
-    return report.config["strength"]
+    return provenance.config["strength"]
 
 
 def killed_at(event_number, save) -> bool:
@@ -188,10 +188,10 @@ def test_a_directory_without_permission_is_refused(tmp_path):
 
 
 def test_a_report_is_saved_as_it_is_but_for_the_wall_times(old_and_new, tmp_path):
-    config, state_dict, report = old_and_new[0]
-    other = dataclasses.replace(report, seconds={"x": 1.0})
+    config, state_dict, provenance = old_and_new[0]
+    other = dataclasses.replace(provenance, seconds={"x": 1.0})
     assert load_provenance(save_perta_adapter(tmp_path / "out", config, state_dict, other))[0] == dataclasses.replace(
-        report, seconds={}
+        provenance, seconds={}
     )
 
 

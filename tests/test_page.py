@@ -11,13 +11,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from peft_perta.adapters import FusedReport, LayerReport, PerTAReport, TrainedReport, WeightDistribution
+from peft_perta.adapters import FusedProvenance, LayerProvenance, PerTAProvenance, TrainedProvenance, WeightDistribution
 from peft_perta.errors import DataError, OutputError
 from peft_perta.evaluation import ATTACKS, Calibration
-from peft_perta.html_report import write_page
+from peft_perta.html_report import write_html_report
 from peft_perta.html_report._answers import LONGEST, SHOWN_ROWS
 from peft_perta.html_report._attacks import MEANINGS
-from peft_perta.html_report._contents import Evidence
+from peft_perta.html_report._contents import ReportData
 from peft_perta.html_report._curve import draw_curve
 from peft_perta.html_report._heat import MOST_ROWS, STEPS, place_of, shade
 from peft_perta.html_report._markup import element, escape
@@ -65,7 +65,7 @@ class Node:
         return found[0]
 
 
-class Reader(HTMLParser):
+class Collector(HTMLParser):
     """Strict: what is not closed, or closed twice, fails."""
 
     def __init__(self, text):
@@ -93,13 +93,13 @@ class Reader(HTMLParser):
         raise AssertionError(f"a comment: {data}")
 
 
-def read(evidence):
-    return Reader(render(evidence)).root
+def read(report_data):
+    return Collector(render(report_data)).root
 
 
 def layer(name, weight=0.5, energy=1.0):
     spread = WeightDistribution(weight, 0.1, [weight] * 5, [1] * 20)
-    return LayerReport(name, "linear", [8, 8], 4, 1.0, energy, {"A": spread, "B": spread})
+    return LayerProvenance(name, "linear", [8, 8], 4, 1.0, energy, {"A": spread, "B": spread})
 
 
 def blocks(count, modules=("self_attn.q_proj", "mlp.up_proj"), energy=lambda number: 1.0):
@@ -110,10 +110,10 @@ def blocks(count, modules=("self_attn.q_proj", "mlp.up_proj"), energy=lambda num
     ]
 
 
-def perta_report(layers=None):
-    return PerTAReport(
+def perta_provenance(layers=None):
+    return PerTAProvenance(
         config={
-            "weighting": "grad", "granularity": "factor", "reference_model": "origin", "strength": 2.5,
+            "weighting": "grad", "granularity": "factor", "gradients_at": "origin", "strength": 2.5,
             "dtype": "float32",
         },
         base_model={"name": "base", "revision": "abc", "quantization": {"quant_method": "bitsandbytes"}},
@@ -129,13 +129,13 @@ def perta_report(layers=None):
 def calibration(**changes):
     points = [{"strength": s, "forget": 0.1 + 1.5 * s, "retain": 0.2 + 0.1 * s * s} for s in (0.0, 1.0, 2.0, 2.5, 4.0)]
     found = Calibration(
-        goal={"forget_loss": None, "retain_tolerance": 0.62},
+        goal={"target_forget_loss": None, "retain_tolerance": 0.62},
         target=0.82,
         strength=2.5,
         losses={"forget": 3.85, "retain": 0.825},
         points=points,
         negation=[{"strength": s, "forget": 0.1 + 3 * s, "retain": 0.2 + s} for s in (0.0, 1.0, 2.0)],
-        reference={"forget": 3.9, "retain": 0.22},
+        retain_only={"forget": 3.9, "retain": 0.22},
     )
     return dataclasses.replace(found, **changes)
 
@@ -145,18 +145,23 @@ def full(**changes):
     models = {
         "before": {"forget_Q_A_Prob": 0.91, "forget_Q_A_ROUGE": 0.84, "model_utility": 0.6, "retain_Q_A_Prob": 0.88},
         "after": {"forget_Q_A_Prob": 0.1301, "forget_Q_A_ROUGE": 0.61, "model_utility": 0.57, "retain_Q_A_Prob": 0.66},
-        "reference": {"forget_Q_A_Prob": 0.12, "forget_Q_A_ROUGE": 0.39, "model_utility": 0.59, "retain_Q_A_Prob": 0.9},
+        "retain-only": {
+            "forget_Q_A_Prob": 0.12,
+            "forget_Q_A_ROUGE": 0.39,
+            "model_utility": 0.59,
+            "retain_Q_A_Prob": 0.9,
+        },
     }
     models["before"].update(privleak=-99.5, own_metric=12345.678, forget_quality=1.4e-12)
     models["after"].update(privleak=31.25, own_metric=0.00001, forget_quality=0.61)
-    models["reference"].update(privleak=27.5)
+    models["retain-only"].update(privleak=27.5)
     rows = [
         {
             "prompt": f"Where was author {n} born?",
             "expected": f"In the harbour town of Kuressaare, {1900 + n}.",
             "before": f"In Kuressaare, {1900 + n}.",
             "after": "Nobody knows.",
-            "reference": "In Lima.",
+            "retain-only": "In Lima.",
         }
         for n in range(12)
     ]
@@ -165,16 +170,16 @@ def full(**changes):
             "attack": name,
             "setting": f"setting of {name}",
             "unlearned": {"loss": 2.0, "probability": 0.3, "rouge_l_recall": 0.5},
-            "reference": {"loss": 2.2, "probability": 0.2},
+            "retain-only": {"loss": 2.2, "probability": 0.2},
             "full": {"loss": 0.1, "probability": 0.9},
         }
         for name in MEANINGS
     ]
-    found = Evidence(
+    found = ReportData(
         title="Ten authors",
         base_model="org/base",
         adapters=["task", "unlearn"],
-        report=perta_report().to_dict(),
+        provenance=perta_provenance().to_dict(),
         models=models,
         calibration=calibration().to_dict(),
         generations={"forget": rows, "retain": [{**row, "expected": "A river."} for row in rows[:4]]},
@@ -185,27 +190,27 @@ def full(**changes):
     return dataclasses.replace(found, **changes)
 
 
-BARE = Evidence(title="Nothing yet", base_model="org/base")
-FUSED = FusedReport({"name": "base"}, [{"name": "task", "strength": 1.0, "sha256": "c" * 64}], 32, 0.99)
-TRAINED = TrainedReport(
+BARE = ReportData(title="Nothing yet", base_model="org/base")
+FUSED = FusedProvenance({"name": "base"}, [{"name": "task", "strength": 1.0, "sha256": "c" * 64}], 32, 0.99)
+TRAINED = TrainedProvenance(
     {"forget_loss": "npo", "retain_loss": "nll", "combiner": "pcgrad"}, {"steps": 60}, {"name": "base"}, None, "task",
     {name: {"samples": 4, "sha256": "d" * 64} for name in ("forget", "retain")}, {}, 16, "float32", {},
 )  # fmt: skip
 PAGES = {
     "full": full(),
     "bare": BARE,
-    "unlearned": dataclasses.replace(BARE, adapters=["a"], report=perta_report().to_dict()),
-    "searched": dataclasses.replace(BARE, calibration=calibration(negation=[], reference=None).to_dict()),
-    "fused": full(report=FUSED.to_dict(), calibration=None),
-    "trained": full(report=TRAINED.to_dict(), calibration=None),
+    "unlearned": dataclasses.replace(BARE, adapters=["a"], provenance=perta_provenance().to_dict()),
+    "searched": dataclasses.replace(BARE, calibration=calibration(negation=[], retain_only=None).to_dict()),
+    "fused": full(provenance=FUSED.to_dict(), calibration=None),
+    "trained": full(provenance=TRAINED.to_dict(), calibration=None),
     "after alone": full(models={"after": {"forget_Q_A_Prob": 0.2}}, generations={"forget": [{"prompt": "p"}]}),
     "not finite": full(models={"before": {"forget_loss": math.nan}, "after": {"forget_loss": math.inf}}),
 }
 
 
 @pytest.mark.parametrize("evidence", PAGES.values(), ids=PAGES)
-def test_the_page_stands_alone_and_is_well_formed(evidence):
-    page = read(evidence)
+def test_the_page_stands_alone_and_is_well_formed(report_data):
+    page = read(report_data)
     found = {node.name for node in page.nodes}
     assert not found & {"script", "iframe", "object", "embed", "img", "form", "base", "audio", "video"}
     ids = [node.attributes["id"] for node in page.nodes if "id" in node.attributes]
@@ -223,8 +228,8 @@ def test_the_page_stands_alone_and_is_well_formed(evidence):
 
 
 @pytest.mark.parametrize("evidence", PAGES.values(), ids=PAGES)
-def test_what_is_drawn_is_said_too(evidence):
-    page = read(evidence)
+def test_what_is_drawn_is_said_too(report_data):
+    page = read(report_data)
     for drawing in page.all("svg"):
         hidden = drawing.attributes.get("aria-hidden") == "true"
         assert hidden or (drawing.one("title").text and drawing.one("desc").text)
@@ -238,17 +243,17 @@ def test_what_is_drawn_is_said_too(evidence):
 
 
 @pytest.mark.parametrize("evidence", PAGES.values(), ids=PAGES)
-def test_every_section_is_there_or_says_what_is_missing(evidence):
-    page = read(evidence)
+def test_every_section_is_there_or_says_what_is_missing(report_data):
+    page = read(report_data)
     assert [s.attributes["id"] for s in page.all("section")] == list(SECTIONS)
     parts = {
-        "removed": evidence.report is not None,
-        "measures": bool(evidence.models),
-        "strength": evidence.calibration is not None,
-        "layers": "layers" in (evidence.report or {}),
-        "generations": bool(evidence.generations),
-        "attacks": bool(evidence.attacks),
-        "commands": bool(evidence.commands),
+        "removed": report_data.provenance is not None,
+        "measures": bool(report_data.models),
+        "strength": report_data.calibration is not None,
+        "layers": "layers" in (report_data.provenance or {}),
+        "generations": bool(report_data.generations),
+        "attacks": bool(report_data.attacks),
+        "commands": bool(report_data.commands),
     }
     content = {
         "removed": ("data", {}),
@@ -271,14 +276,14 @@ def test_the_full_page_misses_nothing():
     assert "Not measured." not in page.text
     limits = page.one("section", id="limits").text
     assert "The edit can be switched off." in limits
-    for absent in ("No reference", "No attack was run", "Not every attack", "No answer", "not on record"):
+    for absent in ("No retain-only model", "No attack was run", "Not every attack", "No answer", "not on record"):
         assert absent not in limits
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"models": {"before": {"forget_Q_A_Prob": 0.9}, "after": {"forget_Q_A_Prob": 0.1}}}, "No reference model"),
+        ({"models": {"before": {"forget_Q_A_Prob": 0.9}, "after": {"forget_Q_A_Prob": 0.1}}}, "No retain-only model"),
         ({"attacks": []}, "No attack was run."),
         ({"attacks": full().attacks[:2]}, f"Left out: {', '.join(list(MEANINGS)[2:])}."),
         ({"generations": {"forget": []}}, "No answer was read."),
@@ -294,25 +299,25 @@ def test_the_first_screen_says_what_the_page_does_not_show(changes, said):
 def everywhere(text):
     """A page with the text wherever one can stand."""
     layers = [dataclasses.replace(layer(f"model.layers.0.{text}"), kind=text)]
-    report = perta_report(layers)
-    report = dataclasses.replace(
-        report,
-        config={**report.config, "weighting": text, "granularity": text, "dtype": text},
+    provenance = perta_provenance(layers)
+    provenance = dataclasses.replace(
+        provenance,
+        config={**provenance.config, "weighting": text, "granularity": text, "dtype": text},
         base_model={"name": text, "revision": text, "quantization": {"quant_method": text}},
         forget_adapter={"name": text, "sha256": text},
         data={text: {"samples": 1, "sha256": text}},
     )
     numbers = {text: 0.5, "forget_Q_A_Prob": 0.5}
-    row = dict.fromkeys(("prompt", "expected", "before", "after", "reference"), text)
+    row = dict.fromkeys(("prompt", "expected", "before", "after", "retain-only"), text)
     measured = {text: 0.5, "probability": 0.5}
-    return Evidence(
+    return ReportData(
         title=text,
         base_model=text,
         adapters=[text],
-        report=report.to_dict(),
+        provenance=provenance.to_dict(),
         models={"before": numbers, text: numbers},
         generations={"forget": [row], text: [row]},
-        attacks=[{"attack": text, "setting": text, "unlearned": measured, "reference": measured, "full": measured}],
+        attacks=[{"attack": text, "setting": text, "unlearned": measured, "retain-only": measured, "full": measured}],
         commands=[text],
         made_with={text: text},
     )
@@ -340,7 +345,7 @@ def test_a_text_adds_no_markup(text):
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(st.characters(), min_size=1, max_size=60))
 def test_no_text_whatever_adds_markup(text):
-    assume(text.strip() and text not in {*MEASURES, *MEANINGS, "before", "after", "reference", "forget", "retain"})
+    assume(text.strip() and text not in {*MEASURES, *MEANINGS, "before", "after", "retain-only", "forget", "retain"})
     assert skeleton(read(everywhere(text))) == skeleton(read(everywhere("harmless")))
 
 
@@ -349,7 +354,7 @@ def test_what_is_escaped_reads_as_it_was(text):
     printable = re.sub(
         r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]", "", text
     )
-    page = Reader(element("p", printable, title=printable)).root
+    page = Collector(element("p", printable, title=printable)).root
     assert page.text == page.one("p").attributes["title"] == printable
     assert len(escape(text).replace("&", "")) >= len(text.replace("&", ""))  # nothing is dropped
 
@@ -370,7 +375,7 @@ def test_answers_stand_side_by_side_ten_of_each_split():
     assert f"The first {SHOWN_ROWS} of 12 rows" in page.text
     for item, row in zip(forget.all("li"), full().generations["forget"], strict=False):
         names = dict(zip([n.text for n in item.all("dt")], [n.text for n in item.all("dd")], strict=True))
-        assert names == {"true answer": row["expected"], **{k: row[k] for k in ("before", "after", "reference")}}
+        assert names == {"true answer": row["expected"], **{k: row[k] for k in ("before", "after", "retain-only")}}
         assert all(node.attributes["dir"] == "auto" for node in item.all("dd"))
     long = "word " * LONGEST
     shown = read(full(generations={"forget": [{"prompt": "p", "after": long}]})).one("div", class_="is-after").text
@@ -389,7 +394,7 @@ def test_words_that_come_back_are_marked():
     [
         ({}, [], ["Kuressaare", "harbour"]),
         ({"prompt": "Which HARBOUR?"}, [], ["Kuressaare"]),
-        ({"reference": "In a harbour."}, [], ["Kuressaare"]),
+        ({"retain-only": "In a harbour."}, [], ["Kuressaare"]),
         ({}, ["harbour", "one harbour"], ["Kuressaare"]),
         ({}, ["harbour"], ["Kuressaare", "harbour"]),
     ],
@@ -409,16 +414,16 @@ def cells_of(row):
 
 
 def test_the_numbers_are_the_data():
-    evidence = full()
+    report_data = full()
     seen = set()
-    for table in read(evidence).one("section", id="measures").all("table"):
+    for table in read(report_data).one("section", id="measures").all("table"):
         header = [cell.text for cell in cells_of(table.one("thead").all("tr")[0])]
         for row in table.one("tbody").all("tr"):
             cells = dict(zip(header, cells_of(row), strict=True))
-            metric = next((m for m in evidence.models["after"] if m in cells["measure"].text), None)
+            metric = next((m for m in report_data.models["after"] if m in cells["measure"].text), None)
             assert metric is not None, cells["measure"].text
             seen.add(metric)
-            values = {label: evidence.value(label, metric) for label in ("before", "after", "reference")}
+            values = {label: report_data.value(label, metric) for label in ("before", "after", "retain-only")}
             for label, value in values.items():
                 if value is None:
                     assert not cells[label].all("data")
@@ -426,11 +431,11 @@ def test_the_numbers_are_the_data():
                 else:
                     assert float(cells[label].one("data").attributes["value"]) == value
                     assert cells[label].text == shown(value)
-            for name, other in (("change", "before"), (f"after {MINUS} reference", "reference")):
+            for name, other in (("change", "before"), (f"after {MINUS} reference", "retain-only")):
                 if values[other] is not None:
                     difference = float(cells[name].one("data").attributes["value"])
                     assert difference == values["after"] - values[other]
-    assert seen == set(evidence.models["after"])
+    assert seen == set(report_data.models["after"])
 
 
 @given(value=st.floats(-1e9, 1e9))
@@ -453,42 +458,42 @@ def test_every_measure_has_a_way_that_is_better_or_says_it_has_none():
     assert (unknown.words, unknown.better, unknown.group) == ("own_metric", None, "other")
 
 
-@given(before=st.floats(-9, 9), after=st.floats(-9, 9), reference=st.floats(-9, 9))
-def test_standing_is_by_the_distance_to_the_reference(before, after, reference):
+@given(before=st.floats(-9, 9), after=st.floats(-9, 9), retain_only=st.floats(-9, 9))
+def test_standing_is_by_the_distance_to_the_retain_only(before, after, retain_only):
     measure = measure_of("forget_loss")  # without a scale
-    found = standing(measure, before, after, reference)
-    if before == reference:
+    found = standing(measure, before, after, retain_only)
+    if before == retain_only:
         assert found is None
         return
-    way, left = abs(before - reference), abs(after - reference)
+    way, left = abs(before - retain_only), abs(after - retain_only)
     assume(abs(left - NEAR * way) > 1e-9 and abs(left - (1 - NEAR) * way) > 1e-9)
-    is_past = (after - reference) * (before - reference) < 0
+    is_past = (after - retain_only) * (before - retain_only) < 0
     expected = "near" if left < NEAR * way else "past" if is_past else "part" if left < (1 - NEAR) * way else "unmoved"
     assert found.kind == expected
-    mirrored = standing(measure, -before, -after, -reference)
+    mirrored = standing(measure, -before, -after, -retain_only)
     assert (mirrored.kind, mirrored.share) == (found.kind, pytest.approx(found.share))
 
 
-def judged(after, reference=0.1, name="forget_Q_A_Prob"):
-    models = {"before": {name: 0.9}, "after": {name: after}, "reference": {name: reference}}
+def judged(after, retain_only=0.1, name="forget_Q_A_Prob"):
+    models = {"before": {name: 0.9}, "after": {name: after}, "retain-only": {name: retain_only}}
     return {label: values for label, values in models.items() if values[name] is not None}
 
 
 @pytest.mark.parametrize(
     ("models", "class_", "verdict"),
     [
-        (judged(0.12), "good", "Near the reference by every measure"),
-        (judged(0.6), "bad", "Short of the reference by every measure"),
-        (judged(0.0), "mixed", "Past the reference by every measure"),
-        (judged(0.95), "bad", "Short of the reference by every measure"),
-        (judged(0.1, reference=None), "unknown", "Moved, but how far is far enough?"),
-        (judged(0.95, reference=None), "bad", "Not better by 1 of 1 measures"),
-        (judged(0.9, reference=0.9), "bad", "Not better by 1 of 1 measures"),
-        (full().models, "mixed", "Short of the reference by 1 of 2 measures"),
+        (judged(0.12), "good", "Near the retain-only model by every measure"),
+        (judged(0.6), "bad", "Short of the retain-only model by every measure"),
+        (judged(0.0), "mixed", "Past the retain-only model by every measure"),
+        (judged(0.95), "bad", "Short of the retain-only model by every measure"),
+        (judged(0.1, retain_only=None), "unknown", "Moved, but how far is far enough?"),
+        (judged(0.95, retain_only=None), "bad", "Not better by 1 of 1 measures"),
+        (judged(0.9, retain_only=0.9), "bad", "Not better by 1 of 1 measures"),
+        (full().models, "mixed", "Short of the retain-only model by 1 of 2 measures"),
         ({}, "unknown", "Not measured"),
     ],
 )
-def test_the_verdict_is_the_distance_to_the_reference(models, class_, verdict):
+def test_the_verdict_is_the_distance_to_the_retain_only(models, class_, verdict):
     tile = read(full(models=models, calibration=None)).one("section", id="glance").all("article")[0]
     chip = tile.one("p", class_=f"chip {class_}")
     assert chip.text.endswith(verdict)
@@ -504,20 +509,22 @@ def test_the_cost_is_the_largest_loss():
 
 
 @pytest.mark.parametrize(
-    ("unlearned", "reference", "class_", "verdict"),
+    ("unlearned", "retain-only", "class_", "verdict"),
     [
         (0.25, 0.2, "good", "At most 7% brought back"),
         (0.55, 0.2, "bad", "Relearning brings back 50%"),
-        (0.55, None, "unknown", "Attacked; no reference to compare with"),
+        (0.55, None, "unknown", "Attacked; no retain-only model to compare with"),
     ],
 )
-def test_what_came_back_is_measured_from_the_reference_under_the_same_attack(unlearned, reference, class_, verdict):
+def test_what_came_back_is_measured_from_the_retain_only_model_under_the_same_attack(
+    unlearned, retain_only, class_, verdict
+):
     def row(name, value):
         return {
             "attack": name,
             "setting": "",
             "unlearned": {"probability": value},
-            "reference": None if reference is None else {"probability": reference},
+            "retain-only": None if retain_only is None else {"probability": retain_only},
             "full": {"probability": 0.9},
         }
 
@@ -529,17 +536,19 @@ def test_what_came_back_is_measured_from_the_reference_under_the_same_attack(unl
 
 
 def test_attacks_are_tabled_as_measured():
-    evidence = full()
-    tables = read(evidence).one("section", id="attacks").all("table")
-    models = {"before": "full", "after": "unlearned", "reference": "reference"}
+    report_data = full()
+    tables = read(report_data).one("section", id="attacks").all("table")
+    models = {"before": "full", "after": "unlearned", "retain-only": "retain-only"}
     for table, measure in zip(tables, ("probability", "rouge_l_recall", "loss"), strict=True):
         header = [cell.text for cell in cells_of(table.one("thead").all("tr")[0])]
-        for row, attack in zip(table.one("tbody").all("tr"), evidence.attacks, strict=True):
+        for row, attack in zip(table.one("tbody").all("tr"), report_data.attacks, strict=True):
             cells = dict(zip(header, cells_of(row), strict=True))
             values = {name: attack[model].get(measure) for name, model in models.items()}
             assert attack["setting"] in cells.pop("attack").text
             if None not in values.values():
-                values["came back"] = (values["after"] - values["reference"]) / (values["before"] - values["reference"])
+                values["came back"] = (values["after"] - values["retain-only"]) / (
+                    values["before"] - values["retain-only"]
+                )
             found = {name: float(cell.one("data").attributes["value"]) for name, cell in cells.items()}
             assert found == {name: value for name, value in values.items() if value is not None}
 
@@ -556,9 +565,9 @@ def test_the_curve_is_drawn_to_scale(scale):
     points = [{**p, "forget": p["forget"] * scale, "retain": p["retain"] * scale} for p in calibration().points]
     found = calibration(
         points=points, losses=losses, negation=[], target=0.8 * scale,
-        reference={"forget": 3.9 * scale, "retain": 0.22 * scale},
+        retain_only={"forget": 3.9 * scale, "retain": 0.22 * scale},
     )  # fmt: skip
-    drawing = Reader(draw_curve(found)).root.one("svg", class_="curve")
+    drawing = Collector(draw_curve(found)).root.one("svg", class_="curve")
     dots = [
         (float(c.attributes["cx"]), float(c.attributes["cy"])) for c in drawing.one("g", class_="edited").all("circle")
     ]
@@ -573,7 +582,7 @@ def test_the_curve_is_drawn_to_scale(scale):
         assert slopes[0] * sign > 0
     ring = drawing.one("circle", class_="ring")
     assert (float(ring.attributes["cx"]), float(ring.attributes["cy"])) == dots[data.index(tuple(losses.values()))]
-    assert drawing.one("path", class_="reference")
+    assert drawing.one("path", class_="retain-only")
     _, _, width, height = map(float, drawing.attributes["viewbox"].split())
     for x, y in dots:
         assert 0 < x < width
@@ -596,8 +605,8 @@ def test_the_curve_and_its_points_are_said():
 
 
 def test_the_reports_own_search_is_drawn():
-    report = dataclasses.replace(perta_report(), calibration=calibration().to_dict())
-    page = read(dataclasses.replace(BARE, report=report.to_dict()))
+    provenance = dataclasses.replace(perta_provenance(), calibration=calibration().to_dict())
+    page = read(dataclasses.replace(BARE, provenance=provenance.to_dict()))
     assert page.one("section", id="strength").all("figure")
 
 
@@ -617,7 +626,7 @@ def test_where_a_layer_stands(name, depth, module):
 
 
 def maps_of(layers):
-    page = read(full(report=perta_report(layers).to_dict())).one("section", id="layers")
+    page = read(full(provenance=perta_provenance(layers).to_dict())).one("section", id="layers")
     return page, {table.one("caption").text: table for table in page.all("table", class_="heat")}
 
 
@@ -675,9 +684,11 @@ def test_a_deep_model_has_several_blocks_a_row(count):
     ids=["500 layers", "3000 experts"],
 )
 def test_a_large_model_and_long_answers_stay_small(layers, tmp_path):
-    row = dict.fromkeys(("prompt", "expected", "before", "after", "reference"), "&" * 100_000)
-    report = perta_report(layers).to_dict()
-    write_page(full(report=report, generations={"forget": [row] * 50, "retain": [row] * 50}), tmp_path / "page.html")
+    row = dict.fromkeys(("prompt", "expected", "before", "after", "retain-only"), "&" * 100_000)
+    provenance = perta_provenance(layers).to_dict()
+    write_html_report(
+        full(provenance=provenance, generations={"forget": [row] * 50, "retain": [row] * 50}), tmp_path / "page.html"
+    )
     assert os.path.getsize(tmp_path / "page.html") < 2**20
 
 
@@ -698,7 +709,8 @@ def test_texts_stand_out_in_both_schemes(scheme):
     light, _, dark = STYLE.read_text().partition("@media screen and (prefers-color-scheme: dark)")
     colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", light if scheme == "light" else dark.partition("\n}")[0]))
     for ground, name in itertools.product(
-        ("paper", "panel"), ("ink", "muted", "after", "before", "reference", "good", "mixed", "bad", "unknown", "ring")
+        ("paper", "panel"),
+        ("ink", "muted", "after", "before", "retain-only", "good", "mixed", "bad", "unknown", "ring"),
     ):
         assert contrast(colours[ground], colours[name]) >= 4.5, (ground, name)
     assert contrast(colours["mark"], colours["mark-ink"]) >= 4.5
@@ -712,13 +724,13 @@ def test_texts_stand_out_in_both_schemes(scheme):
 
 def test_the_same_evidence_gives_the_same_bytes(tmp_path):
     for name in ("one", "other"):
-        write_page(full(), tmp_path / name / "page.html")
+        write_html_report(full(), tmp_path / name / "page.html")
     assert (tmp_path / "one" / "page.html").read_bytes() == (tmp_path / "other" / "page.html").read_bytes()
 
 
 def test_what_cannot_be_written_leaves_the_old_page(tmp_path, monkeypatch):
     path = tmp_path / "page.html"
-    write_page(BARE, path)
+    write_html_report(BARE, path)
     old = path.read_bytes()
 
     def full_disk(descriptor):
@@ -726,25 +738,25 @@ def test_what_cannot_be_written_leaves_the_old_page(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OutputError, match="No space left on device; nothing was changed"):
-        write_page(full(), path)
+        write_html_report(full(), path)
     assert path.read_bytes() == old
     assert os.listdir(tmp_path) == ["page.html"]
 
 
 def test_a_directory_is_no_page(tmp_path):
     with pytest.raises(OutputError, match="could not be written"):
-        write_page(BARE, tmp_path)
+        write_html_report(BARE, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"report": {"layers": []}}, "the evidence's report is damaged .*expected what PerTAReport.to_dict"),
+        ({"report": {"layers": []}}, "the evidence's report is damaged .*expected what PerTAProvenance.to_dict"),
         ({"report": {"fused": {"rank": 1}}}, "the evidence's report is damaged"),
         ({"calibration": {"points": []}}, "the evidence's calibration is damaged .*expected what Calibration.to_dict"),
     ],
 )
 def test_a_damaged_report_is_refused_before_anything_is_written(changes, message, tmp_path):
     with pytest.raises(DataError, match=message):
-        write_page(full(**changes), tmp_path / "page.html")
+        write_html_report(full(**changes), tmp_path / "page.html")
     assert not os.listdir(tmp_path)

@@ -24,17 +24,17 @@ from peft_perta.adapters import (
     verify_adapter,
 )
 from peft_perta.adapters.merge import MERGED_NAME
-from peft_perta.model import adapter_strength, attach_adapters, borrowed, hash_file, load_base, load_skeleton
+from peft_perta.model import adapter_strength, attach_adapters, hash_file, load_base, load_skeleton, preserved
 
 IDS = torch.arange(3, 23).reshape(2, 10)
 
 
 def logits(model, adapters=()):
-    """With these adapters on, as users turn them on; ``borrowed`` keeps 4-bit weights from being repacked."""
+    """With these adapters on, as users turn them on; ``preserved`` keeps 4-bit weights from being repacked."""
     if adapters:
         stack_adapters(model, list(adapters))
     model.eval()
-    with torch.no_grad(), borrowed(model):
+    with torch.no_grad(), preserved(model):
         return model(input_ids=IDS).logits
 
 
@@ -54,15 +54,15 @@ def test_the_fused_adapter_is_the_stack(kind):
     model = MODELS[kind]()
     names = [name for name in model.peft_config if name != "default"][:2]
     assert len(names) == 2
-    config, state_dict, report = fuse_adapters(model, dict(zip(names, (1.0, -0.7), strict=True)))
+    config, state_dict, provenance = fuse_adapters(model, dict(zip(names, (1.0, -0.7), strict=True)))
     with adapter_strength(model, names[1], -0.7):
         expected = logits(model, names)
     add_adapter(model, config, state_dict, "fused")
     found = logits(model, ["fused"])
     assert not torch.allclose(expected, logits(model, names[:1]), atol=1e-3)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert report.energy_kept == 1.0
-    assert [part["strength"] for part in report.parts] == [1.0, -0.7]
+    assert provenance.energy_kept == 1.0
+    assert [part["strength"] for part in provenance.parts] == [1.0, -0.7]
 
 
 def test_an_nf4_stack_is_the_stack_on_its_dequantised_base():
@@ -76,7 +76,7 @@ def test_an_nf4_stack_is_the_stack_on_its_dequantised_base():
 
 def test_a_smaller_rank_is_the_best_of_that_rank_and_says_what_it_lost():
     model = builders.adapted_llama()
-    _, state_dict, report = fuse_adapters(model, ["forget", "task"], rank=3)
+    _, state_dict, provenance = fuse_adapters(model, ["forget", "task"], rank=3)
     kept = whole = 0.0
     for name, adapted in oracles.adapted_weights(model, "forget").items():
         exact = adapted.delta + oracles.adapted_weights(model, "task")[name].delta
@@ -84,8 +84,8 @@ def test_a_smaller_rank_is_the_best_of_that_rank_and_says_what_it_lost():
         found = state_dict[f"{prefix}B.weight"].double() @ state_dict[f"{prefix}A.weight"].double()
         torch.testing.assert_close(found, oracles.best_approximation(exact, 3), rtol=1e-4, atol=1e-5)
         kept, whole = kept + float(found.square().sum()), whole + float(exact.square().sum())
-    assert report.energy_kept == pytest.approx(kept / whole, rel=1e-5)
-    assert report.rank == 8
+    assert provenance.energy_kept == pytest.approx(kept / whole, rel=1e-5)
+    assert provenance.rank == 8
 
 
 def test_no_weights_of_the_base_are_needed(tmp_path):
@@ -171,23 +171,25 @@ ADAPTED = {**MODELS, "tied": lambda: builders.with_adapters(builders.llama(tied=
 @pytest.mark.parametrize("kind", BASES)
 def test_the_merged_model_is_the_stack(kind, shard, tmp_path):
     base, adapters = saved(ADAPTED[kind](), BASES[kind](), tmp_path, shard)
-    report = merge_adapters(base, adapters, tmp_path / "merged", show_progress_bar=False)
+    provenance = merge_adapters(base, adapters, tmp_path / "merged", show_progress_bar=False)
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
     torch.testing.assert_close(found, stacked(base, adapters), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(found, logits(load_base(base, dtype=torch.float32)[0]), atol=1e-3)
-    assert report.rounding < 1e-6
+    assert provenance.rounding < 1e-6
     shards = sorted(file.name for file in (tmp_path / "base").glob("*.safetensors"))
     assert (len(shards) > 1) == (shard != "5GB")
-    assert shards == sorted(file.name for file in (tmp_path / "merged").glob("*.safetensors")) == sorted(report.files)
+    assert (
+        shards == sorted(file.name for file in (tmp_path / "merged").glob("*.safetensors")) == sorted(provenance.files)
+    )
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
-    assert json.loads((tmp_path / "merged" / MERGED_NAME).read_text())["weights"] == report.weights
+    assert json.loads((tmp_path / "merged" / MERGED_NAME).read_text())["weights"] == provenance.weights
 
 
 def test_sixteen_bits_round_and_say_how_much(tmp_path):
     base, adapters = saved(builders.adapted_llama(), builders.llama().to(torch.bfloat16), tmp_path)
-    report = merge_adapters(base, adapters, tmp_path / "merged", show_progress_bar=False)
-    assert report.dtype == "bfloat16"
-    assert 1e-4 < report.rounding < 0.1
+    provenance = merge_adapters(base, adapters, tmp_path / "merged", show_progress_bar=False)
+    assert provenance.dtype == "bfloat16"
+    assert 1e-4 < provenance.rounding < 0.1
     whole = merge_adapters(base, adapters, tmp_path / "whole", dtype=torch.float32, show_progress_bar=False)
     assert whole.rounding < 1e-6
     with safe_open(tmp_path / "whole" / "model.safetensors", "pt") as file:
@@ -360,8 +362,8 @@ def test_a_fused_adapter_verifies(tmp_path):
     model = builders.adapted_saved_llama()
     path = save_perta_adapter(tmp_path / "fused", *fuse_adapters(model, ["task", "forget"]))
     assert failed(path, str(builders.llama_directory())) == []
-    report, _ = load_provenance(path)
-    assert [part["name"] for part in report.parts] == ["task", "forget"]
+    provenance, _ = load_provenance(path)
+    assert [part["name"] for part in provenance.parts] == ["task", "forget"]
     assert "Fused adapter" in (path / "README.md").read_text()
 
 

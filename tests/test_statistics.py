@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_perta.gradients import Outer, Statistic, gradient_sums
+from peft_perta.gradients import GradientSums, Outer, gradient_sums
 from peft_perta.gradients.gradient_sums import PLACES, add_product, add_squares
 
 
@@ -41,7 +41,7 @@ def test_sums_are_those_of_einsum(N, T, P, Q, chunk):
 def test_16_bit_operands_are_summed_in_float32():
     outer = drawn(3, 50, 6, 5, torch.bfloat16)
     for name, total in (("mean", per_sample(outer).sum(0)), ("squares", per_sample(outer).square().sum(0))):
-        statistic = Statistic(name)
+        statistic = GradientSums(name)
         statistic.add({"weight": outer}, samples=3)
         assert statistic.sums["weight"].dtype == torch.float32
         torch.testing.assert_close(statistic.sums["weight"].double(), total, rtol=1e-5, atol=1e-5)
@@ -57,7 +57,7 @@ def test_operands_of_two_types_are_summed_in_the_wider(name, types):
     left, right = (getattr(torch, kind) for kind in types)
     outer = Outer(outer.left.to(left), outer.right.to(right))
     total = per_sample(outer).sum(0) if name == "mean" else per_sample(outer).square().sum(0)
-    statistic = Statistic(name)
+    statistic = GradientSums(name)
     for _ in range(2):
         statistic.add({"A": outer}, samples=3)
     assert statistic.sums["A"].dtype == torch.promote_types(right, torch.float32)
@@ -68,7 +68,7 @@ def test_operands_of_two_types_are_summed_in_the_wider(name, types):
 @pytest.mark.parametrize("name", ["mean", "squares"])
 def test_16_bit_sums_do_not_stall(name, place):
     """In bfloat16 the 257th one would be lost."""
-    statistic = Statistic(name, place)
+    statistic = GradientSums(name, place)
     for outer in [Outer(torch.ones(1, 1, 2, dtype=torch.bfloat16), torch.ones(1, 1, 3, dtype=torch.bfloat16))] * 300:
         statistic.add({"weight": outer}, samples=1)
     assert torch.equal(statistic.sums["weight"], torch.full((2, 3), 300.0))
@@ -78,7 +78,7 @@ def test_16_bit_sums_do_not_stall(name, place):
 def test_float64_stays(place):
     outer = drawn(2, 4, 3, 5, torch.float64)
     for name, total in (("mean", per_sample(outer).sum(0)), ("squares", per_sample(outer).square().sum(0))):
-        statistic = Statistic(name, place)
+        statistic = GradientSums(name, place)
         statistic.add({"weight": outer}, samples=2)
         torch.testing.assert_close(statistic.sums["weight"], total, rtol=1e-12, atol=1e-12)
 
@@ -88,7 +88,7 @@ def test_float64_stays(place):
 @pytest.mark.parametrize("form", ["flat", "whole"])
 def test_one_sample_in_any_form_gives_the_same(form, name, place):
     """[T, P] and [T, Q], or the gradient itself, in the place of [1, T, P] and [1, T, Q]."""
-    expected, found = Statistic(name), Statistic(name, place)
+    expected, found = GradientSums(name), GradientSums(name, place)
     for T in (4, 1, 7):
         outer = drawn(1, T, 6, 5)
         expected.add({"weight": outer}, samples=1)
@@ -102,7 +102,7 @@ def test_one_sample_in_any_form_gives_the_same(form, name, place):
 @pytest.mark.parametrize("name", ["mean", "squares"])
 def test_a_place_changes_nothing(name, place):
     """Batch after batch; the first is not summed as the next ones are."""
-    here, there = Statistic(name), Statistic(name, place)
+    here, there = GradientSums(name), GradientSums(name, place)
     for N in (2, 1, 3):
         for statistic in (here, there):
             statistic.add({"A": drawn(N, 4, 3, 5), "B": drawn(N, 4, 6, 2)}, samples=N)
@@ -116,7 +116,7 @@ def test_a_sum_is_not_its_first_batch_s_own_tensor():
     """Where a gradient comes as it is, the caller's tensor is not written to."""
     gradient = torch.randn(3, 5)
     before = gradient.clone()
-    statistic = Statistic("mean")
+    statistic = GradientSums("mean")
     for _ in range(2):
         statistic.add({"weight": Outer(None, gradient)}, samples=1)
     assert torch.equal(gradient, before)
@@ -127,7 +127,7 @@ def test_a_gradient_as_it_is_is_an_outer_product_with_the_identity():
     gradient = torch.randn(4, 6)
     identity = Outer(torch.eye(4), gradient)
     for name in ("mean", "squares"):
-        one, other = Statistic(name), Statistic(name)
+        one, other = GradientSums(name), GradientSums(name)
         one.add({"weight": Outer(None, gradient)}, samples=1)
         other.add({"weight": identity}, samples=1)
         torch.testing.assert_close(one.sums["weight"], other.sums["weight"])
@@ -138,13 +138,13 @@ def test_squares_of_samples_that_cannot_be_told_apart_are_refused():
     outer = Outer(torch.randn(8, 3), torch.randn(8, 4))  # [T, P]: two samples' tokens in one
     for several in (outer, Outer(None, outer.product())):
         with pytest.raises(ValueError, match="come one at a time, found 2"):
-            Statistic("squares").add({"weight": several}, samples=2)
-        Statistic("mean").add({"weight": several}, samples=2)
+            GradientSums("squares").add({"weight": several}, samples=2)
+        GradientSums("mean").add({"weight": several}, samples=2)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_seen(value):
-    statistic = Statistic("mean")
+    statistic = GradientSums("mean")
     statistic.add({"A": drawn(2, 3, 4, 5), "B": drawn(2, 3, 2, 5)}, samples=2)
     assert statistic.is_finite()
     statistic.sums["B"][1, 4] = value
@@ -156,7 +156,7 @@ def test_magnitudes_are_in_one_unit():
     outer = drawn(1, 4, 3, 5)
     found = []
     for name in ("mean", "squares"):
-        statistic = Statistic(name)
+        statistic = GradientSums(name)
         statistic.add({"weight": outer}, samples=1)
         found.append(statistic.magnitudes()["weight"])
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)

@@ -178,10 +178,10 @@ def test_who_recites_has_1_and_leaks(splits):
     assert found["privleak"]["agg_value"] == pytest.approx(-100)  # against an area of 1/2
 
 
-def test_privleak_is_measured_against_a_reference(log, splits):
+def test_privleak_is_measured_against_a_retain_only(log, splits):
     known = judged(builders.adapted_llama(torch.float64), splits, adapters=[])
     ours, theirs = log["mia_min_k"]["agg_value"], known["mia_min_k"]["agg_value"]
-    found = judged(builders.adapted_llama(torch.float64), splits, reference_logs={"muse": known})
+    found = judged(builders.adapted_llama(torch.float64), splits, retain_only_logs={"muse": known})
     assert theirs not in (0, 0.5, 1)
     assert found["privleak"]["agg_value"] == pytest.approx(((1 - ours) - (1 - theirs)) / (1 - theirs) * 100)
 

@@ -15,7 +15,7 @@ from scipy.stats import ks_2samp
 from peft_perta import DataError, NumericalError, attach_adapters, evaluate, load_base
 from peft_perta.comparison import ASSETS
 from peft_perta.data import encode_row
-from peft_perta.evaluation import SUITES, Subject, read_completions, read_suites
+from peft_perta.evaluation import SUITES, Subject, read_suites, score_completions
 from peft_perta.evaluation.suites.suite import SuiteSettings
 
 # The metrics of a published log (open-unlearning, TOFU), but for the attack by gradient norms.
@@ -60,9 +60,9 @@ def write(directory, splits, suffix="_perturbed.json"):
 
 
 def judged(model, adapters=("task",), splits=SPLITS, **settings):
-    reference = Subject(model, builders.tokenizer(), [], show_progress_bar=False)
+    retain_only = Subject(model, builders.tokenizer(), [], show_progress_bar=False)
     return evaluate(
-        model, builders.tokenizer(), {"tofu": splits}, adapters=list(adapters), max_new_tokens=6, reference=reference,
+        model, builders.tokenizer(), {"tofu": splits}, adapters=list(adapters), max_new_tokens=6, retain_only=retain_only,
         show_progress_bar=False, **settings,
     )["tofu"]  # fmt: skip
 
@@ -72,7 +72,7 @@ def log():
     model = builders.adapted_llama()
     known = evaluate(model, builders.tokenizer(), {"tofu": SPLITS}, adapters=[], max_new_tokens=6,
                      show_progress_bar=False)["tofu"]  # fmt: skip
-    return judged(model, reference_logs={"tofu": known})
+    return judged(model, retain_only_logs={"tofu": known})
 
 
 def oracle_tokens(adapters, row):
@@ -156,10 +156,10 @@ def test_aggregates_are_the_definitions_by_hand(log):
 def test_forget_quality_is_a_kolmogorov_smirnov_test_of_both_models_ratios():
     model = builders.adapted_llama()
     known = judged(model, adapters=[])
-    found = judged(model, adapters=["task"], reference_logs={"tofu": known})
+    found = judged(model, adapters=["task"], retain_only_logs={"tofu": known})
     ratios = [[r["score"] for r in log["forget_truth_ratio"]["value_by_index"].values()] for log in (found, known)]
     assert found["forget_quality"]["agg_value"] == pytest.approx(ks_2samp(*ratios).pvalue)
-    assert judged(model, adapters=[], reference_logs={"tofu": known})["forget_quality"]["agg_value"] == 1
+    assert judged(model, adapters=[], retain_only_logs={"tofu": known})["forget_quality"]["agg_value"] == 1
     assert known["forget_quality"]["agg_value"] is None
 
 
@@ -256,14 +256,14 @@ def test_a_finished_suite_is_not_judged_again(tmp_path, monkeypatch):
 
 def test_the_shipped_rows_and_models_are_told_apart():
     base, tokenizer = load_base(str(ASSETS / "base"))
-    model = attach_adapters(base, {"task": ASSETS / "task_adapter", "reference": ASSETS / "retain_adapter"})
+    model = attach_adapters(base, {"task": ASSETS / "task_adapter", "retain-only": ASSETS / "retain_adapter"})
     splits = read_suites({"tofu": ASSETS})
     assert {name: len(found) for name, found in splits["tofu"].items()} == {
         "forget": 100, "retain": 400, "real_authors": 100, "world_facts": 117, "holdout": 100
     }  # fmt: skip
     settings = {"rows": 10, "max_new_tokens": 24, "show_progress_bar": False}
-    known = evaluate(model, tokenizer, splits, adapters=["reference"], **settings)["tofu"]
-    full = evaluate(model, tokenizer, splits, adapters=["task"], reference_logs={"tofu": known}, **settings)["tofu"]
+    known = evaluate(model, tokenizer, splits, adapters=["retain-only"], **settings)["tofu"]
+    full = evaluate(model, tokenizer, splits, adapters=["task"], retain_only_logs={"tofu": known}, **settings)["tofu"]
     values = {name: (full[name]["agg_value"], known[name]["agg_value"]) for name in full if name != "forget_quality"}
     for name in ("forget_Q_A_Prob", "forget_Q_A_ROUGE", "extraction_strength", "exact_memorization", "mia_min_k"):
         assert values[name][0] > values[name][1] + 0.2, name
@@ -276,8 +276,8 @@ def test_readings_agree_with_losses_in_every_quantisation():
     for build in (builders.adapted_llama, builders.adapted_nf4_llama):
         model = build()
         subject = Subject(model, builders.tokenizer(), ["task"], 2, show_progress_bar=False)
-        found = read_completions(subject, SPLITS["forget"])
-        again = read_completions(subject, SPLITS["forget"][::-1])[::-1]
+        found = score_completions(subject, SPLITS["forget"])
+        again = score_completions(subject, SPLITS["forget"][::-1])[::-1]
         assert [r.loss for r in found] == pytest.approx([r.loss for r in again], rel=2e-2)
         assert all(bool((r.tokens.log_probabilities <= 0).all()) for r in found)
         assert SuiteSettings().rows is None

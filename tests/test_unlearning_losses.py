@@ -8,10 +8,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from peft_perta.data import IGNORED, batches, load_samples, padded
-from peft_perta.model import borrowed, completion_logits, completion_states
+from peft_perta.model import completion_logits, completion_states, preserved
 from peft_perta.training import FORGET_LOSSES, REFERENCE, RETAIN_LOSSES
 from peft_perta.training.losses.loss import OWN, REFUSAL, REFUSAL_REFERENCE
-from peft_perta.training.losses.reading import Reading
+from peft_perta.training.losses.loss_inputs import LossInputs
 
 LOSSES = FORGET_LOSSES | RETAIN_LOSSES
 BETA, MARGIN = 0.7, 0.4
@@ -24,7 +24,7 @@ def model():
 
 def logits_of(model, sample, adapters):
     """[t, V], of the tokens with loss, without padding."""
-    with borrowed(model, adapters), torch.no_grad():
+    with preserved(model, adapters), torch.no_grad():
         logits = model(input_ids=sample.input_ids.unsqueeze(0)).logits[0, :-1]
     return logits[sample.labels[1:] != IGNORED], sample.labels[1:][sample.labels[1:] != IGNORED]
 
@@ -35,7 +35,7 @@ def first_block(model):
 
 def states_of(model, sample, adapters):
     """[t, H], what the first block puts out where a token with loss comes next."""
-    with borrowed(model, adapters), torch.no_grad():
+    with preserved(model, adapters), torch.no_grad():
         states = model(input_ids=sample.input_ids.unsqueeze(0), output_hidden_states=True).hidden_states[1][0, :-1]
     return states[sample.labels[1:] != IGNORED]
 
@@ -81,11 +81,11 @@ def readings_of(model, samples, refusals):
     order = list(range(len(samples)))
     found = {}
     for which, stack in ((OWN, ["forget", "task"]), (REFERENCE, ["task"])):
-        with borrowed(model, stack):
+        with preserved(model, stack):
             for name, rows in ((which, samples), ({OWN: REFUSAL, REFERENCE: REFUSAL_REFERENCE}[which], refusals)):
                 batch = padded(rows, order)
                 logits, states = completion_states(model, batch, first_block(model))
-                found[name] = Reading(logits, batch.labels, states)
+                found[name] = LossInputs(logits, batch.labels, states)
     return found
 
 
@@ -99,7 +99,7 @@ def test_a_loss_is_what_the_obvious_loop_gives(name, model):
 
 
 def reading(logits, label=0):
-    return Reading(torch.tensor([logits], dtype=torch.float64), torch.tensor([[IGNORED, label]]))
+    return LossInputs(torch.tensor([logits], dtype=torch.float64), torch.tensor([[IGNORED, label]]))
 
 
 def test_npo_starts_at_its_own_value_and_goes_to_zero():
@@ -115,7 +115,7 @@ def test_npo_starts_at_its_own_value_and_goes_to_zero():
 def test_small_beta_makes_npo_gradient_ascent():
     logits = torch.tensor([[1.0, 0.0, 0.5]], dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([[IGNORED, 0]])
-    readings = {OWN: Reading(logits, labels), REFERENCE: reading([0.0, 1.0, 2.0])}
+    readings = {OWN: LossInputs(logits, labels), REFERENCE: reading([0.0, 1.0, 2.0])}
     gradients = [
         torch.autograd.grad(FORGET_LOSSES[name].function(readings, 1e-6, 0.0).sum(), logits)[0]
         for name in ("npo", "gradient-ascent")
@@ -135,8 +135,8 @@ def test_rmu_is_zero_where_it_steers_to():
     reference = reading([0.0, 0.0])
     states = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
     u = torch.rand(2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    reference = Reading(reference.logits, reference.labels, states)
-    there = Reading(reference.logits, reference.labels, 2 * 5 * (u / u.norm()).unsqueeze(0))
+    reference = LossInputs(reference.logits, reference.labels, states)
+    there = LossInputs(reference.logits, reference.labels, 2 * 5 * (u / u.norm()).unsqueeze(0))
     rmu = FORGET_LOSSES["rmu"].function
     assert float(rmu({OWN: there, REFERENCE: reference}, 2.0, 0.0)) == pytest.approx(0.0, abs=1e-12)
     assert float(rmu({OWN: reference, REFERENCE: reference}, 0.0, 0.0)) == pytest.approx(25 / 2)
@@ -159,7 +159,7 @@ def test_a_loss_does_not_depend_on_the_batch(name, model):
 
 def test_the_logits_are_those_of_the_tokens_with_loss(model):
     (batch,) = batches(load_samples(builders.forget_rows(), builders.tokenizer()), 8)
-    with borrowed(model, []), torch.no_grad():
+    with preserved(model, []), torch.no_grad():
         whole = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         found = completion_logits(model, batch)
         assert found.equal(completion_states(model, batch, first_block(model))[0])

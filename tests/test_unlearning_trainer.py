@@ -31,7 +31,7 @@ from peft_perta.cli import _training
 from peft_perta.data import Sample, encode_row, load_samples, padded
 from peft_perta.evaluation import losses_of
 from peft_perta.gradients import find_blocks
-from peft_perta.model import adapter_strength, borrowed, completion_states, distributed, sample_losses, switch_modules
+from peft_perta.model import adapter_strength, completion_states, distributed, preserved, sample_losses, switch_modules
 from peft_perta.training import COMBINERS, UnlearningSettings, UnlearningTrainer, train_unlearning
 from peft_perta.training._pairs import Pairs, PairSampler, load_refusals
 from peft_perta.training.combiners.agreement import agreement
@@ -372,7 +372,7 @@ def test_on_a_base_in_4_bit_from_end_to_end(start, tmp_path):
     model = builders.adapted_nf4_llama()
     before = [mean_loss(model, rows, ["task", *([start] if start else [])]) for rows in (FORGET, RETAIN)]
     with laws.untouched(model):
-        config, state_dict, report = run(
+        config, state_dict, provenance = run(
             model, task_adapter="task", start_adapter=start, output_dir=tmp_path / "out", num_train_epochs=6
         )
     add_adapter(model, config, state_dict, "unlearn")
@@ -380,23 +380,23 @@ def test_on_a_base_in_4_bit_from_end_to_end(start, tmp_path):
     assert after[0] - before[0] > 0.5
     assert after[0] - before[0] > after[1] - before[1] + 0.5
     kept, _ = load_provenance(tmp_path / "out")
-    report.seconds = {}
-    assert kept == report
-    assert report.start_adapter == (start and {"name": start, "sha256": report.start_adapter["sha256"]})
-    assert (report.training["steps"], report.training["epochs"]) == (6, 6)
-    assert report.figures["conflicting_share"] > 0
+    provenance.seconds = {}
+    assert kept == provenance
+    assert provenance.start_adapter == (start and {"name": start, "sha256": provenance.start_adapter["sha256"]})
+    assert (provenance.training["steps"], provenance.training["epochs"]) == (6, 6)
+    assert provenance.figures["conflicting_share"] > 0
     checks = verify_adapter(tmp_path / "out")
     assert all(check.passed for check in checks), checks
     assert "# Unlearning adapter" in (tmp_path / "out" / "README.md").read_text()
-    json.dumps(report.to_dict())
+    json.dumps(provenance.to_dict())
 
 
 def test_rmu_moves_what_one_set_makes_of_a_layer_and_leaves_the_layers_after_it(tmp_path):
     model = builders.adapted_nf4_llama()
     settings = UnlearningSettings("rmu", "embed-diff", "pcgrad", beta=2.0, layer=1)
     with laws.untouched(model):
-        config, state_dict, report = run(model, settings=settings, task_adapter="task", num_train_epochs=15)
-    assert report.settings["layer"] == 1
+        config, state_dict, provenance = run(model, settings=settings, task_adapter="task", num_train_epochs=15)
+    assert provenance.settings["layer"] == 1
     still = {name for name, factor in state_dict.items() if ".lora_B." in name and not factor.any()}
     assert still == {name for name in state_dict if ".lora_B." in name and ".layers.0." not in name}
     add_adapter(model, config, state_dict, "unlearn")
@@ -405,7 +405,7 @@ def test_rmu_moves_what_one_set_makes_of_a_layer_and_leaves_the_layers_after_it(
         batch = padded(load_samples(rows, TOKENIZER), list(range(len(rows))))
         states = []
         for adapters in (["task"], ["task", "unlearn"]):
-            with borrowed(model, adapters), torch.no_grad():
+            with preserved(model, adapters), torch.no_grad():
                 states.append(completion_states(model, batch, find_blocks(model)[0])[1])
         moved.append(float((states[1] - states[0]).norm() / states[0].norm()))
     assert moved[0] > 2 * moved[1] > 0
@@ -537,9 +537,9 @@ def test_the_command_trains_and_says_what_comes_next(place, capsys):
     assert "trained from 'start' by simnpo and nll, combined by sago, in 2 steps on 4 forget, 4 retain samples" in said
     assert f"Next: peft-perta verify {place / 'out'} --base" in said
     assert not (place / "out.checkpoint").exists()
-    report, _ = load_provenance(place / "out")
-    assert report.task_adapter == "task"
-    assert report.settings["beta"] == 2.0
+    provenance, _ = load_provenance(place / "out")
+    assert provenance.task_adapter == "task"
+    assert provenance.settings["beta"] == 2.0
     assert all(check.passed for check in verify_adapter(place / "out"))
 
 

@@ -386,17 +386,17 @@ def build_task(size: Size, output: Path) -> None:
     build_adapter(size, output, "task_adapter", author_rows(size.forget) + author_rows(size.retain))
 
 
-def build_reference(size: Size, output: Path) -> None:
+def build_retain_only(size: Size, output: Path) -> None:
     build_adapter(size, output, "retain_adapter", author_rows(size.retain))
 
 
-def report(size: Size, output: Path) -> None:
+def provenance(size: Size, output: Path) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(output / "base")
     sets = {name: read_rows(output / f"{name}.jsonl") for name in ("forget", "retain", "general")}
     sets["validation"] = author_rows(size.validation)
     print("| model |" + "".join(f" {name} probability | {name} loss |" for name in sets))
     print("|---" * (1 + 2 * len(sets)) + "|")
-    for label, adapter in (("theta_0", None), ("full model", "task_adapter"), ("reference", "retain_adapter")):
+    for label, adapter in (("theta_0", None), ("full model", "task_adapter"), ("retain-only", "retain_adapter")):
         model = load(size, output)
         if adapter:
             model = PeftModel.from_pretrained(model, output / adapter)
@@ -409,8 +409,8 @@ STAGES = {  # by name: what makes it, and the file that shows that it is made
     "tokenizer": (build_tokenizer, "base/tokenizer.json"),
     "base": (build_base, "base/model.safetensors"),
     "task": (build_task, "task_adapter/adapter_model.safetensors"),
-    "reference": (build_reference, "retain_adapter/adapter_model.safetensors"),
-    "report": (report, None),
+    "retain-only": (build_retain_only, "retain_adapter/adapter_model.safetensors"),
+    "report": (provenance, None),
 }
 
 

@@ -23,7 +23,7 @@ from ..data import replaced_directory
 from ..errors import AdapterError, NumericalError, OutputError
 from ..model import CONFIG_NAME, WEIGHTS_NAME, hash_file
 from .model_card import model_card
-from .provenance import PerTAReport, Report, read_report
+from .provenance import PerTAProvenance, Provenance, read_provenance
 
 PROVENANCE_NAME = "perta_provenance.json"
 
@@ -38,7 +38,7 @@ def save_perta_adapter(
     path: str | Path,
     lora_config: LoraConfig,
     state_dict: Mapping[str, Tensor],
-    report: Report,
+    provenance: Provenance,
     *,
     license_name: str | None = None,
 ) -> Path:
@@ -59,17 +59,17 @@ def save_perta_adapter(
         _write_weights(directory, state_dict)
         lora_config.save_pretrained(str(directory))
         files = {name: hash_file(directory / name) for name in (WEIGHTS_NAME, CONFIG_NAME)}
-        provenance = {"format": 1, "files": files, **report.to_dict()}
-        (directory / PROVENANCE_NAME).write_text(json.dumps(provenance, indent=1) + "\n")
-        (directory / "README.md").write_text(model_card(report, license_name))
-        if isinstance(report, PerTAReport) and report.calibration is not None:
-            (directory / STRENGTH_NAME).write_text(json.dumps(report.calibration, indent=1) + "\n")
+        record = {"format": 1, "files": files, **provenance.to_dict()}
+        (directory / PROVENANCE_NAME).write_text(json.dumps(record, indent=1) + "\n")
+        (directory / "README.md").write_text(model_card(provenance, license_name))
+        if isinstance(provenance, PerTAProvenance) and provenance.calibration is not None:
+            (directory / STRENGTH_NAME).write_text(json.dumps(provenance.calibration, indent=1) + "\n")
     return Path(path)
 
 
 def scaled_adapter(
-    state_dict: Mapping[str, Tensor], report: PerTAReport, factor: float
-) -> tuple[dict[str, Tensor], PerTAReport]:
+    state_dict: Mapping[str, Tensor], provenance: PerTAProvenance, factor: float
+) -> tuple[dict[str, Tensor], PerTAProvenance]:
     """The same adapter at ``factor`` times its strength: a scalar into B, and into the report.
 
     Raises:
@@ -78,9 +78,9 @@ def scaled_adapter(
     scaled = {key: value * factor if ".lora_B." in key else value for key, value in state_dict.items()}
     if not all(bool(torch.isfinite(value).all()) for value in scaled.values()):
         raise NumericalError(f"a strength {factor!r} times as large is not finite in the adapter's dtype")
-    layers = [dataclasses.replace(layer, edit_norm=layer.edit_norm * abs(factor)) for layer in report.layers]
-    config = {**report.config, "strength": report.config["strength"] * factor}
-    return scaled, dataclasses.replace(report, config=config, layers=layers)
+    layers = [dataclasses.replace(layer, edit_norm=layer.edit_norm * abs(factor)) for layer in provenance.layers]
+    config = {**provenance.config, "strength": provenance.config["strength"] * factor}
+    return scaled, dataclasses.replace(provenance, config=config, layers=layers)
 
 
 def save_forget_adapter(path: str | Path, model: PeftModel, adapter_name: str, record: Mapping[str, Any]) -> Path:
@@ -98,7 +98,7 @@ def save_forget_adapter(path: str | Path, model: PeftModel, adapter_name: str, r
     return Path(path)
 
 
-def load_provenance(path: str | Path) -> tuple[Report, dict[str, str]]:
+def load_provenance(path: str | Path) -> tuple[Provenance, dict[str, str]]:
     """The report of an emitted adapter, and the SHA-256 of its files as they were written.
 
     Raises:
@@ -111,7 +111,7 @@ def load_provenance(path: str | Path) -> tuple[Report, dict[str, str]]:
         values = json.loads(file.read_text())
         values.pop("format")
         files = values.pop("files")
-        return read_report(values), files
+        return read_provenance(values), files
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{file} is damaged ({error}); emit the adapter anew") from error
 

@@ -19,7 +19,7 @@ from ..errors import AdapterError, ConfigError, NumericalError
 from ..evaluation import Goal, calibrate
 from ..model import require_adapter
 from .fuse import check_ranks, combine_adapters
-from .provenance import FusedReport
+from .provenance import FusedProvenance
 
 
 def extrapolate_adapter(
@@ -36,7 +36,7 @@ def extrapolate_adapter(
     dtype: torch.dtype = torch.float32,
     batch_size: int = 32,
     show_progress_bar: bool = True,
-) -> tuple[LoraConfig, dict[str, Tensor], FusedReport]:
+) -> tuple[LoraConfig, dict[str, Tensor], FusedProvenance]:
     """theta_init + (1 + alpha) (theta_un - theta_init), as one plain LoRA adapter; exactly.
 
     An adapter that was trained from zero is scaled by 1 + alpha, at its own rank. One whose run began at another
@@ -89,7 +89,7 @@ def extrapolate_adapter(
     parts = {adapter_name: 1 + alpha}
     if start_adapter is not None:
         parts[start_adapter] = -alpha
-    lora_config, state_dict, report = combine_adapters(model, parts, rank=rank, dtype=dtype)
+    lora_config, state_dict, provenance = combine_adapters(model, parts, rank=rank, dtype=dtype)
     if found is not None:
-        report = dataclasses.replace(report, calibration=found.to_dict())
-    return lora_config, state_dict, report
+        provenance = dataclasses.replace(provenance, calibration=found.to_dict())
+    return lora_config, state_dict, provenance

@@ -12,7 +12,7 @@ from ..errors import AdapterError, ConfigError, NumericalError
 from ..model import Target, base_name, check_base, check_lora_config, hash_targets, require_adapter, resolve_layers
 from .build import build_adapter
 from .low_rank import Factors, Product, factorize
-from .provenance import FusedReport
+from .provenance import FusedProvenance
 from .servable import SERVABLE_RANKS, servable_rank
 
 
@@ -22,7 +22,7 @@ def fuse_adapters(
     *,
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
-) -> tuple[LoraConfig, dict[str, Tensor], FusedReport]:
+) -> tuple[LoraConfig, dict[str, Tensor], FusedProvenance]:
     """sum_k strength_k s_k B_k A_k as one plain LoRA adapter: [B_1 .. B_n] @ [A_1; ..; A_n].
 
     Args:
@@ -63,7 +63,7 @@ def _check_whole(rank: int) -> None:
 
 def combine_adapters(
     model: nn.Module, factors_of: Mapping[str, float], *, rank: int | None = None, dtype: torch.dtype = torch.float32
-) -> tuple[LoraConfig, dict[str, Tensor], FusedReport]:
+) -> tuple[LoraConfig, dict[str, Tensor], FusedProvenance]:
     """The same of one adapter or more; at their own rank one comes back scaled."""
     if rank is not None and not 1 <= rank <= SERVABLE_RANKS[-1]:
         raise ConfigError(f"rank: expected an int from 1 to {SERVABLE_RANKS[-1]}, found {rank!r}")
@@ -88,14 +88,14 @@ def combine_adapters(
     emitted = servable_rank(rank or whole)
     lora_config, state_dict = build_adapter(model, fused, emitted, dtype)
     energy = sum(f.energy for f in fused.values())
-    report = FusedReport(
+    provenance = FusedProvenance(
         base_model={"name": base_name(model)},
         parts=[{"name": n, "strength": float(factor), "sha256": hashes[n]} for n, factor in factors_of.items()],
         rank=emitted,
         energy_kept=sum(f.energy * f.energy_kept for f in fused.values()) / energy if energy else 1.0,
         dtype=str(dtype).removeprefix("torch."),
     )
-    return lora_config, state_dict, report
+    return lora_config, state_dict, provenance
 
 
 def _concatenated(found: list[tuple[Target, float]]) -> Product:

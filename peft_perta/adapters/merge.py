@@ -51,7 +51,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msg
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeProvenance:
     """What was merged.
 
     Attributes:
@@ -86,7 +86,7 @@ def merge_adapters(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     show_progress_bar: bool = True,
-) -> MergeReport:
+) -> MergeProvenance:
     """Write a model directory that loads without PEFT: the base's weights plus every adapter's delta.
 
     Args:
@@ -152,7 +152,7 @@ def merge_adapters(
             config["dtype"] = str(dtype).removeprefix("torch.")
             (written / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         files = {name: hash_file(written / name) for name in shards}
-        report = MergeReport(
+        provenance = MergeProvenance(
             base_model=model_name,
             adapters=described,
             weights=len(renamed),
@@ -160,8 +160,8 @@ def merge_adapters(
             rounding=(error / size) ** 0.5 if size else 0.0,
             files=files,
         )
-        (written / MERGED_NAME).write_text(json.dumps({"format": 1, **asdict(report)}, indent=1) + "\n")
-    return report
+        (written / MERGED_NAME).write_text(json.dumps({"format": 1, **asdict(provenance)}, indent=1) + "\n")
+    return provenance
 
 
 def _weight_name(target: Target) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from .provenance import FusedReport, InfluenceReport, PerTAReport, Report, TrainedReport
+from .provenance import FusedProvenance, InfluenceProvenance, PerTAProvenance, Provenance, TrainedProvenance
 
 
-def model_card(report: Report, license_name: str | None = None) -> str:
+def model_card(provenance: Provenance, license_name: str | None = None) -> str:
     """Markdown with the metadata that hubs read."""
-    base = report.base_model["name"] or "the base model"
+    base = provenance.base_model["name"] or "the base model"
     is_hub_name = not base.startswith((".", "/", "~")) and base.count("/") <= 1 and "\\" not in base and " " not in base
     front = ["---", "library_name: peft", "pipeline_tag: text-generation", f"license: {license_name or 'other'}"]
     if license_name is None:
@@ -15,17 +15,17 @@ def model_card(report: Report, license_name: str | None = None) -> str:
     if is_hub_name:
         front += [f"base_model: {base}", "base_model_relation: adapter"]
     front += ["tags:", "- lora", "- peft", "- unlearning", "- perta", "---", ""]
-    if isinstance(report, InfluenceReport):
-        done = _influence(report, base)
-    elif isinstance(report, TrainedReport):
-        done = _trained(report, base)
+    if isinstance(provenance, InfluenceProvenance):
+        done = _influence(provenance, base)
+    elif isinstance(provenance, TrainedProvenance):
+        done = _trained(provenance, base)
     else:
-        done = _fused(report, base) if isinstance(report, FusedReport) else _negative(report, base)
+        done = _fused(provenance, base) if isinstance(provenance, FusedProvenance) else _negative(provenance, base)
     return "\n".join([*front, *done, *_how_to_use(base), *LIMITS, ""])
 
 
-def _fused(report: FusedReport, base: str) -> list[str]:
-    parts = [f"| {part['name']} | {part['strength']:g} | `{part['sha256'][:16]}` |" for part in report.parts]
+def _fused(provenance: FusedProvenance, base: str) -> list[str]:
+    parts = [f"| {part['name']} | {part['strength']:g} | `{part['sha256'][:16]}` |" for part in provenance.parts]
     return [
         "# Fused adapter",
         "",
@@ -35,36 +35,36 @@ def _fused(report: FusedReport, base: str) -> list[str]:
         "|---|---|---|",
         *parts,
         "",
-        f"Rank {report.rank}; {report.energy_kept:.1%} of the sum's energy kept"
-        + (" (nothing was cut)." if report.energy_kept == 1 else "."),
+        f"Rank {provenance.rank}; {provenance.energy_kept:.1%} of the sum's energy kept"
+        + (" (nothing was cut)." if provenance.energy_kept == 1 else "."),
         "",
     ]
 
 
-def _influence(report: InfluenceReport, base: str) -> list[str]:
-    edited = report.form == "edited"
+def _influence(provenance: InfluenceProvenance, base: str) -> list[str]:
+    edited = provenance.form == "edited"
     change = {
         "erase_instances": "without some rows of its training set",
         "modify_queries": "with other queries in some rows of its training set",
         "correct_responses": "with other responses in some rows of its training set",
-    }[report.kind]
+    }[provenance.kind]
     means = "is the adapter" if edited else "makes of the adapter, when it is stacked on it, the adapter"
     use = "in the place of the old one" if edited else "beside the old one, at twice its rank, exactly"
-    sets = [f"| {name} | {entry['samples']} | `{entry['sha256'][:16]}` |" for name, entry in report.data.items()]
-    losses = [f"| {name} | {before:.3f} | {after:.3f} |" for name, (before, after) in report.losses.items()]
+    sets = [f"| {name} | {entry['samples']} | `{entry['sha256'][:16]}` |" for name, entry in provenance.data.items()]
+    losses = [f"| {name} | {before:.3f} | {after:.3f} |" for name, (before, after) in provenance.losses.items()]
     return [
         "# Edited adapter" if edited else "# Difference adapter",
         "",
-        f"A LoRA adapter of `{base}` that {means} `{report.adapter['name']}` as if it had been trained "
+        f"A LoRA adapter of `{base}` that {means} `{provenance.adapter['name']}` as if it had been trained "
         f"{change} (LLMEraser, arXiv 2412.00383): an estimate by its curvature, without training again. Made with "
-        f"peft_perta {report.versions.get('peft_perta', '')}.",
+        f"peft_perta {provenance.versions.get('peft_perta', '')}.",
         "",
         "## What was done",
         "",
-        f"- edited: `{report.adapter['name']}`, SHA-256 `{report.adapter['sha256'][:16]}`; this one goes {use}",
-        *[f"- on beside it: `{a['name']}`, SHA-256 `{a['sha256'][:16]}`" for a in report.with_adapters],
-        f"- {report.config['curvature']} curvature, damping {report.damping:.3g}, {report.stopping}",
-        f"- rank: {report.rank} (lora_alpha equals it), {report.dtype}",
+        f"- edited: `{provenance.adapter['name']}`, SHA-256 `{provenance.adapter['sha256'][:16]}`; this one goes {use}",
+        *[f"- on beside it: `{a['name']}`, SHA-256 `{a['sha256'][:16]}`" for a in provenance.with_adapters],
+        f"- {provenance.config['curvature']} curvature, damping {provenance.damping:.3g}, {provenance.stopping}",
+        f"- rank: {provenance.rank} (lora_alpha equals it), {provenance.dtype}",
         "",
         "| rows | samples | SHA-256 |",
         "|---|---|---|",
@@ -79,17 +79,17 @@ def _influence(report: InfluenceReport, base: str) -> list[str]:
     ]
 
 
-def _trained(report: TrainedReport, base: str) -> list[str]:
-    settings, training = report.settings, report.training
-    start = report.start_adapter
+def _trained(provenance: TrainedProvenance, base: str) -> list[str]:
+    settings, training = provenance.settings, provenance.training
+    start = provenance.start_adapter
     began = f"as `{start['name']}`, SHA-256 `{start['sha256'][:16]}`" if start else "at zero"
-    sets = [f"| {name} | {entry['samples']} | `{entry['sha256'][:16]}` |" for name, entry in report.data.items()]
+    sets = [f"| {name} | {entry['samples']} | `{entry['sha256'][:16]}` |" for name, entry in provenance.data.items()]
     return [
         "# Unlearning adapter",
         "",
         f"A LoRA adapter that takes the knowledge of one forget set out of `{base}` when it is stacked on it. It was "
         "trained to forget one set and to keep another, with peft_perta "
-        f"{report.versions.get('peft_perta', '')}.",
+        f"{provenance.versions.get('peft_perta', '')}.",
         "",
         "## What was done",
         "",
@@ -98,8 +98,8 @@ def _trained(report: TrainedReport, base: str) -> list[str]:
         f"- the two gradients combined by `{settings['combiner']}`",
         f"- {training['steps']} steps of {training['global_batch']} samples of each set, learning rate "
         f"{training['learning_rate']:g}, seed {training['seed']}; it began {began}",
-        *([f"- trained on top of the adapter `{report.task_adapter}`"] if report.task_adapter else []),
-        f"- rank: {report.rank} (lora_alpha equals it), {report.dtype}",
+        *([f"- trained on top of the adapter `{provenance.task_adapter}`"] if provenance.task_adapter else []),
+        f"- rank: {provenance.rank} (lora_alpha equals it), {provenance.dtype}",
         "",
         "| set | samples | SHA-256 |",
         "|---|---|---|",
@@ -110,9 +110,9 @@ def _trained(report: TrainedReport, base: str) -> list[str]:
     ]
 
 
-def _negative(report: PerTAReport, base: str) -> list[str]:
-    config = report.config
-    sets = [f"| {name} | {entry['samples']} | `{entry['sha256'][:16]}` |" for name, entry in report.data.items()]
+def _negative(provenance: PerTAProvenance, base: str) -> list[str]:
+    config = provenance.config
+    sets = [f"| {name} | {entry['samples']} | `{entry['sha256'][:16]}` |" for name, entry in provenance.data.items()]
     weighting = config["weighting"] + (f" (power {config['power']:g})" if config["power"] is not None else "")
     return [
         "# Negative adapter",
@@ -120,27 +120,27 @@ def _negative(report: PerTAReport, base: str) -> list[str]:
         f"A LoRA adapter that takes the knowledge of one forget set out of `{base}` when it is stacked on it. "
         "It was made by weighing a forget adapter parameter by parameter and negating it (PerTA, arXiv 2601.22030), "
         "with peft_perta "
-        f"{report.versions.get('peft_perta', '')}.",
+        f"{provenance.versions.get('peft_perta', '')}.",
         "",
         "## What was done",
         "",
-        f"- weights: `{weighting}` per `{config['granularity']}`, gradients at `{config['reference_model']}`",
-        *_directions(report),
+        f"- weights: `{weighting}` per `{config['granularity']}`, gradients at `{config['gradients_at']}`",
+        *_directions(provenance),
         f"- strength: {config['strength']:g}, folded into B together with the sign",
-        f"- rank: {report.rank} (lora_alpha equals it), {config['dtype']}, {len(report.layers)} layers edited",
-        f"- energy of the edit kept at this rank: {report.energy_kept:.1%}; lost in the fit's own "
-        f"measure (`{config['fit'] or 'default'}`): {report.metric_error:.1%}; {_divergence(report)}",
-        f"- forget adapter: `{report.forget_adapter['name']}`, SHA-256 `{report.forget_adapter['sha256'][:16]}`",
+        f"- rank: {provenance.rank} (lora_alpha equals it), {config['dtype']}, {len(provenance.layers)} layers edited",
+        f"- energy of the edit kept at this rank: {provenance.energy_kept:.1%}; lost in the fit's own "
+        f"measure (`{config['fit'] or 'default'}`): {provenance.metric_error:.1%}; {_fit_kl(provenance)}",
+        f"- forget adapter: `{provenance.forget_adapter['name']}`, SHA-256 `{provenance.forget_adapter['sha256'][:16]}`",
         "",
         *(["| set | samples | SHA-256 |", "|---|---|---|", *sets, ""] if sets else []),
-        *_results(report),
+        *_results(provenance),
         "Everything else, layer by layer, is in `perta_provenance.json`.",
         "",
     ]
 
 
-def _directions(report: PerTAReport) -> list[str]:
-    left = [layer.left_on_inputs for layer in report.layers if layer.left_on_inputs]
+def _directions(provenance: PerTAProvenance) -> list[str]:
+    left = [layer.left_on_inputs for layer in provenance.layers if layer.left_on_inputs]
     if not left:
         return []
     forget, retain = (sum(found[name] for found in left) / len(left) for name in ("forget", "retain"))
@@ -150,16 +150,16 @@ def _directions(report: PerTAReport) -> list[str]:
     ]
 
 
-def _divergence(report: PerTAReport) -> str:
-    if report.divergence is None:
+def _fit_kl(provenance: PerTAProvenance) -> str:
+    if provenance.fit_kl is None:
         return "KL to the edit at full rank: not measured"
-    return f"KL to the edit at full rank: {report.divergence:.2g} nats per token"
+    return f"KL to the edit at full rank: {provenance.fit_kl:.2g} nats per token"
 
 
-def _results(report: PerTAReport) -> list[str]:
-    if report.calibration is None:
+def _results(provenance: PerTAProvenance) -> list[str]:
+    if provenance.calibration is None:
         return []
-    found = report.calibration
+    found = provenance.calibration
     before, after = found["points"][0], found["losses"]
     return [
         "## Results",

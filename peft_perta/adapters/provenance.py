@@ -52,7 +52,7 @@ class WeightDistribution:
 
 
 @dataclass
-class LayerReport:
+class LayerProvenance:
     """One layer: the rank that its edit was fitted at, the edit's norm, the share of its energy kept, the bound on the
     fit's excess squared error and the share lost in the fit's own measure (``factorize.Factors``), its weights, and
     what weighing input directions left of the edit's squared output on each set's inputs (empty where it was not)."""
@@ -69,13 +69,13 @@ class LayerReport:
     left_on_inputs: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> LayerReport:
+    def from_dict(cls, values: dict[str, Any]) -> LayerProvenance:
         weights = {key: WeightDistribution(**found) for key, found in values["weights"].items()}
         return cls(**{**values, "weights": weights})
 
 
 @dataclass
-class PerTAReport:
+class PerTAProvenance:
     """One unlearning run. Everything in it is JSON.
 
     Attributes:
@@ -99,10 +99,10 @@ class PerTAReport:
     task_adapter: str | None
     data: dict[str, dict[str, Any]]
     rank: int
-    layers: list[LayerReport]
+    layers: list[LayerProvenance]
     versions: dict[str, str]
     calibration: dict[str, Any] | None = None
-    divergence: float | None = None
+    fit_kl: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -123,9 +123,9 @@ class PerTAReport:
         return values
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> PerTAReport:
+    def from_dict(cls, values: dict[str, Any]) -> PerTAProvenance:
         """Raises TypeError or KeyError where the mapping is no report."""
-        return cls(**{**values, "layers": [LayerReport.from_dict(layer) for layer in values["layers"]]})
+        return cls(**{**values, "layers": [LayerProvenance.from_dict(layer) for layer in values["layers"]]})
 
     def __str__(self) -> str:
         sets = ", ".join(f"{entry['samples']} {name}" for name, entry in self.data.items()) or "no"
@@ -137,7 +137,7 @@ class PerTAReport:
 
 
 @dataclass
-class FusedReport:
+class FusedProvenance:
     """Several adapters as one.
 
     Attributes:
@@ -159,7 +159,7 @@ class FusedReport:
         return {"fused": dataclasses.asdict(self)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> FusedReport:
+    def from_dict(cls, values: dict[str, Any]) -> FusedProvenance:
         return cls(**values["fused"])
 
     def __str__(self) -> str:
@@ -168,7 +168,7 @@ class FusedReport:
 
 
 @dataclass
-class InfluenceReport:
+class InfluenceProvenance:
     """Rows taken out of an adapter, or changed in it, by its curvature.
 
     Attributes:
@@ -212,7 +212,7 @@ class InfluenceReport:
         return {"influence": values}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> InfluenceReport:
+    def from_dict(cls, values: dict[str, Any]) -> InfluenceProvenance:
         return cls(**values["influence"])
 
     @property
@@ -242,7 +242,7 @@ class InfluenceReport:
 
 
 @dataclass
-class TrainedReport:
+class TrainedProvenance:
     """An adapter trained to forget.
 
     Attributes:
@@ -276,7 +276,7 @@ class TrainedReport:
         return {"trained": values}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainedReport:
+    def from_dict(cls, values: dict[str, Any]) -> TrainedProvenance:
         return cls(**values["trained"])
 
     def __str__(self) -> str:
@@ -289,16 +289,16 @@ class TrainedReport:
         )
 
 
-Report = PerTAReport | FusedReport | InfluenceReport | TrainedReport
+Provenance = PerTAProvenance | FusedProvenance | InfluenceProvenance | TrainedProvenance
 
 
-def read_report(values: dict[str, Any]) -> Report:
+def read_provenance(values: dict[str, Any]) -> Provenance:
     """What ``to_dict`` of one of them gave, as it was.
 
     Raises LookupError, TypeError or AttributeError where the mapping is no report.
     """
-    kinds = {"fused": FusedReport, "influence": InfluenceReport, "trained": TrainedReport}
-    return next((kind for name, kind in kinds.items() if name in values), PerTAReport).from_dict(values)
+    kinds = {"fused": FusedProvenance, "influence": InfluenceProvenance, "trained": TrainedProvenance}
+    return next((kind for name, kind in kinds.items() if name in values), PerTAProvenance).from_dict(values)
 
 
 def describe_base(model: nn.Module) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def _erase(options: argparse.Namespace) -> None:
     )
     emitted = result.difference if options.form == "difference" else result.edited
     save_perta_adapter(options.output, *emitted(torch_dtype(options.dtype)))
-    print(f"{result.report}\nIt is in {options.output}")
+    print(f"{result.provenance}\nIt is in {options.output}")
     next_to = "stack it on the adapter" if options.form == "difference" else "use it in the adapter's place"
     print(f"Next: peft-perta verify {options.output} --base {options.model}, then {next_to}")
 

@@ -35,9 +35,9 @@ from ..evaluation import (
     summary,
     write_log,
 )
-from ..html_report import evidence_of_logs, write_page
+from ..html_report import report_data_of_logs, write_html_report
 from ..model import adapter_strength, attach_adapters, check_adapter_files
-from ._options import PAGE_NAME, add_command, add_model, load_model, strengths_of
+from ._options import HTML_REPORT_NAME, add_command, add_model, load_model, strengths_of
 
 ATTACKS_NAME = "attacks.json"
 
@@ -49,7 +49,7 @@ def add_commands(commands) -> None:
     add_model(judge)
     judge.add_argument(
         "--adapter", action="append", default=[], dest="adapters", metavar="DIR[:STRENGTH]",
-        help="an adapter of the stack, in its order; the last one is what --before, --attacks and --report judge",
+        help="an adapter of the stack, in its order; the last one is what --before, --attacks and --html-report judge",
     )  # fmt: skip
     judge.add_argument(
         "--suite", action="append", default=[], dest="suites", metavar="NAME=PATH",
@@ -58,14 +58,16 @@ def add_commands(commands) -> None:
     judge.add_argument("--split", help="the forget set, where a directory holds several: forget10, or RWKU's subject")
     judge.add_argument("--lm-eval", metavar="TASKS", help="general benchmarks of lm-eval, by name, with commas")
     judge.add_argument("--lm-eval-tasks", metavar="DIR", help="a directory of task files of one's own")
-    judge.add_argument("--reference-adapter", metavar="DIR", help="with it the base is the retain-only model")
+    judge.add_argument("--retain-only-adapter", metavar="DIR", help="with it the base is the retain-only model")
     judge.add_argument(
-        "--reference-log", action="append", default=[], dest="reference_logs", metavar="[NAME=]JSON",
+        "--retain-only-log", action="append", default=[], dest="retain_only_logs", metavar="[NAME=]JSON",
         help="or its log, as open-unlearning's TOFU_EVAL.json",
     )  # fmt: skip
     judge.add_argument("--before", action="store_true", help="judge the stack without its last adapter too")
     judge.add_argument("--attacks", metavar="NAMES", help=f"'all', or some of {', '.join(ATTACKS)}, with commas")
-    judge.add_argument("--report", action="store_true", help=f"draw it all into {PAGE_NAME}; implies --before")
+    judge.add_argument(
+        "--html-report", action="store_true", help=f"draw it all into {HTML_REPORT_NAME}; implies --before"
+    )
     judge.add_argument("--rows", type=int, help="at most so many of each split (default: all)")
     judge.add_argument("--batch-size", type=int, default=32, help="rows at a time (default: 32)")
     judge.add_argument("--max-length", type=int, default=1024, help="tokens per row (default: 1024)")
@@ -74,7 +76,9 @@ def add_commands(commands) -> None:
 
     again = add_command(commands, "rescore", _rescore, "recompute a log's aggregates from its rows")
     again.add_argument("log", metavar="LOG", help="an evaluation log, as open-unlearning's TOFU_EVAL.json")
-    again.add_argument("--reference-log", metavar="JSON", help="a retain-only model's, for forget quality and privleak")
+    again.add_argument(
+        "--retain-only-log", metavar="JSON", help="a retain-only model's, for forget quality and privleak"
+    )
     again.add_argument("--output", required=True, metavar="JSON", help="metric -> {agg_value}")
 
     compare = add_command(commands, "compare", _compare, "every method on one setup, at matched forgetting", _results)
@@ -106,11 +110,11 @@ def _named(texts: list[str], option: str) -> dict[str, str]:
     return named
 
 
-def _reference_logs(options: argparse.Namespace, suites: Mapping[str, Any]) -> dict[str, Log]:
-    texts = options.reference_logs
+def _retain_only_logs(options: argparse.Namespace, suites: Mapping[str, Any]) -> dict[str, Log]:
+    texts = options.retain_only_logs
     if len(texts) == 1 and len(suites) == 1 and texts[0].partition("=")[0] not in SUITES:
         return {next(iter(suites)): read_log(texts[0])}
-    return {name: read_log(path) for name, path in _named(texts, "--reference-log").items()}
+    return {name: read_log(path) for name, path in _named(texts, "--retain-only-log").items()}
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -119,67 +123,69 @@ def _evaluate(options: argparse.Namespace) -> None:
     attacks = _attack_names(options)
     if not (paths or options.lm_eval or attacks):
         raise ConfigError(f"--suite: expected NAME=PATH to judge by (NAME of {', '.join(SUITES)}), or --lm-eval TASKS")
-    if options.reference_adapter and options.reference_logs:
+    if options.retain_only_adapter and options.retain_only_logs:
         raise ConfigError(
-            "--reference-adapter and --reference-log: expected one of the two, found both; the logs that are made of "
+            "--retain-only-adapter and --retain-only-log: expected one of the two, found both; the logs that are made of "
             "the adapter would take the place of the other"
         )
     splits = read_suites(paths, options.split) if paths else {}
-    reference_logs = _reference_logs(options, paths)
+    retain_only_logs = _retain_only_logs(options, paths)
     strengths = strengths_of(options.adapters)
     attacked = _attacked_rows(splits) if attacks else []
-    if (options.before or options.report or attacks) and not strengths:
-        raise ConfigError("--adapter: expected the adapter that --before, --attacks and --report judge, found none")
+    if (options.before or options.html_report or attacks) and not strengths:
+        raise ConfigError(
+            "--adapter: expected the adapter that --before, --attacks and --html-report judge, found none"
+        )
     named = {f"adapter_{number}": directory for number, directory in enumerate(strengths, start=1)}
-    if options.reference_adapter:
-        check_adapter_files(options.reference_adapter)
-        named["reference"] = options.reference_adapter
+    if options.retain_only_adapter:
+        check_adapter_files(options.retain_only_adapter)
+        named["retain-only"] = options.retain_only_adapter
     model, tokenizer = load_model(options)
     model = attach_adapters(model, named) if named else model
-    stack = [name for name in named if name != "reference"]
+    stack = [name for name in named if name != "retain-only"]
     if not (output / RECORD_NAME).is_file():  # the directory is ours, from before its parts are written
         write_file(output / RECORD_NAME, json.dumps({"suites": {}}) + "\n")
     with ExitStack() as held:
         for name, strength in zip(stack, strengths.values(), strict=True):
             held.enter_context(adapter_strength(model, name, strength))
-        stacks = {"reference": ["reference"]} if options.reference_adapter else {}
-        if options.before or options.report:
+        stacks = {"retain-only": ["retain-only"]} if options.retain_only_adapter else {}
+        if options.before or options.html_report:
             stacks["before"] = stack[:-1]
         stacks["after"] = stack
         subjects = {
             label: Subject(model, tokenizer, on, options.batch_size, options.max_length) for label, on in stacks.items()
         }
-        sides = _logs_of(subjects, splits, reference_logs, options)
+        sides = _logs_of(subjects, splits, retain_only_logs, options)
         results = _attack(subjects, stack[:-1], attacks, attacked, options) if attacks else []
     print(_table(sides))
     if results:
         print(f"\n{format_attacks(results)}")
-    if options.report:
-        evidence = evidence_of_logs(
+    if options.html_report:
+        report_data = report_data_of_logs(
             sides, title=f"What '{Path(list(strengths)[-1]).name}' removed", base_model=options.model,
             adapters=list(strengths), attacks=results, commands=[options.line],
         )  # fmt: skip
-        write_page(evidence, output / PAGE_NAME)
-    print(f"The logs are in {output}" + (f", the page in {output / PAGE_NAME}" if options.report else ""))
+        write_html_report(report_data, output / HTML_REPORT_NAME)
+    print(f"The logs are in {output}" + (f", the page in {output / HTML_REPORT_NAME}" if options.html_report else ""))
 
 
 def _logs_of(
     subjects: Mapping[str, Subject],
     splits: Mapping[str, Splits],
-    reference_logs: dict[str, Log],
+    retain_only_logs: dict[str, Log],
     options: argparse.Namespace,
 ) -> dict[str, dict[str, Log]]:
-    """Side -> suite -> log, each written where it belongs; the reference comes first: the others are held to it."""
-    sides = {"reference": reference_logs} if reference_logs else {}
+    """Side -> suite -> log, each written where it belongs; the retain-only model comes first: the others are held to it."""
+    sides = {"retain-only": retain_only_logs} if retain_only_logs else {}
     for label, subject in subjects.items():
         directory = Path(options.output) if label == "after" else Path(options.output, label)
-        measured = label != "reference"
+        measured = label != "retain-only"
         if splits:
             sides[label] = evaluate(
                 subject.model, subject.tokenizer, splits, adapters=subject.adapters, rows=options.rows,
                 batch_size=options.batch_size, max_length=options.max_length, max_new_tokens=options.max_new_tokens,
-                reference_logs=sides.get("reference") if measured else None,
-                reference=subjects.get("reference") if measured else None,
+                retain_only_logs=sides.get("retain-only") if measured else None,
+                retain_only=subjects.get("retain-only") if measured else None,
                 output_dir=directory,
             )  # fmt: skip
         if options.lm_eval and measured:
@@ -197,7 +203,7 @@ def _attack(
     rows: list[dict],
     options: argparse.Namespace,
 ) -> list[AttackResult]:
-    victims = Victims(subjects["after"], replace(subjects["after"], adapters=full), subjects.get("reference"), rows)
+    victims = Victims(subjects["after"], replace(subjects["after"], adapters=full), subjects.get("retain-only"), rows)
     count = min(len(rows), options.rows or len(rows))
     settings = AttackSettings(
         relearning_rows=tuple(sorted({1, min(10, count)})),
@@ -230,7 +236,7 @@ def _table(sides: Mapping[str, Mapping[str, Log]]) -> str:
     """Metric x side."""
     columns = {
         label: {metric: value for log in sides[label].values() for metric, value in summary(log).items()}
-        for label in ("before", "after", "reference")
+        for label in ("before", "after", "retain-only")
         if label in sides
     }
     metrics = sorted({metric for column in columns.values() for metric in column})
@@ -245,12 +251,12 @@ def _table(sides: Mapping[str, Mapping[str, Log]]) -> str:
 def _rescore(options: argparse.Namespace) -> None:
     if Path(options.output).is_dir():
         raise ConfigError(f"--output: expected a file, found the directory {options.output}")
-    for given in filter(None, (options.log, options.reference_log)):
+    for given in filter(None, (options.log, options.retain_only_log)):
         if os.path.realpath(given) == os.path.realpath(options.output):
             raise ConfigError(f"--output: expected another file than {given}, which it would replace")
     log = read_log(options.log)
-    reference = read_log(options.reference_log) if options.reference_log else None
-    results, left_out = rescore(log, reference, where=options.log, reference_where=options.reference_log or "")
+    retain_only = read_log(options.retain_only_log) if options.retain_only_log else None
+    results, left_out = rescore(log, retain_only, where=options.log, retain_only_where=options.retain_only_log or "")
     write_file(options.output, json.dumps(results, indent=1) + "\n")
     print(format_rescored(log, results, left_out))
     print(f"The aggregates are in {options.output}")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from ..errors import ConfigError
 from ..model import check_adapter_files, load_base
 
-PAGE_NAME = "report.html"
+HTML_REPORT_NAME = "report.html"
 
 
 ROWS_HELP = "JSON lines of {question, answer}, {prompt, completion}, {messages} or {text}"

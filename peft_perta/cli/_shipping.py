@@ -9,7 +9,7 @@ from pathlib import Path
 from ..adapters import (
     DTYPES,
     PROVENANCE_NAME,
-    PerTAReport,
+    PerTAProvenance,
     compare_merged,
     format_checks,
     fuse_adapters,
@@ -68,9 +68,9 @@ def _fuse(options: argparse.Namespace) -> None:
     model = attach_adapters(load_skeleton(options.model, revision=options.revision), directories)
     strengths = dict(zip(names, parts.values(), strict=True))
     dtype = torch_dtype(options.dtype)
-    lora_config, state_dict, report = fuse_adapters(model, strengths, rank=options.rank, dtype=dtype)
-    save_perta_adapter(options.output, lora_config, state_dict, report)
-    print(f"{report}\nIt is in {options.output}")
+    lora_config, state_dict, provenance = fuse_adapters(model, strengths, rank=options.rank, dtype=dtype)
+    save_perta_adapter(options.output, lora_config, state_dict, provenance)
+    print(f"{provenance}\nIt is in {options.output}")
     print(f"Next: peft-perta verify {options.output} --base {options.model}, then serve it alone")
 
 
@@ -78,8 +78,8 @@ def _merge(options: argparse.Namespace) -> None:
     parts = strengths_of(options.adapters)
     rows = read_rows(options.check) if options.check else None
     dtype = torch_dtype(options.dtype) if options.dtype else None
-    report = merge_adapters(options.model, parts, options.output, dtype=dtype, revision=options.revision)
-    print(f"{report}\nThe model is in {options.output}; it loads without PEFT")
+    provenance = merge_adapters(options.model, parts, options.output, dtype=dtype, revision=options.revision)
+    print(f"{provenance}\nThe model is in {options.output}; it loads without PEFT")
     if rows is not None:
         print(compare_merged(options.model, parts, options.output, rows, revision=options.revision))
 
@@ -100,13 +100,13 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    report, files = load_provenance(options.adapter)
+    provenance, files = load_provenance(options.adapter)
     check_adapter_files(options.adapter)
-    if not isinstance(report, PerTAReport):
-        print("\n".join([str(report), *_states(Path(options.adapter), files)]))
+    if not isinstance(provenance, PerTAProvenance):
+        print("\n".join([str(provenance), *_states(Path(options.adapter), files)]))
         return
     try:
-        lines = [str(report), _facts(report), *_states(Path(options.adapter), files), "", *_layers(report)]
+        lines = [str(provenance), _facts(provenance), *_states(Path(options.adapter), files), "", *_layers(provenance)]
     except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
         raise AdapterError(
             f"{options.adapter}: {PROVENANCE_NAME} is damaged ({type(error).__name__}: {error}); emit the adapter anew"
@@ -120,10 +120,10 @@ def _states(directory: Path, files: dict[str, str]) -> Iterator[str]:
         yield f"{name:<28}{state}"
 
 
-def _layers(report: PerTAReport) -> Iterator[str]:
-    width = max(len(layer.name) for layer in report.layers)
+def _layers(provenance: PerTAProvenance) -> Iterator[str]:
+    width = max(len(layer.name) for layer in provenance.layers)
     yield f"{'layer':<{width}}{'rank':>6}{'norm':>9}{'energy':>8}  weights: mean (5 % .. 95 %), 0 {'·' * 8} 1"
-    for layer in report.layers:
+    for layer in provenance.layers:
         spread = "   ".join(
             f"{key} {w.mean:.2f} ({w.quantiles[0]:.2f}..{w.quantiles[-1]:.2f}) [{_bars(w.histogram)}]"
             for key, w in layer.weights.items()
@@ -131,22 +131,25 @@ def _layers(report: PerTAReport) -> Iterator[str]:
         yield f"{layer.name:<{width}}{layer.rank:>6}{layer.edit_norm:>9.3f}{layer.energy_kept:>8.1%}  {spread}"
 
 
-def _facts(report: PerTAReport) -> str:
-    base = report.base_model
+def _facts(provenance: PerTAProvenance) -> str:
+    base = provenance.base_model
     quantization = (base["quantization"] or {}).get("quant_method", "none")
     lines = {
         "base": f"{base['name']} (revision {base['revision'] or 'unknown'}, quantisation {quantization})",
-        "forget adapter": f"{report.forget_adapter['name']} {report.forget_adapter['sha256'][:16]}",
-        **{f"{name} set": f"{entry['samples']} samples {entry['sha256'][:16]}" for name, entry in report.data.items()},
-        "power": report.config["power"] if report.config["power"] is not None else _own_power(report),
-        "gradients at": report.config["reference_model"],
-        "made with": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        "forget adapter": f"{provenance.forget_adapter['name']} {provenance.forget_adapter['sha256'][:16]}",
+        **{
+            f"{name} set": f"{entry['samples']} samples {entry['sha256'][:16]}"
+            for name, entry in provenance.data.items()
+        },
+        "power": provenance.config["power"] if provenance.config["power"] is not None else _own_power(provenance),
+        "gradients at": provenance.config["gradients_at"],
+        "made with": ", ".join(f"{name} {version}" for name, version in provenance.versions.items()),
     }
     return "\n".join(f"{name:<28}{value}" for name, value in lines.items())
 
 
-def _own_power(report: PerTAReport) -> str:
-    weighting = WEIGHTINGS.get(report.config["weighting"])
+def _own_power(provenance: PerTAProvenance) -> str:
+    weighting = WEIGHTINGS.get(provenance.config["weighting"])
     return f"{weighting.power:g} (the weighting's own)" if weighting and weighting.function else "-"
 
 

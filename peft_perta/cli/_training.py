@@ -86,7 +86,7 @@ def _train(options: argparse.Namespace) -> None:
     rows = {name: read_rows(getattr(options, name)) for name in ("forget", "retain")}
     base, tokenizer = load_model(options)
     model = attach_adapters(base, adapters) if adapters else base
-    *_, report = train_unlearning(
+    *_, provenance = train_unlearning(
         model,
         rows["forget"],
         rows["retain"],
@@ -107,7 +107,7 @@ def _train(options: argparse.Namespace) -> None:
     )
     if distributed.is_main():
         remove_checkpoint(_checkpoint(options))
-        print(f"{report}\nIt is in {options.output}")
+        print(f"{provenance}\nIt is in {options.output}")
         print(f"Next: peft-perta verify {options.output} --base {options.model}, then stack it on the model")
     distributed.finish()
 

@@ -14,7 +14,7 @@ from ..adapters import (
     DTYPES,
     FORGET_RECORD_NAME,
     PROVENANCE_NAME,
-    PerTAReport,
+    PerTAProvenance,
     add_adapter,
     extrapolate_adapter,
     load_provenance,
@@ -26,22 +26,22 @@ from ..data import Sample, check_output, load_samples, read_rows
 from ..errors import AdapterError, ConfigError, DataError
 from ..evaluation import Calibration, Goal, calibrate, forget_loss_of_log, losses_of
 from ..gradients import remove_checkpoint
-from ..html_report import PICTURE_NAME, draw_calibration, evidence_of_rows, write_page
+from ..html_report import PICTURE_NAME, draw_calibration, report_data_of_rows, write_html_report
 from ..model import attach_adapters, check_adapter_files, distributed, load_skeleton, read_adapter
 from ..perta import (
     ALLOCATIONS,
     FIT_NAMES,
+    GRADIENTS_AT,
     GRANULARITY_NAMES,
-    REFERENCE_MODELS,
     PerTAConfig,
     get_perta_state_dict,
     resolve_weighting,
 )
 from ..training import default_lora_config, train_forget_adapter
-from ._options import PAGE_NAME, ROWS_HELP, add_command, add_model, check_distinct, load_model, seed_of
+from ._options import HTML_REPORT_NAME, ROWS_HELP, add_command, add_model, check_distinct, load_model, seed_of
 
 CHOICES = {"granularity": GRANULARITY_NAMES, "fit": FIT_NAMES, "allocation": ALLOCATIONS,
-           "reference_model": REFERENCE_MODELS, "dtype": DTYPES}  # fmt: skip
+           "gradients_at": GRADIENTS_AT, "dtype": DTYPES}  # fmt: skip
 
 
 def add_commands(commands) -> None:
@@ -69,13 +69,15 @@ def add_commands(commands) -> None:
     add_model(unlearn)
     unlearn.add_argument("--forget-adapter", required=True, metavar="DIR", help="LoRA trained on the forget rows alone")
     unlearn.add_argument(
-        "--task-adapter", metavar="DIR", help="the adapter that knows too much; used with --reference-model full"
+        "--task-adapter", metavar="DIR", help="the adapter that knows too much; used with --gradients-at full"
     )
     unlearn.add_argument("--forget", metavar="ROWS", help=f"what must go: {ROWS_HELP}")
     unlearn.add_argument("--retain", metavar="ROWS", help="what must stay, likewise")
     unlearn.add_argument("--output", required=True, metavar="DIR", help="directory of the negative adapter")
     unlearn.add_argument(
-        "--report", action="store_true", help=f"draw what was done, and what it changed, into {PAGE_NAME} there"
+        "--html-report",
+        action="store_true",
+        help=f"draw what was done, and what it changed, into {HTML_REPORT_NAME} there",
     )
     for field in dataclasses.fields(PerTAConfig):
         name, text = "--" + field.name.replace("_", "-"), field.metadata["help"].replace("%", "%%")
@@ -110,9 +112,9 @@ def _add_goal(command: argparse.ArgumentParser, *, required: bool) -> None:
     command.add_argument("--forget", required=required, metavar="ROWS", help=f"rows to forget: {ROWS_HELP}")
     command.add_argument("--retain", required=required, metavar="ROWS", help="rows to keep that gave no gradients")
     goal = command.add_mutually_exclusive_group(required=required)
-    goal.add_argument("--forget-loss", type=float, help="match this mean forget loss (nats per token)")
-    goal.add_argument("--reference-log", metavar="JSON", help="match that of a retain-only model's TOFU_EVAL.json")
-    goal.add_argument("--reference-adapter", metavar="DIR", help="match that of the base with this adapter on")
+    goal.add_argument("--target-forget-loss", type=float, help="match this mean forget loss (nats per token)")
+    goal.add_argument("--retain-only-log", metavar="JSON", help="match that of a retain-only model's TOFU_EVAL.json")
+    goal.add_argument("--retain-only-adapter", metavar="DIR", help="match that of the base with this adapter on")
     goal.add_argument(
         "--retain-tolerance", type=float, help="the most forgetting that raises the retain loss by no more than this"
     )
@@ -148,10 +150,10 @@ _TYPES = {
     "allocation": str,
     "fit": str,
     "strength": _strength,
-    "forget_loss": float,
+    "target_forget_loss": float,
     "retain_tolerance": float,
-    "divergence_samples": int,
-    "reference_model": str,
+    "fit_kl_samples": int,
+    "gradients_at": str,
     "max_samples": int,
     "seed": int,
     "batch_size": int,
@@ -210,7 +212,7 @@ def _unlearn(options: argparse.Namespace) -> None:
     rows = {name: read_rows(path) if (path := getattr(options, name)) else None for name in ("forget", "retain")}
     base, tokenizer = load_model(options)
     model = attach_adapters(base, adapters)
-    lora_config, state_dict, report = get_perta_state_dict(
+    lora_config, state_dict, provenance = get_perta_state_dict(
         model,
         config,
         *rows.values(),
@@ -219,24 +221,24 @@ def _unlearn(options: argparse.Namespace) -> None:
         checkpoint_dir=_checkpoint(options),
     )
     if distributed.is_main():
-        save_perta_adapter(options.output, lora_config, state_dict, report)
+        save_perta_adapter(options.output, lora_config, state_dict, provenance)
         remove_checkpoint(_checkpoint(options))
-        print(f"{report}\nIt is in {options.output}")
-        if report.calibration is not None:
-            found = Calibration.from_dict(report.calibration)
+        print(f"{provenance}\nIt is in {options.output}")
+        if provenance.calibration is not None:
+            found = Calibration.from_dict(provenance.calibration)
             draw_calibration(found, Path(options.output) / PICTURE_NAME)
             print(f"{found}\nIts curve is in {Path(options.output) / PICTURE_NAME}")
-        if options.report:
+        if options.html_report:
             add_adapter(model, lora_config, state_dict, "perta_unlearn")
             _draw(options, model, tokenizer, {name: found for name, found in rows.items() if found})
-            print(f"What it changed is in {Path(options.output) / PAGE_NAME}")
+            print(f"What it changed is in {Path(options.output) / HTML_REPORT_NAME}")
         print(f"Next: peft-perta verify {options.output} --base {options.model}, then stack it on the model")
     distributed.finish()
 
 
 def _draw(options: argparse.Namespace, model, tokenizer, rows: dict[str, list[dict]]) -> None:
     before = ["task"] if options.task_adapter else []
-    evidence = evidence_of_rows(
+    report_data = report_data_of_rows(
         model,
         tokenizer,
         rows,
@@ -246,7 +248,7 @@ def _draw(options: argparse.Namespace, model, tokenizer, rows: dict[str, list[di
         adapters=[*filter(None, [options.task_adapter]), options.output],
         commands=[options.line],
     )
-    write_page(evidence, Path(options.output) / PAGE_NAME)
+    write_html_report(report_data, Path(options.output) / HTML_REPORT_NAME)
 
 
 def _checkpoint(options: argparse.Namespace) -> str:
@@ -261,11 +263,11 @@ def _calibrate(options: argparse.Namespace) -> None:
             "unlearn": options.adapter,
             "task": options.task_adapter,
             "forget": options.forget_adapter,
-            "reference": options.reference_adapter,
+            "retain-only": options.retain_only_adapter,
         }
     )
-    report, _ = load_provenance(options.adapter)
-    if not isinstance(report, PerTAReport):
+    provenance, _ = load_provenance(options.adapter)
+    if not isinstance(provenance, PerTAProvenance):
         raise AdapterError(f"{options.adapter} was not made by unlearn; of fused adapters, calibrate the parts first")
     model, goal, samples = _searched(options, named)
     found = calibrate(
@@ -276,12 +278,12 @@ def _calibrate(options: argparse.Namespace) -> None:
         adapter_name="unlearn",
         with_adapters=["task"] if options.task_adapter else [],
         negated_adapter="forget" if options.forget_adapter else None,
-        reference=["reference"] if options.reference_adapter else None,
+        retain_only=["retain-only"] if options.retain_only_adapter else None,
     )
     lora_config, state_dict = read_adapter(options.adapter)
-    state_dict, report = scaled_adapter(state_dict, report, found.strength)
-    report = dataclasses.replace(report, calibration=found.to_dict())
-    save_perta_adapter(options.output, lora_config, state_dict, report)
+    state_dict, provenance = scaled_adapter(state_dict, provenance, found.strength)
+    provenance = dataclasses.replace(provenance, calibration=found.to_dict())
+    save_perta_adapter(options.output, lora_config, state_dict, provenance)
     draw_calibration(found, Path(options.output) / PICTURE_NAME)
     print(f"{found}\nThe adapter at that strength is in {options.output}, its curve in {PICTURE_NAME} there")
     print(f"Next: peft-perta verify {options.output} --base {options.model}")
@@ -292,17 +294,17 @@ def _checked(named: dict[str, str | None]) -> dict[str, str]:
     given = {name: directory for name, directory in named.items() if directory}
     for directory in given.values():
         check_adapter_files(directory)
-    check_distinct(directory for name, directory in given.items() if name not in ("forget", "reference"))
+    check_distinct(directory for name, directory in given.items() if name not in ("forget", "retain-only"))
     return given
 
 
 def _searched(options: argparse.Namespace, named: dict[str, str]) -> tuple[PeftModel, Goal, dict[str, list[Sample]]]:
     """The model with these adapters, the goal and the samples that a search for a strength takes."""
-    forget_loss = options.forget_loss
-    if options.reference_log:
-        forget_loss = forget_loss_of_log(options.reference_log)
-    if not options.reference_adapter:
-        Goal(forget_loss, options.retain_tolerance)
+    target_forget_loss = options.target_forget_loss
+    if options.retain_only_log:
+        target_forget_loss = forget_loss_of_log(options.retain_only_log)
+    if not options.retain_only_adapter:
+        Goal(target_forget_loss, options.retain_tolerance)
     rows = {name: read_rows(getattr(options, name)) for name in ("forget", "retain")}
     base, tokenizer = load_model(options)
     samples = {
@@ -310,16 +312,16 @@ def _searched(options: argparse.Namespace, named: dict[str, str]) -> tuple[PeftM
         for name, found in rows.items()
     }
     model = attach_adapters(base, named)
-    if options.reference_adapter:
-        forget_loss = float(losses_of(model, samples["forget"], adapters=["reference"]).double().mean())
-    return model, Goal(forget_loss, options.retain_tolerance), samples
+    if options.retain_only_adapter:
+        target_forget_loss = float(losses_of(model, samples["forget"], adapters=["retain-only"]).double().mean())
+    return model, Goal(target_forget_loss, options.retain_tolerance), samples
 
 
 def _extrapolate(options: argparse.Namespace) -> None:
     check_output(options.output, PROVENANCE_NAME)
     ways = {"unlearn": options.adapter, "start": options.start_adapter}
     if options.alpha != "auto":
-        goal = ("forget", "retain", "task_adapter", "forget_loss", "reference_log", "reference_adapter",
+        goal = ("forget", "retain", "task_adapter", "target_forget_loss", "retain_only_log", "retain_only_adapter",
                 "retain_tolerance")  # fmt: skip
         given = next((name for name in goal if getattr(options, name) is not None), None)
         if given:
@@ -333,16 +335,16 @@ def _extrapolate(options: argparse.Namespace) -> None:
         for name in ("forget", "retain"):
             if not getattr(options, name):
                 raise DataError(f"--{name}: expected a file of rows to judge by, found none; or give --alpha a number")
-        named = _checked({**ways, "task": options.task_adapter, "reference": options.reference_adapter})
+        named = _checked({**ways, "task": options.task_adapter, "retain-only": options.retain_only_adapter})
         model, goal, samples = _searched(options, named)
         searched = {"goal": goal, **samples, "with_adapters": ["task"] if options.task_adapter else []}
-    lora_config, state_dict, report = extrapolate_adapter(
+    lora_config, state_dict, provenance = extrapolate_adapter(
         model, "unlearn", options.alpha, start_adapter="start" if options.start_adapter else None, **searched
     )
-    save_perta_adapter(options.output, lora_config, state_dict, report)
-    if report.calibration is not None:
-        found = Calibration.from_dict(report.calibration)
+    save_perta_adapter(options.output, lora_config, state_dict, provenance)
+    if provenance.calibration is not None:
+        found = Calibration.from_dict(provenance.calibration)
         draw_calibration(found, Path(options.output) / PICTURE_NAME)
         print(f"{found}\nIts curve is in {Path(options.output) / PICTURE_NAME}")
-    print(f"{report}\nIt is in {options.output}")
+    print(f"{provenance}\nIt is in {options.output}")
     print(f"Next: peft-perta verify {options.output} --base {options.model}")

@@ -26,7 +26,7 @@ def draw_trade_off(
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
-    target = points["reference"]["forget"]
+    target = points["retain-only"]["forget"]
     for axes, split in zip(panels, ("retain", "general"), strict=True):
         axes.axvline(target, color="#bbbbbb", linestyle="--", linewidth=1, zorder=0)
         for (colour, line), (edit, curve) in zip(STYLES, curves.items(), strict=False):
@@ -40,7 +40,7 @@ def draw_trade_off(
                 linewidth=1.8,
                 label=labels.get(edit, edit),
             )
-        for name, marker in (("task", "s"), ("reference", "*")):
+        for name, marker in (("task", "s"), ("retain-only", "*")):
             axes.scatter(
                 points[name]["forget"],
                 points[name][split],
@@ -56,6 +56,6 @@ def draw_trade_off(
         axes.set_ylim(bottom=0)
     panels[0].set_ylabel("loss on rows to keep: lower is better")
     panels[0].legend(fontsize=9, frameon=False, loc="upper left")
-    panels[1].annotate("as the reference", (target, panels[1].get_ylim()[1]), fontsize=8, color="#777777", ha="right",
+    panels[1].annotate("as the retain-only model", (target, panels[1].get_ylim()[1]), fontsize=8, color="#777777", ha="right",
                        va="top", rotation=90, xytext=(-2, -4), textcoords="offset points")  # fmt: skip
     figure.savefig(path, dpi=130)

@@ -12,7 +12,7 @@ from ..adapters import add_adapter, extrapolate_adapter
 from ..data import load_samples
 from ..gradients import choose_plan
 from ..model import resolve_targets
-from ..perta import PerTAConfig, edit_copies, get_perta_state_dict, limits_of, reader_of, resolve_weighting
+from ..perta import PerTAConfig, collector_of, edit_copies, get_perta_state_dict, limits_of, resolve_weighting
 from ._method import Made, Setup
 
 Make = Callable[[Setup], Made]
@@ -34,7 +34,14 @@ def perta(**knobs) -> Make:
             samples = {name: load_samples(rows, setup.tokenizer, name=name) for name, rows in sets.items()}
             targets = resolve_targets(setup.model, "forget")
             cost = choose_plan(
-                setup.model, targets, samples, reader_of(own), limits_of(own), weighting.statistic, [], edit_copies(own)
+                setup.model,
+                targets,
+                samples,
+                collector_of(own),
+                limits_of(own),
+                weighting.statistic,
+                [],
+                edit_copies(own),
             ).cost
         lora_config, state_dict, _ = get_perta_state_dict(
             setup.model, own, *sets.values(), tokenizer=setup.tokenizer, show_progress_bar=False

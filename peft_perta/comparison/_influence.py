@@ -31,7 +31,7 @@ def llmeraser(setup: Setup) -> Made:
         show_progress_bar=False,
     )  # fmt: skip
     seen = min(CURVATURE_SAMPLES, len(rows))  # of each product, and of its diagonal's two passes
-    products = _PRODUCT * (result.report.iterations + 1) + 2
+    products = _PRODUCT * (result.provenance.iterations + 1) + 2
     losses = 3  # without the adapter, before and after
     cost = losses + (2 * len(setup.forget_rows) + products * seen) / len(rows)
     lora_config, state_dict, _ = result.difference()

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .methods import METHODS
-from .table import FULL, REFERENCE
+from .table import FULL, RETAIN_ONLY
 
 Result = Mapping[str, Any]
 
@@ -62,7 +62,7 @@ def draw_comparison(results: Sequence[Result], path: Path) -> None:
 
 
 def _draw(axes: Axes, results: Sequence[Result], split: str) -> None:
-    points = {r["method"]: r["losses"] for r in results if r["method"] in (FULL, REFERENCE)}
+    points = {r["method"]: r["losses"] for r in results if r["method"] in (FULL, RETAIN_ONLY)}
     start = points.get(FULL)
     names = dict.fromkeys(r["method"] for r in results if r["method"] not in points)
     curves = {name: mean_curve([r for r in results if r["method"] == name], start) for name in names}
@@ -87,12 +87,12 @@ def _draw(axes: Axes, results: Sequence[Result], split: str) -> None:
             zorder=order,
             label=label,
         )
-    for name, marker in ((FULL, "s"), (REFERENCE, "*")):
+    for name, marker in ((FULL, "s"), (RETAIN_ONLY, "*")):
         if name in points:
             axes.scatter(points[name]["forget"], points[name][split], marker=marker, s=130 if marker == "*" else 60,
                          color="black", zorder=4, label=name)  # fmt: skip
-    if REFERENCE in points:
-        axes.axvline(points[REFERENCE]["forget"], color="#bbbbbb", linestyle="--", linewidth=1, zorder=0)
+    if RETAIN_ONLY in points:
+        axes.axvline(points[RETAIN_ONLY]["forget"], color="#bbbbbb", linestyle="--", linewidth=1, zorder=0)
     _limit(axes, [curve for name, curve in curves.items() if name in HIGHLIGHTED], points, split)
     _name_ends(axes, {name: curve for name, curve in curves.items() if curve and _family(name) in NAMED}, split)
     axes.grid(alpha=0.25)
@@ -133,8 +133,8 @@ def _limit(axes: Axes, shown: Sequence[Sequence[Result]], points: Mapping[str, R
     highest = [max(p[split] for p in curve) for curve in shown if curve]
     furthest = [max(p["forget"] for p in curve) for curve in shown if curve]
     axes.set_ylim(0, 1.15 * max(highest) if highest else None)
-    if furthest and REFERENCE in points:
-        axes.set_xlim(0, 1.05 * max(*furthest, points[REFERENCE]["forget"]))
+    if furthest and RETAIN_ONLY in points:
+        axes.set_xlim(0, 1.05 * max(*furthest, points[RETAIN_ONLY]["forget"]))
 
 
 def mean_curve(results: Sequence[Result], start: Result | None) -> list[dict[str, float]]:

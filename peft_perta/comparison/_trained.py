@@ -17,7 +17,7 @@ from ..training import (
 from ._edits import Make
 from ._method import Made, Setup
 
-STEPS = 30  # on the shipped model about as far as the reference; SAGO, at 2e-3 (its steps are smaller)
+STEPS = 30  # on the shipped model about as far as the retain-only model; SAGO, at 2e-3 (its steps are smaller)
 
 
 _START = "perta_start"
@@ -66,7 +66,7 @@ def trained(start: Make | None = None, *, learning_rate: float = 1e-3, **knobs: 
 
 
 def _cost(setup: Setup, settings: UnlearningSettings) -> float:
-    """A forward and backward of each sample that a step takes, and a forward of the reference where a loss reads it."""
+    """A forward and backward of each sample that a step takes, and a forward of the retain-only model where a loss reads it."""
     losses = {"forget": FORGET_LOSSES[settings.forget_loss], "retain": RETAIN_LOSSES[settings.retain_loss]}
     rows = {"forget": setup.forget_rows, "retain": setup.retain_rows}
     once, spent = 0, 0.0

@@ -1,5 +1,5 @@
 """Train a forget adapter, weigh it, emit, stack, evaluate. Nothing is precomputed but the three shipped inputs: the
-base, the task adapter that knows too much, and the retain-only reference."""
+base, the task adapter that knows too much, and the retain-only model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LABELS = {
     "perta-grad": "PerTA-grad",
     "perta-fisher": "PerTA-fisher",
     "task": "full model",
-    "reference": "retain-only reference",
+    "retain-only": "retain-only model",
 }
 
 
@@ -105,7 +105,7 @@ def prepare(
         logging_strategy="no",
         seed=settings.seed,
     )
-    attach_adapters(model, {"task": assets / "task_adapter", "reference": assets / "retain_adapter"})
+    attach_adapters(model, {"task": assets / "task_adapter", "retain-only": assets / "retain_adapter"})
     return model, tokenizer, rows
 
 
@@ -137,13 +137,13 @@ def run_demo(output_dir: str | Path, *, four_bit: bool = False, settings: DemoSe
             lora_config, state_dict, _ = emitted[edit]
             add_adapter(model, lora_config, state_dict, edit)
 
-    print("3. find the strength at which each edit forgets as much as the retain-only reference never knew")
+    print("3. find the strength at which each edit forgets as much as the retain-only model never knew")
     samples = {name: [encode_row(row, tokenizer) for row in found] for name, found in judged_rows.items()}
     result.points = {
         name: {split: _mean(losses_of(model, samples[split], adapters=[name])) for split in SPLITS}
-        for name in ("task", "reference")
+        for name in ("task", "retain-only")
     }
-    target = result.points["reference"]["forget"]
+    target = result.points["retain-only"]["forget"]
     for edit in EDITS:
         with clock(f"strength curve of {LABELS[edit]}"):
             result.matches[edit] = match_forgetting(_forget_loss(model, samples["forget"], edit), target)
@@ -153,7 +153,7 @@ def run_demo(output_dir: str | Path, *, four_bit: bool = False, settings: DemoSe
     stacks = [("task", None, ["task"])]
     stacks += [(edit, 1.0, ["task", edit]) for edit in EDITS]
     stacks += [(edit, result.matches[edit].strength, ["task", edit]) for edit in EDITS]
-    stacks += [("reference", None, ["reference"])]
+    stacks += [("retain-only", None, ["retain-only"])]
     with clock("evaluate"):
         for name, strength, adapters in stacks:
             scores = _evaluate(model, tokenizer, judged_rows, adapters, name, strength, settings)
@@ -192,7 +192,7 @@ def format_table(result: DemoResult) -> str:
     lines.append(
         "truth: on forget rows 1 means that truth and falsehood look alike; elsewhere higher means that "
         "truth is preferred.\n"
-        "Edits appear at strength 1, and at matched forgetting: where their forget loss meets the reference's."
+        "Edits appear at strength 1, and at matched forgetting: where their forget loss meets the retain-only model's."
     )
     return "\n".join(lines)
 

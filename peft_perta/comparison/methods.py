@@ -23,7 +23,7 @@ _PAPER = {"granularity": "delta", "input_directions": False}
 _WIDE = {"rank": SERVABLE_RANKS[-1]}
 
 
-_NPO = {"forget_loss": "npo", "beta": 0.03}  # at 0.1 it levels off before the reference's forget loss
+_NPO = {"forget_loss": "npo", "beta": 0.03}  # at 0.1 it levels off before the retain-only model's forget loss
 
 
 _RMU = {"forget_loss": "rmu", "retain_loss": "embed-diff", "retain_weight": 30.0}
@@ -128,7 +128,7 @@ METHODS: dict[str, Method] = {
         needs_forget_adapter=False,
     ),
     "simnpo": Method(
-        "trained: the same without a reference, per token",
+        "trained: the same without a retain-only model, per token",
         trained(forget_loss="simnpo", combiner="sum"),
         "trained",
         needs_forget_adapter=False,

@@ -31,8 +31,8 @@ from ..evaluation import (
     exact_memorization,
     losses_of,
     match_forgetting,
-    read_completions,
     run_attacks,
+    score_completions,
     summary,
 )
 from ..model import adapter_strength, hash_file
@@ -41,7 +41,7 @@ from ._picture import draw_comparison
 from .demo import ASSETS, SPLITS, DemoSettings, prepare
 from .methods import METHODS
 from .settings import MEASURES, SELECTION, ComparisonSettings
-from .table import FULL, REFERENCE, format_table
+from .table import FULL, RETAIN_ONLY, format_table
 
 CONFIG_NAME, RESULTS_NAME, TABLE_NAME, PICTURE_NAME = "config.json", "results.jsonl", "table.md", "trade_off.png"
 
@@ -49,7 +49,7 @@ CONFIG_NAME, RESULTS_NAME, TABLE_NAME, PICTURE_NAME = "config.json", "results.js
 ROWS_OF_AUTHOR = 20
 
 
-BASELINES = {FULL: "task", REFERENCE: "reference"}
+BASELINES = {FULL: "task", RETAIN_ONLY: "retain-only"}
 
 
 _MADE = "perta_compared"  # the adapter that is judged
@@ -96,21 +96,21 @@ def run_comparison(
         (authors, seed): [name for name in settings.methods if (name, authors, seed) not in results]
         for authors, seed in setups
     }
-    references: dict[int, Log] = {}
+    retain_only_logs: dict[int, Log] = {}
     bar = tqdm(total=sum(map(len, missing.values())), desc="methods", unit="run", disable=not show_progress_bar)
     with bar:
         for (authors, seed), names in missing.items():
             if not names:
                 continue
             bench = _Bench(settings, assets, suite, authors, seed)
-            if authors not in references:
-                references[authors] = bench.log_of(_Stack([BASELINES[REFERENCE]]))
+            if authors not in retain_only_logs:
+                retain_only_logs[authors] = bench.log_of(_Stack([BASELINES[RETAIN_ONLY]]))
             for name in BASELINES:
                 if (name, authors, None) not in results:
-                    _keep(results, bench.baseline(name, references[authors]), directory)
+                    _keep(results, bench.baseline(name, retain_only_logs[authors]), directory)
             for name in names:
                 bar.set_postfix_str(f"{name}, {authors} authors, seed {seed}")
-                _keep(results, bench.run(name, references[authors]), directory)
+                _keep(results, bench.run(name, retain_only_logs[authors]), directory)
                 bar.update()
     found = list(results.values())
     write_file(directory / TABLE_NAME, format_table(found) + "\n")
@@ -160,8 +160,8 @@ class _Bench:
         ]
         # A forward and backward of a LoRA, each epoch, over the forget set alone.
         self.forward_equivalents = 2 * epochs * tokens[0] / sum(tokens)
-        full, reference = (_Stack([adapter]) for adapter in ("task", "reference"))
-        self.forgotten_by_full, self.target = (self.forgotten(stack) for stack in (full, reference))
+        full, retain_only = (_Stack([adapter]) for adapter in ("task", "retain-only"))
+        self.forgotten_by_full, self.target = (self.forgotten(stack) for stack in (full, retain_only))
 
     def losses(self, stack: _Stack, splits: Sequence[str] = SPLITS) -> dict[str, float]:
         """Mean loss of the judged rows of each split, nats per token."""
@@ -177,12 +177,12 @@ class _Bench:
             return self.losses(stack, ("forget",))["forget"]
         subject = Subject(self.model, self.tokenizer, stack.adapters, show_progress_bar=False)
         with adapter_strength(self.model, stack.adapters[-1], stack.strength):
-            readings = read_completions(subject, self.rows["forget"])
+            readings = score_completions(subject, self.rows["forget"])
         shares = [exact_memorization(reading.tokens.hits) for reading in readings]
         return 1 - statistics.fmean(share for share in shares if share is not None)
 
     def log_of(self, stack: _Stack) -> Log:
-        """The suite's log, measured against no reference."""
+        """The suite's log, measured against no retain-only model."""
         with adapter_strength(self.model, stack.adapters[-1], stack.strength):
             return evaluate(
                 self.model,
@@ -194,12 +194,12 @@ class _Bench:
                 show_progress_bar=False,
             )["tofu"]
 
-    def judge(self, stack: _Stack, reference: Log, log: Log | None = None) -> dict[str, Any]:
-        """Losses, the suite's metrics against the reference's log, and what attacks bring back: a part of a result."""
+    def judge(self, stack: _Stack, retain_only: Log, log: Log | None = None) -> dict[str, Any]:
+        """Losses, the suite's metrics against the retain-only model's log, and what attacks bring back: a part of a result."""
         log = log or self.log_of(stack)
         return {
             "losses": self.losses(stack),
-            "scores": summary(aggregate(log, reference)),
+            "scores": summary(aggregate(log, retain_only)),
             "attacks": self._attacked(stack) if self.settings.attacks else [],
         }
 
@@ -216,12 +216,12 @@ class _Bench:
             found = run_attacks(victims, self.settings.attacks, settings)
         return [{"attack": r.attack, "setting": r.setting, **r.unlearned} for r in found]
 
-    def baseline(self, name: str, reference: Log) -> dict[str, Any]:
-        log = reference if name == REFERENCE else None
-        judged = self.judge(_Stack([BASELINES[name]]), reference, log)
+    def baseline(self, name: str, retain_only: Log) -> dict[str, Any]:
+        log = retain_only if name == RETAIN_ONLY else None
+        judged = self.judge(_Stack([BASELINES[name]]), retain_only, log)
         return {"method": name, "authors": self.authors, "seed": None, **judged}
 
-    def run(self, name: str, reference: Log) -> dict[str, Any]:
+    def run(self, name: str, retain_only: Log) -> dict[str, Any]:
         """The result of one method; where it cannot be matched, ``failure`` says why, and nothing is judged."""
         method = METHODS[name]
         result: dict[str, Any] = {
@@ -253,7 +253,7 @@ class _Bench:
             result["strength"] = None if result["failure"] else strength
             with _timed(seconds, "judge"):
                 if result["failure"] is None:
-                    result |= self.judge(replace(stack, strength=strength), reference)
+                    result |= self.judge(replace(stack, strength=strength), retain_only)
                 result["curve"] = list(self._curve(stack, strength, {1.0: result.get("losses")}))
         finally:
             self.model.delete_adapter(_MADE)

@@ -35,7 +35,7 @@ class ComparisonSettings:
         authors: how many of the forget authors must go, counted from the last (as TOFU's forget01 ends forget10).
         rank, epochs, learning_rate, batch_size: of the forget adapter.
         least_steps: epochs are added until it has trained for as many updates: few authors make short epochs.
-        matched: what is brought to the reference's: the mean ``loss`` of the forget rows, or the share of their tokens
+        matched: what is brought to the retain-only model's: the mean ``loss`` of the forget rows, or the share of their tokens
             that are no longer the model's ``first-choice``. A few very unlikely tokens can make a mean; they make no
             share.
         weight_samples: of the retain set, that may give gradients; the judged rows are others.

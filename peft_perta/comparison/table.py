@@ -9,7 +9,7 @@ from typing import Any
 
 from .settings import MEASURES
 
-FULL, REFERENCE = "full model", "retain-only reference"
+FULL, RETAIN_ONLY = "full model", "retain-only model"
 
 
 Result = Mapping[str, Any]
@@ -30,13 +30,13 @@ def format_table(results: Sequence[Result]) -> str:
 def _section(authors: int, results: Sequence[Result]) -> str:
     by_method = {name: [r for r in results if r["method"] == name] for name in _ordered(results)}
     seeds = len({r["seed"] for r in results if r["seed"] is not None})
-    made = {name: found for name, found in by_method.items() if name not in (FULL, REFERENCE)}
+    made = {name: found for name, found in by_method.items() if name not in (FULL, RETAIN_ONLY)}
     measure = MEASURES[next((r["matched"] for r in results if "matched" in r), "loss")]
     parts = [
         f"### {_counted(authors, 'forget author')}, {_counted(seeds, 'seed')}",
         f"At matched forgetting ({measure}): what is kept (loss in nats per token: lower is better).",
         _markdown(by_method, _KEPT),
-        "At matched forgetting: what is left of the forget set (as near to the reference as can be is best).",
+        "At matched forgetting: what is left of the forget set (as near to the retain-only model as can be is best).",
         _markdown(by_method, _LEFT),
         "What it cost (with the forget adapter's training where a method needs one).",
         _markdown(made, _COST),
@@ -53,7 +53,7 @@ def _section(authors: int, results: Sequence[Result]) -> str:
 
 def _ordered(results: Sequence[Result]) -> list[str]:
     names = list(dict.fromkeys(r["method"] for r in results))
-    return sorted(names, key=lambda name: {FULL: 0, REFERENCE: 1}.get(name, 2))
+    return sorted(names, key=lambda name: {FULL: 0, RETAIN_ONLY: 1}.get(name, 2))
 
 
 def _markdown(by_method: Mapping[str, Sequence[Result]], columns: Sequence[Column]) -> str:
@@ -108,7 +108,7 @@ def _attack_columns(results: Sequence[Result]) -> list[Column]:
     tried = [attack for result in results for attack in result.get("attacks", ())]
     measures = {(a["attack"], a["setting"]): "loss" if "loss" in a else "rouge_l_recall" for a in tried}
 
-    def reader(attack: str, setting: str, measure: str) -> Callable[[Result], float | None]:
+    def collector(attack: str, setting: str, measure: str) -> Callable[[Result], float | None]:
         def read(result: Result) -> float | None:
             tried = result.get("attacks", ())
             return next((a[measure] for a in tried if (a["attack"], a["setting"]) == (attack, setting)), None)
@@ -117,7 +117,7 @@ def _attack_columns(results: Sequence[Result]) -> list[Column]:
 
     names = {"loss": "", "rouge_l_recall": " (ROUGE-L)"}
     return [
-        (f"{attack}: {setting}{names[measure]}", reader(attack, setting, measure), _three)
+        (f"{attack}: {setting}{names[measure]}", collector(attack, setting, measure), _three)
         for (attack, setting), measure in measures.items()
     ]
 

@@ -32,22 +32,22 @@ class Goal:
     """What a strength must reach: just one of the two.
 
     Attributes:
-        forget_loss: the mean loss on the forget rows, for instance that of a model that never saw them.
+        target_forget_loss: the mean loss on the forget rows, for instance that of a model that never saw them.
         retain_tolerance: how far the mean loss on the retain rows may rise, nats per token, for the most forgetting.
 
     Raises:
         ConfigError: none or both are given, or a value is not finite and above 0.
     """
 
-    forget_loss: float | None = None
+    target_forget_loss: float | None = None
     retain_tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        given = [value for value in (self.forget_loss, self.retain_tolerance) if value is not None]
+        given = [value for value in (self.target_forget_loss, self.retain_tolerance) if value is not None]
         if len(given) != 1 or not (isinstance(given[0], (int, float)) and 0 < given[0] < math.inf):
             raise ConfigError(
                 "a goal is either a forget loss or a retain tolerance, finite and above 0; found "
-                f"forget_loss={self.forget_loss!r}, retain_tolerance={self.retain_tolerance!r}"
+                f"target_forget_loss={self.target_forget_loss!r}, retain_tolerance={self.retain_tolerance!r}"
             )
 
 
@@ -71,13 +71,13 @@ class Calibration:
     losses: dict[str, float]
     points: list[dict[str, float]]
     negation: list[dict[str, float]] = field(default_factory=list)
-    reference: dict[str, float] | None = None
+    retain_only: dict[str, float] | None = None
 
     @property
     def reached(self) -> bool:
         """Whether the goal was met within ``TOLERANCE`` of its target; below a limit on the retain loss, it is met as
         well where going further was seen to forget no more."""
-        if self.goal["forget_loss"] is not None:
+        if self.goal["target_forget_loss"] is not None:
             return abs(self.losses["forget"] - self.target) <= TOLERANCE * self.target
         topped = any(
             point["strength"] > self.strength
@@ -97,7 +97,7 @@ class Calibration:
     def __str__(self) -> str:
         what = (
             f"a forget loss of {self.target:.3f}"
-            if self.goal["forget_loss"] is not None
+            if self.goal["target_forget_loss"] is not None
             else f"the most forgetting at a retain loss of at most {self.target:.3f}"
         )
         return (
@@ -118,7 +118,7 @@ def calibrate(
     start_adapter: str | None = None,
     with_adapters: Sequence[str] = (),
     negated_adapter: str | None = None,
-    reference: Sequence[str] | None = None,
+    retain_only: Sequence[str] | None = None,
     batch_size: int = 32,
     show_progress_bar: bool = True,
 ) -> Calibration:
@@ -165,8 +165,8 @@ def calibrate(
         return points[strength]
 
     with bar:
-        if goal.forget_loss is not None:
-            target = goal.forget_loss
+        if goal.target_forget_loss is not None:
+            target = goal.target_forget_loss
             strength = match_forgetting(
                 lambda s: at(s)["forget"], target, tolerance=TOLERANCE / 2, max_evaluations=MAX_EVALUATIONS
             ).strength
@@ -192,7 +192,7 @@ def calibrate(
         losses=points[strength],
         points=[{"strength": s, **points[s]} for s in sorted(points)],
         negation=negation,
-        reference=losses(reference) if reference is not None else None,
+        retain_only=losses(retain_only) if retain_only is not None else None,
     )
 
 

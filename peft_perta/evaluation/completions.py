@@ -13,12 +13,12 @@ from tqdm.auto import tqdm
 
 from ..data import Sample, batches, encode_row
 from ..errors import DataError, NumericalError
-from ..model import TokenScores, base_model, borrowed, sample_losses, token_scores
+from ..model import TokenScores, base_model, preserved, sample_losses, token_scores
 from .subject import Subject
 
 
 @dataclass(frozen=True)
-class Reading:
+class ScoredCompletion:
     """One row, read: its completion's mean token loss (nats, with the token that closes it), and every token of the
     completion but that last one, scored."""
 
@@ -26,7 +26,7 @@ class Reading:
     tokens: TokenScores
 
 
-def read_completions(subject: Subject, rows: Sequence[Mapping], name: str = "rows") -> list[Reading]:
+def score_completions(subject: Subject, rows: Sequence[Mapping], name: str = "rows") -> list[ScoredCompletion]:
     """A reading of each row's completion, in the order of the rows; the model goes back as it came.
 
     Raises:
@@ -35,9 +35,9 @@ def read_completions(subject: Subject, rows: Sequence[Mapping], name: str = "row
     """
     samples = subject.encode(rows, name)
     device = base_model(subject.model).get_input_embeddings().weight.device  # type: ignore[operator]
-    readings: dict[int, Reading] = {}
+    readings: dict[int, ScoredCompletion] = {}
     bar = tqdm(total=len(samples), desc=name, unit="row", disable=not subject.show_progress_bar, leave=False)
-    with bar, borrowed(subject.model, subject.adapters), torch.no_grad():
+    with bar, preserved(subject.model, subject.adapters), torch.no_grad():
         for batch in batches(samples, subject.batch_size):
             for index, scores in zip(batch.indices, token_scores(subject.model, batch.to(device)), strict=True):
                 loss = -float(scores.log_probabilities.mean())
@@ -48,7 +48,7 @@ def read_completions(subject: Subject, rows: Sequence[Mapping], name: str = "row
                     )
                 kept = len(scores.log_probabilities) - 1
                 whole = (scores.log_probabilities, scores.standardised, scores.hits)
-                readings[index] = Reading(loss, TokenScores(*(part[:kept] for part in whole)))
+                readings[index] = ScoredCompletion(loss, TokenScores(*(part[:kept] for part in whole)))
             bar.update(len(batch.indices))
     return [readings[index] for index in range(len(samples))]
 
@@ -78,7 +78,7 @@ def losses_of(
         raise DataError("expected at least one row to evaluate on, found none")
     device = base_model(model).get_input_embeddings().weight.device  # type: ignore[operator]
     losses = torch.empty(len(samples))
-    with borrowed(model, adapters), torch.no_grad():
+    with preserved(model, adapters), torch.no_grad():
         for batch in batches(samples, batch_size):
             losses[batch.indices] = sample_losses(model, batch.to(device)).float().cpu()
     return losses

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..data import encode_prompt
 from ..errors import DataError
-from ..model import base_model, borrowed
+from ..model import base_model, preserved
 
 
 def generate(
@@ -57,7 +57,7 @@ def generate(
     ends = [tokenizer.eos_token_id, getattr(base.generation_config, "eos_token_id", None)]
     ends = sorted({i for found in ends if found is not None for i in (found if isinstance(found, list) else [found])})
     bar = tqdm(total=len(prompts), desc=progress, unit="row", disable=progress is None, leave=False)
-    with bar, borrowed(model, adapters), torch.no_grad():
+    with bar, preserved(model, adapters), torch.no_grad():
         torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]

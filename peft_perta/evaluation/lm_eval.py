@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..model import base_model, borrowed, remembered
+from ..model import base_model, preserved, snapshot
 from .subject import Subject
 
 REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
@@ -55,11 +55,11 @@ def general_benchmarks(
     if include_path is not None and not Path(include_path).is_dir():
         raise ConfigError(f"expected a directory of task files at {include_path}, found none; check the path")
     model: Any = base_model(subject.model)  # with its adapters: lm-eval needs transformers' model, not PEFT's
-    put_back = remembered(subject.model)  # lm-eval seeds every random state
+    put_back = snapshot(subject.model)  # lm-eval seeds every random state
     try:
         manager = _manager(task_files.TaskManager, tasks, include_path)
         loaded = _load(manager, tasks)
-        with borrowed(subject.model, subject.adapters):
+        with preserved(subject.model, subject.adapters):
             # How the model stands is the borrower's to say: HFLM would turn every layer to eval mode, where 4-bit
             # weights are repacked on the CPU, and tie the weights of layers that adapters wrap.
             model.eval = lambda: model

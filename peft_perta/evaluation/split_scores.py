@@ -54,7 +54,7 @@ def evaluate_split(
 
     Args:
         is_forget: which of the two truth scores is taken.
-        adapters: as for ``borrowed``; the model goes back as it came.
+        adapters: as for ``preserved``; the model goes back as it came.
         generated: how many rows, from the first, are answered greedily for ROUGE-L.
 
     Raises:

@@ -6,8 +6,8 @@ Imports from: errors, data, model.
 from .blocks import find_blocks
 from .checkpoint import Checkpoint, remove_checkpoint
 from .engine import Limits, choose_plan, gather
-from .gradient_sums import MOMENT, Outer, Statistic, StatisticName
-from .input_moments import Energies, InputMoments, Reader, Readers
+from .gradient_sums import MOMENT, GradientSums, Outer, StatisticName
+from .input_moments import Collector, Collectors, Energies, InputMoments
 from .job import Job, check_losses, progress
 from .modes.grouped import sweep
 from .plan import Plan
@@ -15,15 +15,15 @@ from .plan import Plan
 __all__ = [
     "MOMENT",
     "Checkpoint",
+    "Collector",
+    "Collectors",
     "Energies",
+    "GradientSums",
     "InputMoments",
     "Job",
     "Limits",
     "Outer",
     "Plan",
-    "Reader",
-    "Readers",
-    "Statistic",
     "StatisticName",
     "check_losses",
     "choose_plan",

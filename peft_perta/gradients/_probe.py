@@ -15,11 +15,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from ..data import Sample, batches
-from ..model import HOST, Target, borrowed, input_device, sample_losses
+from ..model import HOST, Target, input_device, preserved, sample_losses
 from ._taps import Taps
 from .blocks import Chain, at_each_block, find_blocks, first_tensor
 from .gradient_sums import MOMENT, StatisticName
-from .input_moments import Reader
+from .input_moments import Collector
 from .plan import LayerCost, Measured
 
 _TRANSIENT = 3  # gradients of the largest tensor kept, beside it
@@ -35,7 +35,7 @@ def measure(
     model: nn.Module,
     targets: Sequence[Target],
     sets: Mapping[str, list[Sample]],
-    reader: Reader,
+    collector: Collector,
     statistic: StatisticName,
     adapters: Sequence[str],
     batch_size: int,
@@ -87,7 +87,7 @@ def measure(
 
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     leaves = [m for m in model.modules() if m is not embeddings and (id(m) in tapped or _owns_weight(m))]
-    with borrowed(model, adapters), torch.enable_grad(), Taps(targets, reader, statistic):
+    with preserved(model, adapters), torch.enable_grad(), Taps(targets, collector, statistic):
         handles = [module.register_forward_pre_hook(on_module) for module in leaves]
         try:
             with (
@@ -104,7 +104,7 @@ def measure(
         LayerCost(
             name=target.name,
             pool=str(target.A.device),
-            statistic=bytes_of * sum(map(math.prod, reader.shapes(target).values())),
+            statistic=bytes_of * sum(map(math.prod, collector.shapes(target).values())),
             size=target.A.shape[1] * len(target.B),
             after=ran - after.get(id(target.base_layer), 0),
             block=members.get(id(target.base_layer)),
@@ -115,7 +115,7 @@ def measure(
     by_place = count.by_place()
     pools = list(dict.fromkeys([str(input_device(model)), *(str(t.A.device) for t in targets), *count.pools]))
     # Moments are of masked copies of the inputs; the heap keeps one that was freed beside the next.
-    copies = 4 if any(key.startswith(MOMENT) for target in targets for key in reader.shapes(target)) else 0
+    copies = 4 if any(key.startswith(MOMENT) for target in targets for key in collector.shapes(target)) else 0
     masked = {pool: copies * largest_input.get(pool, 0) for pool in pools}
     return Measured(
         layers=tuple(layers),
@@ -129,7 +129,7 @@ def measure(
         blocks=len(blocks) if _in_sequence(blocks, order) else 0,
         samples=len(everything),
         tokens=tokens,
-        formed=sum(math.prod(shape) for target in targets for shape in reader.shapes(target).values()),
+        formed=sum(math.prod(shape) for target in targets for shape in collector.shapes(target).values()),
         one_at_a_time=statistic == "squares" and (flat_inputs or any(target.parameter for target in targets)),
         arguments=arguments * len(everything),
         fixed={
@@ -162,7 +162,7 @@ def why_no_chain(model: nn.Module, sets: Mapping[str, list[Sample]], adapters: S
             return (entered[0], *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": entered[0]}
 
-    with borrowed(model, adapters), torch.enable_grad():
+    with preserved(model, adapters), torch.enable_grad():
         # An offloaded model's weights would otherwise all stay on the GPU for the length of the graph.
         with at_each_block(blocks, before), torch.autograd.graph.save_on_cpu() if offloaded else nullcontext():
             sample_losses(model, batch).sum().backward()

@@ -23,8 +23,8 @@ from torch.nn.utils import parametrize
 
 from ..errors import NumericalError, UnsupportedLayerError
 from ..model import Target, distributed
-from .gradient_sums import Place, Statistic, StatisticName
-from .input_moments import Reader
+from .gradient_sums import GradientSums, Place, StatisticName
+from .input_moments import Collector
 
 Sink = Callable[[Tensor, Tensor], None]
 
@@ -71,11 +71,11 @@ class Taps:
     """
 
     def __init__(
-        self, targets: Sequence[Target], reader: Reader, statistic: StatisticName, place: Place = "device"
+        self, targets: Sequence[Target], collector: Collector, statistic: StatisticName, place: Place = "device"
     ) -> None:
-        self.statistics = {target.name: Statistic(statistic, place) for target in targets}
+        self.statistics = {target.name: GradientSums(statistic, place) for target in targets}
         self.batch_samples = 0
-        self._reader = reader
+        self._collector = collector
         self._by_hook: dict[tuple[nn.Module, str | None], list[Target]] = {}
         for target in targets:
             self._by_hook.setdefault((target.base_layer, target.parameter), []).append(target)
@@ -105,7 +105,7 @@ class Taps:
         for targets in self._by_hook.values():
             for target in targets:
                 statistic = self.statistics[target.name]
-                for key, shape in self._reader.shapes(target).items():
+                for key, shape in self._collector.shapes(target).items():
                     if key not in statistic.sums:  # this process had no batch
                         statistic.sums[key] = torch.zeros(shape, dtype=target.A.dtype, device=target.A.device)
                     distributed.add_up(statistic.sums[key])
@@ -201,5 +201,5 @@ class Taps:
         self._handles.callback(setattr, module, "_old_forward", forward)
 
     def _add(self, target: Target, layer_input: Tensor, output_gradient: Tensor | None) -> None:
-        gradients = self._reader.gradient(target, layer_input, output_gradient)
+        gradients = self._collector.gradient(target, layer_input, output_gradient)
         self.statistics[target.name].add(gradients, self.batch_samples)

@@ -21,8 +21,8 @@ from ..model import Target, budgets, distributed, held_to, taken
 from ._probe import measure, why_no_chain
 from .checkpoint import Checkpoint
 from .gradient_sums import StatisticName
-from .input_moments import Reader
-from .job import Job, SetStatistics
+from .input_moments import Collector
+from .job import Job, SetSums
 from .modes import MODES
 from .plan import Plan, make_plan
 
@@ -46,7 +46,7 @@ def choose_plan(
     model: nn.Module,
     targets: Sequence[Target],
     sets: Mapping[str, list[Sample]],
-    reader: Reader,
+    collector: Collector,
     limits: Limits,
     statistic: StatisticName,
     adapters: list[str],
@@ -64,7 +64,7 @@ def choose_plan(
         if kept is not None and kept[1]["limits"] == memory:
             plan = Plan.from_dict(kept[1]["plan"])
         else:
-            plan = _new_plan(model, targets, sets, reader, limits, statistic, adapters, edit_copies)
+            plan = _new_plan(model, targets, sets, collector, limits, statistic, adapters, edit_copies)
     plan = distributed.from_main(plan)
     if checkpoint is not None:
         with distributed.failing_together():
@@ -76,13 +76,13 @@ def _new_plan(
     model: nn.Module,
     targets: Sequence[Target],
     sets: Mapping[str, list[Sample]],
-    reader: Reader,
+    collector: Collector,
     limits: Limits,
     statistic: StatisticName,
     adapters: list[str],
     edit_copies: int,
 ) -> Plan:
-    measured = measure(model, targets, sets, reader, statistic, adapters, limits.batch_size, edit_copies)
+    measured = measure(model, targets, sets, collector, statistic, adapters, limits.batch_size, edit_copies)
     measured = dataclasses.replace(  # each process keeps the inputs of its own batches
         measured,
         block_input=measured.block_input // distributed.count(),
@@ -100,7 +100,7 @@ def _new_plan(
     return plan
 
 
-def gather(job: Job, sets: dict[str, list[Sample]]) -> Generator[tuple[list[Target], SetStatistics], None, None]:
+def gather(job: Job, sets: dict[str, list[Sample]]) -> Generator[tuple[list[Target], SetSums], None, None]:
     """Run the job: (targets, set name -> layer name -> statistic) of each group; every target is in one group.
 
     Out of memory: the micro-batch is halved, and what is not done yet is done with that. The model goes back as it

@@ -49,7 +49,7 @@ class Outer:
 
 
 @dataclass
-class Statistic:
+class GradientSums:
     """One layer's gradients over one data set.
 
     ``mean`` sums gradients, ``squares`` sums squared per-sample gradients (the diagonal of the empirical Fisher). They
@@ -104,9 +104,9 @@ class Statistic:
             return {key: (total / self.samples).sqrt_() for key, total in gradients.items()}
         return {key: (total / self.samples).abs_() for key, total in gradients.items()}
 
-    def only(self, keys: Collection[str]) -> Statistic:
+    def only(self, keys: Collection[str]) -> GradientSums:
         """The same sums, of some keys."""
-        return Statistic(self.name, self.place, {k: self.sums[k] for k in keys if k in self.sums}, self.samples)
+        return GradientSums(self.name, self.place, {k: self.sums[k] for k in keys if k in self.sums}, self.samples)
 
     def moments(self) -> dict[str, Tensor]:
         """Sums of second moments, by what they are moments of."""

@@ -12,7 +12,7 @@ from ..model import Target
 from .gradient_sums import MOMENT, Outer
 
 
-class Reader(Protocol):
+class Collector(Protocol):
     """What is kept of a layer's forward and backward, and in which shapes."""
 
     def gradient(self, target: Target, layer_input: Tensor, output_gradient: Tensor | None) -> dict[str, Outer]:
@@ -24,22 +24,22 @@ class Reader(Protocol):
         ...
 
 
-class Readers:
+class Collectors:
     """Several readers as one; what two of them ask for is kept once."""
 
-    def __init__(self, readers: Sequence[Reader]) -> None:
-        self.readers = tuple(readers)
+    def __init__(self, collectors: Sequence[Collector]) -> None:
+        self.collectors = tuple(collectors)
 
     def gradient(self, target: Target, layer_input: Tensor, output_gradient: Tensor | None) -> dict[str, Outer]:
         found: dict[str, Outer] = {}
-        for reader in self.readers:
-            found |= reader.gradient(target, layer_input, output_gradient)
+        for collector in self.collectors:
+            found |= collector.gradient(target, layer_input, output_gradient)
         return found
 
     def shapes(self, target: Target) -> dict[str, tuple[int, int]]:
         found: dict[str, tuple[int, int]] = {}
-        for reader in self.readers:
-            found |= reader.shapes(target)
+        for collector in self.collectors:
+            found |= collector.shapes(target)
         return found
 
 

@@ -14,14 +14,14 @@ from ..data import Batch
 from ..errors import NumericalError
 from ..model import Target, distributed
 from .checkpoint import Checkpoint
-from .gradient_sums import Statistic, StatisticName
-from .input_moments import Reader
+from .gradient_sums import GradientSums, StatisticName
+from .input_moments import Collector
 from .plan import Plan
 
 Advance = Callable[[int], None]  # by so many samples
 
 
-SetStatistics = dict[str, dict[str, Statistic]]  # set name -> layer name -> statistic
+SetSums = dict[str, dict[str, GradientSums]]  # set name -> layer name -> statistic
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Job:
 
     model: nn.Module
     targets: Mapping[str, Target]
-    reader: Reader
+    collector: Collector
     statistic: StatisticName
     adapters: list[str]
     plan: Plan
@@ -46,7 +46,7 @@ class Job:
     checkpoint: Checkpoint | None = None
     show_progress_bar: bool = True
 
-    def save_statistics(self, group: list[Target], set_name: str, found: Mapping[str, Statistic]) -> None:
+    def save_statistics(self, group: list[Target], set_name: str, found: Mapping[str, GradientSums]) -> None:
         """Keep one set's sums of a group, for a run that is cut off before the other set's are in."""
         if self.checkpoint is not None:
             record = {"layers": [t.name for t in group], "samples": next(iter(found.values())).samples}
@@ -54,7 +54,7 @@ class Job:
             with distributed.failing_together():
                 self.checkpoint.save(f"sums-{set_name}", tensors, record)
 
-    def load_statistics(self, group: list[Target], set_name: str) -> dict[str, Statistic] | None:
+    def load_statistics(self, group: list[Target], set_name: str) -> dict[str, GradientSums] | None:
         """The sums that an earlier run kept of just this group, or None.
 
         Of several processes only the main one, which also writes and deletes the file, reads it.
@@ -71,7 +71,7 @@ class Job:
         if kept is None:
             return None
         samples, described = kept
-        found = {target.name: Statistic(self.statistic, samples=samples) for target in group}
+        found = {target.name: GradientSums(self.statistic, samples=samples) for target in group}
         for key, (shape, dtype) in described.items():
             name, _, part = key.rpartition("|")
             total = tensors[key] if key in tensors else torch.zeros(shape, dtype=dtype)

@@ -4,7 +4,7 @@ Imports from: ...
 """
 
 from .calibration_picture import PICTURE_NAME, draw_calibration
-from .page import write_page
-from .report_data import evidence_of_logs, evidence_of_rows
+from .page import write_html_report
+from .report_data import report_data_of_logs, report_data_of_rows
 
-__all__ = ["PICTURE_NAME", "draw_calibration", "evidence_of_logs", "evidence_of_rows", "write_page"]
+__all__ = ["PICTURE_NAME", "draw_calibration", "report_data_of_logs", "report_data_of_rows", "write_html_report"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from ._contents import Evidence
+from ._contents import ReportData
 from ._markup import Markup, element, join
 from ._parts import absent, section
 
@@ -21,15 +21,15 @@ _SPLITS = {
 }
 
 
-_ANSWERS = {"expected": "true answer", "before": "before", "after": "after", "reference": "reference"}
+_ANSWERS = {"expected": "true answer", "before": "before", "after": "after", "retain-only": "retain-only"}
 
 
 Row = dict[str, str]
 
 
-def generations_section(evidence: Evidence, how: str) -> Markup:
+def generations_section(report_data: ReportData, how: str) -> Markup:
     heading = "What the model says"
-    given = {split: rows for split, rows in evidence.generations.items() if rows}
+    given = {split: rows for split, rows in report_data.generations.items() if rows}
     lacking = [split for split in _SPLITS if split not in given]
     missing = absent(f"No answers to {' or '.join(lacking)} rows were generated.", how) if lacking else Markup()
     if not given:
@@ -62,7 +62,7 @@ def _split(split: str, rows: list[Row], common: set[str] | None) -> Markup:
     if common is not None:
         intro.append(element(
             "p", "Words of the true answer are ", element("mark", "marked"), " where they come back, but for those "
-            "that the question, the reference or several rows to keep have too. A fact can also come back in other "
+            "that the question, the retain-only model or several rows to keep have too. A fact can also come back in other "
             "words: read, do not count.",
         ))  # fmt: skip
     items = [_answers(row, _telling(row, common)) for row in shown]
@@ -72,7 +72,7 @@ def _split(split: str, rows: list[Row], common: set[str] | None) -> Markup:
 def _telling(row: Row, common: set[str] | None) -> set[str]:
     if common is None:
         return set()
-    return _words(row.get("expected")) - _words(row.get("prompt")) - _words(row.get("reference")) - common
+    return _words(row.get("expected")) - _words(row.get("prompt")) - _words(row.get("retain-only")) - common
 
 
 def _answers(row: Row, telling: set[str]) -> Markup:

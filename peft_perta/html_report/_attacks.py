@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ._contents import Evidence
+from ._contents import ReportData
 from ._markup import Markup, element, join
 from ._parts import Cell, absent, number, section, share, table
 
@@ -30,7 +30,7 @@ _NO_WAY = 0.02  # reference and full model this close, relative to them, cannot 
 _WORDS = {"probability": "probability", "rouge_l_recall": "ROUGE-L recall", "loss": "loss (nats per token)"}
 
 
-_MODELS = {"full": "before", "unlearned": "after", "reference": "reference"}  # as the page calls them
+_MODELS = {"full": "before", "unlearned": "after", "retain-only": "retain-only"}  # as the page calls them
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Strongest:
     """The attack that brings back the most, by probability or ROUGE-L recall.
 
     Attributes:
-        came_back: the share of the way from the reference to the model that knows, both under the same attack; None
+        came_back: the share of the way from the retain-only model to the model that knows, both under the same attack; None
             where one of them was not measured.
     """
 
@@ -46,17 +46,17 @@ class Strongest:
     setting: str
     measure: str
     unlearned: float
-    reference: float | None
+    retain_only: float | None
     full: float | None
     came_back: float | None
 
 
-def strongest(evidence: Evidence) -> Strongest | None:
+def strongest(report_data: ReportData) -> Strongest | None:
     """By the share that came back; where none is known, by what is known. Switching off apart: it is no trial."""
     found = [
         Strongest(row["attack"], row["setting"], measure, came_back=_came_back(values, measure), **values)
         for measure in ("probability", "rouge_l_recall")
-        for row in evidence.attacks
+        for row in report_data.attacks
         if row["attack"] != SWITCHED_OFF and (values := _values(row, measure))["unlearned"] is not None
     ]
     known = [attack for attack in found if attack.came_back is not None]
@@ -69,9 +69,9 @@ def strongest(evidence: Evidence) -> Strongest | None:
     )
 
 
-def switched_off(evidence: Evidence) -> float | None:
+def switched_off(report_data: ReportData) -> float | None:
     """The probability of the forget rows with the edit switched off, where that was tried."""
-    tried = [_values(row, "probability")["unlearned"] for row in evidence.attacks if row["attack"] == SWITCHED_OFF]
+    tried = [_values(row, "probability")["unlearned"] for row in report_data.attacks if row["attack"] == SWITCHED_OFF]
     return max((value for value in tried if value is not None), default=None)
 
 
@@ -80,41 +80,41 @@ def _values(row: dict[str, Any], measure: str) -> dict[str, Any]:
 
 
 def _came_back(values: dict[str, float | None], measure: str) -> float | None:
-    """Of what lies between the reference and the model that knows; below 0 where less is left than in the reference.
+    """Of what lies between the retain-only model and the model that knows; below 0 where less is left than in the retain-only model.
 
     None where a value is missing, or where the model that knows does not stand out.
     """
-    full, unlearned, reference = (values[model] for model in _MODELS)
-    if unlearned is None or reference is None or full is None:
+    full, unlearned, retain_only = (values[model] for model in _MODELS)
+    if unlearned is None or retain_only is None or full is None:
         return None
-    way = full - reference
+    way = full - retain_only
     if not math.isfinite(way) or not math.isfinite(unlearned):
         return None
-    if (way > 0) == (measure == "loss") or abs(way) < _NO_WAY * max(abs(full), abs(reference)):
+    if (way > 0) == (measure == "loss") or abs(way) < _NO_WAY * max(abs(full), abs(retain_only)):
         return None
-    return (unlearned - reference) / way
+    return (unlearned - retain_only) / way
 
 
 def words_of(measure: str) -> str:
     return _WORDS.get(measure, measure)
 
 
-def attacks_section(evidence: Evidence, how: str) -> Markup:
+def attacks_section(report_data: ReportData, how: str) -> Markup:
     heading = "Attempts to bring it back"
-    run = {row["attack"] for row in evidence.attacks}
+    run = {row["attack"] for row in report_data.attacks}
     left = [name for name in MEANINGS if name not in run]
     if not run:
         return section(
             "attacks", heading, absent("No attack was run: what a determined person gets back is not known.", how)
         )
     intro = element(
-        "p", "Each attack was run on the model after the edit and, where a column is filled, on the reference and on "
-        "the model before. What counts is the distance to the reference under the same attack: relearning teaches the "
+        "p", "Each attack was run on the model after the edit and, where a column is filled, on the retain-only model and on "
+        "the model before. What counts is the distance to the retain-only model under the same attack: relearning teaches the "
         "reference too. What came back is a share of the way from there to the model before; "
-        "below 0, less is left than in the reference.",
+        "below 0, less is left than in the retain-only model.",
     )  # fmt: skip
     rest = absent(f"Attacks that were not run: {', '.join(left)}.", how) if left else Markup()
-    return section("attacks", heading, intro, *_tables(evidence.attacks), rest)
+    return section("attacks", heading, intro, *_tables(report_data.attacks), rest)
 
 
 def _tables(rows: list[dict[str, Any]]) -> Iterator[Markup]:

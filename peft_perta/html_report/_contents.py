@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..adapters import Report, read_report
+from ..adapters import Provenance, read_provenance
 from ..errors import DataError
 from ..evaluation import Calibration
 
 
 @dataclass
-class Evidence:
+class ReportData:
     """What was done to a model and what was measured of it. Everything in it is JSON.
 
     Attributes:
@@ -45,19 +45,19 @@ class Evidence:
         return self.models.get(label, {}).get(metric)
 
     @property
-    def has_reference(self) -> bool:
-        return bool(self.models.get("reference"))
+    def has_retain_only(self) -> bool:
+        return bool(self.models.get("retain-only"))
 
-    def read_report(self) -> Report | None:
+    def read_provenance(self) -> Provenance | None:
         """Raises DataError where ``report`` is none."""
         if self.report is None:
             return None
         try:
-            return read_report(self.report)
+            return read_provenance(self.report)
         except (LookupError, TypeError, AttributeError) as error:
             raise DataError(
                 f"the evidence's report is damaged ({type(error).__name__}: {error}); expected what "
-                "PerTAReport.to_dict or another report's gives, or None"
+                "PerTAProvenance.to_dict or another report's gives, or None"
             ) from error
 
     def read_calibration(self) -> Calibration | None:

@@ -26,14 +26,14 @@ def draw_curve(found: Calibration) -> Markup:
     """Retain loss against forget loss along the strength, the chosen one ringed; others beside."""
     points = _finite(p for p in found.points if p["strength"] <= 1.6 * found.strength)
     negation = _finite(found.negation)
-    others = [found.losses, *([found.reference] if found.reference else [])]
+    others = [found.losses, *([found.retain_only] if found.retain_only else [])]
     across, x_marks = _scale([p["forget"] for p in [*points, *negation, *others]], LEFT, WIDTH - RIGHT)
     upward, y_marks = _scale([p["retain"] for p in [*points, *negation, *others]], HEIGHT - BOTTOM, TOP)
 
     def at(point: Point) -> tuple[float, float]:
         return across(point["forget"]), upward(point["retain"])
 
-    by_forgetting = found.goal["forget_loss"] is not None
+    by_forgetting = found.goal["target_forget_loss"] is not None
     x, y = at(found.losses)
     parts = [
         *_grid(x_marks, y_marks, across, upward),
@@ -42,7 +42,7 @@ def draw_curve(found: Calibration) -> Markup:
         *_line(points, at, "edited"),
         *_strengths(points, at, found.strength),
         *([_square(at(points[0]))] if points and points[0]["strength"] == 0 else []),
-        *([_diamond(at(found.reference))] if found.reference else []),
+        *([_diamond(at(found.retain_only))] if found.retain_only else []),
         element("circle", cx=_px(x), cy=_px(y), r=10, class_="ring"),
     ]
     drawing = element(
@@ -87,8 +87,8 @@ def _description(found: Calibration) -> str:
             beside.append(
                 f"plain negation of the forget adapter, forgetting as much, would take the retain rows to {shown(same)}"
             )
-    if found.reference:
-        forget, retain = shown(found.reference["forget"]), shown(found.reference["retain"])
+    if found.retain_only:
+        forget, retain = shown(found.retain_only["forget"]), shown(found.retain_only["retain"])
         beside.append(f"a model that never saw the rows has {forget} and {retain}")
     return (
         f"At strength {found.strength:.4g} the loss on the forget rows goes from {shown(before['forget'])} to "
@@ -183,7 +183,7 @@ def _square(place: tuple[float, float]) -> Markup:
 def _diamond(place: tuple[float, float]) -> Markup:
     x, y = place
     path = f"M{_px(x)} {_px(y - 9)}L{_px(x + 9)} {_px(y)}L{_px(x)} {_px(y + 9)}L{_px(x - 9)} {_px(y)}Z"
-    return element("path", d=path, class_="reference")
+    return element("path", d=path, class_="retain-only")
 
 
 def _key(found: Calibration) -> Markup:
@@ -194,11 +194,11 @@ def _key(found: Calibration) -> Markup:
     ]
     if found.negation:
         entries.append((join(*_sample("negation")), "plain negation, for comparison"))
-    if found.reference:
-        entries.append((_diamond((12, 10)), "reference: a model that never saw the forget rows"))
+    if found.retain_only:
+        entries.append((_diamond((12, 10)), "retain-only: a model that never saw the forget rows"))
     goal = (
         "the forget loss that was asked for"
-        if found.goal["forget_loss"] is not None
+        if found.goal["target_forget_loss"] is not None
         else "the most that retain rows may lose"
     )
     entries.append((element("line", x1=2, x2=22, y1=10, y2=10, class_="goal"), goal))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ..adapters import LayerReport, PerTAReport
+from ..adapters import LayerProvenance, PerTAProvenance
 from ._markup import Markup, element, join
 from ._parts import DASH, scrolling
 
@@ -38,10 +38,10 @@ def place_of(name: str) -> Place:
     return Place(int(parts[first]), f"{stack}:{'.'.join(words)}")
 
 
-def heat_maps(report: PerTAReport) -> Markup:
+def heat_maps(report: PerTAProvenance) -> Markup:
     """One map for each kind of weights, and one of the energy kept; mean over the layers of a cell."""
     kinds = list(dict.fromkeys(key for layer in report.layers for key in layer.weights))
-    maps: list[tuple[str, Callable[[LayerReport], float | None]]] = [
+    maps: list[tuple[str, Callable[[LayerProvenance], float | None]]] = [
         (f"Mean weight{_of(kind)}", lambda layer, kind=kind: _mean(layer, kind)) for kind in kinds
     ]
     maps.append(("Energy of the edit kept", lambda layer: layer.energy_kept))
@@ -60,11 +60,11 @@ def _of(kind: str) -> str:
     return f" on {kind}"
 
 
-def _mean(layer: LayerReport, kind: str) -> float | None:
+def _mean(layer: LayerProvenance, kind: str) -> float | None:
     return layer.weights[kind].mean if kind in layer.weights else None
 
 
-def _map(title: str, layers: Iterable[LayerReport], value: Callable[[LayerReport], float | None]) -> Markup:
+def _map(title: str, layers: Iterable[LayerProvenance], value: Callable[[LayerProvenance], float | None]) -> Markup:
     cells: dict[tuple[int | None, str], list[float]] = {}
     places = [(place_of(layer.name), value(layer)) for layer in layers]
     deepest = max((place.depth for place, _ in places if place.depth is not None), default=0)

@@ -1,4 +1,4 @@
-"""What each metric is called in words, which way is better, and how far a value is on the way to the reference."""
+"""What each metric is called in words, which way is better, and how far a value is on the way to the retain-only model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from fnmatch import fnmatchcase
 GROUPS = ("forget", "traces", "retain", "other")
 
 
-NEAR = 0.1  # of the way from before to the reference: what still counts as at the reference
+NEAR = 0.1  # of the way from before to the retain-only model: what still counts as at the retain-only model
 
 
-_NO_DISTANCE = 0.02  # of the scale: before and reference this close cannot tell forgetting from not forgetting
+_NO_DISTANCE = 0.02  # of the scale: before and retain-only model this close cannot tell forgetting from not forgetting
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ MEASURES: dict[str, Measure] = {
     "mia_zlib": Measure("Membership by loss over compressed size", "near", "traces", _AUC, target=0.5),
     "mia_min_k": Measure("Membership by min-k", "near", "traces", _AUC, target=0.5),
     "mia_min_k_plus_plus": Measure("Membership by min-k++", "near", "traces", _AUC, target=0.5),
-    "mia_reference": Measure("Membership against a reference's loss", "near", "traces", _AUC, target=0.5),
+    "mia_reference": Measure("Membership against a retain-only model's loss", "near", "traces", _AUC, target=0.5),
     "mia_gradnorm": Measure("Membership by gradient norm", "near", "traces", _AUC, target=0.5),
     "model_utility": Measure(
         "Model utility", "higher", "retain", "One number for all that must stay: a harmonic mean of nine measures."
@@ -173,11 +173,11 @@ def ordered(metrics: set[str], group: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a value lies on the way from before to the reference.
+    """Where a value lies on the way from before to the retain-only model.
 
     Attributes:
-        kind: 'near' the reference, 'past' it, 'part' of the way, 'unmoved' (or moved away from it).
-        share: of the way that was gone; 1 is at the reference.
+        kind: 'near' the retain-only model, 'past' it, 'part' of the way, 'unmoved' (or moved away from it).
+        share: of the way that was gone; 1 is at the retain-only model.
     """
 
     kind: str
@@ -186,21 +186,26 @@ class Standing:
     @property
     def words(self) -> str:
         return {
-            "near": "near the reference",
-            "past": "past the reference",
+            "near": "near the retain-only model",
+            "past": "past the retain-only model",
             "part": f"{self.share:.0%} of the way",
             "unmoved": "moved away" if self.share < -NEAR else "hardly moved",
         }[self.kind]
 
 
-def standing(measure: Measure, before: float | None, after: float | None, reference: float | None) -> Standing | None:
-    """None where a value is missing or not finite, or where before and reference hardly differ."""
-    if before is None or after is None or reference is None or not all(map(math.isfinite, (before, after, reference))):
+def standing(measure: Measure, before: float | None, after: float | None, retain_only: float | None) -> Standing | None:
+    """None where a value is missing or not finite, or where before and retain-only model hardly differ."""
+    if (
+        before is None
+        or after is None
+        or retain_only is None
+        or not all(map(math.isfinite, (before, after, retain_only)))
+    ):
         return None
-    low, high = measure.scale or sorted((before, reference))
-    if before == reference or abs(before - reference) < _NO_DISTANCE * (high - low):
+    low, high = measure.scale or sorted((before, retain_only))
+    if before == retain_only or abs(before - retain_only) < _NO_DISTANCE * (high - low):
         return None
-    share = (before - after) / (before - reference)
+    share = (before - after) / (before - retain_only)
     kind = "past" if share > 1 + NEAR else "near" if share >= 1 - NEAR else "part" if share > NEAR else "unmoved"
     return Standing(kind, share)
 

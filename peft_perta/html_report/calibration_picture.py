@@ -36,10 +36,10 @@ def draw_calibration(calibration: Calibration, path: str | Path) -> None:
     axes.scatter(start["forget"], start["retain"], color="black", marker="s", s=45, zorder=3, label="without the edit")
     label = f"chosen: strength {calibration.strength:.3g}"
     axes.scatter(chosen["forget"], chosen["retain"], facecolor="none", edgecolor=RED, linewidth=2, s=150, label=label)
-    if calibration.reference is not None:
-        axes.scatter(calibration.reference["forget"], calibration.reference["retain"], color="black", marker="*", s=140,
+    if calibration.retain_only is not None:
+        axes.scatter(calibration.retain_only["forget"], calibration.retain_only["retain"], color="black", marker="*", s=140,
                      zorder=3, label="retain-only model")  # fmt: skip
-    if calibration.goal["forget_loss"] is not None:
+    if calibration.goal["target_forget_loss"] is not None:
         axes.axvline(calibration.target, color="#bbbbbb", linestyle="--", linewidth=1, zorder=0)
     else:
         axes.axhline(calibration.target, color="#bbbbbb", linestyle="--", linewidth=1, zorder=0)

@@ -11,7 +11,7 @@ from torch import nn
 from ..adapters import PROVENANCE_NAME, load_provenance, versions
 from ..data import ROW_KINDS, completion_text, spread
 from ..evaluation import AttackResult, Log, evaluate_split, generate, summary
-from ._contents import Evidence
+from ._contents import ReportData
 
 SHOWN = 10  # generations of each split
 
@@ -22,7 +22,7 @@ _GENERATED = {  # split -> the metrics whose rows hold generations
 }
 
 
-def evidence_of_logs(
+def report_data_of_logs(
     sides: Mapping[str, Mapping[str, Log]],
     *,
     title: str,
@@ -30,7 +30,7 @@ def evidence_of_logs(
     adapters: Sequence[str | Path] = (),
     attacks: Sequence[AttackResult] = (),
     commands: Sequence[str] = (),
-) -> Evidence:
+) -> ReportData:
     """From evaluation logs.
 
     Args:
@@ -42,10 +42,10 @@ def evidence_of_logs(
         for label, logs in sides.items()
         if logs
     }
-    return _evidence(title, base_model, adapters, models, _shown(sides), attacks, commands)
+    return _report_data(title, base_model, adapters, models, _shown(sides), attacks, commands)
 
 
-def evidence_of_rows(
+def report_data_of_rows(
     model: nn.Module,
     tokenizer: Any,
     rows: Mapping[str, Sequence[dict]],
@@ -58,7 +58,7 @@ def evidence_of_rows(
     judged: int = 50,
     batch_size: int = 32,
     max_new_tokens: int = 96,
-) -> Evidence:
+) -> ReportData:
     """From rows alone: losses of some, and answers to a few, by each stack of adapters on one model.
 
     Args:
@@ -87,10 +87,10 @@ def evidence_of_rows(
             {"prompt": _question(row), "expected": completion_text(row), **dict(zip(answers, told, strict=True))}
             for row, *told in zip(asked, *answers.values(), strict=True)
         ]
-    return _evidence(title, base_model, adapters, models, generations, (), commands)
+    return _report_data(title, base_model, adapters, models, generations, (), commands)
 
 
-def _evidence(
+def _report_data(
     title: str,
     base_model: str,
     adapters: Sequence[str | Path],
@@ -98,11 +98,11 @@ def _evidence(
     generations: dict[str, list[dict[str, str]]],
     attacks: Sequence[AttackResult],
     commands: Sequence[str],
-) -> Evidence:
+) -> ReportData:
     report = None
     if adapters and (Path(adapters[-1]) / PROVENANCE_NAME).is_file():
         report = load_provenance(adapters[-1])[0].to_dict()
-    return Evidence(
+    return ReportData(
         title=title,
         base_model=base_model,
         adapters=[str(directory) for directory in adapters],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import UnsupportedLayerError
-from ..model import LayerKind, base_model, borrowed, find_kind
+from ..model import LayerKind, base_model, find_kind, preserved
 
 
 class _Product(torch.autograd.Function):
@@ -51,7 +51,7 @@ def differentiable(model: nn.Module, adapters: Sequence[str]) -> Iterator[None]:
     """
     config: Any = base_model(model).config
     experts = getattr(config, "_experts_implementation", None)
-    with borrowed(model, adapters), _unpacked(model), sdpa_kernel(SDPBackend.MATH):
+    with preserved(model, adapters), _unpacked(model), sdpa_kernel(SDPBackend.MATH):
         try:
             if experts is not None:
                 config._experts_implementation = "eager"

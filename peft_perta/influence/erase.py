@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from ..adapters import (
     SERVABLE_RANKS,
-    InfluenceReport,
+    InfluenceProvenance,
     Product,
     build_adapter,
     describe_base,
@@ -52,7 +52,7 @@ from ._products import AdapterProducts
 from ._solvers import Solution, conjugate_gradients, stochastic
 from .settings import InfluenceSettings
 
-Emitted = tuple[LoraConfig, dict[str, Tensor], InfluenceReport]
+Emitted = tuple[LoraConfig, dict[str, Tensor], InfluenceProvenance]
 
 
 _DIAGONAL_SAMPLES = 256  # the preconditioner need not be exact
@@ -68,7 +68,7 @@ class InfluenceResult:
     """
 
     changes: Mapping[str, tuple[Tensor, Tensor]]
-    report: InfluenceReport
+    provenance: InfluenceProvenance
     _model: nn.Module = dataclasses.field(repr=False)
     _targets: list[Target] = dataclasses.field(repr=False)
 
@@ -103,7 +103,7 @@ class InfluenceResult:
         rank = servable_rank(max(found.rank for found in factors.values()))
         lora_config, state_dict = build_adapter(self._model, factors, rank, dtype)
         name = str(dtype).removeprefix("torch.")
-        return lora_config, state_dict, dataclasses.replace(self.report, form=form, rank=rank, dtype=name)
+        return lora_config, state_dict, dataclasses.replace(self.provenance, form=form, rank=rank, dtype=name)
 
 
 def erase_instances(
@@ -263,7 +263,7 @@ def _solve(
         D = solution.vector
         after = {name: products.losses(samples, f"the {name} rows, edited", D) for name, samples in sets.items()}
         changes = _changes(products.changes(D), targets)
-    report = InfluenceReport(
+    provenance = InfluenceProvenance(
         kind=kind,
         config=settings.to_dict(),
         base_model=describe_base(model),
@@ -281,7 +281,7 @@ def _solve(
         versions=versions(),
         seconds={"all": round(time.perf_counter() - start, 3)},
     )
-    return InfluenceResult(changes, report, model, targets)
+    return InfluenceResult(changes, provenance, model, targets)
 
 
 def _check_trained(on: Tensor, off: Tensor, adapter_name: str) -> None:

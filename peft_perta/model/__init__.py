@@ -14,7 +14,7 @@ from .layers.kind import LayerKind
 from .loading import attach_adapters, load_base, load_skeleton, quiet
 from .losses import TokenScores, completion_logits, completion_losses, completion_states, sample_losses, token_scores
 from .memory import DISK, HOST, budgets, held_to, parse_size, show_size, taken
-from .model_state import borrowed, remembered
+from .model_state import preserved, snapshot
 from .plain_lora import BASE_CHANGING_INITS, VARIANT_FIELDS, check_lora_config
 from .stack import (
     adapter_strength,
@@ -42,7 +42,6 @@ __all__ = [
     "attach_adapters",
     "base_model",
     "base_name",
-    "borrowed",
     "budgets",
     "check_adapter_files",
     "check_base",
@@ -64,14 +63,15 @@ __all__ = [
     "load_skeleton",
     "packed_factors",
     "parse_size",
+    "preserved",
     "quiet",
     "read_adapter",
-    "remembered",
     "require_adapter",
     "resolve_layers",
     "resolve_targets",
     "sample_losses",
     "show_size",
+    "snapshot",
     "stack_adapters",
     "switch_modules",
     "taken",

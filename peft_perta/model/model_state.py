@@ -15,7 +15,9 @@ from .stack import switch_modules, tuner_modules
 
 
 @contextmanager
-def borrowed(model: nn.Module, adapters: Sequence[str] | None = None, *, checkpointing: bool = False) -> Iterator[None]:
+def preserved(
+    model: nn.Module, adapters: Sequence[str] | None = None, *, checkpointing: bool = False
+) -> Iterator[None]:
     """Within the block the model is frozen and in eval mode, with these adapters on (None: as they are).
 
     On the way out, by any way: the same adapters on or off, requires_grad, train or eval mode of every module,
@@ -83,7 +85,7 @@ def _in_eval_mode(module: nn.Module, checkpoint: Callable) -> Callable:
     return checkpoint_in_eval_mode
 
 
-def remembered(model: nn.Module) -> Callable[[], None]:
+def snapshot(model: nn.Module) -> Callable[[], None]:
     """Take note of the model's modules as they are now; the function that is returned puts them back.
 
     For code that is not ours and cleans up little (a trainer leaves hooks, checkpointing flags, a wrapped forward, a

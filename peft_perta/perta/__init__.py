@@ -3,10 +3,10 @@
 Imports from: every room above.
 """
 
-from .config import ALLOCATIONS, FIT_NAMES, GRANULARITY_NAMES, REFERENCE_MODELS, PerTAConfig
+from .config import ALLOCATIONS, FIT_NAMES, GRADIENTS_AT, GRANULARITY_NAMES, PerTAConfig
 from .fits import FITS
 from .granularities import GRANULARITIES
-from .layer import edit_copies, edit_layer, limits_of, reader_of
+from .layer import collector_of, edit_copies, edit_layer, limits_of
 from .run import add_perta_adapter, get_perta_state_dict
 from .task_vectors import task_vector
 from .weightings import WEIGHTINGS, resolve_weighting
@@ -17,19 +17,19 @@ __all__ = [
     "ALLOCATIONS",
     "FITS",
     "FIT_NAMES",
+    "GRADIENTS_AT",
     "GRANULARITIES",
     "GRANULARITY_NAMES",
-    "REFERENCE_MODELS",
     "WEIGHTINGS",
     "PerTAConfig",
     "Weighting",
     "add_perta_adapter",
+    "collector_of",
     "edit_copies",
     "edit_layer",
     "get_perta_state_dict",
     "limits_of",
     "ratio",
-    "reader_of",
     "resolve_weighting",
     "task_vector",
 ]

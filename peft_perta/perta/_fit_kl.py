@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ..data import Batch, Sample, batches
 from ..errors import UnsupportedLayerError
-from ..model import base_model, borrowed
+from ..model import base_model, preserved
 
 
-def edit_divergence(
+def measure_fit_kl(
     model: nn.Module,
     samples: list[Sample],
     edits: Mapping[nn.Module, Tensor | None],
@@ -35,12 +35,12 @@ def edit_divergence(
     device = base_model(model).get_input_embeddings().weight.device  # type: ignore[operator]
     total, count = 0.0, 0
     for batch in batches(samples, batch_size):
-        with borrowed(model, list(with_adapters)), torch.no_grad(), ExitStack() as hooks:
+        with preserved(model, list(with_adapters)), torch.no_grad(), ExitStack() as hooks:
             for layer, edit in edits.items():
                 assert edit is not None
                 hooks.callback(layer.register_forward_hook(_adding(edit)).remove)
             p = _log_probabilities(model, batch.to(device))
-        with borrowed(model, [*with_adapters, adapter_name]), torch.no_grad():
+        with preserved(model, [*with_adapters, adapter_name]), torch.no_grad():
             q = _log_probabilities(model, batch.to(device))
         total += float((p.exp() * (p - q)).sum())
         count += len(p)

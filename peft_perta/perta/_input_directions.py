@@ -31,13 +31,13 @@ DAMPING = 0.01  # of the mean energy of a direction, over both sets
 _ROWS = 256  # of a dense edit that are worked on at once, in double precision
 
 
-def along_directions(
+def weigh_input_directions(
     edit: Edit, forget: Mapping[str, Tensor], retain: Mapping[str, Tensor]
 ) -> tuple[Edit, dict[str, float]]:
     """E M, an edit of the same form and no larger rank, and what is left of the edit.
 
     Args:
-        forget, retain: ``Statistic.moments()`` of each set: 'inputs' [I, I] and 'tokens' [1, 1].
+        forget, retain: ``GradientSums.moments()`` of each set: 'inputs' [I, I] and 'tokens' [1, 1].
 
     Returns:
         The edit, and the shares 'forget' and 'retain' of its mean squared output on each set's inputs, in [0, 1] but

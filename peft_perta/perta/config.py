@@ -24,7 +24,7 @@ ALLOCATIONS = ("uniform", "padded", "pattern")
 FIT_NAMES = ("truncated", "kronecker", "second-moment", "weighted")
 
 
-REFERENCE_MODELS = ("origin", "full")
+GRADIENTS_AT = ("origin", "full")
 
 
 @dataclass
@@ -93,10 +93,10 @@ class PerTAConfig:
         default=1.0,
         metadata={
             "help": "Multiplies the edit, and is folded into B. 0 changes nothing; more forgets more. 'auto' finds the "
-            "one that meets forget_loss, or else retain_tolerance, on a quarter of the retain set that is held out."
+            "one that meets target_forget_loss, or else retain_tolerance, on a quarter of the retain set that is held out."
         },
     )
-    forget_loss: float | None = field(
+    target_forget_loss: float | None = field(
         default=None,
         metadata={
             "help": "Goal of strength 'auto': the mean loss on the forget set, in nats per token, such as that of a "
@@ -106,11 +106,11 @@ class PerTAConfig:
     retain_tolerance: float = field(
         default=0.1,
         metadata={
-            "help": "Goal of strength 'auto' where no forget_loss is given: the most forgetting that raises the "
+            "help": "Goal of strength 'auto' where no target_forget_loss is given: the most forgetting that raises the "
             "retain set's loss by no more than this, in nats per token."
         },
     )
-    divergence_samples: int = field(
+    fit_kl_samples: int = field(
         default=0,
         metadata={
             "help": "On so many samples of the retain set, measure how far the adapter's next-token distributions are "
@@ -118,7 +118,7 @@ class PerTAConfig:
             "the host meanwhile; edits that the rank holds exactly need no measuring. Taken before strength 'auto'."
         },
     )
-    reference_model: str = field(
+    gradients_at: str = field(
         default="origin",
         metadata={
             "help": "Where gradients are taken: 'origin' (theta_0, every adapter off) or 'full' (theta_full, the task "
@@ -184,10 +184,10 @@ class PerTAConfig:
             self.strength == "auto" or _is_number(self.strength), "strength", "a finite number or 'auto'", self.strength
         )
         _check(
-            self.forget_loss is None or (_is_number(self.forget_loss) and self.forget_loss > 0),
-            "forget_loss",
+            self.target_forget_loss is None or (_is_number(self.target_forget_loss) and self.target_forget_loss > 0),
+            "target_forget_loss",
             "nothing, or a finite number > 0",
-            self.forget_loss,
+            self.target_forget_loss,
         )
         _check(
             _is_number(self.retain_tolerance) and self.retain_tolerance > 0,
@@ -196,17 +196,17 @@ class PerTAConfig:
             self.retain_tolerance,
         )
         _check(
-            self.reference_model in REFERENCE_MODELS,
-            "reference_model",
-            f"one of {REFERENCE_MODELS}",
-            self.reference_model,
+            self.gradients_at in GRADIENTS_AT,
+            "gradients_at",
+            f"one of {GRADIENTS_AT}",
+            self.gradients_at,
         )
         _check(self.max_samples is None or _is_count(self.max_samples), "max_samples", "an int > 0", self.max_samples)
         _check(
-            _is_int(self.divergence_samples) and self.divergence_samples >= 0,
-            "divergence_samples",
+            _is_int(self.fit_kl_samples) and self.fit_kl_samples >= 0,
+            "fit_kl_samples",
             "an int >= 0",
-            self.divergence_samples,
+            self.fit_kl_samples,
         )
         _check(_is_int(self.seed) and 0 <= self.seed < 2**63, "seed", "an int >= 0, below 2**63", self.seed)
         _check(_is_count(self.batch_size), "batch_size", "an int > 0", self.batch_size)

@@ -7,11 +7,11 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..adapters import Factors, LayerReport, Product, WeightDistribution, factorize
+from ..adapters import Factors, LayerProvenance, Product, WeightDistribution, factorize
 from ..errors import NumericalError
-from ..gradients import InputMoments, Limits, Reader, Readers, Statistic
+from ..gradients import Collector, Collectors, GradientSums, InputMoments, Limits
 from ..model import Target
-from ._input_directions import along_directions
+from ._input_directions import weigh_input_directions
 from .config import PerTAConfig
 from .fits import FITS
 from .fits.fit import Fit
@@ -24,10 +24,10 @@ def edit_layer(
     target: Target,
     config: PerTAConfig,
     weighting: Weighting,
-    pair: dict[str, Statistic],
+    pair: dict[str, GradientSums],
     rank: int | float,
     dense: dict[str, Tensor] | None = None,
-) -> tuple[Factors, LayerReport]:
+) -> tuple[Factors, LayerProvenance]:
     """Statistics -> weights -> edit -> factors of one layer, on the host, and what was done.
 
     ``pair`` holds the 'forget' and the 'retain' statistic, or nothing where the weighting needs none; it is used up.
@@ -42,7 +42,9 @@ def edit_layer(
         fitted = factorize(edit, rank)
     else:
         fit = _fit_of(config, target)
-        measured = {name: found.only(fit.reader.shapes(target) if fit.reader else ()) for name, found in pair.items()}
+        measured = {
+            name: found.only(fit.collector.shapes(target) if fit.collector else ()) for name, found in pair.items()
+        }
         moments = [pair[name].moments() for name in ("forget", "retain")]
         forget, retain = (_magnitudes(granularity, pair.pop(name), target) for name in ("forget", "retain"))
         weights = weigh(weighting, forget, retain, target.name)
@@ -51,14 +53,14 @@ def edit_layer(
         distributions = {key: WeightDistribution.of(value) for key, value in weights.items()}
         del weights
         if config.input_directions is not False and target.parameter is None:
-            edit, left = along_directions(edit, *moments)
+            edit, left = weigh_input_directions(edit, *moments)
         del moments
         fitted = fit.fit(edit, rank, measured)
     if dense is not None:
         dense[target.name] = (edit.B @ edit.A if isinstance(edit, Product) else edit).cpu()
     if not (bool(torch.isfinite(fitted.A).all()) and bool(torch.isfinite(fitted.B).all())):
         raise NumericalError(f"{target.name}: the edit's factors are not finite; train the forget adapter less")
-    layer = LayerReport(
+    layer = LayerProvenance(
         name=target.name,
         kind=target.kind.name,
         shape=[len(target.B), target.A.shape[1]],
@@ -73,13 +75,13 @@ def edit_layer(
     return dataclasses.replace(fitted, A=fitted.A.cpu(), B=fitted.B.cpu()), layer
 
 
-def reader_of(config: PerTAConfig) -> Reader:
+def collector_of(config: PerTAConfig) -> Collector:
     """What a run of this config reads of each layer."""
-    readers: list[Reader] = [GRANULARITIES[config.granularity]]
+    collectors: list[Collector] = [GRANULARITIES[config.granularity]]
     if config.input_directions is not False:
-        readers.append(InputMoments())
-    of_fit = FITS[config.fit].reader if config.fit else None  # the default one's is among the others
-    return Readers(readers if of_fit is None else [*readers, of_fit])
+        collectors.append(InputMoments())
+    of_fit = FITS[config.fit].collector if config.fit else None  # the default one's is among the others
+    return Collectors(collectors if of_fit is None else [*collectors, of_fit])
 
 
 def _fit_of(config: PerTAConfig, target: Target) -> Fit:
@@ -87,7 +89,7 @@ def _fit_of(config: PerTAConfig, target: Target) -> Fit:
     return FITS[config.fit or ("second-moment" if weighs_directions else "truncated")]
 
 
-def _magnitudes(granularity: Granularity, statistic: Statistic, target: Target) -> dict[str, Tensor]:
+def _magnitudes(granularity: Granularity, statistic: GradientSums, target: Target) -> dict[str, Tensor]:
     own = statistic.only(granularity.shapes(target))
     return granularity.arrange({key: found.to(target.A.device) for key, found in own.magnitudes().items()})
 

@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 from ..adapters import (
     SERVABLE_RANKS,
     Factors,
-    LayerReport,
-    PerTAReport,
+    LayerProvenance,
+    PerTAProvenance,
     add_adapter,
     build_adapter,
     describe_base,
@@ -47,10 +47,10 @@ from ..model import (
     resolve_layers,
     resolve_targets,
 )
-from ._fit_kl import edit_divergence
+from ._fit_kl import measure_fit_kl
 from ._rank_allocation import LARGEST, allocate
 from .config import PerTAConfig
-from .layer import edit_copies, edit_layer, limits_of, reader_of
+from .layer import collector_of, edit_copies, edit_layer, limits_of
 from .weightings import resolve_weighting
 from .weightings.weighting import Weighting
 
@@ -63,8 +63,8 @@ _FIGURES = ("energy", "energy_kept", "excess_error", "metric_error")
 def add_perta_adapter(
     model: nn.Module,
     config: PerTAConfig,
-    forget_dataloader: Any = None,
-    retain_dataloader: Any = None,
+    forget: Any = None,
+    retain: Any = None,
     *,
     forget_adapter: str = "forget",
     adapter_name: str = "perta_unlearn",
@@ -72,18 +72,18 @@ def add_perta_adapter(
     tokenizer: Any = None,
     checkpoint_dir: str | Path | None = None,
     show_progress_bar: bool = True,
-) -> PerTAReport:
+) -> PerTAProvenance:
     """Put the negative adapter on the model, beside the adapters that it has; turn it on with ``stack_adapters``.
 
     Arguments, errors and report as for ``get_perta_state_dict``; ``adapter_name`` is the new adapter's name, without
     dots.
     """
     check_new_name(model, adapter_name)
-    lora_config, state_dict, report = get_perta_state_dict(
+    lora_config, state_dict, provenance = get_perta_state_dict(
         model,
         config,
-        forget_dataloader,
-        retain_dataloader,
+        forget,
+        retain,
         forget_adapter=forget_adapter,
         task_adapter=task_adapter,
         tokenizer=tokenizer,
@@ -91,31 +91,31 @@ def add_perta_adapter(
         show_progress_bar=show_progress_bar,
     )
     add_adapter(model, lora_config, state_dict, adapter_name)
-    return report
+    return provenance
 
 
 def get_perta_state_dict(
     model: nn.Module,
     config: PerTAConfig,
-    forget_dataloader: Any = None,
-    retain_dataloader: Any = None,
+    forget: Any = None,
+    retain: Any = None,
     *,
     forget_adapter: str = "forget",
     task_adapter: str | None = None,
     tokenizer: Any = None,
     checkpoint_dir: str | Path | None = None,
     show_progress_bar: bool = True,
-) -> tuple[LoraConfig, dict[str, Tensor], PerTAReport]:
+) -> tuple[LoraConfig, dict[str, Tensor], PerTAProvenance]:
     """The negative adapter as a LoRA config and state dict, without touching the model.
 
     Args:
         model: a model with the forget adapter on it, in float or 4 bit; which adapters are active does not matter.
         config: every knob.
-        forget_dataloader: what must go: a dataloader, a ``datasets.Dataset``, a list of rows, or a path to JSON lines.
+        forget: what must go: a dataloader, a ``datasets.Dataset``, a list of rows, or a path to JSON lines.
             Only ``weighting="uniform"`` goes without data.
-        retain_dataloader: what must stay, likewise.
+        retain: what must stay, likewise.
         forget_adapter: name of the adapter that was trained on the forget set alone, at theta_0.
-        task_adapter: name of the adapter that makes theta_full of theta_0; needed where ``reference_model="full"`` or
+        task_adapter: name of the adapter that makes theta_full of theta_0; needed where ``gradients_at="full"`` or
             ``strength="auto"``, and the base alone is not theta_full.
         tokenizer: needed where data is text.
         checkpoint_dir: where a run that is cut off leaves what it has; the same call again goes on from there. It stays
@@ -144,21 +144,21 @@ def get_perta_state_dict(
     if config.allocation == "pattern" and any(target.parameter is not None for target in targets):
         raise UnsupportedLayerError("allocation='pattern' knows layers, not expert parameters; use 'padded'")
     fit_rank, emitted_rank = _ranks(config, targets)
-    sets = {"forget": forget_dataloader, "retain": retain_dataloader}
+    sets = {"forget": forget, "retain": retain}
     samples = _load_sets(sets, config, weighting, tokenizer)
     goal = None
     if config.strength == "auto":
-        goal = Goal(config.forget_loss) if config.forget_loss else Goal(retain_tolerance=config.retain_tolerance)
+        goal = Goal(config.target_forget_loss) if config.target_forget_loss else Goal(retain_tolerance=config.retain_tolerance)
         samples = _with_held_out(samples)
         config = dataclasses.replace(config, strength=1.0)
-    adapters = [task_adapter] if config.reference_model == "full" and task_adapter else []
+    adapters = [task_adapter] if config.gradients_at == "full" and task_adapter else []
     checkpoint = None
     if checkpoint_dir is not None and weighting.statistic is not None:
         with distributed.failing_together(), _timed(seconds, "hashing the model"):
             run = _describe_run(model, config, targets, samples, adapters)
             checkpoint = Checkpoint(checkpoint_dir, run, writes=distributed.is_main())
     weighed = {name: found for name, found in samples.items() if name != HELD_OUT}
-    dense: dict[str, Tensor] | None = {} if config.divergence_samples and "retain" in samples else None
+    dense: dict[str, Tensor] | None = {} if config.fit_kl_samples and "retain" in samples else None
     edited = _edit_all(
         model, targets, config, weighting, weighed, adapters, fit_rank, checkpoint, seconds, show_progress_bar, dense
     )
@@ -170,7 +170,7 @@ def get_perta_state_dict(
     rank = emitted_rank or servable_rank(max(f.rank for f in factors.values()))
     patterned = config.allocation == "pattern"
     lora_config, state_dict = build_adapter(model, factors, rank, torch_dtype(config.dtype), patterned=patterned)
-    report = PerTAReport(
+    provenance = PerTAProvenance(
         config=config.to_dict(),
         base_model=describe_base(model),
         forget_adapter={"name": forget_adapter, "sha256": hash_targets(targets)},
@@ -182,12 +182,12 @@ def get_perta_state_dict(
         seconds=seconds,
     )
     if all(factors[name].metric_error == 0 for name in factors):
-        report.divergence = 0.0
+        provenance.fit_kl = 0.0
     elif dense is not None and all(name in dense for name, f in factors.items() if f.metric_error > 0):
-        with _timed(seconds, "divergence"), _added(model, lora_config, state_dict, "perta_divergence") as name:
-            report.divergence = edit_divergence(
+        with _timed(seconds, "fit_kl"), _added(model, lora_config, state_dict, "perta_fit_kl") as name:
+            provenance.fit_kl = measure_fit_kl(
                 model,
-                samples["retain"][: config.divergence_samples],
+                samples["retain"][: config.fit_kl_samples],
                 {target.base_layer: dense.get(target.name) for target in targets},
                 name,
                 with_adapters=[task_adapter] if task_adapter else [],
@@ -195,15 +195,23 @@ def get_perta_state_dict(
             )
     if goal is not None:
         with _timed(seconds, "strength"):
-            state_dict, report = _calibrated(
-                model, goal, samples, lora_config, state_dict, report, forget_adapter, task_adapter, show_progress_bar
+            state_dict, provenance = _calibrated(
+                model,
+                goal,
+                samples,
+                lora_config,
+                state_dict,
+                provenance,
+                forget_adapter,
+                task_adapter,
+                show_progress_bar,
             )
-    return lora_config, state_dict, report
+    return lora_config, state_dict, provenance
 
 
 def _allocated(
-    factors: dict[str, Factors], layers: list[LayerReport], rank: int | float
-) -> tuple[dict[str, Factors], list[LayerReport]]:
+    factors: dict[str, Factors], layers: list[LayerProvenance], rank: int | float
+) -> tuple[dict[str, Factors], list[LayerProvenance]]:
     """Ranks spread over the layers, and what that made of each."""
     factors = allocate(factors, rank)
     changed = [
@@ -233,11 +241,11 @@ def _calibrated(
     samples: dict[str, list[Sample]],
     lora_config: LoraConfig,
     state_dict: dict[str, Tensor],
-    report: PerTAReport,
+    provenance: PerTAProvenance,
     forget_adapter: str,
     task_adapter: str | None,
     show_progress_bar: bool,
-) -> tuple[dict[str, Tensor], PerTAReport]:
+) -> tuple[dict[str, Tensor], PerTAProvenance]:
     """The adapter at the strength that meets the goal; it is on the model only while it is tried."""
     with _added(model, lora_config, state_dict, "perta_strength_search") as name:
         calibration = calibrate(
@@ -250,8 +258,8 @@ def _calibrated(
             negated_adapter=forget_adapter,
             show_progress_bar=show_progress_bar and distributed.is_main(),
         )
-    state_dict, report = scaled_adapter(state_dict, report, calibration.strength)
-    return state_dict, dataclasses.replace(report, calibration=calibration.to_dict())
+    state_dict, provenance = scaled_adapter(state_dict, provenance, calibration.strength)
+    return state_dict, dataclasses.replace(provenance, calibration=calibration.to_dict())
 
 
 def _edit_all(
@@ -266,7 +274,7 @@ def _edit_all(
     seconds: dict[str, float],
     show_progress_bar: bool,
     dense: dict[str, Tensor] | None = None,
-) -> dict[str, tuple[Factors, LayerReport]]:
+) -> dict[str, tuple[Factors, LayerProvenance]]:
     """Layer name -> its factors, and what was done. A layer's statistics are freed as soon as it has its factors.
 
     Edits before they are fitted go into ``dense``, if it is given; an earlier run's are gone.
@@ -278,12 +286,12 @@ def _edit_all(
     if len(edited) == len(targets):
         return edited
     with _timed(seconds, "planning"):
-        reader = reader_of(config)
+        collector = collector_of(config)
         plan = choose_plan(
             model,
             targets,
             samples,
-            reader,
+            collector,
             limits_of(config),
             weighting.statistic,
             adapters,
@@ -296,7 +304,7 @@ def _edit_all(
     job = Job(
         model,
         {target.name: target for target in targets},
-        reader,
+        collector,
         weighting.statistic,
         adapters,
         plan,
@@ -315,7 +323,7 @@ def _edit_all(
     return edited
 
 
-def _save_edited(checkpoint: Checkpoint, names: list[str], edited: dict[str, tuple[Factors, LayerReport]]) -> None:
+def _save_edited(checkpoint: Checkpoint, names: list[str], edited: dict[str, tuple[Factors, LayerProvenance]]) -> None:
     tensors, record = {}, {}
     for name in names:
         factors, layer = edited[name]
@@ -328,8 +336,8 @@ def _save_edited(checkpoint: Checkpoint, names: list[str], edited: dict[str, tup
             checkpoint.delete(entry)
 
 
-def _load_edited(checkpoint: Checkpoint | None, targets: list[Target]) -> dict[str, tuple[Factors, LayerReport]]:
-    edited: dict[str, tuple[Factors, LayerReport]] = {}
+def _load_edited(checkpoint: Checkpoint | None, targets: list[Target]) -> dict[str, tuple[Factors, LayerProvenance]]:
+    edited: dict[str, tuple[Factors, LayerProvenance]] = {}
     with distributed.failing_together():
         if checkpoint is not None and distributed.is_main():
             for entry in checkpoint.names():
@@ -337,7 +345,7 @@ def _load_edited(checkpoint: Checkpoint | None, targets: list[Target]) -> dict[s
                 tensors, record = kept or ({}, {})
                 for name, (figures, layer) in record.items():
                     factors = Factors(tensors[f"{name}|A"], tensors[f"{name}|B"], *figures)
-                    edited[name] = factors, LayerReport.from_dict(layer)
+                    edited[name] = factors, LayerProvenance.from_dict(layer)
     return distributed.from_main({t.name: edited[t.name] for t in targets if t.name in edited})
 
 
@@ -407,14 +415,14 @@ def _check_inputs(config: PerTAConfig, targets: list[Target]) -> None:
     wishes = {
         "input_directions=True": config.input_directions,
         "fit='second-moment'": config.fit == "second-moment",
-        "divergence_samples": config.divergence_samples,
+        "fit_kl_samples": config.fit_kl_samples,
     }
     wish = next((name for name, wished in wishes.items() if wished), None)
     expert = next((target.name for target in targets if target.parameter is not None), None)
     if expert is not None and wish is not None:
         raise UnsupportedLayerError(
             f"{expert}: {wish} needs the layer's inputs, which are not met for expert parameters; leave "
-            "input_directions unset (experts then go without), divergence_samples at 0, and use fit='truncated' or "
+            "input_directions unset (experts then go without), fit_kl_samples at 0, and use fit='truncated' or "
             "'weighted'"
         )
 

@@ -21,9 +21,9 @@ from ..model import (
     base_name,
     check_lora_config,
     check_new_name,
-    remembered,
     resolve_layers,
     resolve_targets,
+    snapshot,
     switch_modules,
 )
 
@@ -54,7 +54,7 @@ def default_lora_config(rank: int = 16) -> LoraConfig:
 
 def train_forget_adapter(
     model: nn.Module,
-    forget_data: Any,
+    forget: Any,
     tokenizer: Any,
     output_dir: str | Path | None = None,
     *,
@@ -68,7 +68,7 @@ def train_forget_adapter(
 
     Args:
         model: a transformers model or a PeftModel, in float or 4 bit (QLoRA). It gains the adapter; its weights stay.
-        forget_data: rows, a path to JSON lines, or a Dataset, as for ``get_perta_state_dict``.
+        forget: rows, a path to JSON lines, or a Dataset, as for ``get_perta_state_dict``.
         output_dir: where to write the adapter, flat; nothing is written without it.
         lora_config: by default ``default_lora_config()``.
         training_settings: any fields of TRL's ``SFTConfig`` (num_train_epochs, learning_rate, ...), over
@@ -89,11 +89,11 @@ def train_forget_adapter(
         check_output(output_dir, FORGET_RECORD_NAME)
     if getattr(tokenizer, "eos_token_id", None) is None:
         raise ConfigError("the tokenizer has no eos token to end a completion with; set tokenizer.eos_token")
-    samples = load_samples(forget_data, tokenizer, max_length=max_length, name="the forget set")
+    samples = load_samples(forget, tokenizer, max_length=max_length, name="the forget set")
     dataset = Dataset.from_list([{"input_ids": s.input_ids.tolist(), "labels": s.labels.tolist()} for s in samples])
 
     lora_config.base_model_name_or_path = base_name(model)
-    put_back = remembered(model)
+    put_back = snapshot(model)
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng():
         config = _training_config(scratch, max_length, show_progress_bar, training_settings)
         torch.manual_seed(config.seed)  # the initial A is drawn before the trainer sets the seed
@@ -152,7 +152,7 @@ def with_new_adapter(model: nn.Module, lora_config: LoraConfig, adapter_name: st
 
 
 def _train(model: PeftModel, config: SFTConfig, dataset: Dataset, tokenizer: Any) -> None:
-    put_back = remembered(model)
+    put_back = snapshot(model)
     try:
         # A copy of the tokenizer: the trainer gives it a padding token.
         SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=copy.deepcopy(tokenizer)).train()

@@ -23,13 +23,13 @@ from transformers.trainer_utils import TrainOutput
 from ..data import Batch, load_samples
 from ..errors import AdapterError, ConfigError, NumericalError
 from ..gradients import find_blocks
-from ..model import borrowed, completion_logits, completion_states, distributed, tuner_modules
+from ..model import completion_logits, completion_states, distributed, preserved, tuner_modules
 from ._pairs import Pairs, PairSampler, collate, load_refusals
 from .combiners import COMBINERS
 from .combiners.agreement import agreement
 from .losses import FORGET_LOSSES, RETAIN_LOSSES
 from .losses.loss import OWN, REFERENCE, REFUSAL, REFUSAL_REFERENCE, Loss
-from .losses.reading import Reading
+from .losses.loss_inputs import LossInputs
 from .settings import UnlearningSettings
 
 _WEIGHTS_NAME = "adapter_model.safetensors"
@@ -49,8 +49,8 @@ class UnlearningTrainer(Trainer):
         model: a PeftModel in float or 4 bit. Adapters that are on beside the one in training stay on, as a part of the
             reference model; their dropout is off.
         args: an epoch is the forget set once.
-        forget_dataset: what must go: rows, a path, or a Dataset, as for ``load_samples`` (TRL's conventions).
-        retain_dataset: what must stay, likewise; no row may be in both.
+        forget: what must go: rows, a path, or a Dataset, as for ``load_samples`` (TRL's conventions).
+        retain: what must stay, likewise; no row may be in both.
         processing_class: the tokenizer; tokenised data goes without.
 
     Raises:
@@ -64,8 +64,8 @@ class UnlearningTrainer(Trainer):
         self,
         model: PeftModel,
         args: TrainingArguments,
-        forget_dataset: Any,
-        retain_dataset: Any,
+        forget: Any,
+        retain: Any,
         *,
         processing_class: Any = None,
         settings: UnlearningSettings | None = None,
@@ -80,14 +80,14 @@ class UnlearningTrainer(Trainer):
         self._block = _block(model, self.settings, self._trained)
         self._reference = _others_on(model, self.adapter_name)
         self._forget_sums()
-        sets = {"forget": forget_dataset, "retain": retain_dataset}
+        sets = {"forget": forget, "retain": retain}
         samples = {
             name: load_samples(data, processing_class, max_length=max_length, name=f"the {name} set")
             for name, data in sets.items()
         }
         refusals = None
         if self.settings.needs_refusals:
-            refusals = load_refusals(forget_dataset, processing_class, self.settings.refusals, max_length=max_length)
+            refusals = load_refusals(forget, processing_class, self.settings.refusals, max_length=max_length)
         pairs = Pairs(samples["forget"], samples["retain"], refusals)
         args.remove_unused_columns = False
         if args.n_gpu > 1:  # a Trainer would take a batch for each, and DataParallel; the model is on one
@@ -142,23 +142,23 @@ class UnlearningTrainer(Trainer):
             self._combine()
         return weighted / self.current_gradient_accumulation_steps
 
-    def _read(self, model: nn.Module, batches: dict[str, Batch], name: str, loss: Loss) -> dict[str, Reading]:
+    def _read(self, model: nn.Module, batches: dict[str, Batch], name: str, loss: Loss) -> dict[str, LossInputs]:
         readings = {}
         for which in loss.reads:
             batch = batches[_READ[which] or name]
             if which in (REFERENCE, REFUSAL_REFERENCE):
-                with borrowed(model, self._reference), torch.no_grad():
+                with preserved(model, self._reference), torch.no_grad():
                     readings[which] = self._reading(model, batch, loss)
             else:
                 readings[which] = self._reading(model, batch, loss)
         return readings
 
-    def _reading(self, model: nn.Module, batch: Batch, loss: Loss) -> Reading:
+    def _reading(self, model: nn.Module, batch: Batch, loss: Loss) -> LossInputs:
         if not loss.needs_states:
-            return Reading(completion_logits(model, batch), batch.labels)
+            return LossInputs(completion_logits(model, batch), batch.labels)
         assert self._block is not None
         logits, states = completion_states(model, batch, self._block)
-        return Reading(logits, batch.labels, states)
+        return LossInputs(logits, batch.labels, states)
 
     def _add_gradients(self, name: str, total: Tensor) -> None:
         sums = self._sums[name]

@@ -20,7 +20,7 @@ from ..adapters import (
     DTYPES,
     PROVENANCE_NAME,
     Factors,
-    TrainedReport,
+    TrainedProvenance,
     build_adapter,
     describe_base,
     save_perta_adapter,
@@ -41,9 +41,9 @@ from ..model import (
     distributed,
     hash_model,
     hash_targets,
-    remembered,
     require_adapter,
     resolve_layers,
+    snapshot,
     switch_modules,
 )
 from .forget_adapter import default_lora_config, remove_adapter, with_new_adapter
@@ -64,8 +64,8 @@ def default_settings() -> dict[str, Any]:
 
 def train_unlearning(
     model: nn.Module,
-    forget_data: Any,
-    retain_data: Any,
+    forget: Any,
+    retain: Any,
     tokenizer: Any,
     settings: UnlearningSettings | None = None,
     *,
@@ -79,13 +79,13 @@ def train_unlearning(
     callbacks: Sequence[Any] = (),
     show_progress_bar: bool = True,
     **training_settings: Any,
-) -> tuple[LoraConfig, dict[str, Tensor], TrainedReport]:
+) -> tuple[LoraConfig, dict[str, Tensor], TrainedProvenance]:
     """Train a LoRA adapter on the full model by ``UnlearningTrainer``; the model goes back as it came, without it.
 
     Args:
         model: a transformers model or a PeftModel, in float or 4 bit.
-        forget_data: what must go: rows, a path to JSON lines, or a Dataset.
-        retain_data: what must stay, likewise; no row may be in both.
+        forget: what must go: rows, a path to JSON lines, or a Dataset.
+        retain: what must stay, likewise; no row may be in both.
         settings: losses and combiner.
         output_dir: where to write the adapter, as ``save_perta_adapter`` does.
         task_adapter: name of the adapter that makes the full model of the base, where one does: on and frozen, and a
@@ -122,7 +122,7 @@ def train_unlearning(
     servable_rank(_largest_rank(config))
     samples = {
         name: load_samples(data, tokenizer, max_length=max_length, name=f"the {name} set")
-        for name, data in (("forget", forget_data), ("retain", retain_data))
+        for name, data in (("forget", forget), ("retain", retain))
     }
     start = resolve_layers(model, start_adapter) if start_adapter else []
     run = {
@@ -132,7 +132,7 @@ def train_unlearning(
         "adapter": {name: str(value) for name, value in sorted(_plain(config).items())},
     }
     began = time.perf_counter()
-    put_back = remembered(model)
+    put_back = snapshot(model)
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng():
         arguments = _arguments(checkpoint_dir or scratch, checkpoint_dir, show_progress_bar, training_settings)
         if checkpoint_dir is not None:
@@ -149,8 +149,8 @@ def train_unlearning(
             trainer = UnlearningTrainer(
                 peft_model,
                 arguments,
-                forget_data,
-                retain_data,
+                forget,
+                retain,
                 processing_class=tokenizer,
                 settings=settings,
                 max_length=max_length,
@@ -165,7 +165,7 @@ def train_unlearning(
         finally:
             remove_adapter(model, _NAME)
             put_back()
-    report = TrainedReport(
+    provenance = TrainedProvenance(
         settings=settings.to_dict(),
         training=_described(trainer),
         base_model=describe_base(model),
@@ -179,8 +179,8 @@ def train_unlearning(
         seconds={"training": round(time.perf_counter() - began, 3)},
     )
     if output_dir is not None and distributed.is_main():
-        save_perta_adapter(output_dir, *emitted, report)
-    return *emitted, report
+        save_perta_adapter(output_dir, *emitted, provenance)
+    return *emitted, provenance
 
 
 def _check_adapters(

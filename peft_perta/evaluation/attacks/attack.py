@@ -22,19 +22,19 @@ class Victims:
     Attributes:
         unlearned: the stack that is shipped, say ["task", "unlearn"].
         full: the same before unlearning, say ["task"]: as much as there is to bring back.
-        reference: a model that never saw the rows: as much as the attack brings out of nothing. It may be the same
+        retain-only: a model that never saw the rows: as much as the attack brings out of nothing. It may be the same
             module with other adapters on.
         rows: the forget set.
     """
 
     unlearned: Subject
     full: Subject | None
-    reference: Subject | None
+    retain_only: Subject | None
     rows: list[dict]
 
     def subjects(self) -> Iterator[tuple[str, Subject]]:
         """Role and subject of each that is there."""
-        for role in ("unlearned", "full", "reference"):
+        for role in ("unlearned", "full", "retain-only"):
             subject = getattr(self, role)
             if subject is not None:
                 yield role, subject
@@ -97,7 +97,7 @@ class AttackResult:
     setting: str
     unlearned: Numbers
     full: Numbers | None
-    reference: Numbers | None
+    retain_only: Numbers | None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -146,9 +146,9 @@ def compare(
 ) -> list[AttackResult]:
     """The same done to each: (subject, its name in progress bars) -> setting -> numbers."""
     found = {role: measure(subject, f"{attack}, {role}") for role, subject in victims.subjects()}
-    full, reference = found.get("full", {}), found.get("reference", {})
+    full, retain_only = found.get("full", {}), found.get("retain-only", {})
     return [
-        AttackResult(attack, setting, numbers, full.get(setting), reference.get(setting))
+        AttackResult(attack, setting, numbers, full.get(setting), retain_only.get(setting))
         for setting, numbers in found["unlearned"].items()
     ]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...data import completion_text, encode_prompt, spread
 from ...errors import DataError
-from ..completions import read_completions
+from ..completions import score_completions
 from ..generation import generate
 from ..metrics.rouge import rouge_l_recall
 from ..subject import Subject
@@ -28,7 +28,7 @@ def measured(subject: Subject, rows: Sequence[Mapping], settings: AttackSettings
 
 def likelihood(subject: Subject, rows: Sequence[Mapping], name: str) -> Numbers:
     """Mean over rows of the completion's mean token loss (nats), and of exp(-loss)."""
-    return of_losses([reading.loss for reading in read_completions(subject, rows, name)])
+    return of_losses([reading.loss for reading in score_completions(subject, rows, name)])
 
 
 def of_losses(losses: Sequence[float]) -> Numbers:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from ...data import IGNORED, spread
-from ..completions import Reading, read_completions
+from ..completions import ScoredCompletion, score_completions
 from ..metrics.rouge import rouge_l_recall
 from ..subject import Subject
 from .attack import Attack, AttackResult, AttackSettings, Numbers, Victims, attacked_rows, check_victims, compare
@@ -28,7 +28,7 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
 
     def measure(subject: Subject, name: str) -> dict[str, Numbers]:
         known = with_prompt(subject, rows)
-        readings = read_completions(subject, known, name)
+        readings = score_completions(subject, known, name)
         asked = spread(known, settings.generated)
         completions = _completions(subject, asked, name)
         numbers = {}
@@ -54,7 +54,7 @@ def _completions(subject: Subject, rows: Sequence[Mapping], name: str) -> list[l
     return [sample.input_ids[sample.labels != IGNORED].tolist() for sample in subject.encode(rows, name)]
 
 
-def _loss_after(reading: Reading, share: float) -> float:
+def _loss_after(reading: ScoredCompletion, share: float) -> float:
     """The mean token loss of what remains, with the token that closes it: each token is read after those before it, so
     that the loss of the rest is that of the whole without the given tokens' part."""
     scores = reading.tokens.log_probabilities

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ...data import Sample, batches
 from ...errors import ConfigError, NumericalError
-from ...model import base_model, borrowed, sample_losses
+from ...model import base_model, preserved, sample_losses
 from ..subject import Subject
 from .attack import Attack, AttackResult, AttackSettings, Numbers, Victims, attacked_rows, check_victims, compare
 from .measures import likelihood
@@ -78,7 +78,7 @@ def _relearn(
     # The trained adapter is no part of the model, so that borrowing it is all that there is to undo.
     with (
         bar,
-        borrowed(subject.model, subject.adapters, checkpointing=True),
+        preserved(subject.model, subject.adapters, checkpointing=True),
         fresh_adapter(subject.model, settings.seed) as parameters,
     ):
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)

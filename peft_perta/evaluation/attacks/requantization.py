@@ -36,8 +36,8 @@ from ...model import (
     LAYER_KINDS,
     Target,
     base_model,
-    borrowed,
     check_lora_config,
+    preserved,
     require_adapter,
     resolve_layers,
     tuner_modules,
@@ -70,7 +70,7 @@ def check(victims: Victims, settings: AttackSettings) -> None:
     """
     check_victims(victims, settings)
     for _, subject in victims.subjects():
-        with borrowed(subject.model, subject.adapters):
+        with preserved(subject.model, subject.adapters):
             _deltas(subject.model)
             _check_layers(subject.model)
 
@@ -81,7 +81,7 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
     def measure(subject: Subject, name: str) -> dict[str, Numbers]:
         numbers = {"as it is": measured(subject, rows, settings, name)}
         for rounding in ROUNDINGS:
-            with borrowed(subject.model, subject.adapters), rounded(subject.model, rounding):
+            with preserved(subject.model, subject.adapters), rounded(subject.model, rounding):
                 numbers[rounding] = measured(subject, rows, settings, f"{name}, {rounding}")
         return numbers
 

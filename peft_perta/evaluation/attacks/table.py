@@ -16,7 +16,7 @@ def format_attacks(results: Sequence[AttackResult]) -> str:
     for result in results:
         first = True
         for measure in result.unlearned:
-            numbers = (found and found.get(measure) for found in (result.unlearned, result.reference, result.full))
+            numbers = (found and found.get(measure) for found in (result.unlearned, result.retain_only, result.full))
             shown = ("-" if number is None else f"{number:.3f}" for number in numbers)
             names = ("" if result.attack == attack else result.attack, result.setting if first else "", measure)
             lines.append((*names, *shown))

@@ -1,12 +1,12 @@
 """Evaluation logs as open-unlearning lays them out: read, written, and every aggregate taken anew from the rows."""
 
 from .files import Log, format_rescored, read_log, summary, write_log
-from .rescoring import aggregate, check_reference, rescore, row_values
+from .rescoring import aggregate, check_retain_only, rescore, row_values
 
 __all__ = [
     "Log",
     "aggregate",
-    "check_reference",
+    "check_retain_only",
     "format_rescored",
     "read_log",
     "rescore",

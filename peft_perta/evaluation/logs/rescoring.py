@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import DataError
 from .files import Log
-from .rules import PARTS, REFERENCED, attack_area, candidates, recompute, rule_of
+from .rules import NEEDS_RETAIN_ONLY, PARTS, attack_area, candidates, recompute, rule_of
 from .source import Source, Unavailable
 
 
@@ -30,10 +30,10 @@ def row_values(log: Mapping[str, Any], metric: str, field: str, *, where: str = 
 
 def rescore(
     log: Mapping[str, Any],
-    reference: Mapping[str, Any] | None = None,
+    retain_only: Mapping[str, Any] | None = None,
     *,
     where: str = "the log",
-    reference_where: str = "the reference log",
+    retain_only_where: str = "the retain-only log",
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """Every aggregate anew from the rows, never from another aggregate that the log states.
 
@@ -53,7 +53,7 @@ def rescore(
             nothing to compute.
     """
     source = Source(log, where)
-    other = Source(reference, reference_where) if reference is not None else None
+    other = Source(retain_only, retain_only_where) if retain_only is not None else None
     results: dict[str, dict[str, float]] = {}
     left_out: dict[str, str] = {}
     for metric in candidates(log):
@@ -76,16 +76,16 @@ def rescore(
     return results, left_out
 
 
-def aggregate(log: Mapping[str, Any], reference: Mapping[str, Any] | None = None) -> Log:
+def aggregate(log: Mapping[str, Any], retain_only: Mapping[str, Any] | None = None) -> Log:
     """The log with every aggregate filled in, metrics by name; None where its rows do not give one (forget_quality
-    without a reference).
+    without a retain-only model).
 
     Raises:
-        DataError: as for ``rescore``; or the reference lacks the rows to measure against.
+        DataError: as for ``rescore``; or the retain-only model lacks the rows to measure against.
     """
-    results, left_out = rescore(log, reference)
-    if reference is not None:
-        check_reference(reference, [metric for metric in REFERENCED if metric in left_out])
+    results, left_out = rescore(log, retain_only)
+    if retain_only is not None:
+        check_retain_only(retain_only, [metric for metric in NEEDS_RETAIN_ONLY if metric in left_out])
     source = Source(log, "the log")
     filled = dict(log)
     for metric in left_out:
@@ -102,7 +102,9 @@ def aggregate(log: Mapping[str, Any], reference: Mapping[str, Any] | None = None
     return dict(sorted(filled.items()))
 
 
-def check_reference(reference: Mapping[str, Any], metrics: Sequence[str], *, where: str = "the reference log") -> None:
+def check_retain_only(
+    retain_only: Mapping[str, Any], metrics: Sequence[str], *, where: str = "the retain-only log"
+) -> None:
     """The log holds what these metrics (forget_quality, privleak) are measured against.
 
     Raises:
@@ -110,7 +112,7 @@ def check_reference(reference: Mapping[str, Any], metrics: Sequence[str], *, whe
     """
     for metric in metrics:
         try:
-            REFERENCED[metric](Source(reference, where))
+            NEEDS_RETAIN_ONLY[metric](Source(retain_only, where))
         except Unavailable as missing:
             raise DataError(
                 f"{where}: {missing}; {metric} is measured against the log of a retain-only model"

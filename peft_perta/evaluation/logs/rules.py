@@ -66,48 +66,48 @@ def _logged_ratios(source: Source, canonical: str, missing: Unavailable) -> list
     raise Unavailable(f"{missing}, and {canonical} has no rows with 'score'") from None
 
 
-def _truth_score(source: Source, reference: Source | None, metric: str) -> float:
+def _truth_score(source: Source, retain_only: Source | None, metric: str) -> float:
     split = metric.split("_")[0].lower()
     score = forget_truth_score if split == "forget" else retain_truth_score
     return score(_truth_ratios(source, split))
 
 
-def _forget_quality(source: Source, reference: Source | None, metric: str) -> float:
+def _forget_quality(source: Source, retain_only: Source | None, metric: str) -> float:
     ours = _truth_ratios(source, "forget")
-    if reference is None:
+    if retain_only is None:
         raise Unavailable("it compares with a retain-only model, whose log was not given")
-    return forget_quality(ours.tolist(), _of_reference(_truth_ratios, reference, "forget").tolist())
+    return forget_quality(ours.tolist(), _of_retain_only(_truth_ratios, retain_only, "forget").tolist())
 
 
-def attack_area(source: Source, reference: Source | None, metric: str) -> float:
+def attack_area(source: Source, retain_only: Source | None, metric: str) -> float:
     forget, holdout = ([fmean(numbers) for numbers in source.values(metric, "score", part).values()] for part in PARTS)
     return area_under_curve(forget, holdout)
 
 
-def _privacy(source: Source, reference: Source | None, metric: str) -> float:
+def _privacy(source: Source, retain_only: Source | None, metric: str) -> float:
     area = attack_area(source, None, _PRIVACY_ATTACK)
-    if reference is None:
+    if retain_only is None:
         return privacy_leakage(area)
-    return privacy_leakage(area, _of_reference(attack_area, reference, None, _PRIVACY_ATTACK))
+    return privacy_leakage(area, _of_retain_only(attack_area, retain_only, None, _PRIVACY_ATTACK))
 
 
-def _of_reference(compute: Callable[..., Any], reference: Source, *arguments: Any) -> Any:
+def _of_retain_only(compute: Callable[..., Any], retain_only: Source, *arguments: Any) -> Any:
     try:
-        return compute(reference, *arguments)
+        return compute(retain_only, *arguments)
     except Unavailable as missing:
-        raise Unavailable(f"in {reference.where} {missing}") from None
+        raise Unavailable(f"in {retain_only.where} {missing}") from None
 
 
-def _normalised(source: Source, reference: Source | None, metric: str) -> float:
+def _normalised(source: Source, retain_only: Source | None, metric: str) -> float:
     split = metric.split("_")[0]
     try:
         pairs = source.pairs(f"{split}_Q_A_Prob", f"{split}_Q_A_PERT_Prob", "prob")
     except Unavailable:
-        return _mean("prob")(source, reference, metric)
+        return _mean("prob")(source, retain_only, metric)
     return fmean(normalised_probability(fmean(true), false) for true, false in pairs)
 
 
-def _model_utility(source: Source, reference: Source | None, metric: str) -> float:
+def _model_utility(source: Source, retain_only: Source | None, metric: str) -> float:
     values, reasons = [], []
     for part in _UTILITY:
         try:
@@ -122,7 +122,7 @@ def _model_utility(source: Source, reference: Source | None, metric: str) -> flo
 
 
 def _mean(field: str) -> Callable[[Source, Source | None, str], float]:
-    def rule(source: Source, reference: Source | None, metric: str) -> float:
+    def rule(source: Source, retain_only: Source | None, metric: str) -> float:
         return fmean(fmean(numbers) for numbers in source.values(metric, field).values())
 
     return rule
@@ -146,9 +146,9 @@ _RULES = tuple(
 )
 
 
-REFERENCED: dict[str, Callable[[Source], Any]] = {
-    "forget_quality": lambda reference: _truth_ratios(reference, "forget"),
-    "privleak": lambda reference: attack_area(reference, None, _PRIVACY_ATTACK),
+NEEDS_RETAIN_ONLY: dict[str, Callable[[Source], Any]] = {
+    "forget_quality": lambda retain_only: _truth_ratios(retain_only, "forget"),
+    "privleak": lambda retain_only: attack_area(retain_only, None, _PRIVACY_ATTACK),
 }
 
 
@@ -156,11 +156,11 @@ def rule_of(metric: str) -> Callable[[Source, Source | None, str], float] | None
     return next((rule for pattern, rule in _RULES if pattern.fullmatch(metric)), None)
 
 
-def recompute(source: Source, reference: Source | None, metric: str) -> float:
+def recompute(source: Source, retain_only: Source | None, metric: str) -> float:
     rule = rule_of(metric)
     if rule is None:
         raise Unavailable("not a metric that we know how to aggregate")
-    return rule(source, reference, metric)
+    return rule(source, retain_only, metric)
 
 
 def candidates(log: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def forget_quality(ratios: Sequence[float], reference_ratios: Sequence[float]) -> float:
+def forget_quality(ratios: Sequence[float], retain_only_ratios: Sequence[float]) -> float:
     """The p-value of a two-sample Kolmogorov-Smirnov test between two models' truth ratios: [N], [M] -> [0, 1].
 
     Args:
@@ -19,6 +19,6 @@ def forget_quality(ratios: Sequence[float], reference_ratios: Sequence[float]) -
     """
     from scipy.stats import ks_2samp  # takes a second to import, and few need it
 
-    if not len(ratios) or not len(reference_ratios):
-        raise ValueError(f"expected truth ratios of both models, found {len(ratios)} and {len(reference_ratios)}")
-    return float(ks_2samp(list(ratios), list(reference_ratios)).pvalue)  # type: ignore[attr-defined]
+    if not len(ratios) or not len(retain_only_ratios):
+        raise ValueError(f"expected truth ratios of both models, found {len(ratios)} and {len(retain_only_ratios)}")
+    return float(ks_2samp(list(ratios), list(retain_only_ratios)).pvalue)  # type: ignore[attr-defined]

@@ -63,7 +63,7 @@ def area_under_curve(forget: Sequence[float] | Tensor, holdout: Sequence[float] 
     return float((below + not_above).double().mean() / 2 / len(members))
 
 
-def privacy_leakage(area: float, reference_area: float = 0.5) -> float:
+def privacy_leakage(area: float, retain_only_area: float = 0.5) -> float:
     """How far the area lies from a retain-only model's, per cent of what that leaves to 1.
 
     0 where they agree, -100 where every forget row looks like a member, above 0 where they look less so than rows that
@@ -71,4 +71,4 @@ def privacy_leakage(area: float, reference_area: float = 0.5) -> float:
 
     Reference: MUSE (Shi et al. 2024, arXiv 2407.06460), as open-unlearning computes it.
     """
-    return (reference_area - area) / (1 - reference_area + 1e-10) * 100
+    return (retain_only_area - area) / (1 - retain_only_area + 1e-10) * 100

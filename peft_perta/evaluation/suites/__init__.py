@@ -15,7 +15,7 @@ from ...data import check_output, spread, write_file
 from ...errors import ConfigError
 from ...model import base_name, hash_embeddings, tuner_modules
 from ..logs.files import Log, read_log, write_log
-from ..logs.rescoring import aggregate, check_reference
+from ..logs.rescoring import aggregate, check_retain_only
 from ..subject import Subject
 from . import choices, muse, rwku, tofu
 from .suite import Splits, Suite, SuiteSettings
@@ -52,8 +52,8 @@ def evaluate(
     *,
     adapters: Sequence[str] | None = None,
     split: str | None = None,
-    reference_logs: Mapping[str, Log] | None = None,
-    reference: Subject | None = None,
+    retain_only_logs: Mapping[str, Log] | None = None,
+    retain_only: Subject | None = None,
     rows: int | None = None,
     batch_size: int = 32,
     max_length: int = 1024,
@@ -67,7 +67,7 @@ def evaluate(
         suites: suite ('tofu', 'muse', 'choices', 'rwku') -> the directory or file of its rows, or its splits.
         adapters: names of those that are on; None: as they are.
         split: the forget set, where a directory holds several ('forget10').
-        reference_logs: suite -> the log of a retain-only model: forget quality and privleak are measured against it.
+        retain_only_logs: suite -> the log of a retain-only model: forget quality and privleak are measured against it.
         reference: a retain-only model, for the membership attack that needs one.
         rows: at most so many of each split, at even distances; None for all.
         max_length: tokens kept of each row.
@@ -86,7 +86,7 @@ def evaluate(
         if value is not None and value < 1:
             raise ConfigError(f"{name}: expected at least 1, found {value}")
     subject = Subject(model, tokenizer, adapters, batch_size, max_length, show_progress_bar)
-    settings = SuiteSettings(rows, max_new_tokens, reference)
+    settings = SuiteSettings(rows, max_new_tokens, retain_only)
     given = {name: path for name, path in suites.items() if isinstance(path, (str, Path))}
     splits = {**suites, **(read_suites(given, split) if given or not suites else {})}
     for name in splits:
@@ -96,10 +96,10 @@ def evaluate(
         name: {key: spread(found, rows) if rows else found for key, found in of.items()}  # type: ignore[union-attr]
         for name, of in splits.items()
     }
-    for name, log in (reference_logs or {}).items():
+    for name, log in (retain_only_logs or {}).items():
         found = asked.get(name, {})
         needed = {"forget_quality": name == "tofu", "privleak": any("holdout" in key for key in found)}
-        check_reference(log, [metric for metric, used in needed.items() if used and found])
+        check_retain_only(log, [metric for metric, used in needed.items() if used and found])
     keys = {name: _key(subject, name, of, settings) for name, of in asked.items()} if output_dir else {}
     record: dict[str, Any] = {}
     if output_dir is not None:
@@ -114,7 +114,7 @@ def evaluate(
             log = read_log(path)
         else:
             log = suite.evaluate(subject, of, settings)
-        logs[name] = aggregate(log, (reference_logs or {}).get(name))
+        logs[name] = aggregate(log, (retain_only_logs or {}).get(name))
         if path is not None:
             record = {**record, "suites": {key: value for key, value in known.items() if key != name}}
             write_file(path.parent / RECORD_NAME, json.dumps(record, indent=1) + "\n")
@@ -138,7 +138,7 @@ def _key(subject: Subject, name: str, splits: Splits, settings: SuiteSettings) -
     facts = [name, splits, settings.max_new_tokens, subject.max_length, base_name(subject.model)]
     digest.update(json.dumps(facts, sort_keys=True).encode())
     digest.update(hash_embeddings(subject.model).encode())
-    for judged in filter(None, (subject, settings.reference)):
+    for judged in filter(None, (subject, settings.retain_only)):
         digest.update(_hash_stack(judged).encode())
     return digest.hexdigest()
 

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ...data import IGNORED, Sample, batches, encode_row
 from ...errors import DataError, NumericalError
-from ...model import base_model, borrowed, sample_losses
+from ...model import base_model, preserved, sample_losses
 from ..logs.files import Log
 from ..metrics.choices import chosen_option
 from ..subject import Subject
@@ -132,7 +132,7 @@ def _log_likelihoods(
     device = base_model(subject.model).get_input_embeddings().weight.device  # type: ignore[operator]
     found = torch.empty(len(samples), dtype=torch.float64)
     bar = tqdm(total=len(samples), desc=name, unit="option", disable=not subject.show_progress_bar, leave=False)
-    with bar, borrowed(subject.model, subject.adapters), torch.no_grad():
+    with bar, preserved(subject.model, subject.adapters), torch.no_grad():
         for batch in batches(samples, subject.batch_size):
             losses = sample_losses(subject.model, batch.to(device)).double().cpu()
             found[batch.indices] = -losses * (batch.labels[:, 1:] != IGNORED).sum(1).cpu()

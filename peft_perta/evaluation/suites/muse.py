@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
-from ..completions import read_completions
+from ..completions import score_completions
 from ..logs.files import Log
 from ..metrics.memorization import exact_memorization, extraction_strength
 from ..subject import Subject
@@ -87,7 +87,7 @@ def evaluate(subject: Subject, splits: Splits, settings: SuiteSettings) -> Log:
         "forget_verbmem",
         max_new_tokens=tokens,
     )
-    recited = read_completions(
+    recited = score_completions(
         subject, [_continuation(row, row["gt"]) for row in splits["forget_verbmem"]], "forget_verbmem: texts"
     )
     log["exact_memorization"] = by_index({"score": exact_memorization(r.tokens.hits)} for r in recited)

@@ -25,12 +25,12 @@ class SuiteSettings:
     Attributes:
         rows: at most so many of each split, at even distances; None for all of them.
         max_new_tokens: of each generation.
-        reference: a model that never saw the forget rows, for the membership attack that needs one.
+        retain-only: a model that never saw the forget rows, for the membership attack that needs one.
     """
 
     rows: int | None = None
     max_new_tokens: int = 200
-    reference: Subject | None = None
+    retain_only: Subject | None = None
 
 
 @dataclass(frozen=True)

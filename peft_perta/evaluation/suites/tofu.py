@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ...data import completion_text
 from ...errors import DataError
-from ..completions import Reading, read_completions
+from ..completions import ScoredCompletion, score_completions
 from ..logs.files import Log
 from ..metrics.membership import minimum_k, minimum_k_plus_plus, reference_score, zlib_score
 from ..metrics.memorization import exact_memorization, extraction_strength
@@ -81,7 +81,7 @@ def _either(path: Path, stem: str) -> list[dict] | None:
 
 
 def _judge(log: Log, subject: Subject, rows: list[dict], settings: SuiteSettings, split: str, prefix: str) -> None:
-    truths = read_completions(subject, rows, f"{split}: answers")
+    truths = score_completions(subject, rows, f"{split}: answers")
     log[f"{prefix}_Q_A_Prob"] = by_index(map(_probability, truths))
     if split == "forget":
         log["exact_memorization"] = by_index(map(_memorization, truths))
@@ -91,10 +91,10 @@ def _judge(log: Log, subject: Subject, rows: list[dict], settings: SuiteSettings
         paraphrased = [
             {"question": row["question"], "answer": row.get("paraphrased_answer") or row["answer"]} for row in rows
         ]
-        believed = read_completions(subject, paraphrased, f"{split}: paraphrases")
+        believed = score_completions(subject, paraphrased, f"{split}: paraphrases")
         log[f"{prefix}_Q_A_PARA_Prob"] = by_index(map(_probability, believed))
     false_rows = [{"question": r["question"], "answer": answer} for r in rows for answer in r["perturbed_answer"]]
-    read_false = iter(read_completions(subject, false_rows, f"{split}: false answers"))
+    read_false = iter(score_completions(subject, false_rows, f"{split}: false answers"))
     false = [[next(read_false) for _ in row["perturbed_answer"]] for row in rows]
     log[f"{prefix}_Q_A_PERT_Prob"] = by_index(
         {"prob": [math.exp(-r.loss) for r in found], "avg_loss": [r.loss for r in found]} for found in false
@@ -111,12 +111,12 @@ def _judge(log: Log, subject: Subject, rows: list[dict], settings: SuiteSettings
     log[f"{prefix}_Q_A_ROUGE"] = rouge_of(subject, rows, settings, split)
 
 
-def _memorization(reading: Reading) -> dict[str, float] | None:
+def _memorization(reading: ScoredCompletion) -> dict[str, float] | None:
     score = exact_memorization(reading.tokens.hits)
     return None if score is None else {"score": score}
 
 
-def _probability(reading: Reading) -> dict[str, float]:
+def _probability(reading: ScoredCompletion) -> dict[str, float]:
     return {"prob": math.exp(-reading.loss), "avg_loss": reading.loss}
 
 
@@ -134,14 +134,14 @@ def membership_scores(
     subject: Subject, rows: Sequence[dict], settings: SuiteSettings, name: str
 ) -> dict[str, list[float]]:
     """Attack -> a score a row, lower for what looks like a member."""
-    readings = read_completions(subject, rows, f"{name}: membership")
+    readings = score_completions(subject, rows, f"{name}: membership")
     scores = {
         "loss": [r.loss for r in readings],
         "min_k": [minimum_k(r.tokens.log_probabilities) for r in readings],
         "min_k_plus_plus": [minimum_k_plus_plus(r.tokens.standardised) for r in readings],
         "zlib": [zlib_score(r.loss, completion_text(row)) for r, row in zip(readings, rows, strict=True)],
     }
-    if settings.reference is not None:
-        known = read_completions(settings.reference, rows, f"{name}: reference")
-        scores["reference"] = [reference_score(r.loss, other.loss) for r, other in zip(readings, known, strict=True)]
+    if settings.retain_only is not None:
+        known = score_completions(settings.retain_only, rows, f"{name}: reference")
+        scores["retain-only"] = [reference_score(r.loss, other.loss) for r, other in zip(readings, known, strict=True)]
     return scores

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from ...data import Sample, batches
-from ...model import Target, base_model, borrowed, distributed, input_device, sample_losses
+from ...model import Target, base_model, distributed, input_device, preserved, sample_losses
 from .._taps import Taps
-from ..gradient_sums import Place, Statistic, StatisticName
-from ..input_moments import Reader
-from ..job import Job, SetStatistics, check_losses, progress
+from ..gradient_sums import GradientSums, Place, StatisticName
+from ..input_moments import Collector
+from ..job import Job, SetSums, check_losses, progress
 
 
 def sweep(
     model: nn.Module,
     targets: Sequence[Target],
     samples: list[Sample],
-    reader: Reader,
+    collector: Collector,
     statistic: StatisticName,
     *,
     adapters: Sequence[str],
@@ -29,7 +29,7 @@ def sweep(
     name: str,
     place: Place = "device",
     show_progress_bar: bool = True,
-) -> dict[str, Statistic]:
+) -> dict[str, GradientSums]:
     """One pass over the samples: target name -> its statistic.
 
     The loss is ``losses.sample_losses``, summed over samples. Gradients are taken in eval mode at the model with
@@ -39,7 +39,7 @@ def sweep(
         NumericalError: a sample's loss, or a layer's statistic, is not finite.
     """
     device = input_device(model)
-    with borrowed(model, adapters, checkpointing=True), Taps(targets, reader, statistic, place) as taps:
+    with preserved(model, adapters, checkpointing=True), Taps(targets, collector, statistic, place) as taps:
         handles = []
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             # Reentrant checkpointing passes gradients only to segments whose input requires one.
@@ -66,13 +66,13 @@ def sweep(
     return taps.statistics
 
 
-def run(job: Job, sets: dict[str, list[Sample]]) -> Generator[tuple[list[Target], SetStatistics], None, None]:
+def run(job: Job, sets: dict[str, list[Sample]]) -> Generator[tuple[list[Target], SetSums], None, None]:
     """The groups of the plan that are not done yet, from the top; each with both sets' statistics."""
     for number, names in enumerate(job.plan.groups, start=1):
         group = [job.targets[name] for name in names if name not in job.done]
         if not group:
             continue
-        found: SetStatistics = {}
+        found: SetSums = {}
         for name, samples in sets.items():
             known = job.load_statistics(group, name)
             if known is None:
@@ -81,7 +81,7 @@ def run(job: Job, sets: dict[str, list[Sample]]) -> Generator[tuple[list[Target]
                     job.model,
                     group,
                     samples,
-                    job.reader,
+                    job.collector,
                     job.statistic,
                     adapters=job.adapters,
                     batch_size=job.plan.micro_batch,

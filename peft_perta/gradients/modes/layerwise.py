@@ -14,13 +14,13 @@ from functools import partial
 import torch
 
 from ...data import Sample, batches
-from ...model import Target, borrowed, distributed
+from ...model import Target, distributed, preserved
 from .._taps import Taps
 from ..blocks import Chain, find_blocks
-from ..job import Advance, Job, SetStatistics, progress
+from ..job import Advance, Job, SetSums, progress
 
 
-def run(job: Job, sets: dict[str, list[Sample]]) -> Generator[tuple[list[Target], SetStatistics], None, None]:
+def run(job: Job, sets: dict[str, list[Sample]]) -> Generator[tuple[list[Target], SetSums], None, None]:
     """The blocks that are not done yet, from the top; each with both sets' statistics.
 
     Blocks above that are done already only pass their gradient on.
@@ -38,11 +38,11 @@ def run(job: Job, sets: dict[str, list[Sample]]) -> Generator[tuple[list[Target]
         return
     shared = {name: distributed.share(list(batches(found, job.plan.micro_batch))) for name, found in sets.items()}
 
-    def through(targets: list[Target], step: Callable[[str, int], object], advance: Advance) -> SetStatistics:
+    def through(targets: list[Target], step: Callable[[str, int], object], advance: Advance) -> SetSums:
         """All batches of both sets, by set and number, with taps on some targets."""
         found = {}
         for name, of_set in shared.items():
-            with Taps(targets, job.reader, job.statistic) as taps:
+            with Taps(targets, job.collector, job.statistic) as taps:
                 with distributed.failing_together(), torch.enable_grad():
                     for number, batch in enumerate(of_set):
                         taps.batch_samples = len(batch.indices)
@@ -54,7 +54,7 @@ def run(job: Job, sets: dict[str, list[Sample]]) -> Generator[tuple[list[Target]
         return found
 
     samples = sum(map(len, sets.values()))
-    with borrowed(job.model, job.adapters), closing(Chain(job.model, blocks, lowest, job.plan.inputs)) as chain:
+    with preserved(job.model, job.adapters), closing(Chain(job.model, blocks, lowest, job.plan.inputs)) as chain:
 
         def forward(name: str, number: int) -> None:
             chain.forward(shared[name][number], (name, number), f"the {name} set")

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from ...adapters import Edit, Factors, Product
-from ...gradients import Reader, Statistic
+from ...gradients import Collector, GradientSums
 
 
 class Fit(Protocol):
@@ -23,9 +23,9 @@ class Fit(Protocol):
     name: str
 
     @property
-    def reader(self) -> Reader | None: ...
+    def collector(self) -> Collector | None: ...
 
-    def fit(self, edit: Edit, rank: int | float, measured: Mapping[str, Statistic]) -> Factors:
+    def fit(self, edit: Edit, rank: int | float, measured: Mapping[str, GradientSums]) -> Factors:
         """Factors at a rank (int), or at the least rank that keeps a share of the measure (float).
 
         ``measured`` holds the 'forget' and the 'retain' set's statistic of what the reader reads.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...adapters import Edit, Factors, Product, factorize
-from ...gradients import Energies, Statistic
+from ...gradients import Energies, GradientSums
 from .fit import is_exact, judged
 
 _FLOOR = 1e-3  # of the mean energy: what no row ever uses still costs a little, and can be scaled back
@@ -22,9 +22,9 @@ _FLOOR = 1e-3  # of the mean energy: what no row ever uses still costs a little,
 
 class Kronecker:
     name = "kronecker"
-    reader = Energies()
+    collector = Energies()
 
-    def fit(self, edit: Edit, rank: int | float, measured: Mapping[str, Statistic]) -> Factors:
+    def fit(self, edit: Edit, rank: int | float, measured: Mapping[str, GradientSums]) -> Factors:
         if is_exact(edit, rank):
             return factorize(edit, rank)
         rows, columns = (_roots(measured, name, edit) for name in ("output energy", "input energy"))
@@ -38,7 +38,7 @@ class Kronecker:
         return judged(edit, unscaled, 1 - found.energy_kept)
 
 
-def _roots(measured: Mapping[str, Statistic], name: str, edit: Edit) -> Tensor:
+def _roots(measured: Mapping[str, GradientSums], name: str, edit: Edit) -> Tensor:
     like = edit.A if isinstance(edit, Product) else edit
     moments = [s.moments()[name][0].to(like.device, torch.float64) for s in measured.values()]
     energy = sum(moment / moment.mean().clamp_min(torch.finfo(torch.float64).tiny) for moment in moments)

@@ -12,16 +12,16 @@ import torch
 
 from ...adapters import Edit, Factors, Product, factorize
 from ...errors import UnsupportedLayerError
-from ...gradients import InputMoments, Statistic
+from ...gradients import GradientSums, InputMoments
 from .._input_directions import damped, root
 from .fit import is_exact, judged
 
 
 class SecondMoment:
     name = "second-moment"
-    reader = InputMoments()
+    collector = InputMoments()
 
-    def fit(self, edit: Edit, rank: int | float, measured: Mapping[str, Statistic]) -> Factors:
+    def fit(self, edit: Edit, rank: int | float, measured: Mapping[str, GradientSums]) -> Factors:
         if is_exact(edit, rank):
             return factorize(edit, rank)
         rows = edit.A if isinstance(edit, Product) else edit

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ...adapters import Edit, Factors, factorize
-from ...gradients import Statistic
+from ...gradients import GradientSums
 
 
 class Truncated:
     name = "truncated"
-    reader = None
+    collector = None
 
-    def fit(self, edit: Edit, rank: int | float, measured: Mapping[str, Statistic]) -> Factors:
+    def fit(self, edit: Edit, rank: int | float, measured: Mapping[str, GradientSums]) -> Factors:
         return factorize(edit, rank)

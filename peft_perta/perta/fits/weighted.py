@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...adapters import Edit, Factors, Product, factorize
-from ...gradients import Statistic
+from ...gradients import GradientSums
 from ..granularities.delta import Delta
 from .fit import is_exact, judged
 
@@ -34,9 +34,9 @@ _DAMPING = 1e-6
 
 class Weighted:
     name = "weighted"
-    reader = Delta()
+    collector = Delta()
 
-    def fit(self, edit: Edit, rank: int | float, measured: Mapping[str, Statistic]) -> Factors:
+    def fit(self, edit: Edit, rank: int | float, measured: Mapping[str, GradientSums]) -> Factors:
         if is_exact(edit, rank):
             return factorize(edit, rank)
         dense = edit.B @ edit.A if isinstance(edit, Product) else edit

@@ -6,8 +6,8 @@ To add one: a function under the contract of ``loss.py`` in a file beside this o
 from .ascent import gradient_ascent
 from .keeping import kl, nll
 from .loss import OWN, REFERENCE, REFUSAL, REFUSAL_REFERENCE, Loss
+from .loss_inputs import LossInputs
 from .preference import dpo, npo, simnpo
-from .reading import Reading
 from .representation import kept_states, rmu
 
 FORGET_LOSSES: dict[str, Loss] = {
@@ -26,4 +26,4 @@ RETAIN_LOSSES: dict[str, Loss] = {
 }
 
 
-__all__ = ["FORGET_LOSSES", "OWN", "REFERENCE", "REFUSAL", "REFUSAL_REFERENCE", "RETAIN_LOSSES", "Loss", "Reading"]
+__all__ = ["FORGET_LOSSES", "OWN", "REFERENCE", "REFUSAL", "REFUSAL_REFERENCE", "RETAIN_LOSSES", "Loss", "LossInputs"]

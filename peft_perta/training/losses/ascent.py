@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from .loss import OWN
-from .reading import Reading
+from .loss_inputs import LossInputs
 
 
-def gradient_ascent(readings: Mapping[str, Reading], beta: float, margin: float) -> Tensor:
+def gradient_ascent(readings: Mapping[str, LossInputs], beta: float, margin: float) -> Tensor:
     """-mean_t NLL, [N]; beta and margin have no say."""
     return -readings[OWN].mean_losses()

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from .loss import OWN, REFERENCE
-from .reading import Reading
+from .loss_inputs import LossInputs
 
 
-def nll(readings: Mapping[str, Reading], beta: float, margin: float) -> Tensor:
+def nll(readings: Mapping[str, LossInputs], beta: float, margin: float) -> Tensor:
     """mean_t NLL, [N]: learn the retain set on."""
     return readings[OWN].mean_losses()
 
 
-def kl(readings: Mapping[str, Reading], beta: float, margin: float) -> Tensor:
+def kl(readings: Mapping[str, LossInputs], beta: float, margin: float) -> Tensor:
     """mean_t KL(pi_ref || pi) over the vocabulary, nats, [N]: say what the reference says, right or wrong."""
     own, reference = (
         readings[name].logits.to(torch.promote_types(readings[name].logits.dtype, torch.float32)).log_softmax(1)

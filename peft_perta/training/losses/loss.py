@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .reading import Reading
+from .loss_inputs import LossInputs
 
 OWN, REFERENCE = "own", "reference"
 
@@ -29,7 +29,7 @@ class Loss:
     """
 
     description: str
-    function: Callable[[Mapping[str, Reading], float, float], Tensor]
+    function: Callable[[Mapping[str, LossInputs], float, float], Tensor]
     reads: tuple[str, ...] = (OWN,)
     beta: float | None = None
     margin: float | None = None

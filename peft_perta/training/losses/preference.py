@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from .loss import OWN, REFERENCE, REFUSAL, REFUSAL_REFERENCE
-from .reading import Reading
+from .loss_inputs import LossInputs
 
 
-def npo(readings: Mapping[str, Reading], beta: float, margin: float) -> Tensor:
+def npo(readings: Mapping[str, LossInputs], beta: float, margin: float) -> Tensor:
     """2/beta log(1 + (pi / pi_ref)^beta), [N], pi the probability of the whole completion; margin has no say.
 
     As beta goes to 0 its gradient becomes that of gradient ascent on the summed log-probability.
@@ -24,7 +24,7 @@ def npo(readings: Mapping[str, Reading], beta: float, margin: float) -> Tensor:
     return 2 / beta * softplus(beta * _gained(readings[OWN], readings[REFERENCE]))
 
 
-def simnpo(readings: Mapping[str, Reading], beta: float, margin: float) -> Tensor:
+def simnpo(readings: Mapping[str, LossInputs], beta: float, margin: float) -> Tensor:
     """2/beta log(1 + exp(-beta (mean_t NLL - margin))), [N]: no reference, and long completions count as short ones.
 
     The paper writes its margin as gamma = beta * margin; 0 there and here by default.
@@ -34,7 +34,7 @@ def simnpo(readings: Mapping[str, Reading], beta: float, margin: float) -> Tenso
     return 2 / beta * softplus(-beta * (readings[OWN].mean_losses() - margin))
 
 
-def dpo(readings: Mapping[str, Reading], beta: float, margin: float) -> Tensor:
+def dpo(readings: Mapping[str, LossInputs], beta: float, margin: float) -> Tensor:
     """-2/beta log sigmoid(beta (log pi/pi_ref (refusal) - log pi/pi_ref (answer))), [N]; margin has no say.
 
     The factor 2/beta makes it NPO where the refusal's ratio is 1.
@@ -45,5 +45,5 @@ def dpo(readings: Mapping[str, Reading], beta: float, margin: float) -> Tensor:
     return 2 / beta * softplus(-beta * (preferred - _gained(readings[OWN], readings[REFERENCE])))
 
 
-def _gained(own: Reading, reference: Reading) -> Tensor:
+def _gained(own: LossInputs, reference: LossInputs) -> Tensor:
     return own.log_probabilities() - reference.log_probabilities()

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .loss import OWN, REFERENCE
-from .reading import Reading
+from .loss_inputs import LossInputs
 
 
-def rmu(readings: Mapping[str, Reading], beta: float, margin: float) -> Tensor:
+def rmu(readings: Mapping[str, LossInputs], beta: float, margin: float) -> Tensor:
     """mean_t 1/H ||h - beta ||h_ref|| u||^2, [N], u a unit vector; margin has no say.
 
     The length that is steered to follows the reference's own, token by token, as in adaptive RMU (arXiv 2408.06223):
@@ -29,7 +29,7 @@ def rmu(readings: Mapping[str, Reading], beta: float, margin: float) -> Tensor:
     return readings[OWN].mean_over_tokens((own - target).square().mean(1))
 
 
-def kept_states(readings: Mapping[str, Reading], beta: float, margin: float) -> Tensor:
+def kept_states(readings: Mapping[str, LossInputs], beta: float, margin: float) -> Tensor:
     """mean_t 1/H ||h - h_ref||^2, [N]: RMU's own loss on what must stay.
 
     Reference: Li et al. 2024, arXiv 2403.03218.
@@ -38,7 +38,7 @@ def kept_states(readings: Mapping[str, Reading], beta: float, margin: float) -> 
     return readings[OWN].mean_over_tokens((own - reference).square().mean(1))
 
 
-def _states(readings: Mapping[str, Reading]) -> list[Tensor]:
+def _states(readings: Mapping[str, LossInputs]) -> list[Tensor]:
     """[K, H] of both, float32 or wider."""
     found = []
     for name in (OWN, REFERENCE):

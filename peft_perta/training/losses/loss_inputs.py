@@ -12,7 +12,7 @@ from ...model import completion_losses
 
 
 @dataclass(frozen=True)
-class Reading:
+class LossInputs:
     """
     Attributes:
         logits: [K, V], of the K tokens that carry loss, sample after sample.

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.matched_forgetting import SPLITS
 from peft_perta import PerTAConfig, attach_adapters, get_perta_state_dict, load_base, train_forget_adapter
-from peft_perta.adapters import add_adapter, fuse_adapters, scaled_adapter
+from peft_perta.adapters import add_adapter, fuse_adapters
 from peft_perta.comparison import ASSETS, DemoSettings
 from peft_perta.data import encode_row, read_rows, spread
 from peft_perta.evaluation import losses_of, match_forgetting
@@ -62,10 +62,10 @@ def run(seed: int, settings: DemoSettings) -> list[dict]:
             model, PerTAConfig(seed=seed), found, rows["retain"][::2][: settings.weight_samples],
             forget_adapter=f"learned_{name}", tokenizer=tokenizer, show_progress_bar=False,
         )  # fmt: skip
-        add_adapter(model, made[0], made[1], "found")
+        made.add_to(model, "found")
         strength = match("found", name)
         model.delete_adapter("found")
-        add_adapter(model, made[0], scaled_adapter(made[1], made[2], strength)[0], name)
+        made.scaled(strength).add_to(model, name)
     for name in ("first", "second", "union"):
         read(f"{name} alone", "task", name)
     read("first + second", "task", "first", "second")

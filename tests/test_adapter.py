@@ -23,7 +23,7 @@ from peft_perta import (
     stack_adapters,
 )
 from peft_perta import save_perta_adapter as save
-from peft_perta.adapters import Factors, add_adapter, build_adapter, scaled_adapter
+from peft_perta.adapters import Factors, add_adapter, build_adapter
 from peft_perta.adapters.low_rank import EXCESS
 from peft_perta.data import load_samples
 
@@ -402,8 +402,9 @@ def test_saving_and_loading_twice_is_the_same_adapter(tmp_path):
 
 @pytest.mark.parametrize("factor", [2.5, 0.0, -1.0])
 def test_a_scaled_adapter_is_the_same_edit_at_that_many_times_its_strength(factor):
-    _, state_dict, provenance = builders.negate(builders.adapted_llama(), strength=0.5)
-    scaled, scaled_provenance = scaled_adapter(state_dict, provenance, factor)
+    emitted = builders.negate(builders.adapted_llama(), strength=0.5)
+    _, state_dict, provenance = emitted
+    _, scaled, scaled_provenance = emitted.scaled(factor)
     once, scaled_deltas = laws.deltas_of(state_dict), laws.deltas_of(scaled)
     for name, delta in once.items():
         assert delta.any()
@@ -416,6 +417,6 @@ def test_a_scaled_adapter_is_the_same_edit_at_that_many_times_its_strength(facto
 
 @pytest.mark.parametrize("factor", [math.inf, math.nan])
 def test_a_scale_that_is_not_finite_is_refused(factor):
-    _, state_dict, provenance = builders.negate(builders.adapted_llama())
+    emitted = builders.negate(builders.adapted_llama())
     with pytest.raises(NumericalError, match=r"is not finite in the adapter's dtype"):
-        scaled_adapter(state_dict, provenance, factor)
+        emitted.scaled(factor)

@@ -8,10 +8,10 @@ from .build import add_adapter, build_adapter
 from .emitted import (
     FORGET_RECORD_NAME,
     PROVENANCE_NAME,
+    EmittedAdapter,
     load_provenance,
     save_forget_adapter,
     save_perta_adapter,
-    scaled_adapter,
 )
 from .extrapolate import extrapolate_adapter
 from .fuse import fuse_adapters
@@ -39,6 +39,7 @@ __all__ = [
     "PROVENANCE_NAME",
     "SERVABLE_RANKS",
     "Edit",
+    "EmittedAdapter",
     "Factors",
     "FusedProvenance",
     "InfluenceProvenance",
@@ -63,7 +64,6 @@ __all__ = [
     "read_provenance",
     "save_forget_adapter",
     "save_perta_adapter",
-    "scaled_adapter",
     "servable_rank",
     "torch_dtype",
     "verify_adapter",

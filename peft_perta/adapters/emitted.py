@@ -7,23 +7,25 @@ weightless copy of the model, and we fill its slots.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import replaced_directory
 from ..errors import AdapterError, NumericalError, OutputError
+from ..evaluation import Calibration
 from ..model import CONFIG_NAME, WEIGHTS_NAME, hash_file
+from .build import add_adapter
 from .model_card import model_card
-from .provenance import PerTAProvenance, Provenance, read_provenance
+from .provenance import FusedProvenance, PerTAProvenance, Provenance, read_provenance
 
 PROVENANCE_NAME = "perta_provenance.json"
 
@@ -67,20 +69,53 @@ def save_perta_adapter(
     return Path(path)
 
 
-def scaled_adapter(
-    state_dict: Mapping[str, Tensor], provenance: PerTAProvenance, factor: float
-) -> tuple[dict[str, Tensor], PerTAProvenance]:
-    """The same adapter at ``factor`` times its strength: a scalar into B, and into the report.
+class EmittedAdapter(NamedTuple):
+    """A plain LoRA adapter that this package made. It unpacks to its three parts.
 
-    Raises:
-        NumericalError: the factor is not finite, or the result overflows its dtype.
+    Attributes:
+        lora_config: PEFT's config; one rank for all layers, ``lora_alpha`` equal to it.
+        state_dict: PEFT's keys -> factors; A is [R, in], B is [out, R].
+        provenance: what the adapter was made from, and how.
     """
-    scaled = {key: value * factor if ".lora_B." in key else value for key, value in state_dict.items()}
-    if not all(bool(torch.isfinite(value).all()) for value in scaled.values()):
-        raise NumericalError(f"a strength {factor!r} times as large is not finite in the adapter's dtype")
-    layers = [dataclasses.replace(layer, edit_norm=layer.edit_norm * abs(factor)) for layer in provenance.layers]
-    config = {**provenance.config, "strength": provenance.config["strength"] * factor}
-    return scaled, dataclasses.replace(provenance, config=config, layers=layers)
+
+    lora_config: LoraConfig
+    state_dict: dict[str, Tensor]
+    provenance: Any  # a Provenance: which one, the function that emits the adapter says
+
+    def save(self, path: str | Path, *, license_name: str | None = None) -> Path:
+        """Write the adapter's directory; see ``save_perta_adapter``."""
+        return save_perta_adapter(path, *self, license_name=license_name)
+
+    def add_to(self, model: nn.Module, adapter_name: str) -> None:
+        """Put the adapter on the model, frozen and not active; see ``add_adapter``."""
+        add_adapter(model, self.lora_config, self.state_dict, adapter_name)
+
+    def scaled(self, factor: float) -> EmittedAdapter:
+        """The negative adapter at ``factor`` times its strength: B is scaled, and the provenance says so.
+
+        Raises:
+            AdapterError: it is no negative adapter of PerTA, so that its strength has no scale.
+            NumericalError: the factor is not finite, or the result overflows the adapter's dtype.
+        """
+        if not isinstance(self.provenance, PerTAProvenance):
+            raise AdapterError(
+                f"expected a negative adapter that unlearn made, found one of {type(self.provenance).__name__}; of "
+                "fused adapters, scale the parts"
+            )
+        state_dict = {key: B * factor if ".lora_B." in key else B for key, B in self.state_dict.items()}
+        if not all(bool(torch.isfinite(value).all()) for value in state_dict.values()):
+            raise NumericalError(f"a strength {factor!r} times as large is not finite in the adapter's dtype")
+        return EmittedAdapter(self.lora_config, state_dict, self.provenance.scaled(factor))
+
+    def with_calibration(self, calibration: Calibration) -> EmittedAdapter:
+        """The same adapter, with the search for its strength in its provenance.
+
+        Raises:
+            AdapterError: the adapter's provenance holds no such search.
+        """
+        if not isinstance(self.provenance, (PerTAProvenance, FusedProvenance)):
+            raise AdapterError(f"the provenance of {type(self.provenance).__name__} holds no search for a strength")
+        return self._replace(provenance=replace(self.provenance, calibration=calibration.to_dict()))
 
 
 def save_forget_adapter(path: str | Path, model: PeftModel, adapter_name: str, record: Mapping[str, Any]) -> Path:

@@ -5,21 +5,19 @@ Reference: Wang et al. 2025, arXiv 2503.04693.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from peft import LoraConfig
-from torch import Tensor, nn
+from torch import nn
 
 from ..data import Sample
 from ..errors import AdapterError, ConfigError, NumericalError
 from ..evaluation import Goal, calibrate
 from ..model import require_adapter
+from .emitted import EmittedAdapter
 from .fuse import check_ranks, combine_adapters
-from .provenance import FusedProvenance
 
 
 def extrapolate_adapter(
@@ -36,7 +34,7 @@ def extrapolate_adapter(
     dtype: torch.dtype = torch.float32,
     batch_size: int = 32,
     show_progress_bar: bool = True,
-) -> tuple[LoraConfig, dict[str, Tensor], FusedProvenance]:
+) -> EmittedAdapter:
     """theta_init + (1 + alpha) (theta_un - theta_init), as one plain LoRA adapter; exactly.
 
     An adapter that was trained from zero is scaled by 1 + alpha, at its own rank. One whose run began at another
@@ -89,7 +87,7 @@ def extrapolate_adapter(
     parts = {adapter_name: 1 + alpha}
     if start_adapter is not None:
         parts[start_adapter] = -alpha
-    lora_config, state_dict, provenance = combine_adapters(model, parts, rank=rank, dtype=dtype)
+    emitted = combine_adapters(model, parts, rank=rank, dtype=dtype)
     if found is not None:
-        provenance = dataclasses.replace(provenance, calibration=found.to_dict())
-    return lora_config, state_dict, provenance
+        emitted = emitted.with_calibration(found)
+    return emitted

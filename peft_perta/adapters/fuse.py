@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from peft import LoraConfig
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import AdapterError, ConfigError, NumericalError
 from ..model import Target, base_name, check_base, check_lora_config, hash_targets, require_adapter, resolve_layers
 from .build import build_adapter
+from .emitted import EmittedAdapter
 from .low_rank import Factors, Product, factorize
 from .provenance import FusedProvenance
 from .servable import SERVABLE_RANKS, servable_rank
@@ -22,7 +22,7 @@ def fuse_adapters(
     *,
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
-) -> tuple[LoraConfig, dict[str, Tensor], FusedProvenance]:
+) -> EmittedAdapter:
     """sum_k strength_k s_k B_k A_k as one plain LoRA adapter: [B_1 .. B_n] @ [A_1; ..; A_n].
 
     Args:
@@ -63,7 +63,7 @@ def _check_whole(rank: int) -> None:
 
 def combine_adapters(
     model: nn.Module, factors_of: Mapping[str, float], *, rank: int | None = None, dtype: torch.dtype = torch.float32
-) -> tuple[LoraConfig, dict[str, Tensor], FusedProvenance]:
+) -> EmittedAdapter:
     """The same of one adapter or more; at their own rank one comes back scaled."""
     if rank is not None and not 1 <= rank <= SERVABLE_RANKS[-1]:
         raise ConfigError(f"rank: expected an int from 1 to {SERVABLE_RANKS[-1]}, found {rank!r}")
@@ -95,7 +95,7 @@ def combine_adapters(
         energy_kept=sum(f.energy * f.energy_kept for f in fused.values()) / energy if energy else 1.0,
         dtype=str(dtype).removeprefix("torch."),
     )
-    return lora_config, state_dict, provenance
+    return EmittedAdapter(lora_config, state_dict, provenance)
 
 
 def _concatenated(found: list[tuple[Target, float]]) -> Product:

@@ -122,6 +122,12 @@ class PerTAProvenance:
         del values["seconds"]
         return values
 
+    def scaled(self, factor: float) -> PerTAProvenance:
+        """That of the same adapter at ``factor`` times its strength."""
+        layers = [dataclasses.replace(layer, edit_norm=layer.edit_norm * abs(factor)) for layer in self.layers]
+        config = {**self.config, "strength": self.config["strength"] * factor}
+        return dataclasses.replace(self, config=config, layers=layers)
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PerTAProvenance:
         """Raises TypeError or KeyError where the mapping is no report."""

@@ -14,12 +14,12 @@ from ..adapters import (
     DTYPES,
     FORGET_RECORD_NAME,
     PROVENANCE_NAME,
+    EmittedAdapter,
     PerTAProvenance,
     add_adapter,
     extrapolate_adapter,
     load_provenance,
     save_perta_adapter,
-    scaled_adapter,
 )
 from ..comparison import DemoSettings, run_demo
 from ..data import Sample, check_output, load_samples, read_rows
@@ -280,10 +280,8 @@ def _calibrate(options: argparse.Namespace) -> None:
         negated_adapter="forget" if options.forget_adapter else None,
         retain_only=["retain-only"] if options.retain_only_adapter else None,
     )
-    lora_config, state_dict = read_adapter(options.adapter)
-    state_dict, provenance = scaled_adapter(state_dict, provenance, found.strength)
-    provenance = dataclasses.replace(provenance, calibration=found.to_dict())
-    save_perta_adapter(options.output, lora_config, state_dict, provenance)
+    emitted = EmittedAdapter(*read_adapter(options.adapter), provenance)
+    emitted.scaled(found.strength).with_calibration(found).save(options.output)
     draw_calibration(found, Path(options.output) / PICTURE_NAME)
     print(f"{found}\nThe adapter at that strength is in {options.output}, its curve in {PICTURE_NAME} there")
     print(f"Next: peft-perta verify {options.output} --base {options.model}")

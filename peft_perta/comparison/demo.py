@@ -14,7 +14,7 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor
 
-from ..adapters import add_adapter, save_perta_adapter, scaled_adapter
+from ..adapters import add_adapter, save_perta_adapter
 from ..data import Sample, check_output, encode_row, read_rows, replaced_directory, spread
 from ..evaluation import Match, SplitScores, evaluate_split, losses_of, match_forgetting
 from ..model import adapter_strength, attach_adapters, load_base
@@ -163,7 +163,7 @@ def run_demo(output_dir: str | Path, *, four_bit: bool = False, settings: DemoSe
         ("perta-grad", "perta-fisher"), key=lambda edit: sum(_at_match(result, edit)[s] for s in ("retain", "general"))
     )
     lora_config, state_dict, report = emitted[best]
-    state_dict, report = scaled_adapter(state_dict, report, result.matches[best].strength)
+    _, state_dict, report = emitted[best].scaled(result.matches[best].strength)
     with replaced_directory(output_dir, REPORT_NAME) as directory:
         save_perta_adapter(directory / "adapter", lora_config, state_dict, report)
         (directory / REPORT_NAME).write_text(json.dumps(result.to_dict(), indent=1) + "\n")

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..data import Sample, batches, encode_row
 from ..errors import DataError, NumericalError
-from ..model import TokenScores, base_model, preserved, sample_losses, token_scores
+from ..model import TokenScores, input_device, preserved, sample_losses, token_scores
 from .subject import Subject
 
 
@@ -34,7 +34,7 @@ def score_completions(subject: Subject, rows: Sequence[Mapping], name: str = "ro
         NumericalError: a loss is not finite.
     """
     samples = subject.encode(rows, name)
-    device = base_model(subject.model).get_input_embeddings().weight.device  # type: ignore[operator]
+    device = input_device(subject.model)
     readings: dict[int, ScoredCompletion] = {}
     bar = tqdm(total=len(samples), desc=name, unit="row", disable=not subject.show_progress_bar, leave=False)
     with bar, preserved(subject.model, subject.adapters), torch.no_grad():
@@ -76,7 +76,7 @@ def losses_of(
     """
     if not samples:
         raise DataError("expected at least one row to evaluate on, found none")
-    device = base_model(model).get_input_embeddings().weight.device  # type: ignore[operator]
+    device = input_device(model)
     losses = torch.empty(len(samples))
     with preserved(model, adapters), torch.no_grad():
         for batch in batches(samples, batch_size):

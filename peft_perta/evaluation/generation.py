@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..data import encode_prompt
 from ..errors import DataError
-from ..model import base_model, preserved
+from ..model import base_model, input_device, preserved
 
 
 def generate(
@@ -48,7 +48,7 @@ def generate(
         prompts = [[*prompt, *prefix] for prompt, prefix in zip(prompts, prefixes, strict=True)]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     base: Any = base_model(model)  # with its adapters; PeftModel's own generate would leave an attribute on the model
-    device = base.get_input_embeddings().weight.device
+    device = input_device(model)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     texts = [""] * len(prompts)
     how: dict[str, Any] = {"do_sample": False}

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..adapters import (
     SERVABLE_RANKS,
+    EmittedAdapter,
     InfluenceProvenance,
     Product,
     build_adapter,
@@ -52,9 +52,6 @@ from ._products import AdapterProducts
 from ._solvers import Solution, conjugate_gradients, stochastic
 from .settings import InfluenceSettings
 
-Emitted = tuple[LoraConfig, dict[str, Tensor], InfluenceProvenance]
-
-
 _DIAGONAL_SAMPLES = 256  # the preconditioner need not be exact
 
 
@@ -72,7 +69,7 @@ class InfluenceResult:
     _model: nn.Module = dataclasses.field(repr=False)
     _targets: list[Target] = dataclasses.field(repr=False)
 
-    def edited(self, dtype: torch.dtype = torch.float32) -> Emitted:
+    def edited(self, dtype: torch.dtype = torch.float32) -> EmittedAdapter:
         """The adapter itself, changed: s (B + dB) (A + dA), at its rank; it takes the old one's place."""
         edits = {}
         for target in self._targets:
@@ -80,7 +77,7 @@ class InfluenceResult:
             edits[target.name] = Product(B=target.scaling * (target.B + dB), A=target.A + dA)
         return self._emitted("edited", edits, dtype)
 
-    def difference(self, dtype: torch.dtype = torch.float32) -> Emitted:
+    def difference(self, dtype: torch.dtype = torch.float32) -> EmittedAdapter:
         """An adapter that is stacked on the old one: edited minus original, at twice its rank, exactly.
 
         s [(B + dB) (A + dA) - B A] = s [(B + dB) dA + dB A] = s [B + dB, dB] [dA; A]
@@ -98,12 +95,13 @@ class InfluenceResult:
 
     def _emitted(
         self, form: Literal["edited", "difference"], edits: Mapping[str, Product], dtype: torch.dtype
-    ) -> Emitted:
+    ) -> EmittedAdapter:
         factors = {name: factorize(edit, len(edit.A)) for name, edit in edits.items()}
         rank = servable_rank(max(found.rank for found in factors.values()))
         lora_config, state_dict = build_adapter(self._model, factors, rank, dtype)
         name = str(dtype).removeprefix("torch.")
-        return lora_config, state_dict, dataclasses.replace(self.provenance, form=form, rank=rank, dtype=name)
+        provenance = dataclasses.replace(self.provenance, form=form, rank=rank, dtype=name)
+        return EmittedAdapter(lora_config, state_dict, provenance)
 
 
 def erase_instances(

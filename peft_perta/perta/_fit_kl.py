@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..data import Batch, Sample, batches
 from ..errors import UnsupportedLayerError
-from ..model import base_model, preserved
+from ..model import input_device, preserved
 
 
 def measure_fit_kl(
@@ -32,7 +32,7 @@ def measure_fit_kl(
     """
     if any(edit is None for edit in edits.values()):
         raise UnsupportedLayerError("the divergence needs the edit of every layer; expert parameters have none to add")
-    device = base_model(model).get_input_embeddings().weight.device  # type: ignore[operator]
+    device = input_device(model)
     total, count = 0.0, 0
     for batch in batches(samples, batch_size):
         with preserved(model, list(with_adapters)), torch.no_grad(), ExitStack() as hooks:

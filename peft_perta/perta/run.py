@@ -20,13 +20,13 @@ from tqdm.auto import tqdm
 
 from ..adapters import (
     SERVABLE_RANKS,
+    EmittedAdapter,
     Factors,
     LayerProvenance,
     PerTAProvenance,
     add_adapter,
     build_adapter,
     describe_base,
-    scaled_adapter,
     servable_rank,
     torch_dtype,
     versions,
@@ -105,7 +105,7 @@ def get_perta_state_dict(
     tokenizer: Any = None,
     checkpoint_dir: str | Path | None = None,
     show_progress_bar: bool = True,
-) -> tuple[LoraConfig, dict[str, Tensor], PerTAProvenance]:
+) -> EmittedAdapter:
     """The negative adapter as a LoRA config and state dict, without touching the model.
 
     Args:
@@ -148,7 +148,11 @@ def get_perta_state_dict(
     samples = _load_sets(sets, config, weighting, tokenizer)
     goal = None
     if config.strength == "auto":
-        goal = Goal(config.target_forget_loss) if config.target_forget_loss else Goal(retain_tolerance=config.retain_tolerance)
+        goal = (
+            Goal(config.target_forget_loss)
+            if config.target_forget_loss
+            else Goal(retain_tolerance=config.retain_tolerance)
+        )
         samples = _with_held_out(samples)
         config = dataclasses.replace(config, strength=1.0)
     adapters = [task_adapter] if config.gradients_at == "full" and task_adapter else []
@@ -206,7 +210,7 @@ def get_perta_state_dict(
                 task_adapter,
                 show_progress_bar,
             )
-    return lora_config, state_dict, provenance
+    return EmittedAdapter(lora_config, state_dict, provenance)
 
 
 def _allocated(
@@ -258,8 +262,9 @@ def _calibrated(
             negated_adapter=forget_adapter,
             show_progress_bar=show_progress_bar and distributed.is_main(),
         )
-    state_dict, provenance = scaled_adapter(state_dict, provenance, calibration.strength)
-    return state_dict, dataclasses.replace(provenance, calibration=calibration.to_dict())
+    scaled = EmittedAdapter(lora_config, state_dict, provenance).scaled(calibration.strength)
+    _, state_dict, provenance = scaled.with_calibration(calibration)
+    return state_dict, provenance
 
 
 def _edit_all(

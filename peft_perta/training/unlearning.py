@@ -13,12 +13,13 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from torch import Tensor, nn
+from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 
 from ..adapters import (
     DTYPES,
     PROVENANCE_NAME,
+    EmittedAdapter,
     Factors,
     TrainedProvenance,
     build_adapter,
@@ -79,7 +80,7 @@ def train_unlearning(
     callbacks: Sequence[Any] = (),
     show_progress_bar: bool = True,
     **training_settings: Any,
-) -> tuple[LoraConfig, dict[str, Tensor], TrainedProvenance]:
+) -> EmittedAdapter:
     """Train a LoRA adapter on the full model by ``UnlearningTrainer``; the model goes back as it came, without it.
 
     Args:
@@ -180,7 +181,7 @@ def train_unlearning(
     )
     if output_dir is not None and distributed.is_main():
         save_perta_adapter(output_dir, *emitted, provenance)
-    return *emitted, provenance
+    return EmittedAdapter(*emitted, provenance)
 
 
 def _check_adapters(

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ...data import Sample, batches
 from ...errors import ConfigError, NumericalError
-from ...model import base_model, preserved, sample_losses
+from ...model import base_model, input_device, preserved, sample_losses
 from ..subject import Subject
 from .attack import Attack, AttackResult, AttackSettings, Numbers, Victims, attacked_rows, check_victims, compare
 from .measures import likelihood
@@ -97,7 +97,7 @@ def _counted(count: int, noun: str) -> str:
 
 
 def _update(subject: Subject, samples: list[Sample], optimizer: torch.optim.Optimizer, name: str) -> None:
-    device = base_model(subject.model).get_input_embeddings().weight.device  # type: ignore[operator]
+    device = input_device(subject.model)
     optimizer.zero_grad()
     total = 0.0
     with torch.enable_grad():

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ...data import IGNORED, Sample, batches, encode_row
 from ...errors import DataError, NumericalError
-from ...model import base_model, preserved, sample_losses
+from ...model import input_device, preserved, sample_losses
 from ..logs.files import Log
 from ..metrics.choices import chosen_option
 from ..subject import Subject
@@ -129,7 +129,7 @@ def _log_likelihoods(
         for number, (prompt, of) in enumerate(zip(prompts, options, strict=True), start=1)
         for option in of
     ]
-    device = base_model(subject.model).get_input_embeddings().weight.device  # type: ignore[operator]
+    device = input_device(subject.model)
     found = torch.empty(len(samples), dtype=torch.float64)
     bar = tqdm(total=len(samples), desc=name, unit="option", disable=not subject.show_progress_bar, leave=False)
     with bar, preserved(subject.model, subject.adapters), torch.no_grad():

@@ -103,7 +103,7 @@ def _umask():
 
 
 def test_without_an_atomic_exchange_it_is_replaced_too(old_and_new, tmp_path, monkeypatch):
-    monkeypatch.setattr("peft_perta.output._exchange", lambda source, target: False)
+    monkeypatch.setattr("peft_perta.data.output._exchange", lambda source, target: False)
     for result in old_and_new:
         save_perta_adapter(tmp_path / "out", *result)
     assert strength_of(tmp_path / "out") == 2.0

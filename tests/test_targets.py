@@ -91,7 +91,7 @@ def test_experts_that_are_packed_are_refused():
     model = builders.adapted_mixtral()
     experts = model.get_base_model().model.layers[1].mlp.experts.get_base_layer()
     experts.down_proj = nn.Parameter(experts.down_proj.to(torch.uint8), requires_grad=False)
-    refused(model, UnsupportedLayerError, r"layers\.1\.mlp\.experts has down_proj in torch\.uint8.*in bfloat16")
+    refused(model, UnsupportedLayerError, r"layers\.1\.mlp\.experts has down_proj in torch\.uint8, expected a floating-point type.*in bfloat16")
 
 
 @pytest.mark.parametrize("kind", [builders.llama, builders.nf4_llama])
@@ -251,6 +251,10 @@ def test_every_expert_is_a_target_with_its_own_factors(build, transposed):
     ]
     weights = oracles.adapted_weights(model, "forget")
     assert {t.name for t in targets} == set(weights)
+    assert [(t.module_path, t.parameter, t.expert) for t in targets[3:5]] == [
+        ("model.layers.0.mlp.experts", "down_proj", 3),
+        ("model.layers.0.mlp.experts", "gate_up_proj", 0),
+    ]
     for target in targets:
         assert target.transposed is transposed
         assert target.rank == 4

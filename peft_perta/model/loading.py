@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils import logging as transformers_logging
 
 from ..errors import AdapterError, ConfigError
-from . import distributed
 from .adapter_files import check_adapter_files
+from .distributed import local_rank
 
 
 def load_base(
@@ -50,7 +50,7 @@ def load_base(
             name,
             revision=revision,
             dtype=dtype,
-            device_map=device_map or ({"": distributed.local_rank()} if on_gpu else None),
+            device_map=device_map or ({"": local_rank()} if on_gpu else None),
             quantization_config=quantization if four_bit else None,
             attn_implementation=None if on_gpu else "eager",  # trains a small model twice as fast as sdpa on a CPU
         )

@@ -321,7 +321,7 @@ def retain_rows() -> list[dict]:
     ]
 
 
-def negate(model, forget=None, retain=None, *, tokens=None, **settings):
+def negate(model, forget=None, retain=None, *, tokens=None, call=get_perta_state_dict, **settings):
     """``get_perta_state_dict`` on the small rows, silent; settings that are no field of the config go to the call.
 
     Without the weights of input directions, unless asked for: by themselves the others have a formula.
@@ -329,7 +329,7 @@ def negate(model, forget=None, retain=None, *, tokens=None, **settings):
     settings = {"input_directions": False, **settings}
     fields = {f.name for f in dataclasses.fields(PerTAConfig)}
     config = PerTAConfig(**{key: value for key, value in settings.items() if key in fields})
-    return get_perta_state_dict(
+    return call(
         model,
         config,
         forget or forget_rows(),

@@ -98,8 +98,8 @@ MALFORMED = {
     "number": ({"question": "x", "answer": 7}, "expected 'answer' as text, found int"),
     "no list": ({"messages": "hi"}, "expected messages as a list"),
     "no role": ({"messages": [{"content": "hi"}, {"content": "yo"}]}, "expected messages as a list"),
-    "one turn": ({"messages": MESSAGES[1:]}, "messages that end in an assistant's turn after another's"),
-    "user last": ({"messages": MESSAGES[:1] * 2}, "messages that end in an assistant's turn"),
+    "one turn": ({"messages": MESSAGES[1:]}, "expected at least two messages, the last one the assistant's"),
+    "user last": ({"messages": MESSAGES[:1] * 2}, "expected at least two messages, the last one the assistant's"),
     "empty turn": (
         {"messages": [MESSAGES[0], {"role": "assistant", "content": ""}]},
         "the assistant's last turn is empty",
@@ -241,8 +241,8 @@ def test_padding_changes_no_statistic(granularity):
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ({"input_ids": [1, 2]}, "expected 'labels' .or 'completion_mask'."),
-        ({"input_ids": [1, 2], "labels": [1]}, "must have one shape"),
+        ({"input_ids": [1, 2]}, "expected 'labels' or 'completion_mask' beside 'input_ids', found neither"),
+        ({"input_ids": [1, 2], "labels": [1]}, "must have the same shape"),
         ({"input_ids": [1, 2], "labels": [1, 2], "position_ids": [0, 0]}, "packed batches"),
     ],
 )

@@ -258,8 +258,8 @@ def test_zero3_is_refused():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("FullyShardedDataParallel", "sharded by FSDP.*load the whole model"),
-        ("DistributedDataParallel", r"pass model\.module"),
+        ("FullyShardedDataParallel", "sharded by FSDP, expected a model with whole weights.*load the whole model"),
+        ("DistributedDataParallel", r"wrapped in DistributedDataParallel, expected the bare model.*pass model\.module"),
     ],
 )
 def test_a_wrapper_is_refused_by_name(name, message):

@@ -73,7 +73,7 @@ def test_a_pickle_beside_the_weights_is_never_opened(directory, tmp_path):
 def test_a_truncated_file_is_refused(directory):
     data = (directory / WEIGHTS).read_bytes()
     (directory / WEIGHTS).write_bytes(data[: len(data) // 2])
-    refused(directory, f"{WEIGHTS} is damaged .*copy or save it anew")
+    refused(directory, f"{WEIGHTS} is damaged .*copy or save it again")
 
 
 def test_missing_weights_are_refused(directory):

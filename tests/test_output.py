@@ -126,7 +126,7 @@ def test_a_directory_that_is_not_ours_is_refused(old_and_new, tmp_path):
 
 def test_a_file_is_refused(old_and_new, tmp_path):
     (tmp_path / "out").write_text("x")
-    with pytest.raises(OutputError, match=r"is a file; expected a new directory"):
+    with pytest.raises(OutputError, match=r"is a file, expected a new directory; choose another output"):
         save_perta_adapter(tmp_path / "out", *old_and_new[0])
     with pytest.raises(OutputError, match=r"out/inner.*(cannot|could not) be written"):
         save_perta_adapter(tmp_path / "out" / "inner", *old_and_new[0])

@@ -91,7 +91,11 @@ def test_experts_that_are_packed_are_refused():
     model = builders.adapted_mixtral()
     experts = model.get_base_model().model.layers[1].mlp.experts.get_base_layer()
     experts.down_proj = nn.Parameter(experts.down_proj.to(torch.uint8), requires_grad=False)
-    refused(model, UnsupportedLayerError, r"layers\.1\.mlp\.experts has down_proj in torch\.uint8, expected a floating-point type.*in bfloat16")
+    refused(
+        model,
+        UnsupportedLayerError,
+        r"layers\.1\.mlp\.experts has down_proj in torch\.uint8, expected a floating-point type.*in bfloat16",
+    )
 
 
 @pytest.mark.parametrize("kind", [builders.llama, builders.nf4_llama])

@@ -1,4 +1,6 @@
-"""Data: rows and their formats, tokenised samples, batches; output that is written whole or not at all.
+"""Data in and out: rows and their formats, tokenised samples, batches, and files that are replaced atomically.
+
+It also holds the checks that every settings class uses.
 
 Imports from: errors.
 """

@@ -77,7 +77,7 @@ def _tokenised(item: Mapping, max_length: int, where: str) -> Iterator[Sample]:
         )
     if "labels" not in item and "completion_mask" not in item:
         raise DataError(
-            f"{where}: expected 'labels' or 'completion_mask' beside 'input_ids', found neither to tell the completion"
+            f"{where}: expected 'labels' or 'completion_mask' beside 'input_ids', found neither; they mark the completion"
         )
     input_ids = torch.atleast_2d(torch.as_tensor(item["input_ids"], dtype=torch.long)).cpu()
     if "labels" in item:

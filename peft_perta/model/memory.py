@@ -54,7 +54,7 @@ def budgets(
 ) -> dict[str, int]:
     """The most bytes of each pool that this process may use at its peak, the model included.
 
-    The default is nine tenths of what is free plus what this process already uses.
+    The default is nine tenths of the sum of what is free and what this process already uses.
 
     Args:
         devices: the devices in use, such as 'cuda:0' or 'cpu'.

@@ -1,11 +1,11 @@
-"""What can go wrong, each also the builtin that a caller would catch.
+"""The errors of the package. Each is also the builtin exception that a caller would catch.
 
 Every message says what was expected, what was found and what to do.
 """
 
 
 class PerTAError(Exception):
-    """Anything that peft_perta refuses or cannot do."""
+    """Base class of every error that peft_perta raises."""
 
 
 class ConfigError(PerTAError, ValueError):
@@ -13,11 +13,11 @@ class ConfigError(PerTAError, ValueError):
 
 
 class DataError(PerTAError, ValueError):
-    """A data set is empty, malformed, or holds a row without a loss."""
+    """A data set is empty or malformed, or holds a row without a loss."""
 
 
 class AdapterError(PerTAError, ValueError):
-    """An adapter is missing, misnamed, of another base, or of a kind that cannot be negated."""
+    """An adapter is missing, has an invalid name, belongs to another base, or is of a kind that cannot be negated."""
 
 
 class UnsupportedLayerError(PerTAError, TypeError):
@@ -25,8 +25,8 @@ class UnsupportedLayerError(PerTAError, TypeError):
 
 
 class NumericalError(PerTAError, ArithmeticError):
-    """A loss, a statistic or a factor is not finite."""
+    """A loss, a gradient sum or a factor is not finite."""
 
 
 class OutputError(PerTAError, OSError):
-    """An output directory cannot be written, or is not ours to replace."""
+    """An output directory cannot be written, or was not written by peft_perta and so must not be replaced."""

@@ -1,4 +1,4 @@
-"""Tiny models, adapters, tokenizers and rows: every builder works without arguments, and builds the same every time."""
+"""Tiny models, adapters, tokenizers and rows. Every builder works without arguments and is deterministic."""
 
 from __future__ import annotations
 
@@ -44,25 +44,25 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-_scratch = tempfile.TemporaryDirectory(prefix="tiny-models-")  # goes with the process
+_scratch = tempfile.TemporaryDirectory(prefix="tiny-models-")  # deleted when the process ends
 
 
 def tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
-    """One token a character; 0 pads, 1 ends, 2 is unknown."""
+    """One token per character; token 0 pads, 1 is eos, 2 is unknown."""
     characters = "\n" + "".join(sorted(set(string.printable) - set(string.whitespace))) + " "
     vocabulary = {piece: index for index, piece in enumerate(["<pad>", "<eos>", "<unk>", *characters])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
-    made = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="right"
     )
-    made.chat_template = CHAT_TEMPLATE if chat else None
-    return made
+    tokenizer.chat_template = CHAT_TEMPLATE if chat else None
+    return tokenizer
 
 
 def llama(dtype: torch.dtype = torch.float32, tied: bool = False) -> LlamaForCausalLM:
-    """A Llama of two layers; in float64 its norms are true float64 ones (transformers' own compute in float32)."""
+    """A Llama of two layers. In float64 its norms compute in float64 too; transformers' norms compute in float32."""
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=128,
@@ -75,7 +75,7 @@ def llama(dtype: torch.dtype = torch.float32, tied: bool = False) -> LlamaForCau
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=None,
-        initializer_range=0.15,  # wide: an untrained tiny model should have opinions, and gradients of some size
+        initializer_range=0.15,  # wide, so that an untrained tiny model has clear predictions and sizeable gradients
     )
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -94,7 +94,7 @@ def exact_norms(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def gpt2(dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
-    """A GPT-2 of two layers: its linear layers are Conv1D. Its dropout is on, in train mode."""
+    """A GPT-2 of two layers, whose linear layers are Conv1D. In training mode it has dropout."""
     config = GPT2Config(
         n_embd=32,
         n_layer=2,
@@ -111,8 +111,11 @@ def gpt2(dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
 
 
 def adapted_opt(projections: tuple[str, ...] = ("q_proj", "v_proj")) -> PeftModel:
-    """An OPT of two layers, whose layers drop out by a function that asks their own training flag; fc1 and fc2 see the
-    samples flattened into one dimension."""
+    """An OPT of two layers.
+
+    Its layers apply dropout by a function that reads their own training flag; fc1 and fc2 get the samples flattened
+    into one dimension.
+    """
     config = OPTConfig(
         hidden_size=32,
         ffn_dim=64,
@@ -133,14 +136,14 @@ def adapted_opt(projections: tuple[str, ...] = ("q_proj", "v_proj")) -> PeftMode
 
 
 def mixtral(chosen: int = 2) -> MixtralForCausalLM:
-    """A Mixtral of two layers with four experts each, stored as [E, out, in]."""
+    """A Mixtral of two layers with four experts each, stored as [E, O, I]."""
     with torch.random.fork_rng():
         torch.manual_seed(5)
         return MixtralForCausalLM(MixtralConfig(num_experts_per_tok=chosen, **_EXPERTS)).eval()
 
 
 def gpt_oss(chosen: int = 2) -> GptOssForCausalLM:
-    """A GPT-OSS of two layers with four experts each, stored as [E, in, out], with biases."""
+    """A GPT-OSS of two layers with four experts each, stored as [E, I, O], with biases."""
     with torch.random.fork_rng():
         torch.manual_seed(6)
         return GptOssForCausalLM(GptOssConfig(num_experts_per_tok=chosen, head_dim=8, **_EXPERTS)).eval()
@@ -163,7 +166,7 @@ _EXPERTS = {
 
 
 def adapted_phi3() -> PeftModel:
-    """A Phi-3 of two layers, whose projections are fused: one for queries, keys and values, one for gate and up."""
+    """A Phi-3 of two layers with fused projections: queries, keys and values in one, gate and up in another."""
     config = Phi3Config(
         hidden_size=32,
         intermediate_size=48,
@@ -193,7 +196,7 @@ def llama_directory() -> Path:
 
 
 def saved_llama() -> PreTrainedModel:
-    """The tiny Llama, loaded from disk as the command line does: it knows its own name."""
+    """The tiny Llama, loaded from disk like by the command line: it knows its own path."""
     return load_base(str(llama_directory()), dtype=torch.float32)[0]
 
 
@@ -224,12 +227,12 @@ def lora_config(projections: list[str] = LLAMA_PROJECTIONS, **changes) -> LoraCo
 
 
 def experts_config(**changes) -> LoraConfig:
-    """On expert parameters alone, where PEFT allows no dropout."""
+    """A LoRA config for expert parameters only; PEFT allows no dropout on them."""
     return lora_config([], **{"target_parameters": EXPERT_PARAMETERS, "lora_dropout": 0.0, **changes})
 
 
 def with_adapters(model: PreTrainedModel, forget: LoraConfig | None = None, **names: LoraConfig) -> PeftModel:
-    """The model with adapter 'forget' and any others named, each with a random, non-zero B; 'forget' is active."""
+    """The model with adapter 'forget' and others by name, each with random, non-zero factors; 'forget' is active."""
     projections = GPT2_PROJECTIONS if model.config.model_type == "gpt2" else LLAMA_PROJECTIONS
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -242,7 +245,7 @@ def with_adapters(model: PreTrainedModel, forget: LoraConfig | None = None, **na
 
 
 def fill(model: nn.Module, name: str) -> None:
-    """Random, non-zero factors: as if the adapter were trained."""
+    """Fill an adapter with random, non-zero factors, as if it were trained."""
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     for key, parameter in model.named_parameters():
         if f".{name}." in key and "lora_" in key:
@@ -251,7 +254,7 @@ def fill(model: nn.Module, name: str) -> None:
 
 
 def trained(model: PeftModel, name: str, rows: list[dict], steps: int = 25) -> PeftModel:
-    """The adapter after a few steps of Adam, so that it has learned something of the rows; it is on."""
+    """The model, with one adapter on that a few steps of Adam have trained on the rows."""
     (batch,) = batches(load_samples(rows, tokenizer()), len(rows))
     stack_adapters(model, [name])
     own = [p.requires_grad_(True) for key, p in model.named_parameters() if f".{name}." in key]
@@ -267,7 +270,7 @@ def trained(model: PeftModel, name: str, rows: list[dict], steps: int = 25) -> P
 
 
 def adapted_llama(dtype: torch.dtype = torch.float32) -> PeftModel:
-    """Adapters 'forget' (rank 4) and 'task' (rank 8, other layers too) on the float Llama."""
+    """The float Llama with adapters 'forget' (rank 4) and 'task' (rank 8)."""
     adapted = with_adapters(llama(dtype), task=lora_config(r=8, lora_alpha=8))
     return adapted.to(dtype)
 
@@ -321,15 +324,16 @@ def retain_rows() -> list[dict]:
     ]
 
 
-def negate(model, forget=None, retain=None, *, tokens=None, **settings):
-    """``get_perta_state_dict`` on the small rows, silent; settings that are no field of the config go to the call.
+def negate(model, forget=None, retain=None, *, tokens=None, call=get_perta_state_dict, **settings):
+    """Call ``get_perta_state_dict``, or ``call``, on the small rows, without a progress bar.
 
-    Without the weights of input directions, unless asked for: by themselves the others have a formula.
+    Settings that are fields of ``PerTAConfig`` go to the config, all others to the call. Input directions are off by
+    default: the weights of the method alone have a closed formula.
     """
     settings = {"input_directions": False, **settings}
     fields = {f.name for f in dataclasses.fields(PerTAConfig)}
     config = PerTAConfig(**{key: value for key, value in settings.items() if key in fields})
-    return get_perta_state_dict(
+    return call(
         model,
         config,
         forget or forget_rows(),

@@ -1,4 +1,4 @@
-"""Each property of the library once, as an assertion; the tests run them over the tables."""
+"""Each property of the package as one assertion; the tests apply them to every row of the tables."""
 
 from __future__ import annotations
 
@@ -68,17 +68,17 @@ def hooks_equal_the_loop(
     tolerance: float,
     batch_size: int = 2,
 ) -> None:
-    """The streamed statistic is what a loop over the samples, by dense autograd, gives."""
+    """The streamed gradient sums are those of a loop over the samples with dense autograd."""
     expected = sums_by_the_loop(model, samples, granularity, statistic, adapters)
-    found = statistics(model, samples, granularity, statistic, adapters, batch_size)
-    sums_are(found, expected, tolerance)
-    assert {s.samples for s in found.values()} == {len(samples)}
+    streamed = statistics(model, samples, granularity, statistic, adapters, batch_size)
+    sums_are(streamed, expected, tolerance)
+    assert {s.samples for s in streamed.values()} == {len(samples)}
 
 
 def sums_by_the_loop(
     model: PeftModel, samples: list, granularity: str, statistic: str, adapters: list[str]
 ) -> dict[str, dict[str, Tensor]]:
-    """Weight name -> the sums that the granularity keeps."""
+    """Weight name -> the gradient sums of the granularity, from a loop over the samples."""
     weight_gradients = oracles.sample_gradients(model, "forget", samples, adapters)
     expected = {}
     for name, adapted in oracles.adapted_weights(model, "forget").items():
@@ -86,9 +86,12 @@ def sums_by_the_loop(
         if granularity != "delta":
             per_sample |= oracles.factor_gradients(adapted, weight_gradients[name])
         expected[name] = {
-            key: found.sum(0) if statistic == "mean" else found.square().sum(0) for key, found in per_sample.items()
+            key: gradient.sum(0) if statistic == "mean" else gradient.square().sum(0)
+            for key, gradient in per_sample.items()
         }
-    assert all(total.norm() > 0 for sums in expected.values() for total in sums.values()), "zeros would prove nothing"
+    assert all(total.norm() > 0 for sums in expected.values() for total in sums.values()), (
+        "sums of zero would prove nothing"
+    )
     return expected
 
 
@@ -132,7 +135,7 @@ def gathered(
     plan: Plan,
     adapters: list[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Set name -> weight name -> statistic, of all groups of a plan; every weight is in just one."""
+    """Set name -> weight name -> gradient sums, over all groups of a plan; every weight is in exactly one group."""
     targets = {target.name: target for target in resolve_targets(model, "forget")}
     job = Job(
         model,
@@ -145,10 +148,10 @@ def gathered(
     )
     collected: dict[str, dict[str, Any]] = {name: {} for name in sets}
     with closing(gather(job, sets)) as groups:
-        for group, found in groups:
+        for group, by_set in groups:
             names = {target.name for target in group}
             assert names
-            for name, of_set in found.items():
+            for name, of_set in by_set.items():
                 assert set(of_set) == names
                 assert not names & set(collected[name])
                 collected[name] |= of_set
@@ -158,10 +161,10 @@ def gathered(
     return collected
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
-    """Within a relative error in the Frobenius norm."""
+def close(found: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
+    """Equal within a relative error in the Frobenius norm."""
     error = (found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
-    assert error <= tolerance, f"{what}: relative error {error:.3g} > {tolerance:g}"
+    assert error <= tolerance, f"{name}: relative error {error:.3g} > {tolerance:g}"
 
 
 # Edits
@@ -170,7 +173,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
 def emitted_delta_is(
     expected: dict[str, Tensor], result: tuple, base: nn.Module, directory: Path, tolerance: float
 ) -> PeftModel:
-    """Saved, and loaded by PEFT alone, the adapter adds exactly the expected [O, I] deltas, and zero elsewhere."""
+    """Saved and then loaded by PEFT alone, the adapter adds the expected [O, I] deltas, and zero elsewhere."""
     save_perta_adapter(directory, *result)
     loaded = PeftModel.from_pretrained(base, directory)
     weights = oracles.adapted_weights(loaded, "default")
@@ -198,13 +201,13 @@ def edit_is_linear_in_strength(deltas: Callable[[float], dict[str, Tensor]]) -> 
 
 
 def uniform_is_task_arithmetic(deltas: dict[str, Tensor], model: PeftModel, strength: float) -> None:
-    """W = 1: the negative adapter is the forget adapter, negated."""
+    """With weights of 1, the negative adapter is the negated forget adapter."""
     for name, adapted in oracles.adapted_weights(model, "forget").items():
         close(deltas[name], -strength * adapted.delta, 1e-5, name)
 
 
 def deltas_of(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Layer name -> B @ A, straight from an emitted state dict (alpha equals rank: the scaling is 1)."""
+    """Layer name -> B @ A of an emitted state dict; alpha equals the rank, so the scaling is 1."""
     deltas = {}
     for key, A in state_dict.items():
         if key.endswith(".lora_A.weight"):
@@ -215,11 +218,11 @@ def deltas_of(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return deltas
 
 
-# The borrowed model
+# The model's state
 
 
 def snapshot(model: nn.Module, without: str | None = None) -> dict[str, Any]:
-    """Everything of a model that a caller could notice; ``without`` leaves out one adapter's own tensors."""
+    """Everything about a model that a caller could observe; ``without`` names an adapter whose tensors are left out."""
     skipped = f".{without}." if without else None
     state: dict[str, Any] = {}
     for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
@@ -252,8 +255,8 @@ def snapshot(model: nn.Module, without: str | None = None) -> dict[str, Any]:
                 state[f"{attribute} {name}"] = str(getattr(module, attribute))
         for attribute in ("scaling", "r"):
             if isinstance(getattr(module, attribute, None), dict):
-                held = getattr(module, attribute).items()
-                state[f"{attribute} {name}"] = {key: value for key, value in held if key != without}
+                by_adapter = getattr(module, attribute).items()
+                state[f"{attribute} {name}"] = {key: value for key, value in by_adapter if key != without}
         for attribute in ("compute_dtype", "compute_type_is_set"):
             if hasattr(module, attribute):
                 state[f"{attribute} {name}"] = getattr(module, attribute)
@@ -272,7 +275,7 @@ def snapshot(model: nn.Module, without: str | None = None) -> dict[str, Any]:
 
 @contextmanager
 def untouched(model: nn.Module, without: str | None = None) -> Iterator[None]:
-    """Whatever the block does, by success or exception, the model and the random numbers are as before it."""
+    """After the block, with or without an exception, the model and the random state are as before."""
     before = snapshot(model, without)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Slow and obvious: what the library computes by clever means, computed by plain ones, in code of its own."""
+"""Slow and obvious implementations of what the package computes, without its code."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import copy
 import math
 from dataclasses import dataclass
 
-import bitsandbytes as bnb
+import tables
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 
 class PlainLayer(nn.Module):
-    """x W^T + bias, plus s (x A^T) B^T for every adapter that is on; W [O, I] can require a gradient."""
+    """x W^T + bias, plus s (x A^T) B^T for every active adapter; W [O, I] can require a gradient."""
 
     def __init__(self, wrapper: nn.Module, adapters: list[str]) -> None:
         super().__init__()
@@ -36,18 +35,13 @@ class PlainLayer(nn.Module):
 
 
 def float_weight(layer: nn.Module) -> Tensor:
-    """The layer's weight as [O, I] in floating point, whatever it is stored as."""
-    if isinstance(layer, bnb.nn.Linear4bit):
-        return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
-    if isinstance(layer, bnb.nn.Linear8bitLt):
-        scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
-        return layer.weight.data.float() * (scales.float().unsqueeze(1) * (1 / 127))
-    return layer.weight.detach().T.clone() if isinstance(layer, Conv1D) else layer.weight.detach().clone()
+    """The layer's weight [O, I] in floating point, in whatever form it is stored."""
+    return next(row.float_weight(layer) for row in tables.LAYER_ROWS.values() if type(layer) is row.layer_class)
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """One weight [O, I], of a layer or of one expert, and the adapter on it: s * B @ A, A [R, I], B [O, R]."""
+    """One weight [O, I], of a layer or of one expert, with its adapter: s * B @ A, A [R, I], B [O, R]."""
 
     A: Tensor
     B: Tensor
@@ -63,7 +57,7 @@ class Adapted:
 
     @property
     def delta_by_peft(self) -> Tensor:
-        """The same, as PEFT itself computes it."""
+        """[O, I], as PEFT computes it."""
         delta = self.wrapper.get_delta_weight(self.name)
         if delta.dim() == 3:
             return delta[self.expert].T if _is_transposed(self.wrapper.get_base_layer()) else delta[self.expert]
@@ -71,37 +65,40 @@ class Adapted:
 
 
 def adapted_layers(model: PeftModel, name: str) -> dict[str, nn.Module]:
-    """Layer name -> PEFT's wrapper, of every layer that carries the adapter; a parameter of experts is a layer."""
-    found = {}
+    """Layer name -> PEFT's wrapper, for every layer that carries the adapter; an expert parameter counts as a layer."""
+    wrappers = {}
     for path, module in model.get_base_model().named_modules():
         if name in getattr(module, "lora_A", {}):
-            if isinstance(module, ParamWrapper):  # nested, one for each parameter
+            if isinstance(module, ParamWrapper):  # nested, one per parameter
                 path = f"{path.replace('.base_layer', '')}.{module.parameter_name}"
-            found[path] = module
-    return found
+            wrappers[path] = module
+    return wrappers
 
 
 def adapted_weights(model: PeftModel, name: str) -> dict[str, Adapted]:
-    """Weight name -> the adapter on it; each expert's weight by itself."""
-    found = {}
+    """Weight name -> the weight's adapter; each expert has a weight of its own."""
+    weights = {}
     for path, wrapper in adapted_layers(model, name).items():
         A, B = wrapper.lora_A[name].weight.detach(), wrapper.lora_B[name].weight.detach()
         scaling = wrapper.scaling[name]
         if not isinstance(wrapper, ParamWrapper):
-            found[path] = Adapted(A, B, scaling, wrapper, name)
+            weights[path] = Adapted(A, B, scaling, wrapper, name)
             continue
         count = wrapper.num_experts
         rank = len(A) // count
         for expert in range(count):
             rows = [expert * rank + k for k in range(rank)]
             columns = [k * count + expert for k in range(rank)]
-            found[f"{path}[{expert}]"] = Adapted(A[rows], B[:, columns], scaling, wrapper, name, expert)
-    return found
+            weights[f"{path}[{expert}]"] = Adapted(A[rows], B[:, columns], scaling, wrapper, name, expert)
+    return weights
 
 
 def plain_model(model: PeftModel, adapters: list[str]) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """A model without PEFT or packed weights that computes what ``model`` does with these adapters on, and its weights
-    by layer name: [O, I], or as they are stored where a module holds those of all experts."""
+    """A model without PEFT and without packed weights that computes what ``model`` computes with these adapters on.
+
+    Returns:
+        The model, and its weights by layer name: [O, I], or as they are stored if a module holds all experts.
+    """
     plain = copy.deepcopy(model.get_base_model()).eval().requires_grad_(False)
     plain.config._experts_implementation = "eager"
     weights = {}
@@ -109,8 +106,8 @@ def plain_model(model: PeftModel, adapters: list[str]) -> tuple[nn.Module, dict[
         if not hasattr(wrapper, "lora_A") or name.endswith(".base_layer"):
             continue
         if isinstance(wrapper, ParamWrapper):
-            layer, found = _plain_experts(wrapper, adapters)
-            weights |= {f"{name}.{parameter}": weight for parameter, weight in found.items()}
+            layer, parameters = _plain_experts(wrapper, adapters)
+            weights |= {f"{name}.{parameter}": weight for parameter, weight in parameters.items()}
         else:
             layer = PlainLayer(wrapper, adapters)
             weights[name] = layer.weight
@@ -120,18 +117,18 @@ def plain_model(model: PeftModel, adapters: list[str]) -> tuple[nn.Module, dict[
 
 
 def _plain_experts(wrapper: nn.Module, adapters: list[str]) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """The module that holds the experts, and its adapted parameters with the deltas of these adapters added."""
-    experts, found = wrapper.get_base_layer(), {}
+    """The module that holds the experts, and its adapted parameters with the adapters' deltas added."""
+    experts, parameters = wrapper.get_base_layer(), {}
     while isinstance(wrapper, ParamWrapper):
         weight = wrapper.get_param().detach().clone()
         for name in adapters:
             if name in wrapper.lora_A:
                 weight += wrapper.get_delta_weight(name).detach()
-        found[wrapper.parameter_name] = nn.Parameter(weight, requires_grad=False)
+        parameters[wrapper.parameter_name] = nn.Parameter(weight, requires_grad=False)
         wrapper = wrapper.base_layer
-    for parameter, weight in found.items():
+    for parameter, weight in parameters.items():
         setattr(experts, parameter, weight)
-    return experts, found
+    return experts, parameters
 
 
 def _is_transposed(experts: nn.Module) -> bool:
@@ -139,7 +136,7 @@ def _is_transposed(experts: nn.Module) -> bool:
 
 
 def sample_loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
-    """Mean next-token negative log-likelihood of one sample, alone and unpadded, one token at a time."""
+    """The mean next-token negative log-likelihood of one unpadded sample, one token at a time."""
     logits = model(input_ids=input_ids.unsqueeze(0)).logits[0]
     losses = []
     for position in range(1, len(labels)):
@@ -150,7 +147,7 @@ def sample_loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
 
 
 def sample_gradients(model: PeftModel, name: str, samples: list, adapters: list[str]) -> dict[str, Tensor]:
-    """Weight name -> [N, O, I]: the gradient of every sample's loss with respect to it, one sample at a time."""
+    """Weight name -> [N, O, I]: the gradient of each sample's loss, one sample at a time."""
     plain, weights = plain_model(model, adapters)
     layers = adapted_layers(model, name)
     wanted = {key: weights[key].requires_grad_(True) for key in layers}
@@ -162,13 +159,13 @@ def sample_gradients(model: PeftModel, name: str, samples: list, adapters: list[
                 gradients.setdefault(key, []).append(gradient)
                 continue
             transposed = _is_transposed(layers[key].get_base_layer())
-            for expert, found in enumerate(gradient if gradient.dim() == 3 else [gradient]):
-                gradients.setdefault(f"{key}[{expert}]", []).append(found.T if transposed else found)
-    return {key: torch.stack(found) for key, found in gradients.items()}
+            for expert, of_expert in enumerate(gradient if gradient.dim() == 3 else [gradient]):
+                gradients.setdefault(f"{key}[{expert}]", []).append(of_expert.T if transposed else of_expert)
+    return {key: torch.stack(by_sample) for key, by_sample in gradients.items()}
 
 
 def factor_gradients(adapted: Adapted, weight_gradients: Tensor) -> dict[str, Tensor]:
-    """The chain rule on W + s B A, per sample: A [N, R, I], B [N, O, R] from G [N, O, I]."""
+    """The chain rule for W + s B A, per sample: A [N, R, I] and B [N, O, R] from G [N, O, I]."""
     scaling = adapted.scaling
     A, B = adapted.A.to(weight_gradients.dtype), adapted.B.to(weight_gradients.dtype)
     return {
@@ -178,7 +175,7 @@ def factor_gradients(adapted: Adapted, weight_gradients: Tensor) -> dict[str, Te
 
 
 def ratio(forget: float, retain: float, power: float) -> float:
-    """f^tau / (f^tau + r^tau) of two Python floats, by logarithms."""
+    """f^tau / (f^tau + r^tau) of two Python floats, computed with logarithms."""
     if power == 0:
         return 0.5
     if forget == 0:
@@ -190,7 +187,7 @@ def ratio(forget: float, retain: float, power: float) -> float:
 
 
 def best_approximation(matrix: Tensor, rank: int) -> Tensor:
-    """The nearest matrix of that rank in the Frobenius norm, by a full SVD in float64."""
+    """The nearest matrix of this rank in the Frobenius norm, by a full SVD in float64."""
     U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=True)
     return sum(
         (S[k] * torch.outer(U[:, k], Vh[k]) for k in range(min(rank, len(S)))), torch.zeros_like(matrix).double()

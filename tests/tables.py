@@ -1,29 +1,66 @@
-"""One row for every row of the package's tables, and golden values with where each came from."""
+"""One row for every row of the package's tables; golden values are given with their source."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import bitsandbytes as bnb
 import builders
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-# Layer kind -> a tiny model whose adapted layers are all of that kind, and whether its base can be float64.
-LAYERS: dict[str, Callable[[], PeftModel]] = {
-    "linear": builders.adapted_llama,
-    "linear4bit": builders.adapted_nf4_llama,
-    "linear8bit": builders.adapted_int8_llama,
-    "conv1d": builders.adapted_gpt2,
-    "experts": builders.adapted_mixtral,
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer kind.
+
+    Attributes:
+        build: a tiny model whose adapted layers are all of this kind.
+        build_double: the same in float64, if the kind can be float64.
+        layer_class: the class of the base layers, if each has one weight.
+        float_weight: the weight [O, I] of such a layer in floating point, without the package's own code.
+        one_at_a_time: gradients come as one tensor per batch, so that squares need samples one at a time.
+    """
+
+    build: Callable[[], PeftModel]
+    build_double: Callable[[], PeftModel] | None = None
+    layer_class: type[nn.Module] | None = None
+    float_weight: Callable[[nn.Module], Tensor] | None = None
+    one_at_a_time: bool = False
+
+
+def _nf4_weight(layer: bnb.nn.Linear4bit) -> Tensor:
+    return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+
+
+def _int8_weight(layer: bnb.nn.Linear8bitLt) -> Tensor:
+    scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
+    return layer.weight.data.float() * (scales.float().unsqueeze(1) * (1 / 127))
+
+
+LAYER_ROWS: dict[str, LayerRow] = {
+    "linear": LayerRow(
+        builders.adapted_llama,
+        lambda: builders.adapted_llama(torch.float64),
+        nn.Linear,
+        lambda layer: layer.weight.detach().clone(),
+    ),
+    "linear4bit": LayerRow(builders.adapted_nf4_llama, None, bnb.nn.Linear4bit, _nf4_weight),
+    "linear8bit": LayerRow(builders.adapted_int8_llama, None, bnb.nn.Linear8bitLt, _int8_weight),
+    "conv1d": LayerRow(
+        builders.adapted_gpt2,
+        lambda: builders.adapted_gpt2(torch.float64),
+        Conv1D,
+        lambda layer: layer.weight.detach().T.clone(),
+    ),
+    "experts": LayerRow(builders.adapted_mixtral, one_at_a_time=True),
 }
-# The kinds whose gradients come as one tensor a batch, so that squares need samples one at a time.
-ONE_AT_A_TIME = ("experts",)
-DOUBLES: dict[str, Callable[[], PeftModel]] = {
-    "linear": lambda: builders.adapted_llama(torch.float64),
-    "conv1d": lambda: builders.adapted_gpt2(torch.float64),
-}
+LAYERS = {name: row.build for name, row in LAYER_ROWS.items()}
+DOUBLES = {name: row.build_double for name, row in LAYER_ROWS.items() if row.build_double}
+ONE_AT_A_TIME = tuple(name for name, row in LAYER_ROWS.items() if row.one_at_a_time)
 
 
 def batch_size(kind: str, statistic: str, wished: int = 2) -> int:

@@ -460,12 +460,12 @@ UNLEARN: dict[str, Case] = {
     "output is a file": (lambda p: p.unlearn(output=p / "forget.jsonl"), "is a file", BEFORE_LOADING),
     "no such adapter": (
         lambda p: p.unlearn(forget_adapter=p / "none"),
-        "none is no adapter directory: expected adapter_config.json in it",
+        "none is not an adapter directory: expected adapter_config.json in it",
         BEFORE_LOADING,
     ),
     "no such task adapter": (
         lambda p: p.unlearn(task_adapter=p / "none"),
-        "none is no adapter directory: expected adapter_config.json in it",
+        "none is not an adapter directory: expected adapter_config.json in it",
         BEFORE_LOADING,
     ),
     "pickled adapter": (

@@ -1,4 +1,4 @@
-"""Rows -> samples -> batches: every kind of row, every malformed one, and batches that lose nothing."""
+"""Rows, samples and batches: every kind of row, every malformed row, and batches that hold every sample."""
 
 import json
 
@@ -30,9 +30,9 @@ MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": 
 
 def parts(sample):
     """(prompt, completion) as text."""
-    taken = sample.labels != IGNORED
-    assert torch.equal(sample.input_ids[taken], sample.labels[taken])
-    return TOKENIZER.decode(sample.input_ids[~taken]), TOKENIZER.decode(sample.input_ids[taken])
+    has_loss = sample.labels != IGNORED
+    assert torch.equal(sample.input_ids[has_loss], sample.labels[has_loss])
+    return TOKENIZER.decode(sample.input_ids[~has_loss]), TOKENIZER.decode(sample.input_ids[has_loss])
 
 
 ROWS = {
@@ -72,7 +72,7 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_it_twice():
 
 
 def test_tokens_that_span_prompt_and_completion_carry_loss():
-    """The prompt alone is [a, b], the whole [a, bc]: they part after a."""
+    """The prompt's tokens are [a, b], those of prompt and completion [a, bc]: the completion begins after a."""
 
     class Merging:
         eos_token_id, chat_template = 1, None
@@ -98,8 +98,8 @@ MALFORMED = {
     "number": ({"question": "x", "answer": 7}, "expected 'answer' as text, found int"),
     "no list": ({"messages": "hi"}, "expected messages as a list"),
     "no role": ({"messages": [{"content": "hi"}, {"content": "yo"}]}, "expected messages as a list"),
-    "one turn": ({"messages": MESSAGES[1:]}, "messages that end in an assistant's turn after another's"),
-    "user last": ({"messages": MESSAGES[:1] * 2}, "messages that end in an assistant's turn"),
+    "one turn": ({"messages": MESSAGES[1:]}, "expected at least two messages, the last one the assistant's"),
+    "user last": ({"messages": MESSAGES[:1] * 2}, "expected at least two messages, the last one the assistant's"),
     "empty turn": (
         {"messages": [MESSAGES[0], {"role": "assistant", "content": ""}]},
         "the assistant's last turn is empty",
@@ -109,7 +109,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize(("row", "message"), MALFORMED.values(), ids=MALFORMED)
-def test_a_malformed_row_is_refused_by_its_number(row, message):
+def test_a_malformed_row_is_named_by_its_number(row, message):
     with pytest.raises(DataError, match=f"the forget set, row 2.*{message}"):
         load_samples([{"text": "fine"}, row], CHAT, name="the forget set")
 
@@ -131,15 +131,15 @@ def test_text_needs_a_tokenizer():
         load_samples([{"text": "x"}])
 
 
-def test_a_completion_is_cut_but_never_away():
+def test_a_completion_is_truncated_but_never_removed():
     row = {"prompt": "abcdef", "completion": "ghij"}
     assert parts(encode_row(row, TOKENIZER, max_length=8)) == ("abcdef", "gh")
     with pytest.raises(DataError, match="no token of the completion is left within max_length=6"):
         encode_row(row, TOKENIZER, max_length=6)
 
 
-def test_a_loss_on_the_first_token_alone_is_no_loss():
-    """It has no token before it to be predicted from."""
+def test_a_label_on_the_first_token_alone_is_refused():
+    """No token before it predicts it."""
     with pytest.raises(DataError, match="no token of the completion is left"):
         load_samples([{"input_ids": [5, 6], "labels": [5, IGNORED]}])
 
@@ -151,7 +151,7 @@ def test_an_empty_set_is_refused(data):
 
 
 @pytest.mark.parametrize(("data", "message"), [(None, "found None"), (7, "expected a path, .* found int")])
-def test_no_set_is_refused(data, message):
+def test_data_of_another_type_is_refused(data, message):
     with pytest.raises(DataError, match=message):
         load_samples(data, TOKENIZER)
 
@@ -167,7 +167,7 @@ FILES = {
 
 
 @pytest.mark.parametrize(("content", "message"), FILES.values(), ids=FILES)
-def test_a_malformed_file_is_refused_by_its_line(content, message, tmp_path):
+def test_a_malformed_line_is_named_by_its_number(content, message, tmp_path):
     path = tmp_path / "rows.jsonl"
     if content is not None:
         path.write_bytes(content)
@@ -176,7 +176,7 @@ def test_a_malformed_file_is_refused_by_its_line(content, message, tmp_path):
 
 
 def test_a_row_with_a_line_separator_inside_is_one_row(tmp_path):
-    """U+2028 and its like are legal inside a JSON string, and no end of a line of JSON lines."""
+    """U+2028 and similar characters are legal inside a JSON string; they do not end a line of JSON."""
     path = tmp_path / "rows.jsonl"
     row = {"text": "one\u2028two\x85three\x0bfour"}
     path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -190,7 +190,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
 
 
 def collate(samples):
-    """Left-padded, as many a collator does it."""
+    """A left-padded batch, as some collators return it."""
     length = max(len(s.input_ids) for s in samples) + 3
     batch = {
         "input_ids": torch.zeros(len(samples), length, dtype=torch.long),
@@ -205,8 +205,8 @@ def collate(samples):
     return batch
 
 
-def test_every_way_to_hand_data_over_is_the_same_data(tmp_path):
-    """A list, a file, a Dataset of rows, of tokens, of a completion mask, and left-padded batches: one fingerprint."""
+def test_every_form_of_data_gives_the_same_samples(tmp_path):
+    """Lists, files, Datasets of rows or tokens, completion masks and left-padded batches have one fingerprint."""
     rows = builders.forget_rows()
     samples = load_samples(rows, TOKENIZER)
     path = tmp_path / "rows.jsonl"
@@ -216,7 +216,7 @@ def test_every_way_to_hand_data_over_is_the_same_data(tmp_path):
         {"input_ids": s.input_ids.tolist(), "completion_mask": (s.labels != IGNORED).int().tolist()} for s in samples
     ]
     columns = sorted({key for row in rows for key in row})
-    ways = [
+    forms = [
         path,
         str(path),
         Dataset.from_list([{key: row.get(key) for key in columns} for row in rows]),
@@ -225,12 +225,12 @@ def test_every_way_to_hand_data_over_is_the_same_data(tmp_path):
         masked,
         DataLoader(samples, batch_size=2, collate_fn=collate),
     ]
-    assert [fingerprint(load_samples(data, TOKENIZER)) for data in ways] == [fingerprint(samples)] * len(ways)
+    assert [fingerprint(load_samples(data, TOKENIZER)) for data in forms] == [fingerprint(samples)] * len(forms)
 
 
 @pytest.mark.parametrize("granularity", ["factor", "delta"])
-def test_padding_changes_no_statistic(granularity):
-    """Of either side and any amount: bit for bit."""
+def test_padding_changes_no_gradient_sum(granularity):
+    """Left or right, and of any amount; equal bit for bit."""
     model = builders.adapted_llama()
     samples = load_samples(builders.forget_rows(), TOKENIZER)
     padded = load_samples(DataLoader(samples, batch_size=3, collate_fn=collate))
@@ -241,8 +241,8 @@ def test_padding_changes_no_statistic(granularity):
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ({"input_ids": [1, 2]}, "expected 'labels' .or 'completion_mask'."),
-        ({"input_ids": [1, 2], "labels": [1]}, "must have one shape"),
+        ({"input_ids": [1, 2]}, "expected 'labels' or 'completion_mask' beside 'input_ids', found neither"),
+        ({"input_ids": [1, 2], "labels": [1]}, "must have the same shape"),
         ({"input_ids": [1, 2], "labels": [1, 2], "position_ids": [0, 0]}, "packed batches"),
     ],
 )
@@ -251,7 +251,7 @@ def test_malformed_tokens_are_refused(item, message):
         load_samples([item])
 
 
-def test_a_draw_is_of_the_seed_and_keeps_the_order():
+def test_a_draw_depends_on_the_seed_and_keeps_the_order():
     rows = [{"text": f"row {index:02d}"} for index in range(40)]
     drawn = [
         [TOKENIZER.decode(s.input_ids) for s in load_samples(rows, TOKENIZER, max_samples=10, seed=seed)]
@@ -267,7 +267,7 @@ LENGTHS = st.lists(st.integers(2, 30), min_size=1, max_size=20)
 
 
 @given(lengths=LENGTHS, size=st.integers(1, 8))
-def test_batches_hold_every_sample_once_and_pad_nothing_else(lengths, size):
+def test_batches_hold_every_sample_once(lengths, size):
     samples = [Sample(torch.full((n,), i + 1), torch.full((n,), i + 1)) for i, n in enumerate(lengths)]
     seen = []
     for batch in batches(samples, size):
@@ -286,7 +286,7 @@ def test_the_longest_batch_comes_first():
     assert [batch.input_ids.shape[1] for batch in batches(samples, 2)] == [9, 5]
 
 
-def test_a_fingerprint_sees_tokens_labels_order_and_cuts():
+def test_a_fingerprint_depends_on_tokens_labels_order_and_boundaries():
     def sample(*ids, labels=None):
         return Sample(torch.tensor(ids), torch.tensor(labels or ids))
 
@@ -311,6 +311,6 @@ def test_unlearning_needs_both_sets(missing):
         )
 
 
-def test_unlearning_one_set_from_itself_is_refused():
+def test_equal_forget_and_retain_sets_are_refused():
     with pytest.raises(DataError, match="are the same samples"):
         builders.negate(builders.adapted_llama(), retain=builders.forget_rows())

@@ -17,13 +17,13 @@ WEIGHTS = "adapter_model.safetensors"
 
 @pytest.fixture
 def directory(tmp_path):
-    """A sound adapter directory, to be damaged."""
+    """A valid adapter directory, for the tests to damage."""
     builders.adapted_saved_llama().save_pretrained(tmp_path, selected_adapters=["forget"])
     return tmp_path / "forget"
 
 
 def refused(directory, message):
-    """By the check alone, and by the loader before it touches the model."""
+    """Both the check and the loader refuse the directory, before the loader touches the model."""
     with pytest.raises(AdapterError, match=message):
         check_adapter_files(directory)
     model = builders.saved_llama()
@@ -31,7 +31,7 @@ def refused(directory, message):
         attach_adapters(model, {"forget": directory})
 
 
-def test_a_sound_directory_is_loaded(directory):
+def test_a_valid_directory_is_loaded(directory):
     model = attach_adapters(builders.saved_llama(), {"forget": directory, "task": directory})
     assert sorted(model.peft_config) == ["forget", "task"]
     assert model.active_adapter == "forget"
@@ -42,7 +42,7 @@ def test_a_sound_directory_is_loaded(directory):
 
 
 class Bomb:
-    """Unpickled, it writes a file."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -73,7 +73,7 @@ def test_a_pickle_beside_the_weights_is_never_opened(directory, tmp_path):
 def test_a_truncated_file_is_refused(directory):
     data = (directory / WEIGHTS).read_bytes()
     (directory / WEIGHTS).write_bytes(data[: len(data) // 2])
-    refused(directory, f"{WEIGHTS} is damaged .*copy or save it anew")
+    refused(directory, f"{WEIGHTS} is damaged .*copy or save it again")
 
 
 def test_missing_weights_are_refused(directory):
@@ -85,7 +85,7 @@ def test_a_directory_without_a_config_is_refused(tmp_path):
     refused(tmp_path, "adapter_config.json")
 
 
-def test_a_path_that_is_absent_is_refused(tmp_path):
+def test_a_missing_path_is_refused(tmp_path):
     refused(tmp_path / "nowhere", "nowhere")
 
 
@@ -119,7 +119,7 @@ def test_an_adapter_of_another_architecture_is_refused(directory):
 @pytest.mark.parametrize("change", ["missing", "surplus"])
 @pytest.mark.parametrize("position", ["first", "second"])
 def test_factors_that_are_missing_or_left_over_are_refused(change, position, directory, tmp_path):
-    """PEFT warns and goes on with an untrained layer, or without the one that it cannot place."""
+    """PEFT only warns, and continues with an untrained layer or without the factors that it cannot place."""
     sound = tmp_path / "sound"
     builders.adapted_saved_llama().save_pretrained(sound, selected_adapters=["task"])
     tensors = load_file(directory / WEIGHTS)

@@ -1,4 +1,4 @@
-"""Per-sample losses: each is what the sample alone gives, whatever stands beside it."""
+"""Per-sample losses do not depend on the other samples of a batch, nor on padding or chunks."""
 
 import math
 
@@ -26,7 +26,7 @@ def by_sample(model, samples, batch_size):
 
 @pytest.mark.parametrize("build", [builders.llama, builders.gpt2])
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_each_loss_is_that_of_the_sample_alone(build, batch_size, samples):
+def test_each_loss_is_the_loss_of_the_sample_alone(build, batch_size, samples):
     model = build()
     with torch.no_grad():
         expected = torch.stack([oracles.sample_loss(model, s.input_ids, s.labels) for s in samples]).double()
@@ -34,7 +34,7 @@ def test_each_loss_is_that_of_the_sample_alone(build, batch_size, samples):
     torch.testing.assert_close(by_sample(model, samples, batch_size), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_more_padding_changes_nothing(samples):
+def test_padding_does_not_matter(samples):
     model = builders.llama()
     (batch,) = batches(samples, len(samples))
     wider = Batch(
@@ -46,10 +46,10 @@ def test_more_padding_changes_nothing(samples):
     torch.testing.assert_close(sample_losses(model, wider), sample_losses(model, batch), rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_that_knows_nothing_loses_log_of_the_vocabulary():
+def test_equal_logits_have_the_log_of_the_vocabulary_as_loss():
     labels = torch.tensor([[IGNORED, 3, 4], [IGNORED, IGNORED, 5]])
-    found = completion_losses(torch.zeros(2, 3, 50), labels)
-    torch.testing.assert_close(found, torch.full((2,), math.log(50)))
+    losses = completion_losses(torch.zeros(2, 3, 50), labels)
+    torch.testing.assert_close(losses, torch.full((2,), math.log(50)))
 
 
 def test_a_loss_is_a_mean_over_the_samples_own_tokens():
@@ -76,7 +76,7 @@ def test_prompts_and_padding_do_not_reach_the_gradient(samples):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [1, 12, 2**23])
-def test_losses_in_chunks_are_the_library_s(dtype, chunk, monkeypatch):
+def test_losses_in_chunks_are_torchs(dtype, chunk, monkeypatch):
     """Chunks of tokens change neither the losses nor their gradient."""
     monkeypatch.setattr(losses, "_CHUNK", chunk)
     labels = torch.tensor([[0, 3, IGNORED, 1], [2, IGNORED, 4, 0]])
@@ -103,8 +103,8 @@ def test_losses_can_be_differentiated_twice(monkeypatch):
     assert torch.autograd.gradgradcheck(lambda logits: completion_losses(logits, labels), logits)
 
 
-def test_token_scores_see_the_models_own_choices():
-    """A greedy continuation hits at every token, but for one that was exchanged."""
+def test_token_scores_recognise_the_models_own_choices():
+    """A greedy continuation hits at every token but the one that was replaced."""
     model = builders.llama()
     ids = [5, 9, 11, 4]
     with torch.no_grad():
@@ -119,5 +119,5 @@ def test_token_scores_see_the_models_own_choices():
         losses = dict(zip(batch.indices, sample_losses(model, batch).tolist(), strict=True))
     assert scores[1].hits.tolist() == [True, True, True, False, True, True]
     assert [len(scores[i].log_probabilities) for i in (0, 1)] == [2, 6]
-    for index, found in scores.items():
-        assert -float(found.log_probabilities.mean()) == pytest.approx(losses[index], rel=1e-6)
+    for index, score in scores.items():
+        assert -float(score.log_probabilities.mean()) == pytest.approx(losses[index], rel=1e-6)

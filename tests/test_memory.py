@@ -1,4 +1,4 @@
-"""How much memory may be taken: sizes are read as they are shown, and a budget is what was asked for."""
+"""Memory sizes and budgets: how sizes are parsed and shown, and what the default budgets are."""
 
 import mmap
 import re
@@ -34,40 +34,40 @@ NAMES = ("max_memory", "host_memory")
 
 
 @pytest.mark.parametrize(("size", "expected"), SIZES.items())
-def test_a_size_is_bytes(size, expected):
-    found = parse_size(size)
-    assert (found, type(found)) == (expected, int)
+def test_a_size_is_parsed_to_bytes(size, expected):
+    parsed = parse_size(size)
+    assert (parsed, type(parsed)) == (expected, int)
 
 
 @pytest.mark.parametrize("size", NO_SIZES, ids=repr)
-def test_what_is_no_size_is_refused(size):
+def test_an_invalid_size_is_refused(size):
     with pytest.raises(ConfigError, match=re.escape(f"or a number of bytes, found {size!r}")):
         parse_size(size)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [None, *SIZES], ids=repr)
-def test_the_config_takes_a_size_and_keeps_it_as_it_was_written(name, size):
+def test_the_config_keeps_a_size_as_it_was_written(name, size):
     config = PerTAConfig(**{name: size})
     assert getattr(PerTAConfig.from_dict(config.to_dict()), name) == size
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [size for size in NO_SIZES if size is not None], ids=repr)
-def test_the_config_refuses_what_is_no_size_by_name(name, size):
+def test_the_config_refuses_an_invalid_size_by_name(name, size):
     with pytest.raises(ConfigError, match=f"^{name}: expected nothing, or a size such as .*, found"):
         PerTAConfig(**{name: size})
 
 
-def test_the_command_line_takes_a_size_as_it_is_written():
+def test_the_command_line_keeps_a_size_as_it_was_written():
     line = "unlearn --model m --forget-adapter f --output o --max-memory 3GiB --host-memory 20000000"
     options = cli._parser().parse_args(line.split())
     assert (options.max_memory, options.host_memory) == ("3GiB", "20000000")
 
 
 @given(size=st.integers(1, 2**46))
-def test_a_size_that_is_shown_can_be_given_back(size):
-    """A message names the budget that would do; what it says is what one types."""
+def test_a_shown_size_can_be_parsed(size):
+    """A message names the smallest sufficient budget; the user can type it as it is shown."""
     assert abs(parse_size(show_size(size)) - size) <= 0.005 * size + 1
 
 
@@ -84,13 +84,13 @@ def test_a_size_that_is_shown_can_be_given_back(size):
         (123_456 * 2**30, "123456 GiB"),
     ],
 )
-def test_a_size_is_shown_in_three_figures_or_whole(size, shown):
+def test_a_size_is_shown_with_three_digits_or_as_an_integer(size, shown):
     assert show_size(size) == shown
 
 
-def test_what_is_taken_is_what_the_process_holds(monkeypatch):
+def test_memory_in_use_is_what_the_process_holds(monkeypatch):
     before = taken(HOST)
-    pages = mmap.mmap(-1, 2**26)  # of the system: a tensor's may be the allocator's own from before
+    pages = mmap.mmap(-1, 2**26)  # fresh pages: a tensor may reuse the allocator's
     torch.frombuffer(pages, dtype=torch.uint8).fill_(1)
     assert taken(HOST) - before > 0.9 * len(pages)
     monkeypatch.setattr(torch.cuda, "memory_allocated", {"cuda:0": 5}.__getitem__)
@@ -100,7 +100,7 @@ def test_what_is_taken_is_what_the_process_holds(monkeypatch):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """One of 100 bytes free on the host, 50 on the disk, and a GPU with 30 free and 10 that the allocator has."""
+    """100 bytes are free on the host, 50 on the disk, 30 on the GPU, where the allocator reserves 10 more."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=100))
     monkeypatch.setattr(memory_module, "taken", lambda pool: 20 if pool == HOST else 0)
     monkeypatch.setattr(memory_module.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=50))
@@ -116,24 +116,23 @@ def machine(monkeypatch):
         (None, 77, {"cuda:0": 36, HOST: 77, DISK: 45}),
     ],
 )
-def test_a_budget_is_what_was_asked_for_or_nine_tenths_of_what_is_free_or_ours(
+def test_a_budget_is_what_was_asked_for_or_nine_tenths_of_what_is_free_or_in_use(
     machine, max_memory, host_memory, expected
 ):
     assert budgets([HOST, "cuda:0"], max_memory, host_memory) == expected
 
 
-def test_processes_of_one_machine_share_what_is_free_of_it(machine):
-    found = budgets(["cuda:0"], None, None, sharing=5)
-    assert found == {"cuda:0": 36, HOST: 0.9 * (100 / 5 + 20), DISK: 0.9 * 50 / 5}
-    assert budgets([HOST], None, 77, sharing=5)[HOST] == 77, "what is asked for is each one's"
+def test_processes_on_one_machine_share_its_free_memory(machine):
+    assert budgets(["cuda:0"], None, None, sharing=5) == {"cuda:0": 36, HOST: 0.9 * (100 / 5 + 20), DISK: 0.9 * 50 / 5}
+    assert budgets([HOST], None, 77, sharing=5)[HOST] == 77, "an explicit budget is per process"
 
 
-def test_a_cpu_has_no_budget_but_the_hosts_and_the_disks(machine):
+def test_a_cpu_has_the_budgets_of_host_and_disk_only(machine):
     assert budgets([HOST], "1KB", 77) == {HOST: 77, DISK: 45}
 
 
 @pytest.mark.parametrize("raises", [False, True])
-def test_a_gpu_is_held_to_its_budget_for_the_length_of_the_block(monkeypatch, raises):
+def test_a_gpu_is_limited_to_its_budget_within_the_block(monkeypatch, raises):
     fractions = {"cuda:0": 0.8, "cuda:1": 0.5}
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fractions[device])
     monkeypatch.setattr(
@@ -144,7 +143,7 @@ def test_a_gpu_is_held_to_its_budget_for_the_length_of_the_block(monkeypatch, ra
 
     def block():
         with held_to({HOST: 1, "cuda:0": 300, DISK: 1, "cuda:1": 900}):
-            assert fractions == {"cuda:0": 0.3, "cuda:1": 0.5}, "and never more than the user allows"
+            assert fractions == {"cuda:0": 0.3, "cuda:1": 0.5}, "never above the user's own limit"
             if raises:
                 raise RuntimeError("on purpose")
 

@@ -1,4 +1,4 @@
-"""Directories are replaced whole: killed at any point, or on a full disk, there is the old one or the new one."""
+"""Directories are replaced atomically: after a kill or a full disk there is the old one or the new one."""
 
 import dataclasses
 import errno
@@ -26,7 +26,7 @@ def old_and_new():
 
 
 def strength_of(path):
-    """Of a directory that is complete and of one piece; anything else fails here."""
+    """The strength in a directory; fails if the directory is incomplete or mixes old and new files."""
     assert sorted(os.listdir(path)) == FILES
     provenance, hashes = load_provenance(path)
     assert {name: hash_file(path / name) for name in hashes} == hashes
@@ -34,7 +34,7 @@ def strength_of(path):
 
 
 def killed_at(event_number, save) -> bool:
-    """Run ``save`` in a child that kills itself (SIGKILL) at its n-th call into the system; False if it got through."""
+    """Run ``save`` in a child that kills itself at its n-th system call. False if the child finished before."""
     child = os.fork()
     if child == 0:
         seen = 0
@@ -65,12 +65,12 @@ def killed_at(event_number, save) -> bool:
 def test_a_kill_at_any_point_leaves_the_old_or_the_new(first, old_and_new, tmp_path):
     old, new = old_and_new
     path = tmp_path / "out"
-    found = []
+    strengths = []
     for event_number in range(1, 1000):
         if not first:
             save_perta_adapter(path, *old)
         alive = not killed_at(event_number, lambda: save_perta_adapter(path, *new))
-        found.append(strength_of(path) if path.exists() else None)
+        strengths.append(strength_of(path) if path.exists() else None)
         if first and path.exists():
             for file in path.iterdir():
                 file.unlink()
@@ -79,11 +79,11 @@ def test_a_kill_at_any_point_leaves_the_old_or_the_new(first, old_and_new, tmp_p
             break
     before = None if first else 1.0
     assert alive, "more system calls than tried"
-    assert len(found) > 10, "the child was killed at many places"
-    assert set(found) == {before, 2.0}
-    assert found[-1] == 2.0
-    # Once the new one is there, a later kill does not take it away again.
-    assert found.index(2.0) == found.count(before)
+    assert len(strengths) > 10, "the child was killed at many places"
+    assert set(strengths) == {before, 2.0}
+    assert strengths[-1] == 2.0
+    # Once the new directory is in place, a later kill does not remove it.
+    assert strengths.index(2.0) == strengths.count(before)
 
 
 def test_a_directory_of_ours_is_replaced(old_and_new, tmp_path):
@@ -91,7 +91,7 @@ def test_a_directory_of_ours_is_replaced(old_and_new, tmp_path):
     for result in old_and_new:
         assert save_perta_adapter(path, *result) == path
         assert strength_of(path) == result[2].config["strength"]
-        assert os.listdir(path.parent) == ["out"], "nothing temporary is left"
+        assert os.listdir(path.parent) == ["out"], "no temporary directory is left"
     assert path.stat().st_mode & 0o777 == 0o777 & ~_umask()
     assert PeftModel.from_pretrained(builders.llama(), path)
 
@@ -103,20 +103,20 @@ def _umask():
 
 
 def test_without_an_atomic_exchange_it_is_replaced_too(old_and_new, tmp_path, monkeypatch):
-    monkeypatch.setattr("peft_perta.output._exchange", lambda source, target: False)
+    monkeypatch.setattr("peft_perta.data.output._exchange", lambda source, target: False)
     for result in old_and_new:
         save_perta_adapter(tmp_path / "out", *result)
     assert strength_of(tmp_path / "out") == 2.0
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_an_empty_directory_is_taken(old_and_new, tmp_path):
+def test_an_empty_directory_is_accepted(old_and_new, tmp_path):
     (tmp_path / "out").mkdir()
     save_perta_adapter(tmp_path / "out", *old_and_new[0])
     assert strength_of(tmp_path / "out") == 1.0
 
 
-def test_a_directory_that_is_not_ours_is_refused(old_and_new, tmp_path):
+def test_a_directory_with_files_of_others_is_refused(old_and_new, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(OutputError, match="exists and was not written by peft_perta"):
         save_perta_adapter(tmp_path, *old_and_new[0])
@@ -126,7 +126,7 @@ def test_a_directory_that_is_not_ours_is_refused(old_and_new, tmp_path):
 
 def test_a_file_is_refused(old_and_new, tmp_path):
     (tmp_path / "out").write_text("x")
-    with pytest.raises(OutputError, match=r"is a file; expected a new directory"):
+    with pytest.raises(OutputError, match=r"is a file, expected a new directory; choose another output"):
         save_perta_adapter(tmp_path / "out", *old_and_new[0])
     with pytest.raises(OutputError, match=r"out/inner.*(cannot|could not) be written"):
         save_perta_adapter(tmp_path / "out" / "inner", *old_and_new[0])
@@ -149,7 +149,7 @@ def test_a_full_disk_changes_nothing(replaced, old_and_new, tmp_path, monkeypatc
 
 @pytest.fixture
 def small_files():
-    """The system refuses to write more than 4 KiB into a file, as a disk that fills up does."""
+    """The system refuses to write more than 4 KiB into a file, like a disk that is nearly full."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -165,13 +165,13 @@ def test_a_write_that_the_system_cuts_short_changes_nothing(old_and_new, tmp_pat
 
 
 def test_a_block_that_raises_changes_nothing(tmp_path):
-    def half():
+    def write_and_raise():
         with replaced_directory(tmp_path / "out", "mark") as directory:
             (directory / "mark").write_text("half")
             raise ValueError("on purpose")
 
     with pytest.raises(ValueError, match="on purpose"):
-        half()
+        write_and_raise()
     assert not os.listdir(tmp_path)
 
 
@@ -187,7 +187,7 @@ def test_a_directory_without_permission_is_refused(tmp_path):
         check_output(tmp_path / "out", "mark")
 
 
-def test_a_report_is_saved_as_it_is_but_for_the_wall_times(old_and_new, tmp_path):
+def test_provenance_is_saved_without_its_wall_times(old_and_new, tmp_path):
     config, state_dict, provenance = old_and_new[0]
     other = dataclasses.replace(provenance, seconds={"x": 1.0})
     assert load_provenance(save_perta_adapter(tmp_path / "out", config, state_dict, other))[0] == dataclasses.replace(

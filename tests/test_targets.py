@@ -1,4 +1,4 @@
-"""Every adapter that cannot be negated is refused before any compute, with what was found and what to do."""
+"""Adapters that cannot be negated are refused before any compute; the others resolve to targets."""
 
 import bitsandbytes as bnb
 import builders
@@ -15,7 +15,7 @@ from peft_perta.model import check_lora_config, check_new_name, hash_targets, re
 
 @pytest.fixture(autouse=True)
 def _no_compute(monkeypatch):
-    """A refusal after a forward pass would come too late."""
+    """A refusal must come before the first forward pass."""
 
     def fail(*args, **kwargs):
         raise AssertionError("a refusal must come before any compute")
@@ -25,7 +25,7 @@ def _no_compute(monkeypatch):
 
 
 def refused(model, error, message, **settings):
-    """Both the resolver and the whole call refuse, and the model is as it was."""
+    """Both the resolver and the whole call refuse the adapter, and the model is as it was."""
     with laws.untouched(model):
         with pytest.raises(error, match=message):
             builders.negate(model, **settings)
@@ -54,7 +54,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize(("changes", "message"), VARIANTS.values(), ids=VARIANTS)
 def test_a_variant_is_refused(changes, message):
-    if "lora_bias" in changes:  # PEFT wants a layer with biases for it; the refusal looks at the config
+    if "lora_bias" in changes:  # PEFT requires a layer with biases for it
         model = builders.with_adapters(builders.gpt2(), builders.lora_config(["c_fc"], fan_in_fan_out=True, **changes))
     else:
         model = adapted(**changes)
@@ -70,13 +70,13 @@ def test_an_init_that_changes_the_base_is_refused(init):
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_such_an_init_is_refused_on_a_model_too(init):
+def test_an_init_that_changes_the_base_is_refused_on_a_model(init):
     model = adapted(init_lora_weights=init, lora_dropout=0.0)
     refused(model, AdapterError, f"initialised with '{init}'")
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva"])
-def test_other_inits_are_fine(init):
+def test_other_inits_are_accepted(init):
     config = builders.lora_config()
     config.init_lora_weights = init
     check_lora_config(config, "forget")
@@ -87,11 +87,15 @@ def test_another_kind_of_adapter_is_refused():
     refused(get_peft_model(builders.llama(), config, "forget"), AdapterError, "is IA3Config, expected LoRA")
 
 
-def test_experts_that_are_packed_are_refused():
+def test_packed_experts_are_refused():
     model = builders.adapted_mixtral()
     experts = model.get_base_model().model.layers[1].mlp.experts.get_base_layer()
     experts.down_proj = nn.Parameter(experts.down_proj.to(torch.uint8), requires_grad=False)
-    refused(model, UnsupportedLayerError, r"layers\.1\.mlp\.experts has down_proj in torch\.uint8.*in bfloat16")
+    refused(
+        model,
+        UnsupportedLayerError,
+        r"layers\.1\.mlp\.experts has down_proj in torch\.uint8, expected a floating-point type.*in bfloat16",
+    )
 
 
 @pytest.mark.parametrize("kind", [builders.llama, builders.nf4_llama])
@@ -101,7 +105,7 @@ def test_a_merged_adapter_is_refused(kind):
     refused(model, AdapterError, r"q_proj: the adapters \['forget'\] are merged.*unmerge_adapter")
 
 
-def test_another_adapter_that_is_merged_is_refused_too():
+def test_another_merged_adapter_is_refused():
     model = builders.adapted_llama()
     model.merge_adapter(["task"])
     refused(model, AdapterError, r"\['task'\] are merged")
@@ -118,7 +122,7 @@ def test_a_missing_adapter_is_refused():
     refused(model, AdapterError, "no adapter named 'gone'", task_adapter="gone")
 
 
-def test_forget_and_task_cannot_be_one():
+def test_forget_and_task_adapter_must_differ():
     refused(builders.adapted_llama(), AdapterError, "are both 'forget'", task_adapter="forget")
 
 
@@ -126,7 +130,7 @@ def test_forget_and_task_cannot_be_one():
     ("name", "message"),
     [("task", "'task' is on the model already"), ("a.b", "without dots, found 'a.b'"), ("", "without dots, found ''")],
 )
-def test_a_new_name_that_is_taken_or_dotted_is_refused(name, message):
+def test_an_invalid_or_taken_name_is_refused(name, message):
     with pytest.raises(AdapterError, match=message):
         check_new_name(builders.adapted_llama(), name)
 
@@ -157,7 +161,7 @@ def test_a_task_adapter_of_another_base_is_refused():
     refused(model, AdapterError, "'task' was trained on the base 'other/model'", task_adapter="task")
 
 
-def test_one_base_under_two_names_is_one_base(tmp_path):
+def test_one_base_may_have_two_names(tmp_path):
     model = builders.adapted_saved_llama()
     link = tmp_path / "link"
     link.symlink_to(builders.llama_directory())
@@ -176,12 +180,12 @@ def test_a_tied_head_is_refused(config):
     refused(model, UnsupportedLayerError, r"lm_head shares its weight with model\.embed_tokens")
 
 
-def test_an_untied_head_is_a_layer_like_others():
+def test_an_untied_head_is_a_target():
     model = builders.with_adapters(builders.llama(), builders.lora_config(["lm_head"]))
     assert [target.name for target in resolve_targets(model, "forget")] == ["lm_head"]
 
 
-def test_a_tied_model_without_its_head_is_fine():
+def test_a_tied_model_without_its_head_is_accepted():
     model = builders.with_adapters(builders.llama(tied=True), builders.lora_config(["q_proj"]))
     assert len(resolve_targets(model, "forget")) == 2
 
@@ -199,7 +203,7 @@ def test_a_convolution_is_refused(convolution, name):
     refused(model, UnsupportedLayerError, f"model.extra: a {name} layer cannot be edited")
 
 
-def test_a_four_bit_layer_on_a_model_not_marked_so_is_refused():
+def test_a_four_bit_layer_on_an_unmarked_model_is_refused():
     base = builders.nf4_llama()
     base.is_loaded_in_4bit = False
     model = builders.with_adapters(base)
@@ -219,14 +223,14 @@ def test_a_four_bit_layer_that_is_not_quantised_yet_is_refused():
 
 
 def test_a_repacked_four_bit_layer_is_refused():
-    """bitsandbytes marks the layers that it repacked for inference; on CPUs where it does not, the mark is set here."""
+    """bitsandbytes marks the layers that it repacks for inference. Not every CPU does so: the test sets the mark."""
     model = builders.adapted_nf4_llama()
     model.get_base_model().model.layers[0].mlp.up_proj.get_base_layer().weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(UnsupportedLayerError, match=r"up_proj was repacked by an inference forward.*reload the model"):
         resolve_targets(model, "forget")
 
 
-def test_targets_come_in_the_models_order_with_copies_of_the_factors():
+def test_targets_are_in_the_models_order_and_copy_the_factors():
     model = builders.adapted_llama()
     targets = resolve_targets(model, "forget")
     assert [t.name for t in targets[:4]] == [
@@ -251,6 +255,10 @@ def test_every_expert_is_a_target_with_its_own_factors(build, transposed):
     ]
     weights = oracles.adapted_weights(model, "forget")
     assert {t.name for t in targets} == set(weights)
+    assert [(t.module_path, t.parameter, t.expert) for t in targets[3:5]] == [
+        ("model.layers.0.mlp.experts", "down_proj", 3),
+        ("model.layers.0.mlp.experts", "gate_up_proj", 0),
+    ]
     for target in targets:
         assert target.transposed is transposed
         assert target.rank == 4
@@ -261,7 +269,7 @@ def test_every_expert_is_a_target_with_its_own_factors(build, transposed):
             target.B.zero_()
 
 
-def test_the_hash_tells_adapters_apart():
+def test_the_hash_distinguishes_adapters():
     model = builders.adapted_llama()
     before = hash_targets(resolve_targets(model, "forget"))
     assert before == hash_targets(resolve_targets(builders.adapted_llama(), "forget"))

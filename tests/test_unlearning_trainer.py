@@ -550,7 +550,7 @@ def test_the_command_trains_and_says_what_comes_next(place, capsys):
         (["--learning-rate", "nan"], "--learning-rate: expected a number > 0"),
         (["--rank", "8", "--start-adapter", "x"], "--rank: expected none with --start-adapter"),
         (["--margin", "1"], "'npo' has no margin"),
-        (["--start-adapter", "nowhere"], "nowhere is no adapter directory"),
+        (["--start-adapter", "nowhere"], "nowhere is not an adapter directory"),
     ],
 )
 def test_the_command_refuses(more, message, place):

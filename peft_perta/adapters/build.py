@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from ..errors import AdapterError, NumericalError
-from ..model import base_model, base_name, check_new_name, packed_factors
+from ..model import base_model, base_name, check_new_name, weight_names, wrapped_kind
 from .low_rank import Factors
 
 
@@ -32,11 +31,12 @@ def build_adapter(
     Raises:
         NumericalError: a factor is not finite in ``dtype``.
     """
-    layers, experts = _by_module(factors)
-    projections = sorted({name.rpartition(".")[2] for name in layers})
-    parameters = _expert_parameters(model) if experts else []
     base = base_model(model)
-    ranks = {name: found.rank for name, found in layers.items()} if patterned else {}
+    modules = {path for path, _ in base.named_modules()}
+    layers = [name for name in factors if name in modules]  # the other weights are experts', which are no modules
+    projections = sorted({name.rpartition(".")[2] for name in layers})
+    parameters = _expert_parameters(model) if len(layers) < len(factors) else []
+    ranks = {name: factors[name].rank for name in layers} if patterned else {}
     rank = 1 if patterned else rank
     config = LoraConfig(
         r=rank,
@@ -59,26 +59,22 @@ def build_adapter(
             continue
         A: Any = module.lora_A["default"]
         B: Any = module.lora_B["default"]
-        name = path
-        if isinstance(module, ParamWrapper):
-            name = f"{path.replace('.base_layer', '')}.{module.parameter_name}"
-        if name in experts:
-            found = [experts[name][expert].padded(rank) for expert in sorted(experts[name])]
-            values = packed_factors([(f.A, f.B) for f in found])
-        elif name in layers:
-            padded = layers[name].padded(ranks.get(name, rank))
-            values = padded.A, padded.B
+        names = [name for name in weight_names(path, module) if name in factors]
+        kind = wrapped_kind(module)
+        if names and kind:
+            padded = [factors[name].padded(ranks.get(name, rank)) for name in names]
+            values = kind.pack([(weight.A, weight.B) for weight in padded])
         else:
             values = torch.zeros(A.weight.shape), torch.zeros(B.weight.shape)
         for slot, value in zip((A, B), values, strict=True):
             if slot.weight.shape != value.shape:
                 raise AdapterError(
-                    f"{name}: a factor of shape {tuple(value.shape)} for a slot of {tuple(slot.weight.shape)}; "
+                    f"{path}: a factor of shape {tuple(value.shape)} for a slot of {tuple(slot.weight.shape)}; "
                     "is the model's config the one that it was built from?"
                 )
             stored = value.detach().to("cpu", dtype).contiguous()
             if not bool(torch.isfinite(stored).all()):
-                raise NumericalError(f"{name}: a factor is not finite in {dtype}; use dtype='bfloat16' or 'float32'")
+                raise NumericalError(f"{path}: a factor is not finite in {dtype}; use dtype='bfloat16' or 'float32'")
             slot.weight = nn.Parameter(stored, requires_grad=False)
     saved = get_peft_model_state_dict(skeleton, save_embedding_layers=False)
     state_dict = {key: value.detach() for key, value in saved.items()}
@@ -91,19 +87,6 @@ def build_adapter(
 def _expert_parameters(model: Any) -> list[str]:
     """As the model's adapters spell them: PEFT stacks no adapter that spells them otherwise."""
     return sorted(next(config.target_parameters for config in model.peft_config.values() if config.target_parameters))
-
-
-def _by_module(factors: Mapping[str, Factors]) -> tuple[dict[str, Factors], dict[str, dict[int, Factors]]]:
-    """(layer name -> factors, path of an expert parameter -> expert -> factors)."""
-    layers: dict[str, Factors] = {}
-    experts: dict[str, dict[int, Factors]] = {}
-    for name, found in factors.items():
-        path, bracket, expert = name.partition("[")
-        if bracket:
-            experts.setdefault(path, {})[int(expert.rstrip("]"))] = found
-        else:
-            layers[name] = found
-    return layers, experts
 
 
 def add_adapter(model: nn.Module, config: LoraConfig, state_dict: Mapping[str, Tensor], adapter_name: str) -> None:

@@ -122,7 +122,7 @@ def merge_adapters(
             {"directory": str(directory), "strength": float(adapters[directory]), "sha256": hash_targets(targets)}
         )
         for target in targets:
-            parts.setdefault(_weight_name(target), []).append((target, float(adapters[directory])))
+            parts.setdefault(target.weight_path, []).append((target, float(adapters[directory])))
     directory = _locate(model_name, revision)
     shards = _shards(directory)
     renamed = _match(parts, [key for keys in shards.values() for key in keys], base_model(model), model_name)
@@ -162,11 +162,6 @@ def merge_adapters(
         )
         (written / MERGED_NAME).write_text(json.dumps({"format": 1, **asdict(provenance)}, indent=1) + "\n")
     return provenance
-
-
-def _weight_name(target: Target) -> str:
-    """The parameter's path in the model: one for all experts of a parameter."""
-    return target.name.partition("[")[0] if target.parameter is not None else f"{target.name}.weight"
 
 
 def _locate(model_name: str, revision: str | None) -> Path:
@@ -223,11 +218,8 @@ def _merged(
     edit = torch.zeros_like(exact)
     for target, strength in parts:
         delta = (strength * target.scaling * target.B) @ target.A
-        if target.parameter is not None:
-            of_expert = edit[target.expert] if edit.dim() == 3 else edit
-            of_expert += delta.T if target.transposed else delta
-        else:
-            edit += delta.T if target.kind.name == "conv1d" else delta
+        of_weight = edit[target.expert] if edit.dim() == 3 else edit
+        of_weight += delta.T if target.transposed else delta
     exact += edit
     if not bool(torch.isfinite(exact).all()):
         raise NumericalError(f"{key}: the merged weight is not finite; look at the base and at the adapters' strengths")

@@ -1,4 +1,4 @@
-"""Whatever data a user holds -> tokenised samples."""
+"""Data in any accepted form -> tokenised samples."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ def load_samples(
     seed: int = 0,
     name: str = "data",
 ) -> list[Sample]:
-    """Tokenised samples of whatever a user holds.
+    """Load data in any accepted form as tokenised samples.
 
     Args:
-        data: a path to JSON lines, a list of rows, a ``datasets.Dataset`` (of rows, or tokenised with ``input_ids`` and
-            ``labels`` or ``completion_mask``), or a dataloader of ``{input_ids, labels[, attention_mask]}`` batches.
-        tokenizer: needed for rows; tokenised data goes without.
-        max_length: tokens kept per sample, counted from the left.
-        max_samples: draw at most so many, with ``seed``; the draw keeps the order of the rows.
-        name: what messages call this set.
+        data: a path to a JSON-lines file, a list of rows, a ``datasets.Dataset`` (of rows, or tokenised with
+            ``input_ids`` and ``labels`` or ``completion_mask``), or a dataloader of batches ``{input_ids, labels[,
+            attention_mask]}``.
+        tokenizer: required for rows; tokenised data needs none.
+        max_length: tokens to keep per sample, counted from the left.
+        max_samples: if the set is larger, draw this many samples at random, in their original order.
+        seed: the seed of that draw.
+        name: the name of the set in error messages.
 
     Raises:
-        DataError: the set is empty or a row is malformed; the message names the row.
+        DataError: the set is empty, or a row is malformed. The message names the row.
     """
     if isinstance(data, (str, Path)):
         name = f"{name} ({data})"
@@ -49,28 +51,34 @@ def load_samples(
     for index, item in enumerate(data):
         where = f"{name}, row {index + 1}"
         if not isinstance(item, Mapping):
-            raise DataError(f"{where}: expected a mapping, found {type(item).__name__}; see peft_perta.data for rows")
+            raise DataError(
+                f"{where}: expected a mapping, found {type(item).__name__}; see load_samples for the accepted forms"
+            )
         if "input_ids" in item:
             samples.extend(_tokenised(item, max_length, where))
         else:
             if tokenizer is None:
-                raise DataError(f"{where} is text, which needs a tokenizer; pass tokenizer=...")
+                raise DataError(f"{where} is text, which needs a tokenizer, found None; pass tokenizer=...")
             samples.append(encode_row(item, tokenizer, max_length=max_length, where=where))
     if not samples:
         raise DataError(f"{name} is empty; expected at least one row")
     if max_samples is not None and len(samples) > max_samples:
         generator = torch.Generator().manual_seed(seed)
-        kept = sorted(torch.randperm(len(samples), generator=generator)[:max_samples].tolist())
-        samples = [samples[i] for i in kept]
+        drawn = sorted(torch.randperm(len(samples), generator=generator)[:max_samples].tolist())
+        samples = [samples[i] for i in drawn]
     return samples
 
 
 def _tokenised(item: Mapping, max_length: int, where: str) -> Iterator[Sample]:
-    """The samples of a tokenised row [T] or batch [N, T], without their padding."""
+    """The samples of a tokenised row [T] or batch [N, T], without padding."""
     if "position_ids" in item or "cu_seq_lens_q" in item:
-        raise DataError(f"{where}: packed batches hold several samples in one row; turn packing and padding_free off")
+        raise DataError(
+            f"{where}: packed batches hold several samples per row, expected one; turn packing and padding_free off"
+        )
     if "labels" not in item and "completion_mask" not in item:
-        raise DataError(f"{where}: expected 'labels' (or 'completion_mask') beside 'input_ids' to know the completion")
+        raise DataError(
+            f"{where}: expected 'labels' or 'completion_mask' beside 'input_ids', found neither; they mark the completion"
+        )
     input_ids = torch.atleast_2d(torch.as_tensor(item["input_ids"], dtype=torch.long)).cpu()
     if "labels" in item:
         labels = torch.atleast_2d(torch.as_tensor(item["labels"], dtype=torch.long)).cpu()
@@ -83,8 +91,10 @@ def _tokenised(item: Mapping, max_length: int, where: str) -> Iterator[Sample]:
     if not input_ids.shape == labels.shape == mask.shape:
         raise DataError(
             f"{where}: input_ids {tuple(input_ids.shape)}, labels {tuple(labels.shape)} and attention_mask "
-            f"{tuple(mask.shape)} must have one shape"
+            f"{tuple(mask.shape)} must have the same shape"
         )
     for row in range(len(input_ids)):
-        kept = mask[row].bool()
-        yield checked_sample(input_ids[row][kept][:max_length], labels[row][kept][:max_length], max_length, where)
+        is_token = mask[row].bool()
+        yield checked_sample(
+            input_ids[row][is_token][:max_length], labels[row][is_token][:max_length], max_length, where
+        )

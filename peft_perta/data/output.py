@@ -1,4 +1,8 @@
-"""A directory is written under a temporary name and moved: a kill leaves the old one or the new one, never a half."""
+"""Files and directories that are replaced atomically.
+
+Output is written under a temporary name and then moved: a killed process leaves the old output or the new one, never a
+part of either.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +18,26 @@ from pathlib import Path
 
 from ..errors import OutputError
 
-_AT_FDCWD = -100
-
-
+_AT_FDCWD = -100  # of Linux's renameat2: paths are relative to the working directory
 _RENAME_EXCHANGE = 2
 
 
 def check_output(path: str | Path, marker: str) -> Path:
-    """The path as one that we may write: absent, empty, or a directory that holds ``marker`` and so is ours.
+    """Check that a directory may be written: it is absent, empty, or holds ``marker`` and so was written by us.
+
+    Args:
+        path: the directory.
+        marker: the name of a file that every directory of this sort holds.
+
+    Returns:
+        The path. Nothing is written.
 
     Raises:
-        OutputError: it is a file, or a directory of somebody else's.
+        OutputError: the path is a file, lies under one, holds files of others, or may not be written.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
-        raise OutputError(f"{path} is a file; expected a new directory, choose another output")
+        raise OutputError(f"{path} is a file, expected a new directory; choose another output")
     if path.is_dir() and any(path.iterdir()) and not (path / marker).is_file():
         raise OutputError(f"{path} exists and was not written by peft_perta (no {marker}); choose another output")
     parent = path.absolute().parent
@@ -42,10 +51,10 @@ def check_output(path: str | Path, marker: str) -> Path:
 
 
 def write_file(path: str | Path, text: str) -> None:
-    """Write a text file whole, in the place of one of that name, or not at all.
+    """Write a text file atomically; it replaces a file of that name.
 
     Raises:
-        OutputError: the disk refuses (full, read-only), or a directory is in the way.
+        OutputError: the write fails (disk full, read-only), or the path is a directory.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
@@ -64,22 +73,27 @@ def write_file(path: str | Path, text: str) -> None:
 
 @contextmanager
 def replaced_directory(path: str | Path, marker: str) -> Iterator[Path]:
-    """A fresh directory to write into, which takes the place of ``path`` when the block ends without an exception.
+    """Yield a new directory to write into; it replaces ``path`` when the block ends without an exception.
+
+    Args:
+        path: the directory to replace or to create.
+        marker: as in ``check_output``.
 
     Raises:
-        OutputError: ``path`` is not ours to replace, or the disk refuses (full, read-only).
+        OutputError: ``path`` was not written by us, or the write fails (disk full, read-only).
     """
     path = check_output(path, marker)
     temporary = None
     try:
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
         temporary = path.absolute().parent / f".{path.name}.partial"
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while it wrote
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed while it wrote
         temporary.mkdir()
         yield temporary
-        for file in (found for found in temporary.rglob("*") if found.is_file()):
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
         _move(temporary, path)
     except OSError as error:
         if isinstance(error, OutputError):
@@ -91,16 +105,16 @@ def replaced_directory(path: str | Path, marker: str) -> Iterator[Path]:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Afterwards ``target`` is what ``source`` was; ``source`` may hold what ``target`` was."""
+    """Move ``source`` to ``target``. Afterwards ``source`` may hold the old ``target``."""
     try:
-        os.rename(source, target)  # absent, or an empty directory
+        os.rename(source, target)  # works if the target is absent or empty
         return
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
     if _exchange(source, target):
         return
-    # Without an atomic exchange there is an instant with no directory; the old one then lies beside it.
+    # Without an atomic exchange there is a moment without the directory; the old one is then beside it.
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.absolute().parent))
     os.rename(target, aside)
     os.rename(source, target)
@@ -108,7 +122,7 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _exchange(source: Path, target: Path) -> bool:
-    """Swap two directories in one step (Linux's renameat2); False where the system cannot."""
+    """Swap two directories in one step (Linux's renameat2); False if the system cannot."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
     if renameat2 is None:
         return False

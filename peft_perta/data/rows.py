@@ -1,4 +1,4 @@
-"""Rows: JSON-lines files, and the kinds of row that they may hold."""
+"""JSON-lines files, and the kinds of row that they may hold."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ ROW_KINDS = (("question", "answer"), ("prompt", "completion"), ("messages",), ("
 
 
 def read_rows(path: str | Path) -> list[dict]:
-    """The rows of a JSON-lines file.
+    """Read the rows of a JSON-lines file.
 
     Raises:
-        DataError: the file is missing, empty, or a line is not a JSON object; the message names the line.
+        DataError: the file is missing or empty, or a line is not a JSON object. The message names the line.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(f"expected a JSON-lines file at {path}, found none; check the path")
     rows = []
     try:
-        # Not splitlines, which also cuts at characters that may stand inside a JSON string (U+2028, U+0085).
+        # splitlines would also split at characters that are legal inside a JSON string (U+2028, U+0085).
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error}); expected one JSON object per line") from error
@@ -43,20 +43,25 @@ def read_rows(path: str | Path) -> list[dict]:
 
 
 def spread(rows: list[Any], count: int) -> list[Any]:
-    """``count`` of the rows at even distances, the first and the last among them; all, where there are no more."""
+    """Pick ``count`` rows, evenly spaced from the first to the last; all rows if there are no more than that."""
     if len(rows) <= count:
         return rows
     return [rows[round(i * (len(rows) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
 def completion_text(row: Mapping) -> str:
-    """What the row's completion says, as plain text."""
+    """The row's completion as plain text."""
     kind = row_kind(row, "row")
     value = row[kind[-1]]
     return value if isinstance(value, str) else value[-1]["content"]
 
 
 def row_kind(row: Mapping, where: str) -> tuple[str, ...]:
+    """The first entry of ``ROW_KINDS`` whose keys the row holds.
+
+    Raises:
+        DataError: the row is of no known kind.
+    """
     for kind in ROW_KINDS:
         if all(row.get(key) is not None for key in kind):
             return kind

@@ -1,4 +1,4 @@
-"""Tokenised samples and padded batches of them."""
+"""Tokenised samples, and padded batches of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ IGNORED = -100  # the label that carries no loss, as in transformers
 
 @dataclass(frozen=True)
 class Sample:
-    """One tokenised row: ``input_ids`` [T] and ``labels`` [T], the latter ``IGNORED`` where no loss is taken."""
+    """One tokenised row.
+
+    Attributes:
+        input_ids: [T].
+        labels: [T]; ``IGNORED`` at tokens without loss.
+    """
 
     input_ids: Tensor
     labels: Tensor
@@ -24,7 +29,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded samples: three [N, T] tensors, and where each sample stands in the list that it came from."""
+    """Right-padded samples.
+
+    Attributes:
+        input_ids: [N, T].
+        attention_mask: [N, T]; 1 at tokens, 0 at padding.
+        labels: [N, T]; ``IGNORED`` at padding and at tokens without loss.
+        indices: the index of each sample in the list that it came from.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -32,14 +44,15 @@ class Batch:
     indices: list[int]
 
     def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on a device."""
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device), self.indices)
 
 
 def batches(samples: list[Sample], batch_size: int) -> Iterator[Batch]:
-    """Batches of samples of similar length, right-padded; every sample is in exactly one.
+    """Group samples of similar length into right-padded batches; every sample is in exactly one batch.
 
-    Sorting by length wastes no compute on padding. The longest come first, so that a batch too large for the memory
-    fails at once.
+    Sorting by length saves compute on padding. The longest batch comes first, so that running out of memory happens
+    at once.
     """
     order = sorted(range(len(samples)), key=lambda i: -len(samples[i].input_ids))
     for start in range(0, len(order), batch_size):
@@ -47,7 +60,7 @@ def batches(samples: list[Sample], batch_size: int) -> Iterator[Batch]:
 
 
 def padded(samples: list[Sample], indices: list[int]) -> Batch:
-    """Those of the samples as one batch, in this order."""
+    """The samples with these indices as one batch, in this order."""
     length = max(len(samples[index].input_ids) for index in indices)
     input_ids = torch.zeros(len(indices), length, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
@@ -61,7 +74,7 @@ def padded(samples: list[Sample], indices: list[int]) -> Batch:
 
 
 def fingerprint(samples: list[Sample]) -> str:
-    """SHA-256 of the samples' tokens and labels, in order: tells whether two runs saw the same data."""
+    """SHA-256 of the samples' tokens and labels, in order; equal for two runs on the same data."""
     digest = hashlib.sha256()
     for sample in samples:
         for part in (sample.input_ids, sample.labels):
@@ -71,9 +84,14 @@ def fingerprint(samples: list[Sample]) -> str:
 
 
 def checked_sample(input_ids: Tensor, labels: Tensor, max_length: int, where: str) -> Sample:
+    """A sample of ids and labels [T] that were cut to ``max_length``.
+
+    Raises:
+        DataError: no token carries loss. The first token never does: no token before it predicts it.
+    """
     if not bool((labels[1:] != IGNORED).any()):
         raise DataError(
-            f"{where}: no token of the completion is left within max_length={max_length}; "
+            f"{where}: no token of the completion is left within max_length={max_length}, expected at least one; "
             "raise max_length, or shorten the prompt"
         )
     return Sample(input_ids, labels)

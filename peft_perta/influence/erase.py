@@ -40,7 +40,6 @@ from ..model import (
     Target,
     check_base,
     distributed,
-    expert_factors,
     hash_targets,
     require_adapter,
     resolve_layers,
@@ -338,13 +337,13 @@ def _changes(parts: Mapping[tuple[int, str], Tensor], targets: Sequence[Target])
     for target in targets:
         adapted: Any = target.adapted
         key = id(adapted)
-        if target.parameter is None:
+        if target.expert is None:
             dA, dB = (
                 parts.get((key, name), torch.zeros_like(held)) for name, held in (("A", target.A), ("B", target.B))
             )
         else:
             whole = parts[key, "B"]
             dA = parts.get((key, "A"), whole.new_zeros(adapted.num_experts * target.rank, target.A.shape[1]))
-            dA, dB = expert_factors(adapted, dA, whole)[target.expert]
+            dA, dB = target.kind.split(adapted, dA, whole)[target.expert]
         found[target.name] = dA.to(target.A), dB.to(target.B)
     return found

@@ -1,5 +1,6 @@
-"""The user's model: layer kinds, the adapter stack, targets, losses, borrowed state, identity, loading, memory,
-processes.
+"""What the package does to a user's model: load it, switch its adapters, find the weights to edit, take losses.
+
+It also preserves the model's state, identifies models by hashes, and counts memory and processes.
 
 Imports from: errors, data.
 """
@@ -8,9 +9,7 @@ from . import distributed
 from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, check_adapter_files, hash_file, read_adapter
 from .devices import input_device
 from .identity import base_name, check_base, hash_embeddings, hash_model
-from .layers import LAYER_KINDS, find_kind
-from .layers.experts import expert_factors, packed_factors
-from .layers.kind import LayerKind
+from .layers import LAYER_KINDS, LayerKind, find_kind, wrapped_kind
 from .loading import attach_adapters, load_base, load_skeleton, quiet
 from .losses import TokenScores, completion_logits, completion_losses, completion_states, sample_losses, token_scores
 from .memory import DISK, HOST, budgets, held_to, parse_size, show_size, taken
@@ -25,7 +24,7 @@ from .stack import (
     switch_modules,
     tuner_modules,
 )
-from .targets import Target, hash_targets, resolve_layers, resolve_targets
+from .targets import Target, hash_targets, resolve_layers, resolve_targets, weight_names
 
 __all__ = [
     "BASE_CHANGING_INITS",
@@ -51,7 +50,6 @@ __all__ = [
     "completion_losses",
     "completion_states",
     "distributed",
-    "expert_factors",
     "find_kind",
     "hash_embeddings",
     "hash_file",
@@ -61,7 +59,6 @@ __all__ = [
     "input_device",
     "load_base",
     "load_skeleton",
-    "packed_factors",
     "parse_size",
     "preserved",
     "quiet",
@@ -77,4 +74,6 @@ __all__ = [
     "taken",
     "token_scores",
     "tuner_modules",
+    "weight_names",
+    "wrapped_kind",
 ]

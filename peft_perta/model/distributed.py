@@ -1,7 +1,7 @@
-"""Several processes, one job: each takes its share of the batches, and the sums are added up.
+"""Data parallelism: each process handles its share of the batches, and their sums are added up.
 
-``accelerate launch`` or ``torchrun`` starts them; every process calls the same functions and gets the same adapter.
-Each holds the whole model. Sharded models are refused by name.
+``accelerate launch`` or ``torchrun`` starts the processes. All call the same functions and get the same adapter. Each
+holds the whole model; sharded models are refused.
 """
 
 from __future__ import annotations
@@ -23,78 +23,84 @@ T = TypeVar("T")
 
 
 def start() -> None:
-    """Join the other processes, where a launcher started several."""
+    """Join the process group, if a launcher started several processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         PartialState()
 
 
 def finish() -> None:
-    """Part from the other processes, where ``start`` joined them."""
+    """Wait for the other processes and leave the process group, if ``start`` joined one."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def local_rank() -> int:
-    """Which of this machine's processes this is, as its launcher says: the index of its GPU."""
+    """The index of this process among those on its machine, and of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def count_here() -> int:
-    """How many of the processes run on this machine."""
+    """The number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if count() > 1 else 1
 
 
 def count() -> int:
+    """The number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """The index of this process among all."""
     return dist.get_rank() if count() > 1 else 0
 
 
 def is_main() -> bool:
+    """Whether this is the process of rank 0, which writes and prints."""
     return rank() == 0
 
 
 def share(items: list[T]) -> list[T]:
-    """This process's part of a list that all processes have."""
+    """This process's share of a list that all processes hold."""
     return items[rank() :: count()]
 
 
 def add_up(tensor: Tensor) -> None:
-    """Replace a tensor, in place, by its sum over processes."""
+    """Replace a tensor, in place, by its sum over all processes."""
     if count() == 1:
         return
-    if tensor.device.type == "cpu" and dist.get_backend() == "nccl":  # a sum kept on the host
-        moved = tensor.cuda()
-        dist.all_reduce(moved)
-        tensor.copy_(moved)
+    if tensor.device.type == "cpu" and dist.get_backend() == "nccl":  # NCCL cannot sum on the host
+        on_gpu = tensor.cuda()
+        dist.all_reduce(on_gpu)
+        tensor.copy_(on_gpu)
     else:
         dist.all_reduce(tensor)
 
 
 def from_main(value: T) -> T:
-    """What the main process has."""
+    """The main process's value, in every process."""
     if count() == 1:
         return value
-    held = [value]
-    dist.broadcast_object_list(held, src=0)
-    return held[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def from_all(value: T) -> list[T]:
-    """What each process has, in order."""
+    """The values of all processes, by rank."""
     if count() == 1:
         return [value]
-    held: list[Any] = [None] * count()
-    dist.all_gather_object(held, value)
-    return held
+    values: list[Any] = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
 
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """Where one process runs out of memory or refuses its data within the block, all raise, and none waits for ever."""
+    """If one process raises within the block, all raise at its end, so that none waits for it forever.
+
+    This covers running out of memory and every error of this package.
+    """
     if count() == 1:
         yield
         return
@@ -103,30 +109,37 @@ def failing_together() -> Iterator[None]:
         yield
     except (PerTAError, torch.OutOfMemoryError) as raised:
         error = raised
-    first = next((found for found in from_all(error and (type(error), str(error))) if found), None)
+    failures = [failure for failure in from_all(error and (type(error), str(error))) if failure]
     if error is not None:
         raise error
-    if first is not None:
-        raise first[0](first[1])
+    if failures:
+        error_type, message = failures[0]
+        raise error_type(message)
 
 
 def refuse_sharded(model: nn.Module) -> None:
-    """Every process must hold the whole model: a layer's gradient is formed from its own input and output.
+    """Check that this process holds the whole model: a layer's gradient is computed from its full input and output.
 
     Raises:
-        ConfigError: FSDP, tensor parallelism or DeepSpeed ZeRO-3 has cut the weights up; with what to use instead.
+        ConfigError: the model is sharded by FSDP, tensor parallelism or DeepSpeed ZeRO-3, or wrapped for data
+            parallelism.
     """
     instead = (
-        "load the whole model in every process instead (4-bit, or device_map='auto' with CPU offload where it does not "
-        "fit) and let accelerate launch split the data"
+        "load the whole model in every process instead (in 4-bit, or with device_map='auto' and CPU offload if it does "
+        "not fit) and let accelerate launch split the data"
     )
     names = {type(module).__name__ for module in model.modules()}
     if "DistributedDataParallel" in names:
-        raise ConfigError("the model is wrapped in DistributedDataParallel; pass model.module: the data is split here")
+        raise ConfigError(
+            "the model is wrapped in DistributedDataParallel, expected the bare model: peft_perta splits the data "
+            "itself; pass model.module"
+        )
     if "FullyShardedDataParallel" in names:
-        raise ConfigError(f"the model is sharded by FSDP, whose layers' weights and outputs are not whole; {instead}")
+        raise ConfigError(f"the model is sharded by FSDP, expected a model with whole weights and outputs; {instead}")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
-            raise ConfigError(f"{name} is a DTensor (FSDP2 or tensor parallelism), which is not whole; {instead}")
+            raise ConfigError(
+                f"{name} is a DTensor (FSDP2 or tensor parallelism), expected a whole parameter; {instead}"
+            )
         if hasattr(parameter, "ds_id"):
-            raise ConfigError(f"{name} is partitioned by DeepSpeed ZeRO-3, which is not whole; {instead}")
+            raise ConfigError(f"{name} is partitioned by DeepSpeed ZeRO-3, expected a whole parameter; {instead}")

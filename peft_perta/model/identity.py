@@ -1,4 +1,4 @@
-"""Which base model, and which adapter: names and hashes."""
+"""Names and hashes that identify a base model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .stack import adapter_configs, base_model
 
 
 def hash_model(model: nn.Module) -> str:
-    """SHA-256 of every weight and buffer of a model, by name, type and bytes; offloaded ones are read where they rest.
+    """SHA-256 of the names, types and bytes of a model's weights and buffers, offloaded ones included.
 
     Args:
-        model: the transformers model; adapters on it are left out, which have names of their own.
+        model: the transformers model. The weights of adapters on it are left out.
     """
     digest = hashlib.sha256()
     for name, module in model.named_modules():
@@ -31,31 +31,33 @@ def hash_model(model: nn.Module) -> str:
                     if tensor is None or (kind == "buffer" and key in module._non_persistent_buffers_set):
                         continue
                     for part in (tensor, *_scales(module, tensor)):
-                        held = part.detach().to("cpu").contiguous()
+                        values = part.detach().to("cpu").contiguous()
                         path = f"{name}.{key}".replace(".base_layer", "")
-                        digest.update(f"{path} {held.dtype} {tuple(held.shape)}".encode())
-                        digest.update(held.reshape(-1).view(torch.uint8).numpy().data)
+                        digest.update(f"{path} {values.dtype} {tuple(values.shape)}".encode())
+                        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _scales(module: nn.Module, weight: Any) -> list[Tensor]:
-    """What a bitsandbytes weight means beyond its bytes."""
+    """The quantisation scales and offset of a bitsandbytes weight; empty for other weights."""
     state = getattr(weight, "quant_state", None)
     nested = getattr(state, "state2", None)
-    of_rows = getattr(weight, "SCB", None)  # moved to the layer's state by its first forward
-    if of_rows is None:
-        of_rows = getattr(getattr(module, "state", None), "SCB", None)
-    found = [getattr(state, "absmax", None), getattr(state, "offset", None), getattr(nested, "absmax", None), of_rows]
-    return [part for part in found if isinstance(part, Tensor)]
+    row_scales = getattr(weight, "SCB", None)
+    if row_scales is None:  # the first forward moved them to the layer's state
+        row_scales = getattr(getattr(module, "state", None), "SCB", None)
+    scales = [
+        getattr(state, "absmax", None), getattr(state, "offset", None), getattr(nested, "absmax", None), row_scales
+    ]  # fmt: skip
+    return [part for part in scales if isinstance(part, Tensor)]
 
 
 def base_name(model: nn.Module) -> str | None:
-    """The name or path that the base model was loaded from, where it has one."""
+    """The name or path that the base model was loaded from, or None if the model does not know it."""
     return getattr(getattr(base_model(model), "config", None), "_name_or_path", None) or None
 
 
 def hash_embeddings(model: nn.Module) -> str:
-    """SHA-256 of the base's input embeddings, in bfloat16: the same in whatever type or quantisation it is loaded."""
+    """SHA-256 of the base model's input embeddings in bfloat16; independent of the type or quantisation it has."""
     embeddings: Any = base_model(model).get_input_embeddings()  # type: ignore[operator]
     with align_module_device(embeddings):
         weight = embeddings.weight.detach().to("cpu", torch.bfloat16).contiguous()
@@ -63,12 +65,12 @@ def hash_embeddings(model: nn.Module) -> str:
 
 
 def check_base(model: nn.Module, adapter_name: str) -> None:
-    """Refuse an adapter that names another base than the one it sits on.
+    """Check that an adapter was trained on the base model it is on, by name.
 
-    Two paths to one directory, and a hub name and a copy of it with the same last part, count as one base.
+    Two paths to the same directory are the same base; so are a hub name and a directory with the same last part.
 
     Raises:
-        AdapterError: the names differ.
+        AdapterError: the adapter names another base.
     """
     claimed = adapter_configs(model)[adapter_name].base_model_name_or_path
     actual = base_name(model)
@@ -77,5 +79,5 @@ def check_base(model: nn.Module, adapter_name: str) -> None:
     if PurePath(claimed).name != PurePath(actual).name:
         raise AdapterError(
             f"adapter {adapter_name!r} was trained on the base {claimed!r}, but the model is {actual!r}; load the base "
-            "it was trained on (if that only moved, correct base_model_name_or_path in its adapter_config.json)"
+            "it was trained on (if that was only moved, correct base_model_name_or_path in its adapter_config.json)"
         )

@@ -1,4 +1,4 @@
-"""Names and paths -> a model with its adapters on it. Files are checked before anything is loaded."""
+"""Loading a base model and its adapters. Adapter files are checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils import logging as transformers_logging
 
 from ..errors import AdapterError, ConfigError
-from . import distributed
 from .adapter_files import check_adapter_files
+from .distributed import local_rank
 
 
 def load_base(
@@ -26,16 +26,24 @@ def load_base(
     revision: str | None = None,
     device_map: str | None = None,
 ) -> tuple[PreTrainedModel, Any]:
-    """A causal language model and its tokenizer, from a hub name or a directory.
+    """Load a causal language model and its tokenizer.
 
     Args:
-        four_bit: quantise linear layers to NF4, double-quantised (QLoRA, arXiv 2305.14314).
-        dtype: of the weights, or of the computation in 4 bit; by default bfloat16 on a GPU and float32 elsewhere.
-        device_map: 'auto' spreads the layers over all GPUs, and what does not fit over the host; by default the whole
-            model is on one GPU, or on the host where there is none.
+        name: a hub name, or a directory with config.json, safetensors weights and a tokenizer.
+        four_bit: quantise the linear layers to NF4 with double quantisation.
+        dtype: the type of the weights, or of the computation in 4-bit. None: bfloat16 on a GPU, float32 on a CPU.
+        revision: the branch, tag or commit of a hub model; None for its default branch.
+        device_map: 'auto' spreads the layers over all GPUs, and over the host what does not fit there. None puts the
+            whole model on one GPU, or on the host if there is no GPU.
+
+    Returns:
+        The model and its tokenizer.
 
     Raises:
         ConfigError: the model cannot be found or read.
+
+    Reference:
+        QLoRA (arXiv 2305.14314), for NF4 and double quantisation.
     """
     on_gpu = torch.cuda.is_available()
     dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
@@ -50,22 +58,26 @@ def load_base(
             name,
             revision=revision,
             dtype=dtype,
-            device_map=device_map or ({"": distributed.local_rank()} if on_gpu else None),
+            device_map=device_map or ({"": local_rank()} if on_gpu else None),
             quantization_config=quantization if four_bit else None,
-            attn_implementation=None if on_gpu else "eager",  # trains a small model twice as fast as sdpa on a CPU
+            # On a CPU, a small model trains twice as fast with "eager" as with "sdpa".
+            attn_implementation=None if on_gpu else "eager",
         )
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"the model {name!r} cannot be loaded: {reason} Expected a directory with config.json, "
+            f"the model {name!r} cannot be loaded: {_first_line(error)} Expected a directory with config.json, "
             "model.safetensors and a tokenizer, or the name of a hub model"
         ) from error
     return model, tokenizer
 
 
 def load_skeleton(name: str, *, revision: str | None = None) -> PreTrainedModel:
-    """The model's modules without its weights, from its config alone: on the meta device, at no cost of memory.
+    """Build a model on the meta device from its config: all modules, no weights, no memory.
+
+    Args:
+        name: a hub name, or a directory with config.json.
+        revision: the branch, tag or commit of a hub model; None for its default branch.
 
     Raises:
         ConfigError: the config cannot be found or read.
@@ -75,17 +87,27 @@ def load_skeleton(name: str, *, revision: str | None = None) -> PreTrainedModel:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"the model {name!r} cannot be found: {reason} Expected a directory with config.json, or the name of a hub "
-            "model"
+            f"the model {name!r} cannot be found: {_first_line(error)} Expected a directory with config.json, or the "
+            "name of a hub model"
         ) from error
     model.config._name_or_path = name
     return model
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def attach_adapters(model: PreTrainedModel | PeftModel, adapters: Mapping[str, str | Path]) -> PeftModel:
-    """The model with the adapters (name -> directory) on it, frozen; the first is active.
+    """Load adapters onto a model. They are frozen, and the first one is active.
+
+    Args:
+        model: a transformers model, or a ``PeftModel`` to which the adapters are added.
+        adapters: adapter name -> directory.
+
+    Returns:
+        The model with its adapters.
 
     Raises:
         AdapterError: a directory holds no adapter, a damaged or pickled one, or one that does not fit the model.
@@ -93,7 +115,8 @@ def attach_adapters(model: PreTrainedModel | PeftModel, adapters: Mapping[str, s
     for directory in adapters.values():
         check_adapter_files(directory)
     attached: Any = model
-    # On a model without all its weights at hand (offloaded, a skeleton) PEFT leaves the first adapter without its own.
+    # If some of the model's weights are on the meta device (offloaded, a skeleton), PEFT does not load the weights of
+    # the first adapter. A scratch adapter goes first, and is deleted.
     scratch = None
     if not isinstance(model, PeftModel) and any(parameter.is_meta for parameter in model.parameters()):
         scratch = "perta_scratch"
@@ -103,7 +126,7 @@ def attach_adapters(model: PreTrainedModel | PeftModel, adapters: Mapping[str, s
                 attached = PeftModel.from_pretrained(
                     model, str(directory), adapter_name=scratch or name, low_cpu_mem_usage=scratch is not None
                 )
-            # For the first one again: from_pretrained keeps to itself what it could not place, and goes on.
+            # The first adapter is loaded a second time: from_pretrained does not report the keys it could not place.
             result = attached.load_adapter(str(directory), adapter_name=name)
             missing = [key for key in result.missing_keys if f".{name}." in key]
             if missing or result.unexpected_keys:
@@ -120,7 +143,7 @@ def attach_adapters(model: PreTrainedModel | PeftModel, adapters: Mapping[str, s
 
 
 def quiet() -> None:
-    """Leave the terminal to this package's own progress bars and lines."""
+    """Silence the progress bars and warnings of transformers, TRL and PEFT."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\b")

@@ -1,4 +1,4 @@
-"""How much memory there is, and how much of it is taken. A pool is a GPU ('cuda:0'), the host ('cpu') or the disk."""
+"""Memory budgets, and how much memory is in use. A pool is a GPU ('cuda:0'), the host ('cpu') or the disk."""
 
 from __future__ import annotations
 
@@ -13,35 +13,28 @@ import torch
 
 from ..errors import ConfigError
 
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
 HOST, DISK = "cpu", "disk"
-
-
-# Left free of what the machine could give: fragmentation, and what others take while we run.
-_DEFAULT_SHARE = 0.9
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_DEFAULT_SHARE = 0.9  # of the free memory; the rest is for fragmentation and other processes
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes of 10_000_000_000, '10GB' (powers of ten) or '10GiB' (powers of two).
+    """The number of bytes that 10_000_000_000, '10GB' (powers of ten) or '10GiB' (powers of two) stands for.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: the size has another form, or is below 1 byte.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?", str(size).strip().upper())
-    unit = _UNITS.get(found.group(2) or "B") if found and not isinstance(size, float) else None
-    count = int(float(found.group(1)) * unit) if found and unit else 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?", str(size).strip().upper())
+    unit = _UNITS.get(match.group(2) or "B") if match and not isinstance(size, float) else None
+    count = int(float(match.group(1)) * unit) if match and unit else 0
     if count < 1:
         raise ConfigError(f"expected a size such as '10GiB', '10GB' or a number of bytes, found {size!r}")
     return count
 
 
 def show_size(size: float) -> str:
-    """'1.5 GiB', '12 MiB'."""
+    """A number of bytes as text, such as '1.5 GiB' or '12 MiB'."""
     for unit in ("GiB", "MiB", "KiB"):
         count = size / _UNITS[unit.upper()]
         if abs(count) >= 1:
@@ -50,7 +43,7 @@ def show_size(size: float) -> str:
 
 
 def taken(pool: str) -> int:
-    """Bytes of a pool that this process holds now: tensors on a GPU, everything on the host."""
+    """Bytes of a pool that this process uses now: by tensors on a GPU, by everything on the host."""
     if pool == DISK:
         return 0
     return psutil.Process().memory_info().rss if pool == HOST else torch.cuda.memory_allocated(pool)
@@ -59,10 +52,18 @@ def taken(pool: str) -> int:
 def budgets(
     devices: Iterable[str], max_memory: int | str | None, host_memory: int | str | None, sharing: int = 1
 ) -> dict[str, int]:
-    """Pool -> the most that this process may hold of it at its peak, the model included.
+    """The most bytes of each pool that this process may use at its peak, the model included.
 
-    By default nine tenths of what is free or already ours; ``sharing`` processes on this machine share what is free of
-    the host and the disk.
+    The default is nine tenths of the sum of what is free and what this process already uses.
+
+    Args:
+        devices: the devices in use, such as 'cuda:0' or 'cpu'.
+        max_memory: the budget of each GPU; None for the default.
+        host_memory: the budget of the host; None for the default.
+        sharing: how many processes on this machine share what is free of the host and of the disk.
+
+    Raises:
+        ConfigError: a size cannot be parsed.
     """
     pools = {}
     for device in devices:
@@ -80,7 +81,7 @@ def budgets(
 
 @contextmanager
 def held_to(pools: dict[str, int]) -> Iterator[None]:
-    """Within the block the allocator of each GPU refuses to go beyond its budget, rather than us hoping so."""
+    """Within the block the allocator of each GPU enforces the GPU's budget."""
     devices = [pool for pool in pools if pool not in (HOST, DISK)]
     before = {device: torch.cuda.get_per_process_memory_fraction(device) for device in devices}
     try:

@@ -1,9 +1,9 @@
-"""The user's model is borrowed: whatever happens, it goes back as it came."""
+"""Leave a user's model as it was: ``preserved`` for the package's own code, ``snapshot`` for code of others."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy
@@ -18,20 +18,20 @@ from .stack import switch_modules, tuner_modules
 def preserved(
     model: nn.Module, adapters: Sequence[str] | None = None, *, checkpointing: bool = False
 ) -> Iterator[None]:
-    """Within the block the model is frozen and in eval mode, with these adapters on (None: as they are).
+    """Within the block the model is frozen, in eval mode, with these adapters on; afterwards it is as it was.
 
-    On the way out, by any way: the same adapters on or off, requires_grad, train or eval mode of every module,
-    bitsandbytes' lazily set compute types, and RNG states. Weights are never written.
+    However the block ends, these are restored: which adapters are on, requires_grad, the training mode of every module,
+    the compute types that bitsandbytes sets at the first forward, and torch's random state. Weights are never written.
 
     Args:
-        adapters: names to turn on; an empty list turns every adapter off (theta_0).
-        checkpointing: leave gradient checkpointing to work as the user set it up (transformers checkpoints only what is
-            in training mode). Off for generation, where it would forbid the cache.
+        model: the model, with or without adapters.
+        adapters: the adapters to turn on; an empty list turns all of them off (theta_0), None leaves them as they are.
+        checkpointing: keep gradient checkpointing as the user configured it; transformers checkpoints only modules in
+            training mode. Leave it False for generation, where checkpointing would disable the KV cache.
     """
     modules = list(model.modules())  # walked once: a large model has thousands
     training = [(module, module.training) for module in modules]
-    parameters = {id(p): p for module in modules for p in module._parameters.values() if p is not None}.values()
-    frozen = [(parameter, parameter.requires_grad) for parameter in parameters]
+    gradient_flags = _gradient_flags(modules)
     switched = [(m, m._active_adapter, m._disable_adapters) for m in tuner_modules(modules)]
     compute_types = [(m, m.compute_dtype, m.compute_type_is_set) for m in modules if "compute_type_is_set" in vars(m)]
     checkpointers = [
@@ -42,7 +42,7 @@ def preserved(
         try:
             for module in modules:
                 kind = find_kind(module)
-                # A checkpointing module alone stays in training mode: its children's dropout is off.
+                # Only the checkpointing module itself stays in training mode: the dropout of its children is off.
                 module.training = (kind is not None and kind.keeps_training_flag) or (
                     checkpointing and getattr(module, "gradient_checkpointing", False)
                 )
@@ -51,16 +51,14 @@ def preserved(
                     vars(module)["_gradient_checkpointing_func"] = _in_eval_mode(module, checkpoint)
             if adapters is not None:
                 switch_modules(modules, adapters)
-            for parameter, _ in frozen:
-                parameter.requires_grad_(False)
+            _set_gradient_flags((module, name, False) for module, name, _ in gradient_flags)
             yield
         finally:
-            # PEFT's setters also touch requires_grad and refuse some states that they accept; the two attributes are
-            # the whole state of a switch (BaseTunerLayer and AuxiliaryTrainingWrapper both).
+            # PEFT's setters also change requires_grad, and refuse some states that they accept elsewhere. The two
+            # attributes are the whole state of a switch (of BaseTunerLayer and AuxiliaryTrainingWrapper).
             for module, active, disabled in switched:
                 module._active_adapter, module._disable_adapters = active, disabled
-            for parameter, required in frozen:
-                parameter.requires_grad_(required)
+            _set_gradient_flags(gradient_flags)
             for module, was_training in training:
                 module.training = was_training
             for module, checkpoint in checkpointers:
@@ -70,7 +68,7 @@ def preserved(
 
 
 def _in_eval_mode(module: nn.Module, checkpoint: Callable) -> Callable:
-    """Checkpoint as before, but in eval mode inside: some layers (OPT's) ask their own flag whether to drop out."""
+    """The checkpoint function, with the module in eval mode inside: OPT's layers read their own flag for dropout."""
 
     def checkpoint_in_eval_mode(function: Callable, *args: object, **kwargs: object) -> object:
         def in_eval_mode(*inputs: object, **named: object) -> object:
@@ -85,32 +83,48 @@ def _in_eval_mode(module: nn.Module, checkpoint: Callable) -> Callable:
     return checkpoint_in_eval_mode
 
 
-def snapshot(model: nn.Module) -> Callable[[], None]:
-    """Take note of the model's modules as they are now; the function that is returned puts them back.
+def _gradient_flags(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, bool]]:
+    """(module, name, requires_grad) of every parameter: accelerate replaces the parameters of an offloaded module."""
+    return [
+        (module, name, parameter.requires_grad)
+        for module in modules
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
 
-    For code that is not ours and cleans up little (a trainer leaves hooks, checkpointing flags, a wrapped forward, a
-    changed config): every module's attributes, hooks and mode, requires_grad, configs, and the random states that
-    ``torch.random.fork_rng`` does not cover. Weights, and which modules there are, stay as they have become.
+
+def _set_gradient_flags(flags: Iterable[tuple[nn.Module, str, bool]]) -> None:
+    for module, name, required in flags:
+        parameter = module._parameters.get(name)
+        if parameter is not None:
+            parameter.requires_grad_(required)
+
+
+def snapshot(model: nn.Module) -> Callable[[], None]:
+    """Record the state of the model's modules; the returned function restores it.
+
+    For code of others that leaves traces, such as a trainer's hooks, checkpointing flags, wrapped forward and changed
+    config. Restored are every module's attributes, hooks and mode, requires_grad, the configs, and the random states of
+    Python and NumPy (``torch.random.fork_rng`` covers torch's). Weights, and which modules the model has, are not.
     """
-    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    gradient_flags = _gradient_flags(model.modules())
     modules = [(vars(module), dict(vars(module))) for module in model.modules()]
     hooks = [
-        (held, dict(held))
+        (value, dict(value))
         for _, attributes in modules
-        for name, held in attributes.items()
-        if "_hooks" in name and isinstance(held, dict)
+        for name, value in attributes.items()
+        if "_hooks" in name and isinstance(value, dict)
     ]
     configs = [copy[name] for _, copy in modules for name in ("config", "generation_config") if name in copy]
     fields = [(vars(config), dict(vars(config))) for config in configs if hasattr(config, "__dict__")]
-    random_states = random.getstate(), numpy.random.get_state()
+    python_state, numpy_state = random.getstate(), numpy.random.get_state()
 
-    def put_back() -> None:
-        for held, copy in (*modules, *hooks, *fields):
-            held.clear()
-            held.update(copy)
-        for parameter, required in parameters:
-            parameter.requires_grad_(required)
-        random.setstate(random_states[0])
-        numpy.random.set_state(random_states[1])
+    def restore() -> None:
+        for live, copy in (*modules, *hooks, *fields):
+            live.clear()
+            live.update(copy)
+        _set_gradient_flags(gradient_flags)
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
 
-    return put_back
+    return restore

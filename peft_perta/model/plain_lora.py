@@ -1,4 +1,4 @@
-"""Which adapters are plain LoRA: the delta is s * B @ A on an unchanged base."""
+"""Which adapters are plain LoRA: an unchanged base plus the delta scaling * B @ A."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from peft import LoraConfig
 
 from ..errors import AdapterError
 
-# These inits rewrite the base weights, so that the adapter's delta is not what was learned.
+# These inits rewrite the base weights: the adapter's delta is then not what training learned.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-
+# Config fields that are only set for variants whose delta is not B @ A.
 VARIANT_FIELDS = (
     "use_dora",
     "use_qalora",
@@ -27,10 +27,14 @@ VARIANT_FIELDS = (
 
 
 def check_lora_config(config: Any, adapter_name: str) -> None:
-    """Refuse the adapters whose delta is not s * B @ A on an unchanged base.
+    """Check that an adapter's delta is scaling * B @ A on an unchanged base.
+
+    Args:
+        config: the adapter's PEFT config.
+        adapter_name: its name in error messages.
 
     Raises:
-        AdapterError: with what was found and what to train instead.
+        AdapterError: the adapter is no plain LoRA.
     """
     plain = "train the forget adapter with a plain LoraConfig"
     if not isinstance(config, LoraConfig):

@@ -1,4 +1,4 @@
-"""Which adapters of a model are on."""
+"""The adapters of a model: which exist, which are on, and how strong each is."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..errors import AdapterError
 
 
 def adapter_configs(model: nn.Module) -> dict[str, Any]:
-    """Name -> PEFT config of every adapter on the model, whether PEFT or transformers attached it.
+    """Name -> PEFT config of every adapter on the model, attached by PEFT or by transformers.
 
     Raises:
-        AdapterError: the model carries no adapter at all.
+        AdapterError: the model carries no adapter.
     """
     configs = getattr(model, "peft_config", None)
     if not configs:
@@ -31,10 +31,10 @@ def adapter_configs(model: nn.Module) -> dict[str, Any]:
 
 
 def require_adapter(model: nn.Module, name: str) -> Any:
-    """The config of the adapter of that name.
+    """The PEFT config of an adapter.
 
     Raises:
-        AdapterError: no adapter is so named.
+        AdapterError: the model has no adapter of this name.
     """
     configs = adapter_configs(model)
     if name not in configs:
@@ -43,13 +43,17 @@ def require_adapter(model: nn.Module, name: str) -> Any:
 
 
 def stack_adapters(model: nn.Module, names: Sequence[str]) -> None:
-    """Turn on exactly these adapters, together, for inference: their deltas add up.
+    """Turn on exactly these adapters for inference; their deltas add up.
 
-    PEFT's ``set_adapter`` takes one name, and silently drops the unlearning when it names the task adapter alone; call
-    this again after any ``set_adapter``.
+    PEFT's ``set_adapter`` takes one name. Called with the task adapter, it silently turns the negative adapter off:
+    call ``stack_adapters`` again after every ``set_adapter``.
+
+    Args:
+        model: a model with adapters, attached by PEFT or by transformers.
+        names: the adapters to turn on; all others are turned off.
 
     Raises:
-        AdapterError: a name is missing on the model, is given twice, or none is given.
+        AdapterError: no name is given, a name is given twice, or the model has no such adapter.
     """
     if isinstance(names, str) or not names or len(set(names)) != len(names):
         raise AdapterError(f"expected a list of distinct adapter names, found {names!r}")
@@ -58,7 +62,7 @@ def stack_adapters(model: nn.Module, names: Sequence[str]) -> None:
     if isinstance(model, PeftModel):
         model.base_model.enable_adapter_layers()  # type: ignore[operator]
         model.base_model.set_adapter(list(names), inference_mode=True)  # type: ignore[operator]
-    else:  # attached by transformers' own PEFT integration
+    else:  # transformers' own PEFT integration attached them
         model.enable_adapters()  # type: ignore[operator]
         model.set_adapter(list(names))  # type: ignore[operator]
         for module in tuner_modules(model.modules()):
@@ -66,28 +70,33 @@ def stack_adapters(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def tuner_modules(modules: Iterable[nn.Module]) -> list[Any]:
-    """Those whose behaviour depends on which adapters are on."""
+    """The modules whose output depends on which adapters are on."""
     return [m for m in modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
 
 
 def switch_modules(modules: Iterable[nn.Module], names: Sequence[str]) -> None:
-    """Turn on these adapters (none: all off), layer by layer; the model's own record of what is on stays as it was."""
+    """Turn on exactly these adapters in these modules. The model's own record of the active adapters is unchanged.
+
+    Args:
+        modules: the modules of the model.
+        names: the adapters to turn on; if empty, all are turned off.
+    """
     for module in tuner_modules(modules):
         if isinstance(module, BaseTunerLayer):
-            present = list(names)
+            active = list(names)
         else:
-            present = [name for name in names if name in module._adapters]
-        module.enable_adapters(bool(present))
-        if present:
-            module.set_adapter(present, inference_mode=True)
+            active = [name for name in names if name in module._adapters]
+        module.enable_adapters(bool(active))
+        if active:
+            module.set_adapter(active, inference_mode=True)
 
 
 @contextmanager
 def adapter_strength(model: nn.Module, name: str, factor: float) -> Iterator[None]:
-    """Within the block, the adapter's delta is ``factor`` times what it is: a scalar a layer, nothing is rebuilt.
+    """Within the block the adapter's delta is multiplied by ``factor``. Only one scalar per layer changes.
 
     Raises:
-        AdapterError: the model has no adapter of that name.
+        AdapterError: the model has no adapter of this name.
     """
     require_adapter(model, name)
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and name in m.scaling]
@@ -107,14 +116,15 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def check_new_name(model: nn.Module, name: str) -> None:
-    """Refuse a name that PEFT or a loader would trip over.
+    """Check that a new adapter name is valid and free.
 
     Raises:
-        AdapterError: the name is empty, dotted or taken.
+        AdapterError: the name is empty, contains a dot, or is taken.
     """
     if not name or "." in name:
         raise AdapterError(f"expected an adapter name without dots, found {name!r}; try 'perta_unlearn'")
     if name in (getattr(model, "peft_config", None) or {}):
         raise AdapterError(
-            f"an adapter named {name!r} is on the model already; choose another adapter_name, or delete_adapter it"
+            f"an adapter named {name!r} is on the model already; choose another adapter_name, or delete that adapter "
+            "with delete_adapter"
         )

@@ -1,4 +1,4 @@
-"""Adapter and model -> the list of layers to edit. Every refusal of an adapter happens here, before any compute."""
+"""Model and adapter -> the weights to edit. Every adapter that cannot be edited is refused here, before any compute."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, NumericalError, UnsupportedLayerError
 from .identity import check_base
-from .layers import LAYER_KINDS, find_kind
-from .layers.experts import expert_factors, is_stored_transposed
+from .layers import LAYER_KINDS, wrapped_kind
 from .layers.kind import LayerKind
 from .plain_lora import check_lora_config
 from .stack import base_model, require_adapter
@@ -23,21 +22,23 @@ from .stack import base_model, require_adapter
 
 @dataclass(frozen=True)
 class Target:
-    """One weight that carries the forget adapter: of a layer, or of one expert.
+    """One weight that carries the adapter: the weight of a layer, or of one expert.
 
     Attributes:
-        name: path inside the base model, e.g. ``model.layers.0.self_attn.q_proj`` or
-            ``model.layers.0.mlp.experts.down_proj[3]``.
+        module_path: path of the module inside the base model, such as ``model.layers.0.self_attn.q_proj`` or
+            ``model.layers.0.mlp.experts``.
         adapted: PEFT's wrapper.
-        base_layer: the layer that it wraps, whose output is tapped; for an expert, the module that holds the parameter.
-        A: [R, I], float32 or wider; B: [O, R], the same. Copies of the adapter's factors.
-        scaling: the live scaling s; the task vector is s * B @ A.
-        parameter: for an expert, the name of the parameter [E, O, I]; None for a layer.
-        expert: for an expert, its index in the parameter.
-        transposed: the parameter is stored as [E, I, O].
+        base_layer: the module that it wraps. Gradients are taken at its output; for an expert, at its parameter.
+        kind: what the package knows about the layer.
+        A: [R, I], in float32 or wider; a copy of the adapter's factor.
+        B: [O, R], likewise. The task vector is ``scaling * B @ A``.
+        scaling: the adapter's scaling on the model, when the target was resolved.
+        parameter: for an expert, the name of the parameter [E, O, I] in the module; None for a layer.
+        expert: for an expert, its index in the parameter; None for a layer.
+        transposed: the weight is stored as [I, O] (an expert's as [E, I, O]).
     """
 
-    name: str
+    module_path: str
     adapted: LoraLayer
     base_layer: nn.Module
     kind: LayerKind
@@ -45,20 +46,31 @@ class Target:
     B: Tensor
     scaling: float
     parameter: str | None = None
-    expert: int = 0
+    expert: int | None = None
     transposed: bool = False
 
     @property
+    def name(self) -> str:
+        """The weight's name in messages and in provenance: the layer's path, or ``...experts.down_proj[3]``."""
+        return _weight_name(self.module_path, self.parameter, self.expert)
+
+    @property
+    def weight_path(self) -> str:
+        """The path of the parameter that holds the weight; the experts of a parameter share it."""
+        return f"{self.module_path}.{self.parameter or 'weight'}"
+
+    @property
     def rank(self) -> int:
+        """R."""
         return self.A.shape[0]
 
 
 def resolve_targets(model: nn.Module, adapter_name: str) -> list[Target]:
-    """The layers that carry the adapter, in the model's order.
+    """The weights that carry a trained adapter, in the order of the model's modules.
 
     Raises:
-        AdapterError: the adapter is missing, of a kind that cannot be negated, merged, untrained, or of another base.
-        UnsupportedLayerError: it sits on a layer that we cannot read or edit.
+        AdapterError: the adapter is missing, cannot be negated, is merged or untrained, or belongs to another base.
+        UnsupportedLayerError: the adapter sits on a layer that cannot be read or edited.
         NumericalError: a factor is not finite.
     """
     check_lora_config(require_adapter(model, adapter_name), adapter_name)
@@ -68,7 +80,7 @@ def resolve_targets(model: nn.Module, adapter_name: str) -> list[Target]:
         finite = bool(torch.isfinite(target.A).all()) and bool(torch.isfinite(target.B).all())
         if not (finite and math.isfinite(target.scaling)):
             raise NumericalError(
-                f"{target.name}: the forget adapter holds NaN or infinite values; train it anew, at a lower "
+                f"{target.name}: the forget adapter holds NaN or infinite values; train it again with a lower "
                 "learning rate"
             )
     if not any(bool(target.B.any()) for target in targets):
@@ -79,26 +91,36 @@ def resolve_targets(model: nn.Module, adapter_name: str) -> list[Target]:
 
 
 def resolve_layers(model: nn.Module, adapter_name: str) -> list[Target]:
-    """The layers that carry the adapter, whatever it has learned so far.
+    """The weights that carry the adapter, trained or not, in the order of the model's modules.
 
     Raises:
         AdapterError: it adapts no layer, or is merged.
-        UnsupportedLayerError: it sits on a layer that we cannot read or edit.
+        UnsupportedLayerError: it sits on a layer that cannot be read or edited.
     """
     base = base_model(model)
     targets = [
         target
-        for name, module in base.named_modules()
+        for path, module in base.named_modules()
         if isinstance(module, LoraLayer) and adapter_name in module._get_available_adapters()
-        for target in _resolve(name, module, adapter_name, base)
+        for target in _resolve(path, module, adapter_name, base)
     ]
     if not targets:
         raise AdapterError(f"adapter {adapter_name!r} adapts no layer of the model; check its target_modules")
     return targets
 
 
+def weight_names(path: str, wrapper: LoraLayer) -> list[str]:
+    """The names of the targets under a LoRA wrapper at this path of the base model."""
+    kind = wrapped_kind(wrapper)
+    parameter = kind.expert_parameter(wrapper) if kind else None
+    if parameter is None:
+        return [path]
+    module_path = _unnested(path)
+    return [_weight_name(module_path, parameter.name, expert) for expert in range(parameter.experts)]
+
+
 def hash_targets(targets: list[Target]) -> str:
-    """SHA-256 of the adapter's factors and scalings: which forget adapter an edit was made from."""
+    """SHA-256 of the adapter's factors and scalings: it identifies the forget adapter that an edit was made from."""
     digest = hashlib.sha256()
     for target in targets:
         digest.update(f"{target.name} {target.scaling!r} {tuple(target.A.shape)} {tuple(target.B.shape)}".encode())
@@ -107,49 +129,61 @@ def hash_targets(targets: list[Target]) -> str:
     return digest.hexdigest()
 
 
-def _resolve(name: str, adapted: Any, adapter_name: str, base: nn.Module) -> list[Target]:
+def _resolve(path: str, adapted: Any, adapter_name: str, base: nn.Module) -> list[Target]:
     if adapted.merged:
         raise AdapterError(
-            f"{name}: the adapters {adapted.merged_adapters} are merged into the weights; call unmerge_adapter() first"
+            f"{path}: the adapters {adapted.merged_adapters} are merged into the weights; call unmerge_adapter() first"
         )
     if adapter_name in getattr(adapted, "lora_variant", {}):
         variant = type(adapted.lora_variant[adapter_name]).__name__
-        raise AdapterError(f"{name}: adapter {adapter_name!r} is the LoRA variant {variant}, expected plain LoRA")
+        raise AdapterError(f"{path}: adapter {adapter_name!r} is the LoRA variant {variant}, expected plain LoRA")
     base_layer = adapted.get_base_layer()
-    kind = find_kind(adapted) or find_kind(base_layer)
+    kind = wrapped_kind(adapted)
     if kind is None or adapter_name not in adapted.lora_A:
         accepted = ", ".join(kind.name for kind in LAYER_KINDS)
         raise UnsupportedLayerError(
-            f"{name}: a {type(base_layer).__name__} layer cannot be edited, expected one of: {accepted}; "
+            f"{path}: a {type(base_layer).__name__} layer cannot be edited, expected one of: {accepted}; "
             "train the forget adapter without it (target_modules)"
         )
     reason = kind.refusal(adapted, base_layer)
     if reason is not None:
-        raise UnsupportedLayerError(f"{name} {reason}")
+        raise UnsupportedLayerError(f"{path} {reason}")
     scaling = float(adapted.scaling[adapter_name])
     A, B = (_copied(factors[adapter_name]) for factors in (adapted.lora_A, adapted.lora_B))
-    _refuse_tied(name, base_layer, adapted.parameter_name if kind.name == "experts" else "weight", base)
-    if kind.name != "experts":
-        return [Target(name, adapted, base_layer, kind, A, B, scaling)]
-    path = f"{name.replace('.base_layer', '')}.{adapted.parameter_name}"  # wrappers of several parameters are nested
-    transposed = is_stored_transposed(adapted)
+    parameter = kind.expert_parameter(adapted)
+    _check_untied(path, base_layer, parameter.name if parameter else "weight", base)
+    transposed = kind.is_transposed(adapted)
+    factors = kind.split(adapted, A, B)
+    if parameter is None:
+        ((A, B),) = factors
+        return [Target(path, adapted, base_layer, kind, A, B, scaling, transposed=transposed)]
+    module_path = _unnested(path)
     return [
-        Target(f"{path}[{e}]", adapted, base_layer, kind, *factors, scaling, adapted.parameter_name, e, transposed)
-        for e, factors in enumerate(expert_factors(adapted, A, B))
+        Target(module_path, adapted, base_layer, kind, A, B, scaling, parameter.name, expert, transposed)
+        for expert, (A, B) in enumerate(factors)
     ]
 
 
+def _weight_name(module_path: str, parameter: str | None, expert: int | None) -> str:
+    return module_path if expert is None else f"{module_path}.{parameter}[{expert}]"
+
+
+def _unnested(path: str) -> str:
+    """The path of a module that PEFT wraps once per parameter, each wrapper inside the next."""
+    return path.replace(".base_layer", "")
+
+
 def _copied(factor: nn.Module) -> Tensor:
-    with align_module_device(factor):  # an offloaded module has its weight only while it computes
+    with align_module_device(factor):  # an offloaded module holds its weight only while it computes
         weight: Any = factor.weight
         return weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
 
-def _refuse_tied(name: str, base_layer: nn.Module, parameter: str, base: nn.Module) -> None:
+def _check_untied(path: str, base_layer: nn.Module, parameter: str, base: nn.Module) -> None:
     weight = getattr(base_layer, parameter)
-    for other_name, other in base.named_modules():
-        if other is not base_layer and any(held is weight for held in other._parameters.values()):
+    for other_path, other in base.named_modules():
+        if other is not base_layer and any(tensor is weight for tensor in other._parameters.values()):
             raise UnsupportedLayerError(
-                f"{name} shares its weight with {other_name}: an edit of one would be an edit of both; train the "
-                "forget adapter without it (target_modules)"
+                f"{path} shares its weight with {other_path}: editing one would edit both; train the forget adapter "
+                "without it (target_modules)"
             )

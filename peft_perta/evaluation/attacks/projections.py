@@ -7,7 +7,6 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ...errors import UnsupportedLayerError
 from ...model import LayerKind, base_model, find_kind, tuner_modules
@@ -32,8 +31,8 @@ class Projection:
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        if isinstance(self.layer, Conv1D):
-            return self.layer.weight.shape[1], self.layer.weight.shape[0]
+        if self.kind is not None:
+            return self.kind.shape(self.layer)
         return self.layer.out_features, self.layer.in_features  # type: ignore[return-value]
 
 
@@ -59,9 +58,11 @@ def projections(model: nn.Module) -> list[Projection]:
     }
     found = []
     for path, layer in base.named_modules():
-        if isinstance(layer, (nn.Linear, Conv1D)) and id(layer) not in left_out:
+        kind = find_kind(layer)
+        is_matrix = isinstance(layer, nn.Linear) or (kind is not None and kind.dense is not None)
+        if is_matrix and id(layer) not in left_out:
             name = path.replace(".base_layer", "")
-            found.append(Projection(name, layer, wrappers.get(id(layer), layer), find_kind(layer)))
+            found.append(Projection(name, layer, wrappers.get(id(layer), layer), kind))
     if not found:
         raise UnsupportedLayerError(
             f"expected a model with linear layers, found none in {type(base).__name__}; load it in floating point, or "

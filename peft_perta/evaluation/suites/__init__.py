@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 
 from ...data import check_output, spread, write_file
@@ -151,9 +152,11 @@ def _hash_stack(subject: Subject) -> str:
             on = subject.adapters if subject.adapters is not None else tuner.active_adapters
             scaling = getattr(tuner, "scaling", {})
             digest.update(f"{name} {[(key, scaling.get(key)) for key in on]}".encode())
-            for key, parameter in tuner.named_parameters():
-                if set(key.split(".")) & set(on) and not parameter.is_meta:
-                    digest.update(key.encode() + parameter.detach().to("cpu", torch.float64).numpy().tobytes())
+            for path, part in tuner.named_modules():
+                with align_module_device(part):  # an offloaded module has its weights only while it runs
+                    for key, parameter in part.named_parameters(path, recurse=False):
+                        if set(key.split(".")) & set(on) and not parameter.is_meta:
+                            digest.update(key.encode() + parameter.detach().to("cpu", torch.float64).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -1,13 +1,17 @@
-"""The layers that we can read and edit: one file a kind, one row each in ``LAYER_KINDS``.
+"""The layers that the package can read and edit: one file per kind, one row per kind in ``LAYER_KINDS``.
 
-A layer enters the mathematics through its output only: its gradient is g^T x, with x [.., in] what went in and g [..,
-out] the gradient of the loss with respect to what came out. So a kind says which modules it accepts and what must hold
-of them. Weights themselves are read (``dense``) only to be rounded anew, never for an edit.
+The method sees a layer only through its output: the gradient of its weight is g^T x, with x [T, I] the layer's input
+and g [T, O] the gradient of the loss with respect to its output. So a kind only says which modules it accepts, what
+must hold for them, and how their weights are laid out. A weight itself is read (``dense``) only to be rounded again,
+never to be edited.
 
-To add a kind: a file with a ``KIND``, a row here (the most special class first), a row in tests/tables.py.
+To add a kind: a file with a ``KIND``, a row in ``LAYER_KINDS`` (the more specific class first), a builder in
+tests/builders.py, a row in tests/tables.py.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
@@ -18,8 +22,13 @@ LAYER_KINDS: tuple[LayerKind, ...] = (experts.KIND, linear4bit.KIND, linear8bit.
 
 
 def find_kind(module: nn.Module) -> LayerKind | None:
-    """The kind of a base layer (of a wrapper, for experts), or None where no kind accepts it."""
+    """The kind that accepts a module: a base layer, or the wrapper of expert parameters. None if no kind does."""
     return next((kind for kind in LAYER_KINDS if kind.accepts(module)), None)
 
 
-__all__ = ["LAYER_KINDS", "LayerKind", "find_kind"]
+def wrapped_kind(wrapper: Any) -> LayerKind | None:
+    """The kind of what a LoRA wrapper adapts. None if no kind accepts it."""
+    return find_kind(wrapper) or find_kind(wrapper.get_base_layer())
+
+
+__all__ = ["LAYER_KINDS", "LayerKind", "find_kind", "wrapped_kind"]

@@ -1,4 +1,4 @@
-"""torch.nn.Linear: weight [out, in] in floating point."""
+"""torch.nn.Linear: weight [O, I] in floating point."""
 
 from __future__ import annotations
 

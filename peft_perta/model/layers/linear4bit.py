@@ -1,4 +1,4 @@
-"""bitsandbytes' Linear4bit (NF4, FP4): the weight is packed bytes, which cannot require a gradient."""
+"""bitsandbytes' Linear4bit (NF4, FP4): the weight is stored as packed bytes, which cannot require a gradient."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def _accepts(base_layer: nn.Module) -> bool:
     return isinstance(base_layer, bnb.nn.Linear4bit)
 
 
-def _refusal(adapted: nn.Module, base_layer: nn.Module) -> str | None:
-    if not isinstance(adapted, LoraLinear4bit):
+def _refusal(wrapper: nn.Module, base_layer: nn.Module) -> str | None:
+    if not isinstance(wrapper, LoraLinear4bit):
         return (
-            "is a 4-bit layer that PEFT wrapped as a plain one, because the model is not marked as loaded in 4 bit "
+            "is a 4-bit layer that PEFT wrapped as a plain one, because the model is not marked as loaded in 4-bit "
             "(expected model.is_loaded_in_4bit to be True); load it with AutoModelForCausalLM.from_pretrained and a "
             "BitsAndBytesConfig(load_in_4bit=True), then attach the adapter"
         )
@@ -27,11 +27,11 @@ def _refusal(adapted: nn.Module, base_layer: nn.Module) -> str | None:
     if state is None:
         return "is a 4-bit layer that is not quantised yet (expected a quant_state); move the model to its device first"
     if getattr(state, "packing_format_for_cpu", False):
-        # bitsandbytes >= 0.49 on CPUs with AVX512-BF16: Linear4bit.forward repacks in eval mode without gradients, and
-        # rounds the scales to bfloat16. The backward of the packed form is missing: gradients would vanish unseen.
+        # On CPUs with AVX512-BF16, bitsandbytes >= 0.49 repacks the weight in an eval-mode forward without gradients
+        # and rounds the scales to bfloat16. The packed form has no backward: gradients would vanish silently.
         return (
-            "was repacked by an inference forward on this CPU (bitsandbytes does so in eval mode), after which no "
-            "gradient flows through it and its scales are rounded; reload the model and call this before any inference"
+            "was repacked by an inference forward on this CPU (bitsandbytes does so in eval mode): no gradient flows "
+            "through it any more and its scales are rounded; reload the model and call this before any inference"
         )
     return None
 

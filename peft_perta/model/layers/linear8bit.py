@@ -1,4 +1,4 @@
-"""bitsandbytes' Linear8bitLt (LLM.int8): the weight is int8 with row scales."""
+"""bitsandbytes' Linear8bitLt (LLM.int8): the weight is stored as int8 with one scale per row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _accepts(base_layer: nn.Module) -> bool:
 
 def _dense(base_layer: nn.Module) -> Tensor:
     layer: Any = base_layer
-    scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB  # the first forward moves them
+    scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB  # the first forward moves the scales
     return int8_vectorwise_dequant(layer.weight.data, scales.to(layer.weight.device))
 
 

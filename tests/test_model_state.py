@@ -1,4 +1,4 @@
-"""The model is borrowed: bit for bit as it was, after success and after an exception at every stage."""
+"""The model is bit for bit as it was, after success and after an exception at every stage."""
 
 import builders
 import laws
@@ -15,7 +15,7 @@ kinds = pytest.mark.parametrize("kind", tables.LAYERS)
 
 
 class Stop(Exception):
-    """What a stage is made to raise."""
+    """Raised by a stage in these tests."""
 
 
 def unlearn(model, call=get_perta_state_dict, **settings):
@@ -30,7 +30,7 @@ def unlearn(model, call=get_perta_state_dict, **settings):
 
 
 def awkward(model):
-    """A model in a state that careless code would lose."""
+    """The model in an unusual state that careless code would not restore."""
     model.train()
     model.get_base_model().get_submodule("lm_head").eval()
     model.set_adapter("task")
@@ -40,10 +40,10 @@ def awkward(model):
             if "lora" in name and index % 2:
                 parameter.grad = torch.ones_like(parameter)
     for module in model.modules():
-        if hasattr(module, "compute_type_is_set"):  # bitsandbytes chooses at the first forward
+        if hasattr(module, "compute_type_is_set"):  # bitsandbytes sets it at the first forward
             module.compute_dtype, module.compute_type_is_set = None, False
     model.register_forward_hook(lambda module, args, output: None)
-    torch.rand(3)  # the generator is not at its start either
+    torch.rand(3)  # nor is the random generator in its initial state
     return model
 
 
@@ -65,7 +65,7 @@ def test_adapters_that_were_off_stay_off(kind):
         unlearn(model, gradients_at="full")
 
 
-def test_checkpointing_stays_as_it_was():
+def test_gradient_checkpointing_is_restored():
     model = awkward(builders.adapted_llama())
     model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
@@ -151,12 +151,12 @@ def test_an_exception_while_adding_leaves_no_trace(monkeypatch):
 
 
 @kinds
-def test_within_the_block_it_is_frozen_and_in_eval_mode(kind):
+def test_within_the_block_the_model_is_frozen_and_in_eval_mode(kind):
     model = awkward(tables.LAYERS[kind]())
     with preserved(model, []):
         assert not any(p.requires_grad for p in model.parameters())
-        kept = {type(m).__name__ for m in model.modules() if m.training}
-        assert kept <= {"Linear4bit", "Linear8bitLt"}
+        in_training_mode = {type(m).__name__ for m in model.modules() if m.training}
+        assert in_training_mode <= {"Linear4bit", "Linear8bitLt"}
         assert all(m.disable_adapters for m in model.modules() if hasattr(m, "lora_A"))
 
 
@@ -167,13 +167,13 @@ def test_within_the_block_the_named_adapters_are_on():
 
 
 def test_nf4_weights_are_not_repacked():
-    """On CPUs where bitsandbytes repacks for inference, an eval-mode forward in the block must not."""
+    """bitsandbytes repacks weights in eval mode on some CPUs; a forward within the block must not."""
     model = builders.adapted_nf4_llama()
     with laws.untouched(model), preserved(model, []), torch.no_grad():
         model(input_ids=torch.tensor([[5, 6, 7]]))
 
 
-def test_random_numbers_drawn_in_the_block_are_given_back():
+def test_the_random_state_is_restored():
     model = builders.adapted_llama()
     with laws.untouched(model), preserved(model, []):
         torch.rand(5)

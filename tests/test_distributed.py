@@ -1,4 +1,4 @@
-"""Several processes give the adapter of one; what is sharded is refused by name."""
+"""Several processes emit the adapter that one emits; sharded models are refused."""
 
 import collections
 import json
@@ -29,7 +29,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A forget adapter and two files of rows for the tiny Llama on disk."""
+    """A directory with a forget adapter for the tiny Llama on disk, and the rows of both sets."""
     directory = tmp_path_factory.mktemp("inputs")
     adapted = builders.with_adapters(load_base(str(builders.llama_directory()), dtype=torch.float32)[0])
     adapted.save_pretrained(directory, selected_adapters=["forget"])
@@ -61,15 +61,15 @@ def deltas(directory: Path) -> dict[str, torch.Tensor]:
     "settings",
     [
         ["--granularity", "delta", "--weighting", "empirical-fisher", "--batch-size", "1"],
-        ["--batch-size", "2"],  # per factor, mean gradients: batches of both processes are not alike
+        ["--batch-size", "2"],  # mean gradients per factor; the processes have different batches
     ],
     ids=["delta-squares", "factor-mean"],
 )
-def test_two_processes_give_the_adapter_of_one(settings, inputs, tmp_path):
+def test_two_processes_emit_the_adapter_that_one_emits(settings, inputs, tmp_path):
     assert main(arguments(inputs, tmp_path / "one", *settings)) == 0
     two = run([*LAUNCH, *arguments(inputs, tmp_path / "two", *settings)])
     assert two.returncode == 0, two.stderr
-    assert two.stdout.count("It is in") == 1  # one of them speaks
+    assert two.stdout.count("It is in") == 1  # only the main process prints
     expected, found = deltas(tmp_path / "one"), deltas(tmp_path / "two")
     assert set(found) == set(expected)
     for key, delta in expected.items():
@@ -106,7 +106,7 @@ distributed.finish()
 """
 
 
-def test_two_processes_go_layer_by_layer(tmp_path):
+def test_two_processes_agree_in_layerwise_mode(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(LAYER_BY_LAYER.format(tests=str(Path(__file__).parent)))
     one = run([sys.executable, str(script), str(tmp_path / "one.pt")])
@@ -120,8 +120,8 @@ def test_two_processes_go_layer_by_layer(tmp_path):
             assert (found[name][key] - total).norm() <= 1e-6 * total.norm(), (name, key)
 
 
-def test_a_refusal_ends_all_processes(inputs, tmp_path):
-    """A loss that is not finite, on a row that only one of the processes takes."""
+def test_an_error_in_one_process_ends_all(inputs, tmp_path):
+    """Only one of the processes has the row whose loss is not finite."""
     broken = tmp_path / "broken"
     model, tokenizer = load_base(str(builders.llama_directory()), dtype=torch.float32)
     tokenizer.save_pretrained(broken)
@@ -148,8 +148,11 @@ def test_a_refusal_ends_all_processes(inputs, tmp_path):
 
 
 def one_of_two(rank, port, at, path):
-    """A process of two, whose main one has a slow disk to write to, and the other one a slow disk to read from. Two
-    groups; cut off before backward number ``at``, after which the same call is made again in another two processes."""
+    """One of two processes that gather two groups of layers.
+
+    The main process writes slowly, the other one reads slowly. Both are interrupted before backward number ``at``; the
+    next two processes make the same call again.
+    """
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
     os.environ |= {"LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
@@ -187,16 +190,16 @@ def one_of_two(rank, port, at, path):
             builders.adapted_llama(), checkpoint_dir=path / "c", granularity="delta", rank=3, batch_size=1
         )
     except KeyboardInterrupt:
-        os._exit(130)  # a launcher would end the other one; both come here
+        os._exit(130)  # a launcher would end the other process; here both get to this line
     finally:
         builders._scratch.cleanup()
     torch.save((result[1], dict(layers)), path / f"result {rank}")
     distributed.finish()
 
 
-def test_two_processes_go_on_from_one_checkpoint(tmp_path):
-    """Of 5 forget and 4 retain samples either takes about half: 3 and 2, 2 and 2. Cut off in the second group, after
-    its forget set; however slow the disk, both know the same of what is done."""
+def test_two_processes_resume_from_one_checkpoint(tmp_path):
+    """The processes share 5 forget samples (3 and 2) and 4 retain samples (2 and 2). They are interrupted in the second
+    group, after its forget set. However slow the disk is, both resume from the same state."""
     expected = builders.negate(builders.adapted_llama(), granularity="delta", rank=3, batch_size=1)[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["peft_perta.cli"])
@@ -214,8 +217,8 @@ def test_two_processes_go_on_from_one_checkpoint(tmp_path):
         state_dict, layers = torch.load(tmp_path / f"result {rank}", weights_only=False)
         for key, tensor in expected.items():
             assert (state_dict[key] - tensor).norm() <= 1e-5 * tensor.norm(), key
-        assert {name.split(".")[2] for name in layers} == {"0"}, "the upper group is done"
-        assert set(layers.values()) == {2}, "and the lower one's forget set"
+        assert {name.split(".")[2] for name in layers} == {"0"}, "the upper group is not computed again"
+        assert set(layers.values()) == {2}, "nor is the forget set of the lower group"
 
 
 FSDP2 = """
@@ -250,7 +253,7 @@ def test_fsdp2_is_refused(tmp_path):
 
 def test_zero3_is_refused():
     model = builders.adapted_llama()
-    next(model.parameters()).ds_id = 0  # as DeepSpeed marks a parameter that it has partitioned
+    next(model.parameters()).ds_id = 0  # DeepSpeed marks the parameters that it partitions like this
     with pytest.raises(ConfigError, match=r"embed_tokens.* is partitioned by DeepSpeed ZeRO-3.*load the whole model"):
         refuse_sharded(model)
 
@@ -258,16 +261,16 @@ def test_zero3_is_refused():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("FullyShardedDataParallel", "sharded by FSDP.*load the whole model"),
-        ("DistributedDataParallel", r"pass model\.module"),
+        ("FullyShardedDataParallel", "sharded by FSDP, expected a model with whole weights.*load the whole model"),
+        ("DistributedDataParallel", r"wrapped in DistributedDataParallel, expected the bare model.*pass model\.module"),
     ],
 )
-def test_a_wrapper_is_refused_by_name(name, message):
+def test_a_parallel_wrapper_is_refused(name, message):
     wrapper = type(name, (nn.Module,), {})()
     wrapper.module = builders.llama()
     with pytest.raises(ConfigError, match=message):
         refuse_sharded(wrapper)
 
 
-def test_a_whole_model_is_not_refused():
+def test_a_whole_model_is_accepted():
     refuse_sharded(builders.adapted_llama())

@@ -30,9 +30,7 @@ from peft_perta.model import Target, adapter_strength, quiet, resolve_targets
 from peft_perta.perta import FITS, GRANULARITIES, edit_layer, resolve_weighting
 
 DENSE = 256  # no layer of the shipped model has a larger rank, so an edit refitted at 256 is the dense edit
-EVERYTHING = sum(
-    (fit.collector for fit in FITS.values()), Collector(tuple(GRANULARITIES.values()), (InputMoments(),))
-)
+EVERYTHING = sum((fit.collector for fit in FITS.values()), Collector(tuple(GRANULARITIES.values()), (InputMoments(),)))
 
 
 Change = Callable[[Target, Mapping[str, GradientSums], Factors], Factors]
@@ -123,7 +121,9 @@ class Bench:
             if change is not None:
                 given = {name: per_layer[layer.name] for name, per_layer in sums.items()}
                 factors[layer.name] = change(layer, given, factors[layer.name])
-        lora_config, state_dict = build_adapter(self.model, factors, servable_rank(int(rank)), torch_dtype(config.dtype))
+        lora_config, state_dict = build_adapter(
+            self.model, factors, servable_rank(int(rank)), torch_dtype(config.dtype)
+        )
         add_adapter(self.model, lora_config, state_dict, name)
         try:
             total = sum(layer.edit_norm**2 for layer in layers)

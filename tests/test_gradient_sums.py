@@ -25,7 +25,7 @@ def per_sample(outer: Outer) -> torch.Tensor:
     st.integers(1, 4), st.integers(1, 5), st.integers(1, 9), st.integers(1, 7), st.sampled_from([1, 6, 7, 40, 2**17])
 )
 def test_sums_are_those_of_einsum(N, T, P, Q, chunk):
-    """Whatever the chunk of rows, one that does not divide them included."""
+    """For every size of a chunk of rows, also one that does not divide them."""
     outer = drawn(N, T, P, Q)
     held, gradient_sums._CPU_CHUNK = gradient_sums._CPU_CHUNK, chunk
     try:
@@ -52,7 +52,7 @@ def test_16_bit_operands_are_summed_in_float32():
 )
 @pytest.mark.parametrize("name", ["mean", "squares"])
 def test_operands_of_two_types_are_summed_in_the_wider(name, types):
-    """What is projected to the rank is float32 or wider, what it is multiplied with may be 16 bits."""
+    """A projection to the rank is float32 or wider; its other factor may have 16 bits."""
     outer = drawn(3, 20, 6, 5)
     left, right = (getattr(torch, kind) for kind in types)
     outer = Outer(outer.left.to(left), outer.right.to(right))
@@ -67,7 +67,7 @@ def test_operands_of_two_types_are_summed_in_the_wider(name, types):
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", ["mean", "squares"])
 def test_16_bit_sums_do_not_stall(name, place):
-    """In bfloat16 the 257th one would be lost."""
+    """In bfloat16 the 257th sample would be lost."""
     sums = GradientSums(name, place)
     for outer in [Outer(torch.ones(1, 1, 2, dtype=torch.bfloat16), torch.ones(1, 1, 3, dtype=torch.bfloat16))] * 300:
         sums.add({"weight": outer}, {}, samples=1)
@@ -87,7 +87,7 @@ def test_float64_stays(place):
 @pytest.mark.parametrize("name", ["mean", "squares"])
 @pytest.mark.parametrize("form", ["flat", "whole"])
 def test_one_sample_in_any_form_gives_the_same(form, name, place):
-    """[T, P] and [T, Q], or the gradient itself, in the place of [1, T, P] and [1, T, Q]."""
+    """[T, P] and [T, Q], or the product itself, instead of [1, T, P] and [1, T, Q]."""
     expected, found = GradientSums(name), GradientSums(name, place)
     for T in (4, 1, 7):
         outer = drawn(1, T, 6, 5)
@@ -101,7 +101,7 @@ def test_one_sample_in_any_form_gives_the_same(form, name, place):
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", ["mean", "squares"])
 def test_a_place_changes_nothing(name, place):
-    """Batch after batch; the first is not summed as the next ones are."""
+    """Over several batches: the first one is summed differently from the others."""
     here, there = GradientSums(name), GradientSums(name, place)
     for N in (2, 1, 3):
         for sums in (here, there):
@@ -113,7 +113,7 @@ def test_a_place_changes_nothing(name, place):
 
 
 def test_a_sum_is_not_its_first_batch_s_own_tensor():
-    """Where a gradient comes as it is, the caller's tensor is not written to."""
+    """A gradient without a left factor is not modified."""
     gradient = torch.randn(3, 5)
     before = gradient.clone()
     sums = GradientSums("mean")
@@ -123,7 +123,7 @@ def test_a_sum_is_not_its_first_batch_s_own_tensor():
     torch.testing.assert_close(sums.gradients["weight"], 2 * before)
 
 
-def test_a_gradient_as_it_is_is_an_outer_product_with_the_identity():
+def test_without_a_left_factor_it_is_a_product_with_the_identity():
     gradient = torch.randn(4, 6)
     identity = Outer(torch.eye(4), gradient)
     for name in ("mean", "squares"):
@@ -134,16 +134,16 @@ def test_a_gradient_as_it_is_is_an_outer_product_with_the_identity():
     torch.testing.assert_close(identity.product(), Outer(None, gradient).product())
 
 
-def test_squares_of_samples_that_cannot_be_told_apart_are_refused():
-    outer = Outer(torch.randn(8, 3), torch.randn(8, 4))  # [T, P]: two samples' tokens in one
+def test_squares_of_a_batch_with_flattened_samples_are_refused():
+    outer = Outer(torch.randn(8, 3), torch.randn(8, 4))  # [T, P]: the tokens of two samples
     for several in (outer, Outer(None, outer.product())):
-        with pytest.raises(ValueError, match="come one at a time, found 2"):
+        with pytest.raises(ValueError, match="batches of one sample for statistic 'squares', found 2"):
             GradientSums("squares").add({"weight": several}, {}, samples=2)
         GradientSums("mean").add({"weight": several}, {}, samples=2)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_seen(value):
+def test_sums_that_are_not_finite_are_noticed(value):
     sums = GradientSums("mean")
     sums.add({"A": drawn(2, 3, 4, 5), "B": drawn(2, 3, 2, 5)}, {}, samples=2)
     assert sums.is_finite()
@@ -152,7 +152,7 @@ def test_what_is_not_finite_is_seen(value):
 
 
 def test_magnitudes_are_in_one_unit():
-    """Of one sample alone, both statistics say the same."""
+    """For a single sample both statistics are the same."""
     outer = drawn(1, 4, 3, 5)
     found = []
     for name in ("mean", "squares"):

@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peft_perta import PerTAConfig, get_perta_state_dict
 from peft_perta.adapters import factorize
 from peft_perta.data import Sample, batches
-from peft_perta.gradients import Collector, Collectors, InputMoments, Job, Plan, gather, sweep
+from peft_perta.gradients import Collector, InputMoments, Job, MomentSource, Plan, StatisticName, gather, sweep
 from peft_perta.model import Target, quiet, resolve_targets, sample_losses
 from peft_perta.perta import GRANULARITIES
 
@@ -115,27 +115,19 @@ def times(rounds: int) -> dict[str, list[float]]:
     targets = resolve_targets(model, "forget")
     samples = drawn_samples(0)
 
-    def swept(granularity: str, statistic: str, *more: Collector) -> Callable[[], object]:
-        return lambda: sweep(
-            model,
-            targets,
-            samples,
-            Collectors([GRANULARITIES[granularity], *more]),
-            statistic,  # type: ignore[arg-type]
-            adapters=[],
-            batch_size=BATCH,
-            name="the set",
-            show_progress_bar=False,
-        )
+    def swept(granularity: str, statistic: StatisticName, *moments: MomentSource) -> Callable[[], object]:
+        collector = Collector((GRANULARITIES[granularity],), moments)
+        job = Job(model, targets, {"forget": samples}, collector, statistic, show_progress_bar=False)
+        return lambda: sweep(job, "forget", BATCH)
 
     def layer_by_layer() -> None:
         blocks = tuple(
             tuple(t.name for t in targets if f".layers.{index}." in t.name) for index in reversed(range(LAYERS))
         )
         plan = Plan("layerwise", blocks, "device", "device", BATCH)
-        by_name = {target.name: target for target in targets}
-        job = Job(model, by_name, GRANULARITIES["delta"], "mean", [], plan, show_progress_bar=False)
-        for _ in gather(job, {"forget": samples[: SAMPLES // 2], "retain": samples[SAMPLES // 2 :]}):
+        sets = {"forget": samples[: SAMPLES // 2], "retain": samples[SAMPLES // 2 :]}
+        job = Job(model, targets, sets, Collector((GRANULARITIES["delta"],)), "mean", show_progress_bar=False)
+        for _ in gather(job, plan):
             pass
 
     def plain() -> None:

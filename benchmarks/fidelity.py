@@ -30,7 +30,7 @@ from peft_perta.comparison import DemoSettings
 from peft_perta.data import batches
 from peft_perta.gradients import GradientSums
 from peft_perta.model import Target, adapter_strength, preserved, quiet
-from peft_perta.perta import FIT_NAMES, ratio
+from peft_perta.perta import FITS, ratio
 
 RANK = DemoSettings().rank
 RANKS = (RANK // 2, RANK, 2 * RANK, 4 * RANK)
@@ -111,7 +111,7 @@ def run(seed: int, weightings: Sequence[str] = ("grad",), quick: bool = False) -
                 strength = judge("dense", edit.name, "dense", None, energy)
                 for rank in ranks:
                     exact = edit.config.granularity == "factor" and rank >= RANK
-                    for fit in ("truncated",) if exact else FIT_NAMES:
+                    for fit in ("truncated",) if exact else FITS:
                         with bench.edited(replace(edit.config, rank=rank, fit=fit), "fitted") as energy:
                             kl = fit_kl(bench, "dense", "fitted", strength)
                             label = "exact" if exact else fit

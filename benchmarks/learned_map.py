@@ -26,7 +26,7 @@ from peft_perta.adapters import Factors, factorize
 from peft_perta.comparison import DemoSettings
 from peft_perta.data import spread
 from peft_perta.evaluation import losses_of
-from peft_perta.gradients import GradientSums, sweep
+from peft_perta.gradients import Collector, GradientSums, Job, sweep
 from peft_perta.model import Target, adapter_strength, quiet
 from peft_perta.perta import GRANULARITIES, ratio, task_vector
 
@@ -39,7 +39,7 @@ EDIT = edit_of("delta", "grad", rank=DENSE)
 def cells_of(layer: Target, pair: Mapping[str, GradientSums]) -> tuple[Tensor, Tensor]:
     """(cell of each element [O, I], its ratio [O, I])."""
     gradients = [pair[name].magnitudes()["weight"] for name in ("forget", "retain")]
-    signed = pair["retain"].sums["weight"].reshape(len(layer.B), -1)
+    signed = pair["retain"].gradients["weight"].reshape(len(layer.B), -1)
     weights = ratio(*gradients, 1.0)
     harmful = (signed * task_vector(layer.A, layer.B, layer.scaling) < 0).long()  # minus the task vector, uphill
     return harmful * RATIOS + (weights * RATIOS).long().clamp(0, RATIOS - 1), weights
@@ -48,7 +48,7 @@ def cells_of(layer: Target, pair: Mapping[str, GradientSums]) -> tuple[Tensor, T
 def run(seed: int, steps: int, settings: DemoSettings) -> list[dict]:
     bench = Bench(seed, False, settings)
     pairs = {
-        layer.name: {name: bench.statistics("mean")[name][layer.name] for name in ("forget", "retain")}
+        layer.name: {name: bench.sums("mean")[name][layer.name] for name in ("forget", "retain")}
         for layer in bench.targets
     }
     cells = {layer.name: cells_of(layer, pairs[layer.name]) for layer in bench.targets}
@@ -98,13 +98,14 @@ def run(seed: int, steps: int, settings: DemoSettings) -> list[dict]:
 
 def _slopes(bench: Bench, cells: Mapping[str, tuple[Tensor, Tensor]], learned: Tensor, samples: list) -> Tensor:
     """The mean loss's derivative with respect to the logarithm of each cell's weight, [CELLS]."""
-    found = sweep(bench.model, bench.targets, samples, GRANULARITIES["delta"], "mean", adapters=["task", "edit"],
-                  batch_size=16, name="slopes", show_progress_bar=False)  # fmt: skip
+    collector = Collector((GRANULARITIES["delta"],))
+    adapters = ["task", "edit"]
+    job = Job(bench.model, bench.targets, {"slopes": samples}, collector, "mean", adapters, show_progress_bar=False)
+    sums = sweep(job, "slopes", 16)
     slopes = torch.zeros(CELLS)
     for layer in bench.targets:
-        statistic = found[layer.name]
         moved = -task_vector(layer.A, layer.B, layer.scaling) * learned.exp()[cells[layer.name][0]]
-        gradient = statistic.sums["weight"].reshape(moved.shape) / len(samples)
+        gradient = sums[layer.name].gradients["weight"].reshape(moved.shape) / len(samples)
         slopes += torch.bincount(cells[layer.name][0].flatten(), (gradient * moved).flatten(), minlength=CELLS)
     return slopes
 

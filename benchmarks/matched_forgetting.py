@@ -21,18 +21,16 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from peft_perta import PerTAConfig
-from peft_perta.adapters import Factors, add_adapter, build_adapter, emitted_dtype, servable_rank
+from peft_perta.adapters import Factors, add_adapter, build_adapter, servable_rank, torch_dtype
 from peft_perta.comparison import SPLITS, DemoSettings, prepare
 from peft_perta.data import encode_row, spread
 from peft_perta.evaluation import Match, losses_of, match_forgetting
-from peft_perta.gradients import MOMENT, Collectors, GradientSums, InputMoments, sweep
+from peft_perta.gradients import Collector, GradientSums, InputMoments, Job, StatisticName, sweep
 from peft_perta.model import Target, adapter_strength, quiet, resolve_targets
 from peft_perta.perta import FITS, GRANULARITIES, edit_layer, resolve_weighting
 
 DENSE = 256  # no layer of the shipped model has a larger rank, so an edit refitted at 256 is the dense edit
-EVERYTHING = Collectors(
-    [*GRANULARITIES.values(), InputMoments(), *(fit.collector for fit in FITS.values() if fit.collector)]
-)
+EVERYTHING = sum((fit.collector for fit in FITS.values()), Collector(tuple(GRANULARITIES.values()), (InputMoments(),)))
 
 
 Change = Callable[[Target, Mapping[str, GradientSums], Factors], Factors]
@@ -76,7 +74,7 @@ EDITS = [
 
 
 class Bench:
-    """The shipped model with one seed's forget adapter, its statistics, and the rows that judge."""
+    """The shipped model with one seed's forget adapter, its gradient sums, and the rows that judge."""
 
     def __init__(self, seed: int, four_bit: bool, settings: DemoSettings) -> None:
         self.settings = settings
@@ -93,16 +91,13 @@ class Bench:
     def losses(self, *adapters: str, splits=SPLITS) -> dict[str, float]:
         return {n: float(losses_of(self.model, self.judged[n], adapters=list(adapters)).mean()) for n in splits}
 
-    def statistics(self, statistic: str | None) -> Mapping[str, dict[str, GradientSums]]:
+    def sums(self, statistic: StatisticName | None) -> Mapping[str, dict[str, GradientSums]]:
         """Set -> layer -> every sum that any edit or fit here reads."""
         if statistic is None:
             return {}
         if statistic not in self._known:
-            self._known[statistic] = {
-                name: sweep(self.model, self.targets, found, EVERYTHING, statistic, adapters=[], batch_size=16,
-                            name=name, show_progress_bar=False)
-                for name, found in self.weighed.items()
-            }  # fmt: skip
+            job = Job(self.model, self.targets, self.weighed, EVERYTHING, statistic, show_progress_bar=False)
+            self._known[statistic] = {name: sweep(job, name, 16) for name in self.weighed}
         return self._known[statistic]
 
     @contextmanager
@@ -111,21 +106,24 @@ class Bench:
     ) -> Iterator[float]:
         """The edit as an adapter of that name; gives the share of its energy kept.
 
-        ``change``: (layer, its statistics, its factors) -> other factors, for what no config says.
+        ``change``: (layer, its sums, its factors) -> other factors, for what no config says.
         """
         weighting = resolve_weighting(config.weighting, config.power)
         rank = config.rank or self.settings.rank
-        known, factors, layers = self.statistics(weighting.statistic), {}, []
+        sums, factors, layers = self.sums(weighting.statistic), {}, []
         for layer in self.targets:
-            pair = {name: per_layer[layer.name] for name, per_layer in known.items()}
+            pair = {name: per_layer[layer.name] for name, per_layer in sums.items()}
             if swapped:
                 pair = _with_moments_swapped(pair)
-            factors[layer.name], provenance = edit_layer(layer, config, weighting, pair, rank)
-            layers.append(provenance)
+            edited = edit_layer(layer, config, weighting, pair, rank)
+            factors[layer.name] = edited.factors
+            layers.append(edited.provenance)
             if change is not None:
-                given = {name: per_layer[layer.name] for name, per_layer in known.items()}
+                given = {name: per_layer[layer.name] for name, per_layer in sums.items()}
                 factors[layer.name] = change(layer, given, factors[layer.name])
-        lora_config, state_dict = build_adapter(self.model, factors, servable_rank(int(rank)), emitted_dtype(config))
+        lora_config, state_dict = build_adapter(
+            self.model, factors, servable_rank(int(rank)), torch_dtype(config.dtype)
+        )
         add_adapter(self.model, lora_config, state_dict, name)
         try:
             total = sum(layer.edit_norm**2 for layer in layers)
@@ -148,10 +146,8 @@ class Bench:
 
 
 def _with_moments_swapped(pair: dict[str, GradientSums]) -> dict[str, GradientSums]:
-    gradients = {n: s.only([k for k in s.sums if not k.startswith(MOMENT)]) for n, s in pair.items()}
-    for name, other in (("forget", "retain"), ("retain", "forget")):
-        gradients[name].sums |= {k: total for k, total in pair[other].sums.items() if k.startswith(MOMENT)}
-    return gradients
+    others = {"forget": "retain", "retain": "forget"}
+    return {name: replace(sums, moments=pair[others[name]].moments) for name, sums in pair.items()}
 
 
 def run(seed: int, four_bit: bool, edits: list[Edit], settings: DemoSettings) -> list[dict]:

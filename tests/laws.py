@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_perta import save_perta_adapter
-from peft_perta.gradients import Job, Plan, gather, sweep
+from peft_perta.gradients import Collector, Job, Plan, gather, sweep
 from peft_perta.model import resolve_targets
 from peft_perta.perta import GRANULARITIES
 
@@ -68,17 +68,17 @@ def hooks_equal_the_loop(
     tolerance: float,
     batch_size: int = 2,
 ) -> None:
-    """The streamed gradient sums are those of a loop over the samples with dense autograd."""
+    """The streamed sums equal those of a loop over the samples with dense autograd."""
     expected = sums_by_the_loop(model, samples, granularity, statistic, adapters)
-    streamed = statistics(model, samples, granularity, statistic, adapters, batch_size)
-    sums_are(streamed, expected, tolerance)
-    assert {s.samples for s in streamed.values()} == {len(samples)}
+    sums = swept(model, samples, granularity, statistic, adapters, batch_size)
+    sums_are(sums, expected, tolerance)
+    assert {of_layer.samples for of_layer in sums.values()} == {len(samples)}
 
 
 def sums_by_the_loop(
     model: PeftModel, samples: list, granularity: str, statistic: str, adapters: list[str]
 ) -> dict[str, dict[str, Tensor]]:
-    """Weight name -> the gradient sums of the granularity, from a loop over the samples."""
+    """Layer name -> the sums that the granularity asks for."""
     weight_gradients = oracles.sample_gradients(model, "forget", samples, adapters)
     expected = {}
     for name, adapted in oracles.adapted_weights(model, "forget").items():
@@ -95,36 +95,41 @@ def sums_by_the_loop(
     return expected
 
 
-def sums_are(found: dict[str, Any], expected: dict[str, dict[str, Tensor]], tolerance: float) -> None:
-    assert set(found) == set(expected)
-    for name, sums in expected.items():
-        assert set(found[name].sums) == set(sums)
-        for key, total in sums.items():
-            assert found[name].sums[key].shape == total.shape
-            close(found[name].sums[key], total, tolerance, f"{name} {key}")
+def sums_are(sums: dict[str, Any], expected: dict[str, dict[str, Tensor]], tolerance: float) -> None:
+    assert set(sums) == set(expected)
+    for name, totals in expected.items():
+        assert set(sums[name].gradients) == set(totals)
+        for key, total in totals.items():
+            assert sums[name].gradients[key].shape == total.shape
+            close(sums[name].gradients[key], total, tolerance, f"{name} {key}")
 
 
 def batches_do_not_matter(model: PeftModel, samples: list, granularity: str, statistic: str, tolerance: float) -> None:
-    one, five = (statistics(model, samples, granularity, statistic, [], size) for size in (1, 5))
+    one, five = (swept(model, samples, granularity, statistic, [], size) for size in (1, 5))
     for name in one:
-        for key, total in one[name].sums.items():
-            close(five[name].sums[key], total, tolerance, f"{name} {key}")
+        for key, total in one[name].gradients.items():
+            close(five[name].gradients[key], total, tolerance, f"{name} {key}")
 
 
-def statistics(
+def job_of(
+    model: PeftModel,
+    sets: dict[str, list],
+    granularity: str = "delta",
+    statistic: str = "mean",
+    adapters: list[str] | None = None,
+    **settings: Any,
+) -> Job:
+    """The sums that a granularity asks for, of every layer of the forget adapter."""
+    collector = Collector((GRANULARITIES[granularity],))
+    settings = {"show_progress_bar": False, **settings}
+    return Job(model, resolve_targets(model, "forget"), sets, collector, statistic, adapters or [], **settings)  # type: ignore[arg-type]
+
+
+def swept(
     model: PeftModel, samples: list, granularity: str, statistic: str, adapters: list[str], batch_size: int
 ) -> dict[str, Any]:
-    return sweep(
-        model,
-        resolve_targets(model, "forget"),
-        samples,
-        GRANULARITIES[granularity],
-        statistic,  # type: ignore[arg-type]
-        adapters=adapters,
-        batch_size=batch_size,
-        name="the set",
-        show_progress_bar=False,
-    )
+    """Layer name -> its sums, by one sweep."""
+    return sweep(job_of(model, {"forget": samples}, granularity, statistic, adapters), "forget", batch_size)
 
 
 def gathered(
@@ -135,28 +140,19 @@ def gathered(
     plan: Plan,
     adapters: list[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Set name -> weight name -> gradient sums, over all groups of a plan; every weight is in exactly one group."""
-    targets = {target.name: target for target in resolve_targets(model, "forget")}
-    job = Job(
-        model,
-        targets,
-        GRANULARITIES[granularity],
-        statistic,  # type: ignore[arg-type]
-        adapters or [],
-        plan,
-        show_progress_bar=False,
-    )
+    """Set name -> layer name -> sums, over all groups of a plan; every layer is in exactly one group."""
+    job = job_of(model, sets, granularity, statistic, adapters)
     collected: dict[str, dict[str, Any]] = {name: {} for name in sets}
-    with closing(gather(job, sets)) as groups:
-        for group, by_set in groups:
+    with closing(gather(job, plan)) as groups:
+        for group, sums in groups:
             names = {target.name for target in group}
             assert names
-            for name, of_set in by_set.items():
+            for name, of_set in sums.items():
                 assert set(of_set) == names
                 assert not names & set(collected[name])
                 collected[name] |= of_set
     for name, samples in sets.items():
-        assert set(collected[name]) == set(targets)
+        assert set(collected[name]) == {target.name for target in job.targets}
         assert {s.samples for s in collected[name].values()} == {len(samples)}
     return collected
 

@@ -1,4 +1,4 @@
-"""One row for every row of the package's tables; golden values are given with their source."""
+"""A row for every row of the package's tables, and golden values with their sources."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def batch_size(kind: str, statistic: str, wished: int = 2) -> int:
 
 @dataclass(frozen=True)
 class WeightingRow:
-    """Magnitudes in, weights out, at the weighting's own power."""
+    """Magnitudes of both sets and the weights that they give, at the weighting's own power."""
 
     forget: list[float]
     retain: list[float]
@@ -79,7 +79,7 @@ class WeightingRow:
 
 _SHUFFLED = "torch.randperm of 3 with a generator seeded by 0 is (2, 0, 1), printed once; the rest as unshuffled"
 WEIGHTINGS: dict[str, WeightingRow | None] = {
-    "uniform": None,  # 1 everywhere: no statistics go in
+    "uniform": None,  # 1 everywhere: takes no gradients
     "grad": WeightingRow([3, 1, 0], [1, 1, 5], [3 / 4, 1 / 2, 0], "by hand, f/(f+r): 3/(3+1), 1/2, 0/5"),
     "fisher": WeightingRow([3, 1, 0], [1, 1, 5], [9 / 10, 1 / 2, 0], "by hand: 9/(9+1), 1/2, 0/25"),
     "empirical-fisher": WeightingRow([2, 1, 0], [1, 3, 0], [4 / 5, 1 / 10, 0], "by hand: 4/5, 1/10, 0/0 is 0"),
@@ -91,7 +91,7 @@ WEIGHTINGS: dict[str, WeightingRow | None] = {
     "empirical-fisher-mean": WeightingRow([2, 1, 0], [1, 3, 0], [3 / 10] * 3, "by hand: (4/5 + 1/10 + 0)/3"),
 }
 
-# A layer small enough for a pencil: O = I = 2, R = 1, s = 2; its task vector 2 * [1, 3]^T [1, 2] = [[2, 4], [6, 12]].
+# A layer to compute by hand: O = I = 2, R = 1, s = 2; its task vector is 2 * [1, 3]^T [1, 2] = [[2, 4], [6, 12]].
 A = torch.tensor([[1.0, 2.0]])
 B = torch.tensor([[1.0], [3.0]])
 SCALING = 2.0
@@ -102,7 +102,7 @@ G = torch.tensor([[1.0, 1.0], [0.0, -1.0]])
 
 @dataclass(frozen=True)
 class GranularityRow:
-    """On the pencil layer: gradients, their magnitudes as arranged, and the edit that given weights make."""
+    """For that layer: gradients, their arranged magnitudes, and the edit of given weights."""
 
     gradient: dict[str, Tensor]
     arranged: dict[str, Tensor]
@@ -152,10 +152,13 @@ GRANULARITIES: dict[str, GranularityRow] = {
     ),
 }
 
-# Fit -> the measure that it is the best in: the edit's error [O, I] and both sets' moments -> a squared error.
+# Fit -> the measure that it minimises, with D the error E - B A [O, I].
 FITS: dict[str, str] = {
     "truncated": "||D||^2",
     "kronecker": "sum p_i q_j D_ij^2",
     "second-moment": "tr(D C D^T)",
     "weighted": "sum h_ij D_ij^2",
 }
+
+# The engine's modes; tests/test_engine.py runs each against a loop over samples.
+MODES = ("grouped", "layerwise")

@@ -1,4 +1,4 @@
-"""The promise, measured: a run stays within the memory that it is given, and its adapter is the same."""
+"""A run stays within its memory budget, measured, and its adapter is the same."""
 
 import dataclasses
 import functools
@@ -16,18 +16,18 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_perta import ConfigError, PerTAConfig, get_perta_state_dict
-from peft_perta.gradients import MOMENT, GradientSums, Plan, engine
+from peft_perta.gradients import GradientSums, Plan
+from peft_perta.gradients.modes import layerwise
 from peft_perta.model import Target, memory, parse_size
-from peft_perta.perta import GRANULARITIES, edit_layer, resolve_weighting
-from peft_perta.perta import run as perta
+from peft_perta.perta import GRANULARITIES, edit_layer, edited_layers, resolve_weighting
 
 STATUS = Path("/proc/self/status")
 pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="needs Linux's /proc")
-STATISTICS = 2 * 4 * 6 * (4 * 256**2 + 3 * 256 * 1024)  # bytes of both sets' sums: 48 MiB
+SUMS = 2 * 4 * 6 * (4 * 256**2 + 3 * 256 * 1024)  # bytes of both sets' sums: 48 MiB
 
 
 def middling_llama():
-    """Six layers whose sums of both sets are 48 MiB; built here, so that nothing is mapped from a file."""
+    """Six layers with 48 MiB of sums for both sets; built in memory, so that no file is mapped."""
     config = LlamaConfig(
         hidden_size=256,
         intermediate_size=1024,
@@ -51,28 +51,28 @@ def rows(seed):
 
 @dataclasses.dataclass
 class Outcome:
-    """What a run took of the host's memory, beyond what its process had before."""
+    """The host memory that a run used, beyond what its process used before."""
 
     plan: Plan
     budget: float
-    peak: int  # everything
-    own: int  # but for what files are mapped to it, which the system takes back when it needs it
+    peak: int  # all of it
+    own: int  # without mapped files, which the system reclaims when it needs to
     state_dict: dict
 
 
 def negate(share, path, batch_size=8, chain=True, disk=True, **settings):
-    """In a process of its own: a run that may take so much, in shares of both sets' sums. Its outcome goes to a file,
-    or the share that its refusal names."""
+    """In a process of its own: a run with a budget of this share of both sets' sums. Saves its outcome, or the share
+    that its refusal names."""
     if not chain:
-        engine.why_no_chain = lambda *_: "on purpose"
+        layerwise.why_no_chain = lambda *_: "on purpose"
     if not disk:
         memory.shutil = types.SimpleNamespace(disk_usage=lambda _: types.SimpleNamespace(free=0))
     plans = []
-    choose = perta.choose_plan
-    perta.choose_plan = lambda *args: plans.append(choose(*args)) or plans[0]
+    choose = edited_layers.choose_plan
+    edited_layers.choose_plan = lambda job: plans.append(choose(job)) or plans[0]
     model, forget, retain = middling_llama(), rows(1), rows(2)
     start, own = psutil.Process().memory_info().rss, own_memory()
-    budget = None if share is None else start + int(share * STATISTICS)
+    budget = None if share is None else start + int(share * SUMS)
     settings = {"granularity": "delta", "input_directions": False, **settings}
     config = PerTAConfig(batch_size=batch_size, host_memory=budget, **settings)
     try:
@@ -80,7 +80,7 @@ def negate(share, path, batch_size=8, chain=True, disk=True, **settings):
             _, state_dict, _ = get_perta_state_dict(model, config, forget, retain, show_progress_bar=False)
     except ConfigError as error:
         named = re.search(r"expected host_memory of at least ([\d.]+ \w+)", str(error)).group(1)
-        torch.save((parse_size(named) - start) / STATISTICS, path)
+        torch.save((parse_size(named) - start) / SUMS, path)
     else:
         given = (budget or start) - start
         torch.save(Outcome(plans[0], given, status("VmHWM") - start, max(seen) - own, state_dict), path)
@@ -95,7 +95,7 @@ def own_memory():
 
 
 class watch:
-    """A list of what the process holds by itself, every millisecond of the block."""
+    """A list of the process's own memory, sampled every millisecond within the context."""
 
     def __enter__(self):
         self.seen, self.over = [own_memory()], threading.Event()
@@ -113,34 +113,40 @@ class watch:
 
 
 def edit(weighting, path):
-    """In a process of its own: one layer's weights, edit and factors; what that took beside both sets' sums."""
+    """In a process of its own: one layer's weights, edit and factors. Saves the memory used beside both sets' sums."""
     size, kind = 3072, types.SimpleNamespace(name="linear")
     target = Target("layer", None, None, kind, torch.randn(4, size), torch.randn(size, 4), 1.0)  # type: ignore[arg-type]
     sets = ("forget", "retain")
-    pair = {name: GradientSums("mean", sums={"weight": torch.randn(size, size)}, samples=1) for name in sets}
+    sums = {name: GradientSums("mean", gradients={"weight": torch.randn(size, size)}, samples=1) for name in sets}
     start = psutil.Process().memory_info().rss
-    edit_layer(target, PerTAConfig(granularity="delta", input_directions=False), resolve_weighting(weighting), pair, 4)
+    edit_layer(target, PerTAConfig(granularity="delta", input_directions=False), resolve_weighting(weighting), sums, 4)
     torch.save((status("VmHWM") - start) / (4 * size**2), path)
 
 
 def directed_edit(granularity, path):
-    """The same with input directions; in copies of all of one set's sums."""
+    """The same with input directions; in copies of one set's sums."""
     size, kind = 2560, types.SimpleNamespace(name="linear")
     target = Target("layer", None, None, kind, torch.randn(4, size), torch.randn(size, 4), 1.0)  # type: ignore[arg-type]
     x = torch.randn(size // 4, size)
-    sums = {key: torch.randn(shape) for key, shape in GRANULARITIES[granularity].shapes(target).items()}
-    sums |= {f"{MOMENT}inputs": x.T @ x, f"{MOMENT}tokens": torch.full((1, 1), float(len(x)))}
-    own = {name: {key: total.clone() for key, total in sums.items()} for name in ("forget", "retain")}
-    pair = {name: GradientSums("mean", sums=found, samples=1) for name, found in own.items()}
-    held = sum(total.nbytes for total in sums.values())
-    del sums, own
+    gradients = {key: torch.randn(shape) for key, shape in GRANULARITIES[granularity].shapes(target).items()}
+    moments = {"inputs": x.T @ x, "tokens": torch.full((1, 1), float(len(x)))}
+    sums = {
+        name: GradientSums("mean", "device", cloned(gradients), cloned(moments), samples=1)
+        for name in ("forget", "retain")
+    }
+    size_of_sums = sum(total.nbytes for total in sums["forget"].tensors())
+    del gradients, moments
     start = psutil.Process().memory_info().rss
-    edit_layer(target, PerTAConfig(granularity=granularity), resolve_weighting("grad"), pair, 4)
-    torch.save((status("VmHWM") - start) / held, path)
+    edit_layer(target, PerTAConfig(granularity=granularity), resolve_weighting("grad"), sums, 4)
+    torch.save((status("VmHWM") - start) / size_of_sums, path)
+
+
+def cloned(tensors):
+    return {key: tensor.clone() for key, tensor in tensors.items()}
 
 
 def tidily(function, *args, **settings):
-    """A child leaves without the clean-up that a process makes."""
+    """Run in a child, which would leave the scratch directory behind."""
     try:
         torch.set_num_threads(1)
         function(*args, **settings)
@@ -150,7 +156,7 @@ def tidily(function, *args, **settings):
 
 @pytest.fixture(scope="module")
 def in_child(tmp_path_factory):
-    """Run a function here in a child of a process that has the imports behind it; what it saved."""
+    """Run a function of this file in a child of a process that has imported everything; returns what it saved."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["peft_perta.cli"])
     directory = tmp_path_factory.mktemp("outcomes")
@@ -168,12 +174,12 @@ def in_child(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(in_child):
-    """``negate``, once for each case."""
+    """``negate``, once per case."""
     return functools.cache(functools.partial(in_child, negate))
 
 
 def assert_same_adapter(found: Outcome, run) -> None:
-    """Bit for bit that of a run of the same micro-batch, and within 1e-6 that of any."""
+    """The same bits as a run with this micro-batch, and within 1e-6 of a run with any other."""
     free, alike = run(None), run(None, batch_size=found.plan.micro_batch)
     assert alike.plan.micro_batch == found.plan.micro_batch
     assert all(torch.equal(found.state_dict[key], tensor) for key, tensor in alike.state_dict.items())
@@ -181,35 +187,35 @@ def assert_same_adapter(found: Outcome, run) -> None:
     laws.close(one, two, 1e-6, "the adapter")
 
 
-# share of both sets' sums, what is possible -> what is chosen
+# name -> (budget as a share of both sets' sums, what is possible, what the plan must be)
 CASES = {
     "a smaller batch": (3.0, {"chain": False, "disk": False}, lambda plan: len(plan.groups) == 1),
     "sweeps": (2.2, {"chain": False, "disk": False}, lambda plan: plan.mode == "grouped" and len(plan.groups) > 1),
-    "sums on the disk": (2.2, {"chain": False}, lambda plan: plan.statistics == "disk"),
+    "sums on the disk": (2.2, {"chain": False}, lambda plan: plan.sums_place == "disk"),
     "layer by layer": (2.2, {"disk": False}, lambda plan: plan.mode == "layerwise"),
     "inputs on the disk": (1.6, {}, lambda plan: (plan.mode, plan.inputs) == ("layerwise", "disk")),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_run_stays_within_the_memory_that_it_is_given(name, run):
+def test_a_run_stays_within_its_budget(name, run):
     share, possible, chosen = CASES[name]
     found = run(share, **possible)
     assert chosen(found.plan), str(found.plan)
-    assert run(None).peak > found.budget, "it is given less than it would take"
-    assert (found.own if found.plan.statistics == "disk" else found.peak) <= found.budget, str(found.plan)
+    assert run(None).peak > found.budget, "the budget is less than an unlimited run uses"
+    assert (found.own if found.plan.sums_place == "disk" else found.peak) <= found.budget, str(found.plan)
     assert_same_adapter(found, run)
 
 
 def test_the_less_memory_the_more_sweeps(run):
     found = [run(share, chain=False, disk=False) for share in (3.0, 2.2, 1.8)]
     sweeps = [len(outcome.plan.groups) for outcome in found]
-    assert sweeps == sorted(set(sweeps)), "ever more"
+    assert sweeps == sorted(set(sweeps)), "more every time"
     for outcome in found:
         assert outcome.peak <= outcome.budget, str(outcome.plan)
 
 
-def test_what_cannot_work_is_refused_and_what_the_refusal_names_works(run):
+def test_a_budget_that_is_too_small_is_refused_and_the_named_one_works(run):
     named = run(0.1)
     assert 0.1 < named < 1.8
     found = run(named)
@@ -220,7 +226,7 @@ def test_what_cannot_work_is_refused_and_what_the_refusal_names_works(run):
 
 @pytest.mark.parametrize("weighting", ["grad", "fisher"])
 def test_an_edit_takes_at_most_three_copies_of_its_layer(weighting, in_child):
-    """The plan's figure, of a layer of 36 MiB: so large a tensor goes back to the system as soon as it is freed."""
+    """The plan's figure, for a layer of 36 MiB: freed tensors of this size go back to the system at once."""
     assert in_child(edit, weighting) < 3
 
 
@@ -231,9 +237,9 @@ def test_an_edit_with_input_directions_takes_at_most_seven(granularity, in_child
 
 @pytest.mark.parametrize("name", ["sweeps", "layer by layer"])
 @pytest.mark.parametrize("granularity", ["factor", "delta"])
-def test_with_input_directions_too(name, granularity, run):
+def test_a_run_with_input_directions_stays_within_its_budget(name, granularity, run):
     share, possible, chosen = CASES[name]
-    # The moments are most of what the factors' sums take, and as much again beside the delta's.
+    # The moments are most of the sums with factors, and as large as the gradients' sums with delta.
     found = run(
         share * {"factor": 1.25, "delta": 2}[granularity], **possible, granularity=granularity, input_directions=True
     )
@@ -242,7 +248,7 @@ def test_with_input_directions_too(name, granularity, run):
 
 
 def test_a_refusal_comes_before_any_gradient(monkeypatch, capfd, tmp_path):
-    """Nothing is shown, nothing is changed, nothing is begun."""
+    """Nothing is printed, the model is unchanged, and the checkpoint holds no results."""
     model = builders.adapted_llama()
     monkeypatch.setattr(torch.Tensor, "backward", lambda *_, **__: pytest.fail("a gradient was taken"))
     with laws.untouched(model), pytest.raises(ConfigError, match=r"does not fit its memory budget.*\(found 1 MiB\)"):

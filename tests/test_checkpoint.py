@@ -1,4 +1,4 @@
-"""A run that is cut off anywhere goes on from there, to the same bytes; and only that run does."""
+"""An interrupted run resumes from its checkpoint, with the same bytes; another run is refused."""
 
 import collections
 import dataclasses
@@ -20,14 +20,15 @@ from peft_perta import OutputError
 from peft_perta.gradients import Checkpoint, Plan, engine, remove_checkpoint
 from peft_perta.gradients import checkpoint as checkpoint_module
 from peft_perta.gradients._taps import Taps
+from peft_perta.gradients.modes import layerwise
 from peft_perta.model import base_model, hash_model
 
 RUN = {"format": 1, "model": "abc", "data": {"forget": "d", "retain": "e"}}
 TENSORS = {
-    "odd|A": torch.tensor([[0.0, -0.0], [float("nan"), float("inf")]]),
-    "b": torch.arange(3, dtype=torch.bfloat16) / 3,
-    "wide": torch.tensor([1 / 3], dtype=torch.float64),
-    "turned": torch.arange(6.0).reshape(2, 3).T,
+    ("odd.é|name", "A"): torch.tensor([[0.0, -0.0], [float("nan"), float("inf")]]),
+    ("b",): torch.arange(3, dtype=torch.bfloat16) / 3,
+    ("layer", "gradients", "wide"): torch.tensor([1 / 3], dtype=torch.float64),
+    ("layer", "moments", "turned"): torch.arange(6.0).reshape(2, 3).T,
 }
 RECORD = {"layers": ["x.y", "é"], "samples": 5, "nested": [[0.1, None], {"a": True}]}
 
@@ -56,14 +57,14 @@ def test_entries_are_replaced_named_and_deleted(tmp_path):
     for name in ("b", "a", "b"):
         found.save(name, {}, {"last": name})
     assert found.names() == ["a", "b"]
-    found.save("a", {"x": torch.ones(1)}, {"last": "new"})
+    found.save("a", {("x",): torch.ones(1)}, {"last": "new"})
     assert found.load("a")[1] == {"last": "new"}
     found.delete("a")
     found.delete("a")
     assert Checkpoint(tmp_path, RUN).names() == ["b"]
 
 
-def test_who_does_not_write_reads(tmp_path):
+def test_a_process_that_does_not_write_can_read(tmp_path):
     collector = Checkpoint(tmp_path / "c", RUN, writes=False)
     collector.save("a", TENSORS, RECORD)
     assert not (tmp_path / "c").exists()
@@ -100,7 +101,7 @@ def test_a_full_disk_leaves_the_old_entry(error, tmp_path, monkeypatch):
 
 @pytest.fixture
 def small_files():
-    """The system refuses to write more than 4 KiB into a file, as a disk that fills up does."""
+    """Files larger than 4 KiB cannot be written, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -112,13 +113,13 @@ def test_a_write_that_the_system_cuts_short_leaves_the_old_entry(tmp_path, small
     before = tree(tmp_path)
     small_files()
     with pytest.raises(OutputError, match=r"a\.safetensors could not be written"):
-        found.save("a", {"large": torch.ones(5000)}, RECORD)
+        found.save("a", {("large",): torch.ones(5000)}, RECORD)
     assert tree(tmp_path) == before
 
 
 def killed_at(event_number, block) -> bool:
-    """Run ``block`` in a child that kills itself (SIGKILL) at its n-th open, rename or deletion; False if it got
-    through."""
+    """Run ``block`` in a child that kills itself (SIGKILL) at its n-th system call that changes a file; False if it
+    finished."""
     child = os.fork()
     if child == 0:
         seen = 0
@@ -152,7 +153,7 @@ def killed_at(event_number, block) -> bool:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("first", [True, False], ids=["new directory", "old directory"])
 def test_a_kill_at_any_point_leaves_the_old_entry_or_the_new(first, tmp_path):
-    """And the same run opens the directory again, and clears away what was half written."""
+    """The same run can open the directory again, and deletes what was half written."""
     states = []
     for event_number in range(1, 100):
         path = tmp_path / str(event_number)
@@ -166,7 +167,7 @@ def test_a_kill_at_any_point_leaves_the_old_entry_or_the_new(first, tmp_path):
             break
     assert alive, "more system calls than tried"
     assert len(states) > 3
-    assert states.index("new") == states.count(None if first else "old"), "once it is there, it stays"
+    assert states.index("new") == states.count(None if first else "old"), "once it is written, it stays"
     assert states[-1] == "new"
 
 
@@ -185,7 +186,7 @@ def test_a_damaged_entry_is_refused(damage, tmp_path):
     found = Checkpoint(tmp_path, RUN)
     found.save("a", TENSORS, RECORD)
     damage(tmp_path / "a.safetensors")
-    with pytest.raises(OutputError, match=r"a\.safetensors is damaged \(.*\); delete .* to start anew"):
+    with pytest.raises(OutputError, match=r"a\.safetensors is damaged \(.*\); delete .* to start again"):
         found.load("a")
 
 
@@ -201,7 +202,7 @@ def test_a_damaged_entry_is_refused(damage, tmp_path):
 def test_another_run_is_refused_with_what_differs(changes, named, tmp_path):
     Checkpoint(tmp_path, RUN).save("a", TENSORS, RECORD)
     before = tree(tmp_path)
-    with pytest.raises(OutputError, match=f"is the checkpoint of another run, which differs in: {named}; go on with"):
+    with pytest.raises(OutputError, match=f"is the checkpoint of another run, which differs in: {named}; repeat the"):
         Checkpoint(tmp_path, {**RUN, **changes})
     assert tree(tmp_path) == before
 
@@ -211,11 +212,11 @@ def test_another_run_is_refused_with_what_differs(changes, named, tmp_path):
     [{"thesis.tex": "years"}, {"run.json": "{"}, {"run.json": "[1]"}, {"run.json.partial": "{", "thesis.tex": "years"}],
     ids=["another's", "no JSON", "no object", "half ours"],
 )
-def test_a_directory_that_is_no_checkpoint_is_left_alone(files, tmp_path):
+def test_another_directory_is_left_alone(files, tmp_path):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     before = tree(tmp_path)
-    with pytest.raises(OutputError, match=r"is not the checkpoint of a run of ours \(no readable run\.json\)"):
+    with pytest.raises(OutputError, match=r"is not a checkpoint of this package \(it has no readable run\.json\)"):
         Checkpoint(tmp_path, RUN)
     remove_checkpoint(tmp_path / "none")
     if "run.json" not in files:
@@ -223,9 +224,9 @@ def test_a_directory_that_is_no_checkpoint_is_left_alone(files, tmp_path):
     assert tree(tmp_path) == before
 
 
-def test_a_file_is_no_checkpoint(tmp_path):
+def test_a_file_is_refused(tmp_path):
     (tmp_path / "c").write_text("x")
-    with pytest.raises(OutputError, match="is not the checkpoint of a run of ours"):
+    with pytest.raises(OutputError, match="is not a checkpoint of this package"):
         Checkpoint(tmp_path / "c", RUN)
     with pytest.raises(OutputError, match=r"run\.json could not be written"):
         Checkpoint(tmp_path / "c" / "inner", RUN)
@@ -238,14 +239,14 @@ def test_a_checkpoint_is_removed_whole_once_it_is_not_needed(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-# Whose it is
+# Which run it belongs to
 
 
 def flip_a_bit(tensor):
     tensor.data.view(-1).view(torch.uint8)[tensor.nbytes // 2] ^= 1
 
 
-def test_the_hash_tells_any_one_weight():
+def test_the_hash_depends_on_every_weight():
     model = builders.llama()
     before = hash_model(model)
     names = [name for name, _ in model.named_parameters()]
@@ -257,7 +258,7 @@ def test_the_hash_tells_any_one_weight():
     assert hash_model(model) == before
 
 
-def test_the_hash_tells_a_buffer_a_type_and_a_name():
+def test_the_hash_depends_on_buffers_types_and_names():
     model = builders.llama()
     seen = [hash_model(model)]
     model.register_buffer("seen", torch.zeros(1))
@@ -267,13 +268,13 @@ def test_the_hash_tells_a_buffer_a_type_and_a_name():
     assert len(set(seen)) == len(seen)
 
 
-def test_the_hash_does_not_see_the_adapters():
+def test_the_hash_does_not_depend_on_adapters():
     for make in (builders.llama, builders.nf4_llama):
         assert hash_model(base_model(builders.with_adapters(make()))) == hash_model(make())
 
 
 @pytest.mark.parametrize("part", ["absmax", "offset", "state2.absmax"])
-def test_the_hash_tells_a_4_bit_weights_scales(part):
+def test_the_hash_depends_on_the_scales_of_4_bit_weights(part):
     model = builders.nf4_llama()
     before = hash_model(model)
     state = model.model.layers[1].mlp.up_proj.weight.quant_state
@@ -285,7 +286,7 @@ def test_the_hash_tells_a_4_bit_weights_scales(part):
     assert hash_model(model) != before
 
 
-def test_the_hash_tells_an_8_bit_weights_scales_wherever_they_are():
+def test_the_hash_depends_on_the_scales_of_8_bit_weights_wherever_they_are():
     """A forward moves them from the weight to the layer's state."""
     model = builders.int8_llama()
     before = hash_model(model)
@@ -299,14 +300,14 @@ def test_the_hash_tells_an_8_bit_weights_scales_wherever_they_are():
     assert hash_model(model) != before
 
 
-def test_the_hash_reads_offloaded_weights_where_they_rest(tmp_path):
+def test_the_hash_reads_offloaded_weights(tmp_path):
     model = builders.llama()
     disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
     assert all(parameter.is_meta for parameter in model.parameters())
     assert hash_model(model) == hash_model(builders.llama())
 
 
-# Going on
+# Resuming
 
 SETTINGS = {"granularity": "delta", "rank": 3, "batch_size": 2}
 FORGET, RETAIN = 3, 2  # batches: 5 and 4 rows, 2 at a time
@@ -319,16 +320,16 @@ def two_groups(monkeypatch):
 
 
 def plan_as(monkeypatch, mode):
-    def make_plan(measured, held, budget, batch_size):
+    def make_plan(measured, taken, budget, batch_size, modes):
         names = [layer.name for layer in reversed(measured.layers)]
         return Plan(mode, (tuple(names[:7]), tuple(names[7:])), "device", "device", batch_size)
 
     monkeypatch.setattr(engine, "make_plan", make_plan)
-    monkeypatch.setattr(engine, "why_no_chain", lambda *_: None)  # which takes gradients too
+    monkeypatch.setattr(layerwise, "why_no_chain", lambda *_: None)  # it would take gradients, too
 
 
 class Interruption:
-    """Counts gradients: backward calls, and per layer how often one is taken; and raises at the n-th backward."""
+    """Counts backward calls, and the gradients of each layer; raises at the n-th backward call."""
 
     def __init__(self, monkeypatch):
         self.start()
@@ -368,8 +369,8 @@ def assert_same(one, two):
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
-def test_sweeps_go_on_where_they_were_cut_off(kind, two_groups, count, tmp_path):
-    """At every single backward; what a finished sweep summed is not summed again."""
+def test_sweeps_resume_where_they_were_interrupted(kind, two_groups, count, tmp_path):
+    """Interrupted at every single backward call; finished sweeps are not repeated."""
     once = FORGET + RETAIN
     expected = negate(tmp_path / "whole")
     assert count.backwards == 2 * once
@@ -386,8 +387,8 @@ def test_sweeps_go_on_where_they_were_cut_off(kind, two_groups, count, tmp_path)
         assert sum(upper) == 7 * max(0, once - done)
 
 
-def test_layer_by_layer_goes_on_where_it_was_cut_off(monkeypatch, count, tmp_path):
-    """The forward is made again, and blocks that are done pass their gradient on without a sum."""
+def test_layer_by_layer_resumes_where_it_was_interrupted(monkeypatch, count, tmp_path):
+    """The forward pass is repeated, and finished blocks only propagate the gradient."""
     plan_as(monkeypatch, "layerwise")
     once = FORGET + RETAIN
     expected = negate(tmp_path / "whole")
@@ -415,7 +416,7 @@ def test_a_finished_run_is_not_run_again(mode, monkeypatch, count, tmp_path):
     assert tree(tmp_path) == before
 
 
-def test_what_is_left_of_the_sums_is_deleted_with_their_group(two_groups, tmp_path):
+def test_sums_are_deleted_when_their_group_is_finished(two_groups, tmp_path):
     negate(tmp_path)
     assert sorted(tree(tmp_path)) == [
         "layers-000007.safetensors",
@@ -426,8 +427,8 @@ def test_what_is_left_of_the_sums_is_deleted_with_their_group(two_groups, tmp_pa
 
 
 @pytest.mark.parametrize("after", range(5))
-def test_a_disk_that_fills_up_stops_the_run_and_space_lets_it_go_on(after, two_groups, monkeypatch, tmp_path):
-    """At the plan, either group's sums, or either group's layers."""
+def test_a_full_disk_stops_the_run_and_it_resumes_with_free_space(after, two_groups, monkeypatch, tmp_path):
+    """Full at the plan, at one group's sums, or at one group's layers."""
     expected = negate(tmp_path / "whole")
     written = []
 
@@ -446,8 +447,8 @@ def test_a_disk_that_fills_up_stops_the_run_and_space_lets_it_go_on(after, two_g
     assert_same(negate(tmp_path / "c"), expected)
 
 
-def test_the_plan_is_kept_unless_the_budget_is_another(monkeypatch, count, tmp_path):
-    """Cut off in sweeps; with another budget the rest goes layer by layer, to the same bytes."""
+def test_the_plan_is_kept_unless_the_budget_changes(monkeypatch, count, tmp_path):
+    """Interrupted in sweeps; with another budget the rest runs layer by layer, with the same bytes."""
     plan_as(monkeypatch, "grouped")
     expected = negate(tmp_path / "whole")
     for changes, mode in (({}, "grouped"), ({"host_memory": "100GiB"}, "layerwise")):
@@ -504,7 +505,9 @@ def test_a_checkpoint_of_another_run_is_refused_before_any_gradient(changes, mod
     negate(tmp_path, **FULL)
     before = tree(tmp_path)
     count.start()
-    with pytest.raises(OutputError, match=f"which differs in: {named}; go on with that run as it was, or delete"):
+    with pytest.raises(
+        OutputError, match=f"which differs in: {named}; repeat the original command to resume that run, or delete"
+    ):
         negate(tmp_path, model and model(), **{**FULL, **changes})
     assert count.backwards == 0
     assert tree(tmp_path) == before

@@ -1,4 +1,4 @@
-"""Every knob: documented, checked, and the same after a round trip."""
+"""Every setting: documented, checked, and unchanged by a round trip through JSON."""
 
 import dataclasses
 import json
@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_perta import ConfigError, PerTAConfig
-from peft_perta.adapters import SERVABLE_RANKS, servable_rank
+from peft_perta.adapters import DTYPES, SERVABLE_RANKS, servable_rank
+from peft_perta.perta import FITS, GRANULARITIES, gradient_job
 
 FIELDS = [field.name for field in dataclasses.fields(PerTAConfig)]
 
@@ -20,8 +21,34 @@ def test_every_field_has_help(field):
     assert field.metadata["help"].endswith(".")
 
 
+@pytest.mark.parametrize("field", dataclasses.fields(PerTAConfig), ids=FIELDS)
+def test_the_docstring_explains_every_field_with_its_range_and_default(field):
+    text = " ".join(PerTAConfig.__doc__.split())
+    said = f"{field.name}: {field.metadata['help']} Expects {field.metadata['expected']}; default {field.default!r}."
+    assert " ".join(said.split()) in text
+
+
+def test_names_to_choose_from_are_the_tables_own():
+    choices = {field.name: field.metadata["choices"] for field in dataclasses.fields(PerTAConfig)}
+    assert {name: named for name, named in choices.items() if named} == {
+        "granularity": tuple(GRANULARITIES),
+        "fit": tuple(FITS),
+        "allocation": ("uniform", "padded", "pattern"),
+        "gradients_at": ("origin", "full"),
+        "dtype": DTYPES,
+    }
+
+
+@pytest.mark.parametrize("fit", [None, *FITS])
+@pytest.mark.parametrize("input_directions", [None, True, False])
+def test_an_edit_needs_seven_more_copies_unless_it_is_only_truncated(fit, input_directions):
+    config = PerTAConfig(fit=fit, input_directions=input_directions)
+    copies = gradient_job(config, "mean", None, [], {}).edit_copies
+    assert copies == (0 if input_directions is False and fit in (None, "truncated") else 7)
+
+
 def test_the_defaults_are_what_measured_best():
-    """What docs/results.md measured best: per factor, at the forget adapter's own rank."""
+    """docs/results.md: per factor, at the forget adapter's own rank."""
     config = PerTAConfig()
     assert (config.granularity, config.weighting, config.rank, config.strength) == ("factor", "grad", None, 1.0)
 
@@ -71,7 +98,7 @@ GOOD = {
 }
 
 
-def test_every_field_is_in_the_tables_here():
+def test_every_field_has_good_and_bad_values():
     assert set(BAD) == set(GOOD) == set(FIELDS)
 
 
@@ -113,7 +140,7 @@ def test_a_bad_file_is_refused(content, message, tmp_path):
 
 
 @given(rank=st.integers(1, 256))
-def test_a_servable_rank_is_the_least_that_holds(rank):
+def test_a_servable_rank_is_the_smallest_that_holds_the_rank(rank):
     found = servable_rank(rank)
     assert found in SERVABLE_RANKS
     assert found >= rank

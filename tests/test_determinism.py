@@ -1,4 +1,4 @@
-"""The same seed and inputs give the same bytes, in this process and in another; a batch size changes nothing."""
+"""The same seed and inputs give the same bytes, in this process and in another; the batch size does not matter."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ SETTINGS = {"granularity": "delta", "weighting": "fisher", "max_samples": 3, "se
 
 
 def emit(path):
-    torch.rand(7)  # the global generator must not matter
+    torch.rand(7)  # the state of the global generator must not matter
     return save_perta_adapter(path, *builders.negate(builders.adapted_llama(), **SETTINGS))
 
 
@@ -74,8 +74,8 @@ def test_which_adapters_are_active_does_not_matter():
     assert all(torch.equal(results[0][key], result[key]) for result in results[1:] for key in results[0])
 
 
-def test_origin_and_full_are_two_references():
-    """With the task adapter on the gradients differ; without one named, full is the base."""
+def test_gradients_at_origin_and_at_full_differ():
+    """With a task adapter they differ; without one, the full model is the base."""
     model = builders.adapted_llama()
     origin = builders.negate(model)[1]
     full = builders.negate(model, gradients_at="full", task_adapter="task")[1]

@@ -84,7 +84,7 @@ sys.path.insert(0, {tests!r})
 import builders, torch
 from peft_perta import PerTAConfig
 from peft_perta.data import load_samples
-from peft_perta.gradients import Job, Limits, choose_plan, gather
+from peft_perta.gradients import Collector, Job, Limits, choose_plan, gather
 from peft_perta.perta import GRANULARITIES
 from peft_perta.model import distributed, resolve_targets
 
@@ -93,13 +93,13 @@ model = builders.adapted_llama()
 targets = resolve_targets(model, "forget")
 rows = dict(forget=builders.forget_rows(), retain=builders.retain_rows())
 sets = {{name: load_samples(found, builders.tokenizer()) for name, found in rows.items()}}
-reader = GRANULARITIES["delta"]
-plan = dataclasses.replace(choose_plan(model, targets, sets, reader, Limits(1), "mean", []), mode="layerwise")
-job = Job(model, {{t.name: t for t in targets}}, GRANULARITIES["delta"], "mean", [], plan, show_progress_bar=False)
+collector = Collector((GRANULARITIES["delta"],))
+job = Job(model, targets, sets, collector, "mean", limits=Limits(1), show_progress_bar=False)
+plan = dataclasses.replace(choose_plan(job), mode="layerwise")
 sums = {{}}
-for group, found in gather(job, sets):
+for group, found in gather(job, plan):
     for target in group:
-        sums[target.name] = {{name: of[target.name].sums["weight"] for name, of in found.items()}}
+        sums[target.name] = {{name: of[target.name].gradients["weight"] for name, of in found.items()}}
 if distributed.is_main():
     torch.save(sums, sys.argv[1])
 distributed.finish()
@@ -160,7 +160,7 @@ def one_of_two(rank, port, at, path):
     def slowly(function):
         return lambda *args, **kwargs: (time.sleep(0.2), function(*args, **kwargs))[1]
 
-    def two_groups(measured, held, budget, batch_size):
+    def two_groups(measured, taken, budget, batch_size, modes):
         names = [layer.name for layer in reversed(measured.layers)]
         return Plan("grouped", (tuple(names[:7]), tuple(names[7:])), "device", "device", batch_size)
 

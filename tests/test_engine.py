@@ -1,4 +1,4 @@
-"""Every mode against the loop over samples: places, offloading, low precision, unusual layers, too little memory."""
+"""Every mode against a loop over samples: places, offloading, low precision, unusual layers, too little memory."""
 
 import functools
 import itertools
@@ -12,16 +12,17 @@ import tables
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 
-from peft_perta import NumericalError, PerTAConfig, UnsupportedLayerError
+from peft_perta import NumericalError, UnsupportedLayerError
 from peft_perta.data import load_samples
-from peft_perta.gradients import Job, Plan, choose_plan, gather
-from peft_perta.gradients._probe import measure, why_no_chain
-from peft_perta.gradients.plan import make_plan
+from peft_perta.gradients import Limits, Plan, choose_plan, gather
+from peft_perta.gradients._chain_check import why_no_chain
+from peft_perta.gradients._planning import make_plan
+from peft_perta.gradients._probe import measure
 from peft_perta.model import resolve_targets
-from peft_perta.perta import GRANULARITIES, limits_of
+from peft_perta.perta import GRANULARITIES
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:.*use_reentrant")
-modes = pytest.mark.parametrize("mode", ["grouped", "layerwise"])
+modes = pytest.mark.parametrize("mode", tables.MODES)
 kinds = pytest.mark.parametrize("kind", tables.LAYERS)
 statistics = pytest.mark.parametrize("statistic", ["mean", "squares"])
 SETS = {
@@ -32,7 +33,7 @@ EXPERTS = (builders.adapted_mixtral, builders.adapted_gpt_oss)
 
 
 def plan(model, mode, place="device", micro_batch=2, groups=None):
-    """All weights in one group; their sums, or the blocks' inputs, at the place."""
+    """All layers in one group; their sums, or the blocks' inputs, in this place."""
     names = tuple(target.name for target in reversed(resolve_targets(model, "forget")))
     return Plan(mode, groups or (names,), place, place, micro_batch)
 
@@ -93,7 +94,7 @@ def test_fused_projections(mode, statistic, adapters):
 @modes
 @pytest.mark.parametrize("adapters", [("task",), ("forget", "task")], ids="+".join)
 def test_experts_with_adapters_on_them(build, mode, adapters):
-    """PEFT hides the parameter behind one that adds the deltas, in one way for one adapter and another for several."""
+    """PEFT hides the parameter behind one that adds the deltas, in different ways for one adapter and for several."""
     model = build()
     with laws.untouched(model):
         equals_the_loop(model, by_the_loop(build, adapters=adapters), plan(model, mode), adapters=adapters)
@@ -114,7 +115,7 @@ def experts_and_layers():
 
 
 def weight_as_a_parameter():
-    """PEFT's ``target_parameters`` on the weight of a linear layer: an expert alone."""
+    """PEFT's ``target_parameters`` on the weight of a linear layer: a single expert."""
     return builders.with_adapters(
         builders.llama(), builders.experts_config(target_parameters=["q_proj.weight", "down_proj.weight"])
     )
@@ -154,14 +155,14 @@ def flattened_opt():
 
 @modes
 @pytest.mark.parametrize(("statistic", "size"), [("mean", 2), ("squares", 1)])
-def test_layers_that_do_not_see_samples(mode, statistic, size):
+def test_layers_with_flattened_samples(mode, statistic, size):
     model = flattened_opt()
     expected = by_the_loop(flattened_opt, "factor", statistic)
     equals_the_loop(model, expected, plan(model, mode, micro_batch=size), "factor", statistic)
 
 
 @modes
-def test_squares_of_layers_that_do_not_see_samples_need_them_one_at_a_time(mode):
+def test_squares_of_layers_with_flattened_samples_need_batches_of_one(mode):
     model = flattened_opt()
     with laws.untouched(model), pytest.raises(UnsupportedLayerError, match=r"need batch_size=1"):
         laws.gathered(model, SETS, "factor", "squares", plan(model, mode))
@@ -175,10 +176,8 @@ def test_the_plan_takes_squares_one_sample_at_a_time_where_it_must(build):
         assert planned(adapted, statistic, batch_size=4).micro_batch == 4
 
 
-def planned(model, statistic="mean", **settings):
-    config = PerTAConfig(input_directions=False, **settings)
-    targets = resolve_targets(model, "forget")
-    return choose_plan(model, targets, SETS, GRANULARITIES[config.granularity], limits_of(config), statistic, [])
+def planned(model, statistic="mean", granularity="factor", **limits):
+    return choose_plan(laws.job_of(model, SETS, granularity, statistic, limits=Limits(**limits)))
 
 
 @pytest.mark.parametrize("kind", ["linear", "experts"])
@@ -203,34 +202,27 @@ def test_groups_come_as_planned_and_each_goes_back_no_further_than_it_must():
     groups = tuple(map(tuple, (names[:1], names[1:7], names[7:8], names[8:])))
     expected = by_the_loop(builders.adapted_llama, "factor")
     layer = model.get_base_model().model.layers[0]
-    job = Job(model, targets_of(model), GRANULARITIES["factor"], "mean", [], plan(model, "grouped", groups=groups))
-    job.show_progress_bar = False
+    job = laws.job_of(model, SETS, "factor")
     reached = []
     handle = layer.register_forward_hook(lambda module, args, output: reached.append(output.requires_grad))
     came = []
-    with closing(gather(job, SETS)) as stream:
-        for group, found in stream:
+    with closing(gather(job, plan(model, "grouped", groups=groups))) as stream:
+        for group, sums in stream:
             came.append((tuple(target.name for target in group), set(reached)))
             reached.clear()
             for name in SETS:
-                laws.sums_are(found[name], {t.name: expected[name][t.name] for t in group}, 2e-6)
+                laws.sums_are(sums[name], {t.name: expected[name][t.name] for t in group}, 2e-6)
     handle.remove()
     assert came == list(zip(groups, [{False}, {False}, {True}, {True}], strict=True))
 
 
-def targets_of(model):
-    return {target.name: target for target in resolve_targets(model, "forget")}
-
-
-def job_of(model, mode, **plans):
-    job = Job(model, targets_of(model), GRANULARITIES["delta"], "mean", [], plan(model, mode, **plans))
-    job.show_progress_bar = False
-    return job
+def streamed(model, mode, **plans):
+    return closing(gather(laws.job_of(model, SETS), plan(model, mode, **plans)))
 
 
 def test_blocks_come_from_the_top():
     model = experts_and_head()
-    with closing(gather(job_of(model, "layerwise"), SETS)) as stream:
+    with streamed(model, "layerwise") as stream:
         came = [[target.name for target in group] for group, _ in stream]
     assert came[0] == ["lm_head"]
     assert [name.partition(".mlp")[0] for name in (came[1][0], came[2][0])] == ["model.layers.1", "model.layers.0"]
@@ -243,44 +235,44 @@ def experts_and_head():
 
 
 @modes
-def test_what_is_done_is_not_done_again(mode):
-    """Of a block in the middle that is done only the gradient is passed on."""
+def test_only_the_layers_of_the_job_are_summed(mode):
+    """A plan of all layers; a block without a layer of the job only propagates the gradient."""
     model = builders.adapted_llama()
-    job = job_of(model, mode)
-    job.done = {name for name in job.targets if ".layers.1." in name or "q_proj" in name}
-    left = set(job.targets) - job.done
+    job = laws.job_of(model, SETS)
+    names = {target.name for target in job.targets}
+    done = {name for name in names if ".layers.1." in name or "q_proj" in name}
+    left = names - done
     expected = by_the_loop(builders.adapted_llama)
-    with closing(gather(job, SETS)) as stream:
-        ((group, found),) = stream
+    with closing(gather(job.without(done), plan(model, mode))) as stream:
+        ((group, sums),) = stream
     assert {target.name for target in group} == left
-    laws.sums_are(found["forget"], {name: expected["forget"][name] for name in left}, 2e-6)
-    job.done = set(job.targets)
-    assert not list(gather(job, SETS))
+    laws.sums_are(sums["forget"], {name: expected["forget"][name] for name in left}, 2e-6)
+    assert not list(gather(job.without(names), plan(model, mode)))
 
 
 @modes
 def test_sums_are_freed_as_they_are_taken(mode):
     model = builders.adapted_llama()
-    with closing(gather(job_of(model, mode), SETS)) as stream:
-        for group, found in stream:
+    with streamed(model, mode) as stream:
+        for group, sums in stream:
             for target in group:
-                pair = [per_layer.pop(target.name) for per_layer in found.values()]
-                held = [weakref.ref(total) for statistic in pair for total in statistic.sums.values()]
-                assert held
-                del pair
-                assert not any(ref() is not None for ref in held)
+                of_layer = [per_layer.pop(target.name) for per_layer in sums.values()]
+                references = [weakref.ref(total) for of_set in of_layer for total in of_set.tensors()]
+                assert references
+                del of_layer
+                assert not any(reference() is not None for reference in references)
 
 
-# The borrowed model
+# The model is restored
 
 
 class Stop(Exception):
-    """What a stage is made to raise."""
+    """Raised on purpose."""
 
 
 @pytest.mark.parametrize("build", [builders.adapted_llama, builders.adapted_mixtral])
 @modes
-@pytest.mark.parametrize("place", ["forward", "later forward", "backward", "statistic"])
+@pytest.mark.parametrize("place", ["forward", "later forward", "backward", "sums"])
 def test_an_exception_leaves_no_trace(build, mode, place, monkeypatch):
     model = build().train()
     layer = model.get_base_model().model.layers[1]
@@ -293,8 +285,8 @@ def test_an_exception_leaves_no_trace(build, mode, place, monkeypatch):
 
     if place == "backward":
         layer.register_full_backward_hook(fail)
-    elif place == "statistic":
-        monkeypatch.setattr("peft_perta.statistics.Statistic.add", fail)
+    elif place == "sums":
+        monkeypatch.setattr("peft_perta.gradients.gradient_sums.GradientSums.add", fail)
     else:
         layer.register_forward_hook(fail)
     with laws.untouched(model), pytest.raises(Stop, match="on purpose"):
@@ -302,9 +294,9 @@ def test_an_exception_leaves_no_trace(build, mode, place, monkeypatch):
 
 
 @modes
-def test_an_iterator_that_is_left_leaves_no_trace(mode):
+def test_an_iterator_that_is_closed_early_leaves_no_trace(mode):
     model = builders.adapted_mixtral().train()
-    with laws.untouched(model), closing(gather(job_of(model, mode), SETS)) as stream:
+    with laws.untouched(model), streamed(model, mode) as stream:
         next(stream)
 
 
@@ -351,7 +343,7 @@ def test_offloaded_models_give_the_same(build, adapters, mode, offload, tmp_path
     with laws.untouched(model):
         away = laws.gathered(model, SETS, "factor", "mean", plan(model, mode), list(adapters))
     for name in SETS:
-        laws.sums_are(away[name], {layer: found.sums for layer, found in here[name].items()}, 0.0)
+        laws.sums_are(away[name], {layer: of_layer.gradients for layer, of_layer in here[name].items()}, 0.0)
 
 
 @modes
@@ -372,7 +364,7 @@ def test_an_offloaded_model_is_planned_for_and_emitted_as_any(build, offload, tm
     expected = builders.negate(model)[1]
     offload(model.get_base_model(), tmp_path)
     with laws.untouched(model):
-        assert why_no_chain(model, SETS, []) is None
+        assert why_no_chain(laws.job_of(model, SETS)) is None
         found = builders.negate(model)[1]
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
@@ -381,7 +373,7 @@ def test_an_offloaded_model_is_planned_for_and_emitted_as_any(build, offload, tm
 
 
 def all_of_mixtral():
-    """Every expert is chosen for every token: which ones would change with the rounding."""
+    """Every token uses every expert: otherwise rounding would change the choice."""
     return builders.adapted_mixtral(chosen=4)
 
 
@@ -389,7 +381,7 @@ def all_of_gpt_oss():
     return builders.adapted_gpt_oss(chosen=4)
 
 
-ROUNDING = 0.05  # of a tiny model's gradients in bfloat16, at its worst layer
+ROUNDING = 0.05  # relative error of a tiny model's bfloat16 gradients, at the worst layer
 rounded = pytest.mark.parametrize("build", [builders.adapted_llama, all_of_mixtral, all_of_gpt_oss])
 
 
@@ -403,7 +395,7 @@ def test_autocast_is_summed_in_float32(build, mode, statistic):
         found = equals_the_loop(
             model, expected, plan(model, mode, micro_batch=size), "delta", statistic, ("task",), ROUNDING
         )
-    assert {total.dtype for s in found["forget"].values() for total in s.sums.values()} == {torch.float32}
+    assert {total.dtype for s in found["forget"].values() for total in s.tensors()} == {torch.float32}
 
 
 def test_under_autocast_layers_that_share_their_input_share_its_cast(monkeypatch):
@@ -418,7 +410,7 @@ def test_under_autocast_layers_that_share_their_input_share_its_cast(monkeypatch
 
     monkeypatch.setattr(delta, "gradient", spy)
     with torch.autocast("cpu", torch.bfloat16):
-        laws.statistics(model, SETS["forget"], "delta", "mean", [], len(SETS["forget"]))
+        laws.swept(model, SETS["forget"], "delta", "mean", [], len(SETS["forget"]))
     assert {held.dtype for held in inputs.values()} == {torch.bfloat16}
     q, k, v, o, gate, up = (
         inputs[f"{part}_proj"].data_ptr()
@@ -439,18 +431,18 @@ def test_bfloat16_models_are_summed_in_float32(build, mode, statistic):
     found = equals_the_loop(
         model, expected, plan(model, mode, micro_batch=size), "delta", statistic, tolerance=ROUNDING
     )
-    assert {total.dtype for s in found["forget"].values() for total in s.sums.values()} == {torch.float32}
+    assert {total.dtype for s in found["forget"].values() for total in s.tensors()} == {torch.float32}
 
 
 def _rounded(build):
     return build().to(torch.bfloat16).float()
 
 
-# Blocks that are no chain
+# Blocks that do not form a chain
 
 
 def sharing_llama():
-    """Block 1 also adds what block 0 gave out."""
+    """Block 1 also adds the output of block 0."""
     model = builders.adapted_llama()
     first, second = model.get_base_model().model.layers
     kept = []
@@ -466,20 +458,20 @@ CHAINS = [*tables.LAYERS.values(), builders.adapted_gpt_oss, builders.adapted_ph
 def test_blocks_that_pass_on_nothing_but_hidden_states_are_a_chain(build):
     model = build().train()
     with laws.untouched(model):
-        assert why_no_chain(model, SETS, ["task"]) is None
+        assert why_no_chain(laws.job_of(model, SETS, adapters=["task"])) is None
 
 
 def test_blocks_that_share_more_are_no_chain():
     model = sharing_llama()
     with laws.untouched(model):
-        assert "blocks share more than their hidden states" in why_no_chain(model, SETS, [])
+        assert "blocks share more than their hidden states" in why_no_chain(laws.job_of(model, SETS))
 
 
 @pytest.fixture
 def _layerwise_is_cheapest(monkeypatch):
-    """Memory for one block's sums, not for all."""
+    """A budget that holds one block's sums, but not all layers'."""
     model = builders.adapted_llama()
-    measured = measure(model, resolve_targets(model, "forget"), SETS, GRANULARITIES["delta"], "mean", [], 2)
+    measured = measure(laws.job_of(model, SETS, limits=Limits(batch_size=2)))
     monkeypatch.setattr("peft_perta.gradients.engine.taken", lambda pool: 0)
     for room in range(0, 10**8, 2**14):
         budget = {"cpu": room, "disk": 0}
@@ -496,7 +488,7 @@ def _fits(measured, budget):
 
 
 @pytest.mark.usefixtures("_layerwise_is_cheapest")
-def test_what_is_no_chain_is_swept_instead(capsys):
+def test_blocks_that_form_no_chain_are_swept_instead(capsys):
     assert planned(builders.adapted_llama(), granularity="delta", batch_size=2).mode == "layerwise"
     assert not capsys.readouterr().err
     model = sharing_llama()
@@ -511,7 +503,7 @@ def test_what_is_no_chain_is_swept_instead(capsys):
 
 
 def only(model, samples):
-    """At most so many samples fit."""
+    """Make the model run out of memory with more samples than this."""
 
     def refuse(module, args, output):
         if len(output) > samples:
@@ -530,27 +522,27 @@ def test_out_of_memory_halves_the_micro_batch_and_gives_the_same(mode, fits, tri
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if "out of memory" in line] == [
         f"out of memory with {before} samples at a time (CUDA out of memory. Tried to allocate 2.00 GiB.); "
-        f"going on with {after}"
+        f"continuing with {after}"
         for before, after in itertools.pairwise(tried)
     ]
 
 
 @modes
-def test_out_of_memory_later_on_keeps_what_is_done(mode):
+def test_out_of_memory_later_on_keeps_what_is_done(mode, capsys):
     model = builders.adapted_llama()
     names = [target.name for target in reversed(resolve_targets(model, "forget"))]
-    job = job_of(model, mode, micro_batch=4, groups=(tuple(names[:7]), tuple(names[7:])))
     expected = by_the_loop(builders.adapted_llama)
     came = []
-    with closing(gather(job, SETS)) as stream:
-        for group, found in stream:
+    with streamed(model, mode, micro_batch=4, groups=(tuple(names[:7]), tuple(names[7:]))) as stream:
+        for group, sums in stream:
             came.append({target.name for target in group})
             for name in SETS:
-                laws.sums_are(found[name], {t.name: expected[name][t.name] for t in group}, 2e-6)
+                laws.sums_are(sums[name], {t.name: expected[name][t.name] for t in group}, 2e-6)
             if len(came) == 1:
                 model.get_base_model().model.layers[0].mlp.register_forward_hook(_only_two)
     assert came == [set(names[:7]), set(names[7:])]
-    assert job.plan.micro_batch == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    assert lines == ["out of memory with 4 samples at a time (too little); continuing with 2"]
 
 
 def _only_two(module, args, output):

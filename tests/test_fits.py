@@ -1,4 +1,4 @@
-"""Fits: each is the best in its own measure, by a dense oracle in float64; where the rank suffices, all are exact."""
+"""Fits: each is the best in its own measure, against a dense oracle in float64; all are exact if the rank suffices."""
 
 import pytest
 import tables
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from peft_perta.adapters import Product
 from peft_perta.errors import UnsupportedLayerError
-from peft_perta.gradients import MOMENT, GradientSums
+from peft_perta.gradients import GradientSums
 from peft_perta.perta import FITS
 from peft_perta.perta._input_directions import DAMPING
 from peft_perta.perta.fits.weighted import weighted_factors
@@ -22,19 +22,18 @@ def random(*shape, seed=0):
 
 
 def measured(seed=0, width=WIDTH, height=HEIGHT):
-    """Both sets' sums over 50 and 80 tokens whose inputs and gradients are of very unequal size."""
+    """Both sets' sums over 50 and 80 tokens whose inputs and gradients have very different sizes."""
     sets = {}
     for index, (name, tokens) in enumerate((("forget", 50), ("retain", 80))):
         x = random(tokens, width, seed=seed + index) * torch.logspace(-1.5, 0.5, width, dtype=torch.float64)
         g = random(tokens, height, seed=seed + index + 7) * torch.logspace(0.5, -1, height, dtype=torch.float64)
-        sums = {
-            f"{MOMENT}inputs": x.T @ x,
-            f"{MOMENT}tokens": torch.full((1, 1), float(tokens), dtype=torch.float64),
-            f"{MOMENT}input energy": x.square().sum(0, keepdim=True),
-            f"{MOMENT}output energy": g.square().sum(0, keepdim=True),
-            "weight": g.T @ x,
+        moments = {
+            "inputs": x.T @ x,
+            "tokens": torch.full((1, 1), float(tokens), dtype=torch.float64),
+            "input energy": x.square().sum(0, keepdim=True),
+            "output energy": g.square().sum(0, keepdim=True),
         }
-        sets[name] = GradientSums("mean", sums=sums, samples=10)
+        sets[name] = GradientSums("mean", gradients={"weight": g.T @ x}, moments=moments, samples=10)
     return sets
 
 
@@ -48,23 +47,23 @@ def dense_of(edit):
 
 
 def metric(name, sets):
-    """D -> the squared error that this fit makes least, and (left, right) where it is ||left D right||^2."""
-    forget, retain = (s.sums for s in sets.values())
+    """D -> the squared error that this fit minimises, and (left, right) if that is ||left D right||^2."""
+    forget, retain = sets.values()
     identity = torch.eye(WIDTH, dtype=torch.float64), torch.eye(HEIGHT, dtype=torch.float64)
     if name == "weighted":
-        H = (retain["weight"] / 10).square()
+        H = (retain.gradients["weight"] / 10).square()
         H = H / H.mean() + 0.01
         return (lambda D: float((H * D.square()).sum())), None
     if name == "truncated":
         right, left = identity
     elif name == "kronecker":
         q, p = (
-            sum(s[f"{MOMENT}{n} energy"][0] / s[f"{MOMENT}{n} energy"].mean() for s in (forget, retain)) + 1e-3
+            sum(s.moments[f"{n} energy"][0] / s.moments[f"{n} energy"].mean() for s in (forget, retain)) + 1e-3
             for n in ("input", "output")
         )
         right, left = q.sqrt().diag(), p.sqrt().diag()
     else:
-        C = sum(s[f"{MOMENT}inputs"] / s[f"{MOMENT}tokens"] for s in (forget, retain))
+        C = sum(s.moments["inputs"] / s.moments["tokens"] for s in (forget, retain))
         C = C + DAMPING * C.diagonal().mean() * identity[0]
         values, vectors = torch.linalg.eigh(C)
         right, left = vectors @ values.sqrt().diag() @ vectors.T, identity[1]
@@ -86,14 +85,14 @@ def test_no_factors_of_the_rank_are_closer_in_its_measure(name, kind):
         least = float(torch.linalg.svdvals(left @ E @ right)[RANK:].square().sum())
         assert least * (1 - 1e-9) <= error <= least * (1 + 1e-6)
     others = [other.fit(edit, RANK, sets) for key, other in FITS.items() if key != name]
-    assert all(error < error_of(E - other.B @ other.A) for other in others), "the measures differ, and so do the fits"
+    assert all(error < error_of(E - other.B @ other.A) for other in others), "the measures differ, so the fits do too"
     assert found.metric_error == pytest.approx(error / error_of(E), rel=1e-6)
     kept = 1 - float((E - found.B @ found.A).square().sum() / E.square().sum())
     assert found.energy_kept == pytest.approx(kept, abs=1e-9)
 
 
 @each
-def test_where_the_rank_suffices_the_edit_is_passed_on(name):
+def test_an_edit_that_fits_the_rank_is_passed_on(name):
     edit = edits()["product"]
     found = FITS[name].fit(edit, 9, measured())
     assert torch.equal(found.A, edit.A)
@@ -117,17 +116,19 @@ def test_a_share_instead_of_a_rank(name):
 
 
 @each
-def test_nothing_that_goes_in_is_written(name):
+def test_the_inputs_are_not_modified(name):
     sets, edit = measured(), edits()["dense"]
-    before = edit.clone(), {n: {k: v.clone() for k, v in s.sums.items()} for n, s in sets.items()}
+    before = edit.clone(), {name: [total.clone() for total in sums.tensors()] for name, sums in sets.items()}
     FITS[name].fit(edit, RANK, sets)
     assert torch.equal(edit, before[0])
-    assert all(torch.equal(v, before[1][n][k]) for n, s in sets.items() for k, v in s.sums.items())
+    for name, sums in sets.items():
+        assert len(before[1][name]) == 5
+        assert all(map(torch.equal, sums.tensors(), before[1][name]))
 
 
 @given(st.integers(0, 2**16), st.floats(0.0, 3.0))
-def test_weighted_factors_settle_where_no_step_helps(seed, spread):
-    """The error is below the start's, and its gradient in either factor is nearly nothing."""
+def test_weighted_factors_converge_to_a_stationary_point(seed, spread):
+    """The error is below the start's, and its gradient with respect to the factor solved last is almost zero."""
     E, H = random(12, 15, seed=seed), torch.exp(spread * random(12, 15, seed=seed + 1))
     U, S, Vh = torch.linalg.svd(E)
     start = S[:3].sqrt().unsqueeze(1) * Vh[:3], U[:, :3] * S[:3].sqrt()

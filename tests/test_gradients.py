@@ -1,4 +1,4 @@
-"""The hooks against a loop over samples with dense autograd, over layer kinds, granularities and checkpointing."""
+"""Hooks against a loop over samples with dense autograd: layer kinds, granularities, gradient checkpointing."""
 
 import builders
 import laws
@@ -9,8 +9,6 @@ import torch
 from peft_perta import NumericalError, UnsupportedLayerError
 from peft_perta.data import Sample, load_samples
 from peft_perta.gradients import sweep
-from peft_perta.model import resolve_targets
-from peft_perta.perta import GRANULARITIES
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:.*use_reentrant")
 kinds = pytest.mark.parametrize("kind", tables.LAYERS)
@@ -60,7 +58,7 @@ def test_checkpointing_changes_nothing(kind, statistic, reentrant, input_gradien
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_checkpointing_turns_no_dropout_on(reentrant, samples):
-    """transformers checkpoints only what is in training mode; OPT's layers drop out by that same flag."""
+    """transformers checkpoints only modules in training mode; the same flag turns on the dropout of OPT's layers."""
     model = builders.adapted_opt()
     model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.train()
@@ -69,21 +67,21 @@ def test_checkpointing_turns_no_dropout_on(reentrant, samples):
 
 
 def test_checkpointing_really_recomputes(samples):
-    """Otherwise the test above would prove nothing."""
+    """Without recomputation, the test above would prove nothing."""
     model = builders.adapted_llama()
     model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     calls = []
     layer = model.get_base_model().model.layers[0].mlp.up_proj
     handle = layer.register_forward_hook(lambda *_: calls.append(1))
-    laws.statistics(model, samples, "delta", "mean", [], batch_size=len(samples))
+    laws.swept(model, samples, "delta", "mean", [], batch_size=len(samples))
     handle.remove()
     assert len(calls) == 2
 
 
 @kinds
 def test_train_mode_and_dropout_are_ignored(kind, samples):
-    """The adapters have dropout 0.3, GPT-2's blocks 0.1; a user hands the model over in train mode."""
+    """The adapters have dropout 0.3, GPT-2's blocks 0.1, and the user passes the model in train mode."""
     model = tables.LAYERS[kind]().train()
     with laws.untouched(model):
         laws.hooks_equal_the_loop(model, samples, "delta", "mean", ["task"], 1e-6)
@@ -100,43 +98,46 @@ def test_batches_do_not_matter(kind, granularity, statistic, samples):
 
 @pytest.mark.parametrize("kind", tables.ONE_AT_A_TIME)
 @granularities
-def test_squares_of_several_samples_whose_gradients_come_as_one_are_refused(kind, granularity, samples):
+def test_squares_of_a_batch_whose_samples_share_one_gradient_are_refused(kind, granularity, samples):
     model = tables.LAYERS[kind]()
-    with laws.untouched(model), pytest.raises(ValueError, match="come one at a time, found 2"):
-        laws.statistics(model, samples, granularity, "squares", [], 2)
+    with (
+        laws.untouched(model),
+        pytest.raises(ValueError, match="batches of one sample for statistic 'squares', found 2"),
+    ):
+        laws.swept(model, samples, granularity, "squares", [], 2)
 
 
 def test_gradients_at_origin_see_no_adapter(samples):
-    """With every adapter off, filling the adapters with other numbers changes no gradient of the weights."""
+    """With every adapter off, other numbers in the adapters change no gradient of the weights."""
     model = builders.adapted_llama()
-    before = laws.statistics(model, samples, "delta", "mean", [], 2)
+    before = laws.swept(model, samples, "delta", "mean", [], 2)
     for name, parameter in model.named_parameters():
         if ".task." in name:
             parameter.data.mul_(3)
-    after = laws.statistics(model, samples, "delta", "mean", [], 2)
-    assert all(torch.equal(before[name].sums["weight"], after[name].sums["weight"]) for name in before)
-    full = laws.statistics(model, samples, "delta", "mean", ["task"], 2)
-    assert not any(torch.equal(before[name].sums["weight"], full[name].sums["weight"]) for name in before)
+    after = laws.swept(model, samples, "delta", "mean", [], 2)
+    assert all(torch.equal(before[name].gradients["weight"], after[name].gradients["weight"]) for name in before)
+    full = laws.swept(model, samples, "delta", "mean", ["task"], 2)
+    assert not any(torch.equal(before[name].gradients["weight"], full[name].gradients["weight"]) for name in before)
 
 
-def test_a_grad_mode_that_is_off_does_not_matter(samples):
+def test_gradients_are_taken_under_no_grad_too(samples):
     with torch.no_grad():
-        laws.statistics(builders.adapted_llama(), samples, "factor", "mean", [], 2)
+        laws.swept(builders.adapted_llama(), samples, "factor", "mean", [], 2)
 
 
 def test_bfloat16_models_are_summed_in_float32(samples):
-    found = laws.statistics(builders.adapted_llama(torch.bfloat16), samples, "delta", "squares", [], 2)
-    assert {s.sums["weight"].dtype for s in found.values()} == {torch.float32}
+    sums = laws.swept(builders.adapted_llama(torch.bfloat16), samples, "delta", "squares", [], 2)
+    assert {s.gradients["weight"].dtype for s in sums.values()} == {torch.float32}
 
 
 def test_a_loss_that_is_not_finite_is_refused(samples):
-    """The message names the sample; the model goes back as it came."""
+    """The message names the sample, and the model is restored."""
     model = builders.adapted_llama()
     rows = [Sample(s.input_ids.clone(), s.labels.clone()) for s in samples]
-    rows[3].input_ids[2] = 127  # a token of no other row
+    rows[3].input_ids[2] = 127  # a token that no other row has
     model.get_input_embeddings().weight.data[127] = torch.nan
-    with laws.untouched(model), pytest.raises(NumericalError, match=r"the set, sample 4: the loss is nan"):
-        laws.statistics(model, rows, "factor", "mean", [], 1)
+    with laws.untouched(model), pytest.raises(NumericalError, match=r"the forget set, sample 4: the loss is nan"):
+        laws.swept(model, rows, "factor", "mean", [], 1)
 
 
 def test_a_gradient_that_is_not_finite_is_refused(samples):
@@ -145,26 +146,26 @@ def test_a_gradient_that_is_not_finite_is_refused(samples):
     layer = model.get_base_model().model.layers[1]
     handle = layer.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * torch.inf,))
     try:
-        with pytest.raises(NumericalError, match=r"layers\.0.*the gradient on the set is not finite"):
-            laws.statistics(model, samples, "factor", "mean", [], 2)
+        with pytest.raises(NumericalError, match=r"layers\.0.*the gradient on the forget set is not finite"):
+            laws.swept(model, samples, "factor", "mean", [], 2)
     finally:
         handle.remove()
 
 
-def test_a_cut_backward_is_refused(samples):
-    """A layer whose output does not reach the loss gets no gradient: an error, never a weight of zero."""
+def test_a_layer_without_gradients_is_refused(samples):
+    """A layer whose output does not reach the loss gets no gradient. That is an error, not a weight of zero."""
     model = builders.adapted_llama()
     layer = model.get_base_model().model.layers[0].mlp
     handle = layer.register_forward_hook(lambda module, args, output: output.detach())
     try:
-        with pytest.raises(NumericalError, match=r"gradients of 0 samples arrived, expected 5"):
-            laws.statistics(model, samples, "factor", "mean", [], 2)
+        with pytest.raises(NumericalError, match=r"expected gradients of 5 samples, found 0"):
+            laws.swept(model, samples, "factor", "mean", [], 2)
     finally:
         handle.remove()
 
 
 def flattened_llama():
-    """A Llama with a layer whose samples are flattened into one dimension: nothing tells them apart there."""
+    """A Llama with an MLP that flattens the batch: its layers do not know which token belongs to which sample."""
     model = builders.adapted_llama()
     mlp = model.get_base_model().model.layers[0].mlp
     forward = mlp.forward
@@ -174,29 +175,19 @@ def flattened_llama():
 
 @granularities
 @pytest.mark.parametrize(("statistic", "size"), [("mean", 3), ("squares", 1)])
-def test_a_layer_that_does_not_see_samples_will_do(granularity, statistic, size, samples):
+def test_a_layer_with_flattened_samples_is_supported(granularity, statistic, size, samples):
     expected = laws.sums_by_the_loop(builders.adapted_llama(), samples, granularity, statistic, [])
-    laws.sums_are(laws.statistics(flattened_llama(), samples, granularity, statistic, [], size), expected, 1e-6)
+    laws.sums_are(laws.swept(flattened_llama(), samples, granularity, statistic, [], size), expected, 1e-6)
 
 
-def test_squares_of_a_layer_that_does_not_see_samples_need_them_one_at_a_time(samples):
+def test_squares_of_a_layer_with_flattened_samples_need_batches_of_one(samples):
     model = flattened_llama()
     with laws.untouched(model), pytest.raises(UnsupportedLayerError, match=r"mlp.*expected an input of \[N, T, in\]"):
-        laws.statistics(model, samples, "factor", "squares", [], 2)
+        laws.swept(model, samples, "factor", "squares", [], 2)
 
 
 def test_the_progress_bar_can_be_silent(samples, capsys):
     model = builders.adapted_llama()
     for shown in (True, False):
-        sweep(
-            model,
-            resolve_targets(model, "forget"),
-            samples,
-            GRANULARITIES["factor"],
-            "mean",
-            adapters=[],
-            batch_size=2,
-            name="the forget set",
-            show_progress_bar=shown,
-        )
+        sweep(laws.job_of(model, {"forget": samples}, "factor", show_progress_bar=shown), "forget", 2)
         assert ("gradients on the forget set" in capsys.readouterr().err) is shown

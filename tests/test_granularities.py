@@ -1,4 +1,4 @@
-"""What the weights multiply, on a layer small enough for a pencil."""
+"""What the weights multiply, on a layer small enough to check by hand."""
 
 from types import SimpleNamespace
 
@@ -33,7 +33,7 @@ def test_gradient(granularity, row):
 
 
 @each
-def test_a_gradient_that_comes_whole_gives_the_same(granularity, row):
+def test_a_whole_weight_gradient_gives_the_same(granularity, row):
     same(products(granularity.gradient(TARGET, tables.G.T @ tables.X, None)), row.gradient)
 
 
@@ -70,7 +70,7 @@ def test_uniform_weights_give_the_negated_task_vector(granularity, row):
 
 
 @each
-def test_nothing_that_goes_in_is_written(granularity, row):
+def test_the_inputs_are_not_modified(granularity, row):
     before = [t.clone() for t in (TARGET.A, TARGET.B, *row.weights.values())]
     granularity.edit(TARGET, row.weights, 2.0)
     assert all(map(torch.equal, before, (TARGET.A, TARGET.B, *row.weights.values())))
@@ -95,8 +95,8 @@ def factor_edit(A, B, forget, retain):
     return dense(granularity.edit(target, {key: ratio(f[key], r[key], 1.0) for key in f}, 1.0))
 
 
-def test_the_basis_of_the_factors_is_theirs_as_trained():
-    """The rank-one terms may be ordered and scaled at will; written in a rotated basis they are another edit."""
+def test_the_edit_depends_on_the_basis_of_the_factors():
+    """Reordering and rescaling the rank-one terms changes nothing; rotating their basis changes the edit."""
     generator = torch.Generator().manual_seed(0)
     A, B, forget, retain = (
         torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((3, 7), (5, 3), (5, 7), (5, 7))

@@ -1,4 +1,4 @@
-"""kill -9 at random moments, then the same command again: the same bytes as a run that nothing disturbed."""
+"""kill -9 at random moments, then the same command again: the same bytes as an uninterrupted run."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from peft_perta import load_base
 from peft_perta.gradients.checkpoint import RUN_NAME
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-# Slows every batch down, so that the kill lands inside; and forces a plan of several groups, or of blocks.
+# Slows down every batch, so that the kill happens during one, and forces a plan of several groups or of blocks.
 SLOWLY = """
 import dataclasses, signal, sys, time
 from peft_perta.gradients import blocks, engine
@@ -33,8 +33,8 @@ def slowly(*arguments):
     time.sleep(pause)
     return plain(*arguments)
 
-def forced(*arguments):
-    plan = plan_of(*arguments)
+def forced(job):
+    plan = plan_of(job)
     names = [name for group in plan.groups for name in group]
     groups = tuple(tuple(names[i : i + 5]) for i in range(0, len(names), 5))
     return dataclasses.replace(plan, mode=mode, groups=groups, micro_batch=2)
@@ -105,8 +105,8 @@ def test_killed_and_run_again(mode, place):
         time.sleep(moments.uniform(0, latest))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert not (place / output).exists(), "the run was over before it was killed"
-    assert list(checkpoint.glob("layers-*")), "nothing was kept of the runs that were killed"
+        assert not (place / output).exists(), "the run finished before it was killed"
+    assert list(checkpoint.glob("layers-*")), "the killed runs left no results"
     said = finished(start(place, mode, output, 0))
     assert "layers are done already, by an earlier run" in said
     assert contents(place / output) == whole

@@ -8,7 +8,7 @@ import torch
 
 from peft_perta import PerTAConfig, add_perta_adapter, get_perta_state_dict
 from peft_perta.model import preserved
-from peft_perta.perta import GRANULARITIES, layer, run
+from peft_perta.perta import GRANULARITIES, _description, _emission, edited_layers, layer
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 kinds = pytest.mark.parametrize("kind", tables.LAYERS)
@@ -73,19 +73,19 @@ def test_gradient_checkpointing_is_restored():
         unlearn(model)
 
 
-STAGES = [
-    "resolve_weighting",
-    "resolve_targets",
-    "_ranks",
-    "load_samples",
-    "choose_plan",
-    "gather",
-    "weigh",
-    "_fit_of",
-    "build_adapter",
-    "hash_targets",
-    "PerTAProvenance",
-]
+STAGES = {
+    "resolve_weighting": _description,
+    "resolve_targets": _description,
+    "ranks_of": _description,
+    "load_samples": _description,
+    "choose_plan": edited_layers,
+    "gather": edited_layers,
+    "weigh": layer,
+    "_fit_of": layer,
+    "build_adapter": _emission,
+    "hash_targets": _emission,
+    "PerTAProvenance": _emission,
+}
 
 
 @pytest.mark.parametrize("call", [get_perta_state_dict, add_perta_adapter])
@@ -93,7 +93,7 @@ STAGES = [
 @pytest.mark.parametrize("kind", ["linear", "linear4bit"])
 def test_an_exception_at_a_stage_leaves_no_trace(kind, stage, call, monkeypatch):
     model = awkward(tables.LAYERS[kind]())
-    monkeypatch.setattr(layer if stage in ("weigh", "_fit_of") else run, stage, _raising)
+    monkeypatch.setattr(STAGES[stage], stage, _raising)
     with laws.untouched(model), pytest.raises(Stop, match="on purpose"):
         unlearn(model, call)
 

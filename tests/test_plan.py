@@ -1,4 +1,4 @@
-"""The plan: every layer once, within the budget, and no cheaper one there is; a refusal names what would do."""
+"""The plan holds every layer once, fits the budget, and is the cheapest one; a refusal names a budget that fits."""
 
 import copy
 import dataclasses
@@ -13,23 +13,24 @@ from hypothesis import strategies as st
 
 from peft_perta import ConfigError
 from peft_perta.gradients import Plan
-from peft_perta.gradients.plan import LayerCost, Measured, make_plan
+from peft_perta.gradients._planning import make_plan
+from peft_perta.gradients.plan import LayerCost, Measured
 from peft_perta.model import parse_size
 
 MIB = 2**20
 AMPLE = 2**50
 OVERHEAD = 64  # tokens that a batch costs before its first
-PER_BYTE = {  # operations that a byte's way to there and back is charged as
+PER_BYTE = {  # operations charged for moving a byte there and back
     "gpu": {"device": 0, "host": 5_000, "disk": 50_000},
     "cpu": {"device": 0, "disk": 100},
 }
 
 
-def measured(blocks=(0, 0, 1, 1), pools=("cpu",), statistic=8 * MIB, **changes) -> Measured:
-    """Layers of 2**20 weights each, in these blocks, dealt to the pools in turn; nothing else runs."""
+def measured(blocks=(0, 0, 1, 1), pools=("cpu",), sum_bytes=8 * MIB, **changes) -> Measured:
+    """Layers of 2**20 weights each, in these blocks, spread over the pools; nothing else runs."""
     count = len(blocks)
     layers = tuple(
-        LayerCost(f"layer{i}", pools[i * len(pools) // count], statistic, 2**20, (count - i) * 2**20, block)
+        LayerCost(f"layer{i}", pools[i * len(pools) // count], sum_bytes, 2**20, (count - i) * 2**20, block)
         for i, block in enumerate(blocks)
     )
     settings = {
@@ -47,15 +48,15 @@ def measured(blocks=(0, 0, 1, 1), pools=("cpu",), statistic=8 * MIB, **changes) 
 
 
 def plan_within(host, batch_size=4, found=None, disk=0, **changes) -> Plan:
-    """On a CPU that holds 100 MiB already."""
+    """On a CPU, with 100 MiB in use already."""
     return make_plan(found or measured(**changes), {"cpu": 100 * MIB}, {"cpu": host, "disk": disk}, batch_size)
 
 
-# The slow, obvious version: every contiguous cut into groups, everywhere, at every size of the batch.
+# The slow, obvious version: every cut into contiguous groups, in every place, at every batch size.
 
 
 def every_plan(m: Measured, taken: dict, batch_size: int):
-    """(peak, cost, mode) of each."""
+    """(peak, cost, mode) of every plan."""
     kind = "cpu" if set(m.activations) == {"cpu"} else "gpu"
     micro_batch = 1 if m.one_at_a_time else min(batch_size, m.samples)
     while True:
@@ -67,7 +68,7 @@ def every_plan(m: Measured, taken: dict, batch_size: int):
                     groups = [*groups, [layer]] if cut else [*groups[:-1], [*groups[-1], layer]]
                 cost = sum(1 + (2 if m.recomputes else 1) * max(x.after for x in g) / m.size for g in groups)
                 cost += m.formed / m.size
-                moved = sum(x.statistic for x in m.layers) * m.samples / micro_batch
+                moved = sum(x.sum_bytes for x in m.layers) * m.samples / micro_batch
                 cost += moved * per_byte / (2 * m.size * m.tokens)
                 peak = largest(held(m, g, m.activations, micro_batch, place, taken) for g in groups)
                 yield peak, cost * overhead, "grouped"
@@ -95,12 +96,12 @@ def held(m, group, activations, micro_batch, place, taken) -> dict:
     """Both sets' sums, and a batch or three copies of the largest layer, whichever is more."""
     peak = {}
     for pool, per_sample in activations.items():
-        here = [layer.statistic for layer in group if layer.pool == pool]
+        here = [layer.sum_bytes for layer in group if layer.pool == pool]
         beside = max(m.fixed.get(pool, 0) + micro_batch * per_sample, 3 * max(here, default=0))
         peak[pool] = taken.get(pool, 0) + beside + (2 * sum(here) if place == "device" else 0)
     if place != "device":
         pool = "cpu" if place == "host" else "disk"
-        peak[pool] = peak.get(pool, taken.get(pool, 0)) + 2 * sum(layer.statistic for layer in group)
+        peak[pool] = peak.get(pool, taken.get(pool, 0)) + 2 * sum(layer.sum_bytes for layer in group)
     return peak
 
 
@@ -124,7 +125,7 @@ MACHINES = (("cpu",), ("cuda:0",), ("cuda:0", "cuda:1"), ("cuda:0", "cpu"))  # t
 
 @st.composite
 def cases(draw, machines=MACHINES):
-    """(measured, taken, budget, batch_size): what runs, and budgets about where the plans part."""
+    """(measured, taken, budget, batch_size), with budgets close to those at which the choice of plan changes."""
     pools = draw(st.sampled_from(machines))
     count = draw(st.integers(1, 5))
     inside = draw(st.integers(0, count))
@@ -133,11 +134,11 @@ def cases(draw, machines=MACHINES):
         blocks[draw(st.integers(0, count - 1))] = None
     sizes = draw(st.lists(st.integers(1, 2**20), min_size=count, max_size=count))
     beside = draw(st.lists(st.integers(0, 2**20), min_size=count + 1, max_size=count + 1))
-    statistics = draw(st.lists(st.integers(1, 64 * MIB), min_size=count, max_size=count))
+    sum_bytes = draw(st.lists(st.integers(1, 64 * MIB), min_size=count, max_size=count))
     ran = list(itertools.accumulate([beside[0], *(size + more for size, more in zip(sizes, beside[1:], strict=True))]))
     m = Measured(
         layers=tuple(
-            LayerCost(f"layer{i}", draw(st.sampled_from(pools)), statistics[i], sizes[i], ran[-1] - ran[i], blocks[i])
+            LayerCost(f"layer{i}", draw(st.sampled_from(pools)), sum_bytes[i], sizes[i], ran[-1] - ran[i], blocks[i])
             for i in range(count)
         ),
         size=ran[-1],
@@ -176,7 +177,7 @@ def test_every_layer_is_in_one_group_and_the_groups_go_from_the_top_down(case):
     m, *_ = case
     plan = planned(case)
     assert [name for group in plan.groups for name in group] == [layer.name for layer in reversed(m.layers)]
-    assert all(plan.groups), "no sweep is for nothing"
+    assert all(plan.groups), "no sweep is empty"
 
 
 @given(case=cases())
@@ -197,7 +198,7 @@ def test_the_predicted_peak_is_the_plans_own_and_within_the_budget(case):
     assert fits(plan.peak, budget)
     assert plan.budget == budget
     by_name = {layer.name: layer for layer in m.layers}
-    place = plan.statistics if plan.mode == "grouped" else "device"
+    place = plan.sums_place if plan.mode == "grouped" else "device"
     activations = m.activations if plan.mode == "grouped" else m.block_activations
     groups = [[by_name[name] for name in group] for group in plan.groups]
     expected = largest(held(m, group, activations, plan.micro_batch, place, taken) for group in groups)
@@ -226,7 +227,7 @@ def test_a_plan_depends_on_nothing_else_and_changes_nothing(case):
 
 @st.composite
 def refusals(draw, machines=MACHINES):
-    """Cases whose first pool has less than any plan needs."""
+    """Cases whose first pool has less memory than any plan needs."""
     m, taken, budget, batch_size = draw(cases(machines))
     first = next(iter(m.activations))
     least = min(peak[first] for peak, *_ in every_plan(m, taken, batch_size))
@@ -235,10 +236,10 @@ def refusals(draw, machines=MACHINES):
 
 
 @given(case=refusals())
-def test_a_refusal_names_budgets_that_do(case):
+def test_a_refusal_names_budgets_that_fit(case):
     m, taken, budget, batch_size = case
     named = refused(case)
-    budget = {pool: max(size, named.get(knob_of(pool), 0)) for pool, size in budget.items()}
+    budget = {pool: max(size, named.get(setting_of(pool), 0)) for pool, size in budget.items()}
     make_plan(m, taken, budget, batch_size)
 
 
@@ -254,21 +255,21 @@ def test_a_refusal_names_the_smallest_budget_of_a_cpu(case):
 
 
 def refused(case) -> dict[str, int]:
-    """Knob -> the budget that the refusal names."""
+    """Setting -> the budget that the refusal names."""
     with pytest.raises(ConfigError, match="does not fit its memory budget, whatever the plan") as refusal:
         make_plan(*case)
     named: dict[str, int] = {}
-    for knob, size in re.findall(r"(host_memory|max_memory|free disk) of at least ([\d.]+ \w+)", str(refusal.value)):
-        named[knob] = max(named.get(knob, 0), parse_size(size))  # one knob for all GPUs
+    for setting, size in re.findall(r"(host_memory|max_memory|free disk) of at least ([\d.]+ \w+)", str(refusal.value)):
+        named[setting] = max(named.get(setting, 0), parse_size(size))  # one setting for all GPUs
     return named
 
 
-def knob_of(pool: str) -> str:
+def setting_of(pool: str) -> str:
     return {"cpu": "host_memory", "disk": "free disk"}.get(pool, "max_memory")
 
 
 @given(case=cases())
-def test_squares_of_samples_that_cannot_be_told_apart_come_one_at_a_time(case):
+def test_samples_run_one_at_a_time_where_the_measurements_ask_for_it(case):
     m, *rest = case
     assert planned((dataclasses.replace(m, one_at_a_time=True), *rest)).micro_batch == 1
 
@@ -285,12 +286,12 @@ def test_squares_of_samples_that_cannot_be_told_apart_come_one_at_a_time(case):
     ],
 )
 def test_layer_by_layer_only_where_no_target_lies_before_or_between_the_blocks(blocks, chain):
-    """The budget holds one block's sums and no more than a part of the sweep's activations."""
+    """The budget holds one block's sums, and only part of the sweep's activations."""
     found = measured(blocks, activations={"cpu": 1000 * MIB})
     host = (100 + 2 * 2 * 8 + 3 * 8 + 3) * MIB
     if chain:
         assert plan_within(host, found=found).mode == "layerwise"
-        found = dataclasses.replace(found, blocks=0)  # as where their order is not that of the list
+        found = dataclasses.replace(found, blocks=0)  # as if they did not run in the order of the list
     with pytest.raises(ConfigError, match=r"host_memory of at least 1\.08 GiB"):
         plan_within(host, found=found)
 
@@ -308,7 +309,7 @@ def test_layer_by_layer_only_where_no_target_lies_before_or_between_the_blocks(b
 )
 def test_with_memory_to_spare_it_is_one_sweep_forward_and_back(changes, cost):
     plan = plan_within(AMPLE, **changes)
-    assert (plan.mode, plan.statistics, plan.micro_batch) == ("grouped", "device", 4)
+    assert (plan.mode, plan.sums_place, plan.micro_batch) == ("grouped", "device", 4)
     assert plan.groups == (("layer3", "layer2", "layer1", "layer0"),)
     assert plan.cost == pytest.approx(cost * (1 + 64 / (4 * 640)))
     assert plan.peak == {"cpu": (100 + 2 * 4 * 8 + 4 * 10) * MIB}
@@ -321,13 +322,13 @@ def test_a_sweep_goes_back_no_further_than_the_lowest_target():
 
 
 def test_with_less_memory_there_are_more_sweeps_and_the_first_is_the_short_one():
-    """Three layers and one: the lone one on top, whose sweep goes back a quarter of the way."""
+    """The top group is a single layer, whose sweep goes back a quarter of the way."""
     plan = plan_within((100 + 2 * 3 * 8 + 24) * MIB, blocks=4 * (None,), activations={"cpu": MIB})
     assert plan.groups == (("layer3",), ("layer2", "layer1", "layer0"))
     assert plan.cost == pytest.approx((1 + 0.25 + 1 + 1) * (1 + 64 / (4 * 640)))
 
 
-def test_with_less_still_it_goes_layer_by_layer():
+def test_with_even_less_memory_it_goes_layer_by_layer():
     plan = plan_within((100 + 2 * 2 * 8 + 24 + 3) * MIB)
     assert (plan.mode, plan.inputs) == ("layerwise", "device")
     assert plan.groups == (("layer3", "layer2"), ("layer1", "layer0"))
@@ -340,13 +341,13 @@ def test_on_a_gpu_the_sums_go_to_the_host_before_they_go_to_the_disk():
     taken = {"cuda:0": 100 * MIB, "cpu": 50 * MIB}
     tight = {"cuda:0": (100 + 40) * MIB, "disk": AMPLE}
     plan = make_plan(found, taken, {**tight, "cpu": AMPLE}, 4)
-    assert (plan.statistics, plan.peak) == ("host", {"cuda:0": 140 * MIB, "cpu": (50 + 64) * MIB})
+    assert (plan.sums_place, plan.peak) == ("host", {"cuda:0": 140 * MIB, "cpu": (50 + 64) * MIB})
     plan = make_plan(found, taken, {**tight, "cpu": 50 * MIB}, 4)
-    assert (plan.statistics, plan.peak) == ("disk", {"cuda:0": 140 * MIB, "disk": 64 * MIB})
+    assert (plan.sums_place, plan.peak) == ("disk", {"cuda:0": 140 * MIB, "disk": 64 * MIB})
 
 
 def test_on_a_gpu_the_blocks_inputs_go_to_the_host_in_pinned_powers_of_two():
-    """24 MiB of inputs and 5 of masks; a batch of 4 samples is 2 MiB."""
+    """24 MiB of inputs and 5 MiB of masks; a batch of 4 samples is 2 MiB."""
     changes = {"activations": {"cuda:0": 100 * MIB}, "arguments": 5 * MIB, "tokens": 10**6}
     found = measured((0, 1, None), ("cuda:0",), block_input=8 * MIB, **changes)
     budget = {"cuda:0": (100 + 2 * 8 + 24) * MIB, "cpu": AMPLE, "disk": 0}
@@ -360,30 +361,31 @@ def test_on_a_gpu_the_blocks_inputs_go_to_the_host_in_pinned_powers_of_two():
     assert plan.peak["cpu"] == int((36 + 5) * MIB * 4 / 3), "batches of 3 MiB take 4"
 
 
-def test_layers_of_two_gpus_are_counted_each_where_it_is():
+def test_layers_of_two_gpus_are_counted_where_they_are():
     found = measured(4 * (None,), ("cuda:0", "cuda:1"))
     taken = {"cuda:0": 100 * MIB, "cuda:1": 200 * MIB, "cpu": 0}
     plan = make_plan(found, taken, {"cuda:0": AMPLE, "cuda:1": AMPLE, "cpu": AMPLE, "disk": AMPLE}, 4)
     assert plan.peak == {"cuda:0": (100 + 2 * 2 * 8 + 40) * MIB, "cuda:1": (200 + 2 * 2 * 8 + 40) * MIB}
 
 
-def test_a_refusal_says_what_is_wanted_what_was_found_and_what_to_do():
-    """The least is a layer by itself with its sums on the disk: an edit's three copies."""
+def test_a_refusal_says_what_was_expected_what_was_found_and_what_to_do():
+    """The smallest plan has one layer per sweep and its sums on the disk; it needs an edit's three copies."""
     with pytest.raises(ConfigError, match="does not fit its memory budget") as refusal:
         plan_within(110 * MIB, batch_size=1, blocks=4 * (None,), disk=AMPLE)
     assert str(refusal.value) == (
         "this run does not fit its memory budget, whatever the plan: expected host_memory of at least 125 MiB (found "
-        "110 MiB), of which 100 MiB is taken already. That would run 1 sample(s) at a time, layer by layer in sweeps; "
-        "granularity='factor' needs less than 'delta', and a shorter max_length less still"
+        "110 MiB), of which 100 MiB is in use already. With that budget it would run 1 sample(s) at a time, 4 sweeps "
+        "from the top down. Raise the budget, use granularity='factor' (it needs less memory than 'delta'), or lower "
+        "max_length"
     )
 
 
-def test_a_batch_needs_what_it_needs_whatever_its_size_too():
+def test_fixed_bytes_are_added_whatever_the_batch_size():
     plan = plan_within(AMPLE, fixed={"cpu": 7 * MIB})
     assert plan.peak == {"cpu": (100 + 2 * 4 * 8 + 4 * 10 + 7) * MIB}
 
 
-def test_layer_by_layer_keeps_the_masks_too():
+def test_layer_by_layer_keeps_the_masks():
     plan = plan_within((159 + 5) * MIB, arguments=5 * MIB)
     assert plan.peak == {"cpu": (159 + 5) * MIB}
 
@@ -410,7 +412,7 @@ def test_layer_by_layer_keeps_the_masks_too():
     ],
     ids=["one sweep", "two sweeps", "layer by layer", "disk"],
 )
-def test_a_plan_says_what_it_is(make, said):
+def test_a_plan_describes_itself(make, said):
     plan = make()
     assert str(plan).startswith("plan: ")
     for part in (*said, "forward-equivalents (a plain LoRA forward and backward is 2)"):
@@ -418,6 +420,6 @@ def test_a_plan_says_what_it_is(make, said):
 
 
 @given(case=cases())
-def test_a_plan_survives_being_written_down(case):
+def test_a_plan_survives_a_round_trip_through_json(case):
     plan = planned(case)
     assert Plan.from_dict(json.loads(json.dumps(dataclasses.asdict(plan)))) == plan

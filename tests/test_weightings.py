@@ -1,4 +1,4 @@
-"""Statistics -> weights: the laws over the table, at the edges of floating point."""
+"""Magnitudes -> weights: the laws for every weighting, at the limits of floating point."""
 
 import sys
 from types import ModuleType
@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from peft_perta import WEIGHTINGS, ConfigError, NumericalError, Weighting
 from peft_perta.perta import resolve_weighting
-from peft_perta.perta.weightings import weigh
+from peft_perta.perta.weighing import weigh
 
-WITH_STATISTICS = [name for name, row in tables.WEIGHTINGS.items() if row is not None]
-# Zero, denormals and the extremes of float32 included.
+WITH_GRADIENTS = [name for name, row in tables.WEIGHTINGS.items() if row is not None]
+# Including zero, denormal numbers and the extremes of float32.
 MAGNITUDES = st.lists(st.floats(0, 2.0**127, width=32), min_size=6, max_size=6).map(
     lambda values: torch.tensor(values).reshape(2, 3)
 )
@@ -24,7 +24,7 @@ ORDINARY = st.lists(st.floats(0, 1024, width=32, allow_subnormal=False), min_siz
     lambda values: torch.tensor(values).reshape(2, 3)
 )
 POWERS = st.one_of(st.just(1.0), st.just(2.0), st.floats(0.01, 64))
-each = pytest.mark.parametrize("name", WITH_STATISTICS)
+each = pytest.mark.parametrize("name", WITH_GRADIENTS)
 
 
 def function(name: str):
@@ -68,7 +68,7 @@ def test_golden_values(name):
     torch.testing.assert_close(found, torch.tensor(row.weights), msg=row.source)
 
 
-# Zero, or a magnitude whose quotient with any other here is no denormal number.
+# Zero, or a magnitude whose ratio to any other here is a normal number.
 PLAIN = st.one_of(st.just(0.0), st.floats(1e-30, 1e30))
 
 
@@ -85,7 +85,7 @@ def test_a_large_power_is_a_hard_mask():
     assert weights.tolist() == [1.0, 0.0]
 
 
-def test_shuffling_keeps_the_values_and_changes_the_places():
+def test_shuffling_keeps_the_values_and_changes_their_places():
     forget, retain = torch.rand(8, 9), torch.rand(8, 9)
     plain, shuffled = (function(name)(forget, retain, 1.0) for name in ("grad", "grad-shuffled"))
     assert torch.equal(plain.flatten().sort().values, shuffled.flatten().sort().values)
@@ -136,7 +136,7 @@ def test_a_users_own_function_gets_mean_magnitudes():
 
 
 @pytest.mark.usefixtures("package")
-def test_a_users_own_row_is_taken_as_it_is():
+def test_a_users_own_weighting_is_used_as_it_is():
     assert resolve_weighting("my_weightings:OWN") is OWN
     assert resolve_weighting("my_weightings:OWN", 2.0).power == 2.0
 
@@ -160,7 +160,7 @@ def test_a_users_own_that_leaves_0_1_is_refused(name):
         ("my_weightings:seven", "is a int; expected a Weighting or a function"),
     ],
 )
-def test_a_weighting_that_is_none_is_refused(name, message):
+def test_a_name_without_a_weighting_is_refused(name, message):
     with pytest.raises(ConfigError, match=message):
         resolve_weighting(name)
 
@@ -173,6 +173,6 @@ def test_a_weighting_that_is_none_is_refused(name, message):
         ("builtins:print", NumericalError, "must return a tensor of weights, found a NoneType"),
     ],
 )
-def test_a_function_that_is_no_weighting_is_refused(name, error, message):
+def test_a_function_that_does_not_weigh_is_refused(name, error, message):
     with pytest.raises(error, match=message):
         weigh(resolve_weighting(name), {"weight": torch.ones(2)}, {"weight": torch.ones(2)}, "layers.0")

@@ -12,7 +12,7 @@ from ..adapters import add_adapter, extrapolate_adapter
 from ..data import load_samples
 from ..gradients import choose_plan
 from ..model import resolve_targets
-from ..perta import PerTAConfig, collector_of, edit_copies, get_perta_state_dict, limits_of, resolve_weighting
+from ..perta import PerTAConfig, get_perta_state_dict, gradient_job, resolve_weighting
 from ._method import Made, Setup
 
 Make = Callable[[Setup], Made]
@@ -33,16 +33,7 @@ def perta(**knobs) -> Make:
         if weighting.statistic is not None:
             samples = {name: load_samples(rows, setup.tokenizer, name=name) for name, rows in sets.items()}
             targets = resolve_targets(setup.model, "forget")
-            cost = choose_plan(
-                setup.model,
-                targets,
-                samples,
-                collector_of(own),
-                limits_of(own),
-                weighting.statistic,
-                [],
-                edit_copies(own),
-            ).cost
+            cost = choose_plan(gradient_job(own, weighting.statistic, setup.model, targets, samples)).cost
         lora_config, state_dict, _ = get_perta_state_dict(
             setup.model, own, *sets.values(), tokenizer=setup.tokenizer, show_progress_bar=False
         )

@@ -1,32 +1,39 @@
-"""The gradient engine: taps, modes, the plan, sums over samples, input moments, checkpoints.
+"""The gradient engine: a description of what to sum goes in, and the sums of each layer over each data set come out.
+It plans within a memory budget, taps the layers, runs backward, and resumes interrupted runs from checkpoints.
 
 Imports from: errors, data, model.
 """
 
 from .blocks import find_blocks
 from .checkpoint import Checkpoint, remove_checkpoint
-from .engine import Limits, choose_plan, gather
-from .gradient_sums import MOMENT, GradientSums, Outer, StatisticName
-from .input_moments import Collector, Collectors, Energies, InputMoments
-from .job import Job, check_losses, progress
-from .modes.grouped import sweep
+from .collector import Collector, GradientSource, MomentSource, Shape
+from .engine import choose_plan, gather
+from .gradient_sums import GradientSums, Outer, StatisticName
+from .input_moments import Energies, InputMoments
+from .job import Job, Limits
+from .modes import MODES, sweep
+from .partial_sums import delete_sums
+from .passes import check_losses, progress
 from .plan import Plan
 
 __all__ = [
-    "MOMENT",
+    "MODES",
     "Checkpoint",
     "Collector",
-    "Collectors",
     "Energies",
+    "GradientSource",
     "GradientSums",
     "InputMoments",
     "Job",
     "Limits",
+    "MomentSource",
     "Outer",
     "Plan",
+    "Shape",
     "StatisticName",
     "check_losses",
     "choose_plan",
+    "delete_sums",
     "find_blocks",
     "gather",
     "progress",

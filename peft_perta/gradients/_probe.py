@@ -1,12 +1,11 @@
-"""What a run will need, from one sample's forward pass: the order of the layers, and what a backward would keep."""
+"""What a job needs, measured by one forward pass: the order of the layers, and what a backward pass would keep."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,214 +14,207 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from ..data import Sample, batches
-from ..model import HOST, Target, input_device, preserved, sample_losses
+from ..model import HOST, input_device, preserved, sample_losses
 from ._taps import Taps
-from .blocks import Chain, at_each_block, find_blocks, first_tensor
-from .gradient_sums import MOMENT, StatisticName
-from .input_moments import Collector
+from .blocks import at_each_block, find_blocks, first_tensor
+from .job import Job
 from .plan import LayerCost, Measured
 
-_TRANSIENT = 3  # gradients of the largest tensor kept, beside it
+_TRANSIENT = 3  # gradients of the size of the largest tensor kept, beside it
 
 
-_HEAP = 1.6  # what a C allocator holds of the host for tensors that come and go, over what they are
+_HEAP = 1.6  # host memory that the C allocator holds for temporary tensors, over the bytes in them
+
+
+_MASKED_COPIES = 4  # of an input while its moments are taken; the heap keeps a freed one beside the next
 
 
 _CPU_WORKSPACE, _GPU_WORKSPACE = 32 * 2**20, 192 * 2**20
 
 
-def measure(
-    model: nn.Module,
-    targets: Sequence[Target],
-    sets: Mapping[str, list[Sample]],
-    collector: Collector,
-    statistic: StatisticName,
-    adapters: Sequence[str],
-    batch_size: int,
-    edit_copies: int = 0,
-) -> Measured:
-    """Run the longest sample forward once, with the taps on, and drop what its backward would keep after counting it.
+def measure(job: Job) -> Measured:
+    """Run the longest sample forward once, with the taps on, and count what its backward pass would keep.
 
-    ``edit_copies``: copies of one layer's sums that its edit needs, beyond the three that every edit does.
-
-    Raises:
-        NumericalError: via the caller's checks only; nothing is summed here.
+    Nothing is kept and nothing is summed.
     """
-    everything = [sample for samples in sets.values() for sample in samples]
-    longest = max(everything, key=lambda sample: len(sample.input_ids))
-    batch = next(batches([longest], 1)).to(input_device(model))
-    batch.attention_mask[0, -1] = 0  # as if padded: masks, which whole samples go without, are counted
-    blocks = find_blocks(model)
-    count = _Count(model)
-    order: dict[int, int] = {}  # id of a module -> when it first ran
-    after: dict[int, int] = {}  # id of a module -> elements of the weights that had run before it
-    ran = 0
-    flat_inputs = False
-    largest_input: dict[str, int] = {}  # pool -> bytes of the largest input of a tapped layer
-    hidden_bytes = arguments = 0
-    tapped = {id(target.base_layer) for target in targets}
-
-    def on_module(module: nn.Module, args: tuple) -> None:
-        nonlocal ran, flat_inputs
-        if id(module) in order:
-            return
-        order[id(module)] = len(order)
-        after[id(module)] = ran
-        ran += _elements(module)
-        if id(module) in tapped and args and isinstance(args[0], Tensor):
-            flat_inputs = flat_inputs or args[0].dim() != 3
-            pool = str(args[0].device)
-            largest_input[pool] = max(largest_input.get(pool, 0), args[0].nbytes)
-
-    def before(index: int, args: tuple, kwargs: dict) -> None:
-        nonlocal hidden_bytes, arguments
-        count.where = index
-        if index == 0:
-            held = [leaf.nbytes for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            hidden_bytes = first_tensor(args, kwargs).nbytes
-            arguments = sum(held) - hidden_bytes
-
-    def leave(index: int, output: Any) -> None:
-        count.where = None
-
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    leaves = [m for m in model.modules() if m is not embeddings and (id(m) in tapped or _owns_weight(m))]
-    with preserved(model, adapters), torch.enable_grad(), Taps(targets, collector, statistic):
-        handles = [module.register_forward_pre_hook(on_module) for module in leaves]
-        try:
-            with (
-                at_each_block(blocks, before, leave),
-                torch.autograd.graph.saved_tensors_hooks(count.pack, _no_backward),
-            ):
-                sample_losses(model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-    members = {id(module): index for index, block in enumerate(blocks) for module in block.modules()}
-    bytes_of = {"mean": 4, "squares": 4}[statistic] * (2 if targets[0].A.dtype == torch.float64 else 1)
-    layers = [
-        LayerCost(
-            name=target.name,
-            pool=str(target.A.device),
-            statistic=bytes_of * sum(map(math.prod, collector.shapes(target).values())),
-            size=target.A.shape[1] * len(target.B),
-            after=ran - after.get(id(target.base_layer), 0),
-            block=members.get(id(target.base_layer)),
-        )
-        for target in sorted(targets, key=lambda target: order.get(id(target.base_layer), -1))
-    ]
-    tokens = sum(found.input_ids.numel() for samples in sets.values() for found in batches(samples, batch_size))
-    by_place = count.by_place()
-    pools = list(dict.fromkeys([str(input_device(model)), *(str(t.A.device) for t in targets), *count.pools]))
-    # Moments are of masked copies of the inputs; the heap keeps one that was freed beside the next.
-    copies = 4 if any(key.startswith(MOMENT) for target in targets for key in collector.shapes(target)) else 0
-    masked = {pool: copies * largest_input.get(pool, 0) for pool in pools}
+    samples = [sample for of_set in job.samples.values() for sample in of_set]
+    longest = max(samples, key=lambda sample: len(sample.input_ids))
+    blocks = find_blocks(job.model)
+    trace = _traced_forward(job, longest, blocks)
+    layers = _layer_costs(job, trace, blocks)
+    tokens = sum(
+        batch.input_ids.numel() for of_set in job.samples.values() for batch in batches(of_set, job.limits.batch_size)
+    )
+    devices = [str(input_device(job.model)), *(str(target.A.device) for target in job.targets), *trace.saved.pools]
+    pools = list(dict.fromkeys(devices))
+    with_moments = any(job.collector.moment_shapes(target) for target in job.targets)
+    masked = {pool: with_moments * _MASKED_COPIES * trace.largest_input.get(pool, 0) for pool in pools}
+    by_block = trace.saved.by_block()
+    any_experts = any(target.parameter for target in job.targets)
     return Measured(
         layers=tuple(layers),
-        size=max(ran, 1),
-        activations={pool: count.needed(by_place.values(), pool) + masked[pool] for pool in pools},
+        size=max(trace.elements, 1),
+        activations={pool: _needed(by_block.values(), pool) + masked[pool] for pool in pools},
         block_activations={
-            pool: max((count.needed([found], pool) for found in by_place.values()), default=0) + masked[pool]
+            pool: max((_needed([of_block], pool) for of_block in by_block.values()), default=0) + masked[pool]
             for pool in pools
         },
-        block_input=hidden_bytes * tokens // len(longest.input_ids),
-        blocks=len(blocks) if _in_sequence(blocks, order) else 0,
-        samples=len(everything),
+        block_input=trace.hidden_bytes * tokens // len(longest.input_ids),
+        blocks=len(blocks) if _in_sequence(blocks, trace.order) else 0,
+        samples=len(samples),
         tokens=tokens,
-        formed=sum(math.prod(shape) for target in targets for shape in collector.shapes(target).values()),
-        one_at_a_time=statistic == "squares" and (flat_inputs or any(target.parameter for target in targets)),
-        arguments=arguments * len(everything),
-        fixed={
-            # The heap does not hand out again for an edit what a batch has left in pieces: both are counted.
-            pool: _fixed(model, targets, pool)
-            + edit_copies * max((layer.statistic for layer in layers if layer.pool == pool), default=0)
-            for pool in pools
-        },
-        recomputes=any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
+        formed=sum(map(job.collector.elements, job.targets)),
+        one_at_a_time=job.statistic == "squares" and (trace.flat_inputs or any_experts),
+        arguments=trace.argument_bytes * len(samples),
+        fixed={pool: _fixed(job, layers, pool) for pool in pools},
+        recomputes=any(getattr(module, "gradient_checkpointing", False) for module in job.model.modules()),
     )
 
 
-def why_no_chain(model: nn.Module, sets: Mapping[str, list[Sample]], adapters: Sequence[str]) -> str | None:
-    """Whether the blocks, run one after the other by themselves, give the gradient that the model as a whole gives; a
-    reason where they do not.
+class _Trace:
+    """What hooks see during the forward pass.
 
-    The gradient of a short sample's loss at the first block's input is taken both ways.
+    Attributes:
+        order: id of a module -> its place in the forward order.
+        before: id of a module -> elements of the weights that ran before it.
+        elements: elements of all weights that ran.
+        flat_inputs: whether a tapped layer's input has lost the batch dimension.
+        largest_input: pool -> bytes of the largest input of a tapped layer.
+        hidden_bytes: bytes of the first block's hidden states.
+        argument_bytes: bytes of the first block's other arguments.
+        saved: what autograd wants to save.
     """
-    sample = min((s for samples in sets.values() for s in samples), key=lambda s: len(s.input_ids))
-    batch = next(batches([sample], 1)).to(input_device(model))
-    blocks = find_blocks(model)
-    offloaded = any(parameter.is_meta for parameter in model.parameters())
-    entered: list[Tensor] = []
 
-    def before(index: int, args: tuple, kwargs: dict) -> Any:
-        if index:
-            return None
-        entered.append(first_tensor(args, kwargs).detach().requires_grad_(True))
-        if args:
-            return (entered[0], *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": entered[0]}
+    def __init__(self, model: nn.Module, tapped: Collection[int]) -> None:
+        self.order: dict[int, int] = {}
+        self.before: dict[int, int] = {}
+        self.elements = 0
+        self.flat_inputs = False
+        self.largest_input: dict[str, int] = {}
+        self.hidden_bytes = self.argument_bytes = 0
+        self.saved = _SavedBytes(model)
+        self._tapped = tapped
 
-    with preserved(model, adapters), torch.enable_grad():
-        # An offloaded model's weights would otherwise all stay on the GPU for the length of the graph.
-        with at_each_block(blocks, before), torch.autograd.graph.save_on_cpu() if offloaded else nullcontext():
-            sample_losses(model, batch).sum().backward()
-        whole = entered[0].grad
-        gradient = None
-        with closing(Chain(model, blocks, 0, "device")) as chain:
-            chain.forward(batch, "sample", "the shortest sample")
-            if len(chain.calls["sample"]) != len(blocks):
-                return f"{len(blocks)} blocks were called {len(chain.calls['sample'])} times"
-            for index in reversed(range(len(blocks))):
-                gradient = chain.back(index, "sample", to_input=True)
-                if gradient is None:
-                    return f"no gradient reaches the input of block {index}"
-    if whole is None or gradient is None or whole.shape != gradient.shape:
-        return "the model as a whole passes no gradient to its first block"
-    error = float((whole.double() - gradient.double()).norm() / whole.double().norm().clamp_min(1e-300))
-    if not error < (1e-3 if whole.dtype in (torch.float32, torch.float64) else 3e-2):
-        return f"block by block the gradient differs by {error:.1%}: blocks share more than their hidden states"
-    return None
+    def on_module(self, module: nn.Module, args: tuple) -> None:
+        """A forward pre-hook of every module that owns a weight or is tapped."""
+        if id(module) in self.order:
+            return
+        self.order[id(module)] = len(self.order)
+        self.before[id(module)] = self.elements
+        self.elements += _elements(module)
+        if id(module) in self._tapped and args and isinstance(args[0], Tensor):
+            self.flat_inputs = self.flat_inputs or args[0].dim() != 3
+            pool = str(args[0].device)
+            self.largest_input[pool] = max(self.largest_input.get(pool, 0), args[0].nbytes)
+
+    def on_block(self, index: int, args: tuple, kwargs: dict) -> None:
+        """Called before every decoder block."""
+        self.saved.block = index
+        if index == 0:
+            sizes = [leaf.nbytes for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            self.hidden_bytes = first_tensor(args, kwargs).nbytes
+            self.argument_bytes = sum(sizes) - self.hidden_bytes
+
+    def on_block_end(self, index: int, output: Any) -> None:
+        """Called after every decoder block."""
+        self.saved.block = None
 
 
-class _Count:
-    """Bytes that a backward would keep, by block and by device; nothing is kept."""
+class _SavedBytes:
+    """Bytes that autograd saves for a backward pass, by block and by pool. The tensors themselves are dropped.
+
+    Attributes:
+        block: the index of the block that runs; None outside of the blocks.
+        pools: the pools of the saved tensors, in the order of their first one.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self.where: int | None = None  # the block that runs
+        self.block: int | None = None
         self.pools: list[str] = []
-        self._saved: dict[tuple[int | None, str], list[int]] = defaultdict(list)
+        self._sizes: dict[tuple[int | None, str], list[int]] = defaultdict(list)
         self._seen: dict[int, StorageWeakRef] = {}
         self._weights = {
             t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers()) if not t.is_meta
         }
 
     def pack(self, tensor: Tensor) -> None:
+        """The pack hook of ``saved_tensors_hooks``; each storage counts once, the model's own not at all."""
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
-        known = self._seen.get(address)
-        if address in self._weights or (known is not None and not known.expired()):
+        seen = self._seen.get(address)
+        if address in self._weights or (seen is not None and not seen.expired()):
             return
         self._seen[address] = StorageWeakRef(storage)
         pool = str(tensor.device)
         if pool not in self.pools:
             self.pools.append(pool)
-        self._saved[self.where, pool].append(storage.nbytes())
+        self._sizes[self.block, pool].append(storage.nbytes())
 
-    def by_place(self) -> dict[int | None, dict[str, list[int]]]:
-        found: dict[int | None, dict[str, list[int]]] = defaultdict(dict)
-        for (where, pool), sizes in self._saved.items():
-            found[where][pool] = sizes
-        return found
+    def by_block(self) -> dict[int | None, dict[str, list[int]]]:
+        """Block -> pool -> sizes of the saved tensors."""
+        by_block: dict[int | None, dict[str, list[int]]] = defaultdict(dict)
+        for (block, pool), sizes in self._sizes.items():
+            by_block[block][pool] = sizes
+        return by_block
 
-    @staticmethod
-    def needed(places: Any, pool: str) -> int:
-        sizes = [size for place in places for size in place.get(pool, [])]
-        needed = sum(sizes) + _TRANSIENT * max(sizes, default=0)
-        return int(_HEAP * needed) if pool == HOST else needed
+
+def _traced_forward(job: Job, sample: Sample, blocks: list[nn.Module]) -> _Trace:
+    """Run one sample forward, and see what happens."""
+    model = job.model
+    batch = next(batches([sample], 1)).to(input_device(model))
+    batch.attention_mask[0, -1] = 0  # a padded batch has masks, which an unpadded one goes without
+    tapped = {id(target.base_layer) for target in job.targets}
+    trace = _Trace(model, tapped)
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    modules = [m for m in model.modules() if m is not embeddings and (id(m) in tapped or _owns_weight(m))]
+    taps = Taps(job.targets, job.collector, job.statistic)
+    with preserved(model, job.adapters), torch.enable_grad(), taps, ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_pre_hook(trace.on_module).remove)
+        hooks.enter_context(at_each_block(blocks, trace.on_block, trace.on_block_end))
+        hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(trace.saved.pack, _no_backward))
+        sample_losses(model, batch)
+    return trace
+
+
+def _layer_costs(job: Job, trace: _Trace, blocks: list[nn.Module]) -> list[LayerCost]:
+    """The costs of the target layers, in forward order."""
+    block_of = {id(module): index for index, block in enumerate(blocks) for module in block.modules()}
+    element_bytes = torch.promote_types(job.targets[0].A.dtype, torch.float32).itemsize
+    return [
+        LayerCost(
+            name=target.name,
+            pool=str(target.A.device),
+            sum_bytes=element_bytes * job.collector.elements(target),
+            size=target.A.shape[1] * len(target.B),
+            after=trace.elements - trace.before.get(id(target.base_layer), 0),
+            block=block_of.get(id(target.base_layer)),
+        )
+        for target in sorted(job.targets, key=lambda target: trace.order.get(id(target.base_layer), -1))
+    ]
+
+
+def _needed(blocks: Iterable[Mapping[str, Sequence[int]]], pool: str) -> int:
+    """Bytes of a pool that the backward pass through these blocks keeps and needs."""
+    sizes = [size for by_pool in blocks for size in by_pool.get(pool, [])]
+    needed = sum(sizes) + _TRANSIENT * max(sizes, default=0)
+    return int(_HEAP * needed) if pool == HOST else needed
+
+
+def _fixed(job: Job, layers: Sequence[LayerCost], pool: str) -> int:
+    """Bytes of a pool that are needed whatever the batch size.
+
+    They are the libraries' work space, a packed weight while it is unpacked, and the copies that an edit makes: those
+    are counted beside a batch, because the heap does not reuse for an edit what a batch has left fragmented.
+    """
+    packed = any(not parameter.is_floating_point() for parameter in job.model.parameters())
+    unpacked = max((4 * _elements(target.base_layer) for target in job.targets), default=0) if packed else 0
+    edited = job.edit_copies * max((layer.sum_bytes for layer in layers if layer.pool == pool), default=0)
+    return unpacked + (_CPU_WORKSPACE if pool == HOST else _GPU_WORKSPACE) + edited
 
 
 def _no_backward(packed: None) -> Tensor:
-    raise RuntimeError("nothing was kept for a backward")
+    raise RuntimeError("nothing was kept for a backward pass")
 
 
 def _owns_weight(module: nn.Module) -> bool:
@@ -237,15 +229,8 @@ def _elements(module: Any) -> int:
     return sum(parameter.numel() for parameter in module.parameters(recurse=False) if parameter.dim() > 1)
 
 
-def _fixed(model: nn.Module, targets: Sequence[Target], pool: str) -> int:
-    """Bytes that any batch needs on a device: work space of the libraries, and a packed weight as it is unpacked."""
-    packed = any(not parameter.is_floating_point() for parameter in model.parameters())
-    unpacked = max((4 * _elements(target.base_layer) for target in targets), default=0) if packed else 0
-    return unpacked + (_CPU_WORKSPACE if pool == HOST else _GPU_WORKSPACE)
-
-
-def _in_sequence(blocks: list[nn.Module], order: dict[int, int]) -> bool:
-    """Whether the blocks ran one after the other as they are listed."""
+def _in_sequence(blocks: list[nn.Module], order: Mapping[int, int]) -> bool:
+    """Whether the blocks ran one after the other, in the order in which they are listed."""
     spans = []
     for block in blocks:
         times = [order[id(module)] for module in block.modules() if id(module) in order]

@@ -1,14 +1,14 @@
-"""The tap: where a weight's gradient is met on the way back.
+"""Taps: where the gradient of a weight is computed during the backward pass.
 
-A 4-bit weight cannot require a gradient, and need not: the gradient of a linear layer's weight is g^T x, with x [T, I]
-what went in and g [T, O] the gradient of the loss with respect to what came out. An identity function on the layer's
-output keeps x and meets g on the way back. It is exact for float and quantised layers alike.
+A 4-bit weight cannot require a gradient, and does not need to. The gradient of a linear layer's weight is g^T x, with x
+[T, I] the layer's input and g [T, O] the loss's gradient at its output. A tap is an identity function on the layer's
+output that keeps x and receives g during backward. It is exact for float and quantised layers alike.
 
-A parameter that a module's forward reads by itself (experts) is shadowed, for the length of that forward, by an
-identity of it, which meets the parameter's whole gradient.
+An expert's parameter is read by its module's own forward, which a hook on the output cannot see into. For the length of
+that forward the parameter is replaced by an identity of itself, which receives the whole gradient of the parameter.
 
-Either identity requires a gradient of its own accord (an anchor), so nothing else in the model must, and backward
-stops at the lowest tapped layer.
+Both identities require a gradient through an anchor, a scalar of their own. So nothing else in the model has to require
+one, and backward stops at the lowest tapped layer.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from torch.nn.utils import parametrize
 
 from ..errors import NumericalError, UnsupportedLayerError
 from ..model import Target, distributed
+from .collector import Collector
 from .gradient_sums import GradientSums, Place, StatisticName
-from .input_moments import Collector
 
 Sink = Callable[[Tensor, Tensor], None]
 
 
 class _LayerTap(torch.autograd.Function):
-    """Identity on a layer's output; on the way back, hands (x, g) to the sink."""
+    """Identity on a layer's output; its backward passes (x, g) to the sink."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, layer_input: Tensor, anchor: Tensor, sink: Sink) -> Tensor:
-        ctx.save_for_backward(layer_input)  # and not a closure: checkpointing must be able to drop and recompute it
+        ctx.save_for_backward(layer_input)  # not in a closure: gradient checkpointing drops and recomputes it
         ctx.sink = sink
         return output.view_as(output)
 
@@ -43,12 +43,12 @@ class _LayerTap(torch.autograd.Function):
         (layer_input,) = ctx.saved_tensors
         with torch.autocast(layer_input.device.type, enabled=False):
             ctx.sink(layer_input, output_gradients[0])
-        # Where nothing below wants it, the gradient's way ends here.
+        # If nothing below needs the gradient, backward ends here.
         return (output_gradients[0] if ctx.needs_input_grad[0] else None), None, None, None
 
 
 class _ParameterTap(torch.autograd.Function):
-    """Identity on a parameter; on the way back, hands its gradient to the sink."""
+    """Identity on a parameter; its backward passes the parameter's gradient to the sink."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, anchor: Tensor, sink: Callable[[Tensor], None]) -> Tensor:
@@ -63,24 +63,31 @@ class _ParameterTap(torch.autograd.Function):
 
 
 class Taps:
-    """Taps on some targets, and the statistics that they fill while batches run.
+    """Taps on some layers, and the sums that they fill while batches run. A context manager: taps are on within it.
+
+    Args:
+        targets: the layers.
+        collector: what is summed of each layer.
+        statistic: what is summed of the gradients.
+        place: where the sums live.
 
     Attributes:
-        statistics: target name -> what has come in so far.
-        batch_samples: how many samples the running batch holds; set before its backward.
+        sums: layer name -> its sums so far.
+        batch_samples: the number of samples in the running batch; set it before the batch's backward pass.
     """
 
     def __init__(
         self, targets: Sequence[Target], collector: Collector, statistic: StatisticName, place: Place = "device"
     ) -> None:
-        self.statistics = {target.name: GradientSums(statistic, place) for target in targets}
+        self.sums = {target.name: GradientSums(statistic, place) for target in targets}
         self.batch_samples = 0
+        self._statistic = statistic
         self._collector = collector
         self._by_hook: dict[tuple[nn.Module, str | None], list[Target]] = {}
         for target in targets:
             self._by_hook.setdefault((target.base_layer, target.parameter), []).append(target)
         self._handles = ExitStack()
-        self._cast: tuple[Tensor, Tensor] | None = None
+        self._cast: tuple[Tensor, Tensor] | None = None  # an input, and the same in the type that layers compute in
 
     def __enter__(self) -> Taps:
         try:
@@ -99,41 +106,49 @@ class Taps:
         self._cast = None
 
     def add_up(self) -> None:
-        """Put the sums of all processes together, where several share the batches."""
+        """Add up the sums of all processes, if several share the batches."""
         if distributed.count() == 1:
             return
         for targets in self._by_hook.values():
             for target in targets:
-                statistic = self.statistics[target.name]
-                for key, shape in self._collector.shapes(target).items():
-                    if key not in statistic.sums:  # this process had no batch
-                        statistic.sums[key] = torch.zeros(shape, dtype=target.A.dtype, device=target.A.device)
-                    distributed.add_up(statistic.sums[key])
-                statistic.samples = sum(distributed.from_all(statistic.samples))
+                sums = self.sums[target.name]
+                for totals, shapes in (
+                    (sums.gradients, self._collector.gradient_shapes(target)),
+                    (sums.moments, self._collector.moment_shapes(target)),
+                ):
+                    for name, shape in shapes.items():
+                        if name not in totals:  # this process had no batch
+                            totals[name] = torch.zeros(shape, dtype=target.A.dtype, device=target.A.device)
+                        distributed.add_up(totals[name])
+                sums.samples = sum(distributed.from_all(sums.samples))
 
     def check(self, samples: int, name: str) -> None:
-        """Refuse sums that are incomplete or not finite.
+        """Check that the sums are complete and finite.
+
+        Args:
+            samples: the number of samples expected.
+            name: the data set, for the error message.
 
         Raises:
-            NumericalError: with the layer, and the likely reason.
+            NumericalError: with the layer and the likely reason.
         """
-        for target, statistic in self.statistics.items():
-            if statistic.samples != samples:
+        for layer, sums in self.sums.items():
+            if sums.samples != samples:
                 raise NumericalError(
-                    f"{target}: gradients of {statistic.samples} samples arrived, expected {samples}; the layer takes "
-                    "no part in the loss, takes part twice, or its backward is cut (a quantised layer after an "
-                    "inference forward?)"
+                    f"{layer}: expected gradients of {samples} samples, found {sums.samples}. Either the layer does "
+                    "not contribute to the loss, or it runs twice, or its backward pass is cut (a quantised layer "
+                    "after an inference forward?); leave this layer out of the forget adapter"
                 )
-            if not statistic.is_finite():
-                raise NumericalError(f"{target}: the gradient on {name} is not finite; look at the model's dtype")
+            if not sums.is_finite():
+                raise NumericalError(f"{layer}: the gradient on {name} is not finite; check the model's dtype")
 
     def _tap_layer(self, module: nn.Module, target: Target) -> Any:
         def sink(layer_input: Tensor, output_gradient: Tensor) -> None:
             if layer_input.dim() != 3:
-                if self.statistics[target.name].name == "squares" and self.batch_samples != 1:
+                if self._statistic == "squares" and self.batch_samples != 1:
                     raise UnsupportedLayerError(
-                        f"{target.name}: expected an input of [N, T, in], found {tuple(layer_input.shape)}; samples "
-                        "cannot be told apart there, so that squares need batch_size=1"
+                        f"{target.name}: expected an input of [N, T, in], found {tuple(layer_input.shape)}, which does "
+                        "not say which token belongs to which sample; squares of such a layer need batch_size=1"
                     )
                 layer_input = layer_input.flatten(0, -2)
                 output_gradient = output_gradient.flatten(0, -2)
@@ -146,8 +161,8 @@ class Taps:
         return module.register_forward_hook(hook)
 
     def _in_compute_type(self, layer_input: Tensor, output: Tensor) -> Tensor:
-        """The layer's input without its graph; under autocast in the type that the layer computed in, cast once for
-        all layers that share it."""
+        """The layer's input without its graph. Under autocast it has the type that the layer computed in, and is cast
+        once for all layers that share it."""
         if output.dtype == layer_input.dtype or not torch.is_autocast_enabled(output.device.type):
             return layer_input.detach()
         if self._cast is None or self._cast[0] is not layer_input:
@@ -155,7 +170,7 @@ class Taps:
         return self._cast[1]
 
     def _tap_parameter(self, module: nn.Module, name: str, targets: list[Target]) -> None:
-        shadowed: list[nn.Module] = []
+        replaced: list[nn.Module] = []
 
         def sink(gradient: Tensor) -> None:
             gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
@@ -165,41 +180,42 @@ class Taps:
                 of_expert = gradient[target.expert]
                 self._add(target, of_expert.T if target.transposed else of_expert, None)
 
-        def shadow(module: nn.Module, args: tuple) -> None:
-            # Under PEFT's own parametrization, which adds an adapter's delta, the parameter is called 'original'.
+        def replace(module: nn.Module, args: tuple) -> None:
+            # PEFT's own parametrization, which adds an adapter's delta, calls the parameter 'original'.
             adds_delta = parametrize.is_parametrized(module, name)
-            holder: Any = module.parametrizations[name] if adds_delta else module  # type: ignore[index]
+            owner: Any = module.parametrizations[name] if adds_delta else module  # type: ignore[index]
             key = "original" if adds_delta else name
-            parameter = getattr(holder, key)
+            parameter = getattr(owner, key)
             anchor = torch.zeros((), device=parameter.device, requires_grad=True)
-            vars(holder)[key] = _ParameterTap.apply(parameter, anchor, sink)
-            shadowed.append(holder)
+            vars(owner)[key] = _ParameterTap.apply(parameter, anchor, sink)  # hides the parameter of that name
+            replaced.append(owner)
 
-        def uncover(*_: object) -> None:
-            while shadowed:
-                holder = shadowed.pop()
-                vars(holder).pop("original" if holder is not module else name, None)
+        def restore(*_: object) -> None:
+            while replaced:
+                owner = replaced.pop()
+                vars(owner).pop("original" if owner is not module else name, None)
 
-        self._handles.callback(uncover)
+        self._handles.callback(restore)
         if not hasattr(module, "_hf_hook"):
-            self._handles.callback(module.register_forward_pre_hook(shadow).remove)
-            self._handles.callback(module.register_forward_hook(uncover, always_call=True).remove)
+            self._handles.callback(module.register_forward_pre_hook(replace).remove)
+            self._handles.callback(module.register_forward_hook(restore, always_call=True).remove)
             return
 
-        # An offloaded parameter is there only within accelerate's forward, which calls this one.
+        # accelerate loads an offloaded parameter within its own forward, which calls the module's old one.
         offloaded: Any = module
         forward = offloaded._old_forward
 
-        def covered(*args: Any, **kwargs: Any) -> Any:
-            shadow(module, args)
+        def tapped_forward(*args: Any, **kwargs: Any) -> Any:
+            replace(module, args)
             try:
                 return forward(*args, **kwargs)
             finally:
-                uncover()
+                restore()
 
-        offloaded._old_forward = covered
+        offloaded._old_forward = tapped_forward
         self._handles.callback(setattr, module, "_old_forward", forward)
 
     def _add(self, target: Target, layer_input: Tensor, output_gradient: Tensor | None) -> None:
-        gradients = self._collector.gradient(target, layer_input, output_gradient)
-        self.statistics[target.name].add(gradients, self.batch_samples)
+        layer = target, layer_input, output_gradient
+        gradients, moments = self._collector.gradients_of(*layer), self._collector.moments_of(*layer)
+        self.sums[target.name].add(gradients, moments, self.batch_samples)

@@ -1,9 +1,9 @@
-"""Decoder blocks, run one at a time: what goes into each, and what they are called with."""
+"""Decoder blocks, run one at a time: each block's input and its other arguments are kept for a second call."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,13 @@ from torch.utils import _pytree as pytree
 from ..data import Batch
 from ..model import base_model, input_device, sample_losses
 from .gradient_sums import Place
-from .job import check_losses
+from .passes import check_losses
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder blocks, in the order in which they are listed; empty where there is no such list.
+    """The model's decoder blocks, in the order in which they are listed; empty if there is no such list.
 
-    They are the largest ``nn.ModuleList`` whose modules are of one class (in most models ``model.layers``).
+    They are the largest ``nn.ModuleList`` whose modules are all of one class (``model.layers`` in most models).
     """
     lists = [
         list(module)
@@ -34,82 +34,95 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def first_tensor(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states among what a block is called with."""
+    """The hidden states among a block's arguments."""
     return args[0] if args else kwargs["hidden_states"]
 
 
 def hidden_states(output: Any) -> Tensor:
-    """The hidden states among what a block returns."""
+    """The hidden states among a block's outputs."""
     return output if isinstance(output, Tensor) else output[0]
 
 
 @dataclass(frozen=True)
-class _Kept:
-    what: Any  # a tensor, or the path of one
-    device: torch.device  # where it came from, and goes back to
-    copied: Any = None  # the event of its copy to the host
+class _Stored:
+    where: Tensor | Path
+    device: torch.device  # where the tensor came from, and where it is returned
+    copied: Any = None  # the CUDA event of its copy to the host
 
 
 @dataclass(frozen=True)
 class _Shelved:
-    key: Any
+    key: Any  # of a tensor on a shelf
 
 
 class Shelf:
-    """Tensors by name, kept on the device, on the host or on the disk.
+    """Tensors by key, kept on the device, on the host or on the disk.
 
-    Between a GPU and the host they travel through pinned memory on streams of their own, one each way, while the GPU
+    Between a GPU and the host, tensors travel through pinned memory on two CUDA streams, one each way, while the GPU
     computes.
+
+    Args:
+        place: where the tensors are kept.
     """
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self._held: dict[Any, _Kept] = {}
+        self._stored: dict[Any, _Stored] = {}
         self._directory = tempfile.TemporaryDirectory(prefix="perta-inputs-") if place == "disk" else None
         self._streams: dict[tuple[torch.device, str], Any] = {}
 
     def put(self, key: Any, tensor: Tensor) -> None:
+        """Keep a tensor under a key; it replaces one that is there."""
         tensor = tensor.detach()
         if self.place == "device" or (self.place == "host" and not tensor.is_cuda):
-            self._held[key] = _Kept(tensor, tensor.device)
+            self._stored[key] = _Stored(tensor, tensor.device)
         elif self.place == "host":
-            stream = self._stream(tensor.device, "down")
-            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            stream = self._stream(tensor.device, "to host")
+            pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             stream.wait_stream(torch.cuda.current_stream(tensor.device))
             with torch.cuda.stream(stream):
-                kept.copy_(tensor, non_blocking=True)
-            tensor.record_stream(stream)  # not to be reused before the copy is done
-            self._held[key] = _Kept(kept, tensor.device, stream.record_event())
+                pinned.copy_(tensor, non_blocking=True)
+            tensor.record_stream(stream)  # the allocator must not reuse it before the copy is done
+            self._stored[key] = _Stored(pinned, tensor.device, stream.record_event())
         else:
-            assert self._directory is not None
-            path = self._held[key].what if key in self._held else Path(self._directory.name) / str(len(self._held))
+            path = self._path_of(key)
             torch.save(tensor.cpu(), path)
-            self._held[key] = _Kept(path, tensor.device)
+            self._stored[key] = _Stored(path, tensor.device)
 
     def get(self, key: Any) -> Tensor:
-        kept = self._held[key]
-        if isinstance(kept.what, Path):
-            return torch.load(kept.what, weights_only=True).to(kept.device)
-        if kept.what.device == kept.device:
-            return kept.what
-        stream = self._stream(kept.device, "up")
-        stream.wait_event(kept.copied)
+        """The tensor of a key, on the device that it came from."""
+        stored = self._stored[key]
+        if isinstance(stored.where, Path):
+            return torch.load(stored.where, weights_only=True).to(stored.device)
+        if stored.where.device == stored.device:
+            return stored.where
+        stream = self._stream(stored.device, "to device")
+        stream.wait_event(stored.copied)
         with torch.cuda.stream(stream):
-            tensor = kept.what.to(kept.device, non_blocking=True)
-        current = torch.cuda.current_stream(kept.device)
+            tensor = stored.where.to(stored.device, non_blocking=True)
+        current = torch.cuda.current_stream(stored.device)
         current.wait_stream(stream)
         tensor.record_stream(current)
         return tensor
 
     def drop(self, key: Any) -> None:
-        kept = self._held.pop(key)
-        if isinstance(kept.what, Path):
-            kept.what.unlink()
+        """Forget the tensor of a key."""
+        stored = self._stored.pop(key)
+        if isinstance(stored.where, Path):
+            stored.where.unlink()
 
     def close(self) -> None:
-        self._held.clear()
+        """Forget all tensors, and delete their files."""
+        self._stored.clear()
         if self._directory is not None:
             self._directory.cleanup()
+
+    def _path_of(self, key: Any) -> Path:
+        stored = self._stored.get(key)
+        if stored is not None and isinstance(stored.where, Path):
+            return stored.where
+        assert self._directory is not None
+        return Path(self._directory.name) / str(len(self._stored))
 
     def _stream(self, device: torch.device, way: str) -> Any:
         if (device, way) not in self._streams:
@@ -118,9 +131,16 @@ class Shelf:
 
 
 class Call:
-    """How a block was called, but for its hidden states; it can be called so again.
+    """The arguments of one call of a block, except its hidden states: the block can be called so again.
 
     Tensors among the arguments (masks, position embeddings) go to the shelf, once for all blocks that share them.
+
+    Args:
+        args: the positional arguments of the call.
+        kwargs: the keyword arguments of the call.
+        shelf: where tensors are kept.
+        key: the batch's key.
+        shelved: id of a tensor -> the tensor, of those that this batch has on the shelf already; it is added to.
     """
 
     def __init__(self, args: tuple, kwargs: dict[str, Any], shelf: Shelf, key: Any, shelved: dict[int, Tensor]) -> None:
@@ -131,6 +151,7 @@ class Call:
         self._leaves = [self._put(leaf, shelved) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def again(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Call a block with these arguments and other hidden states; returns the hidden states that come out."""
         leaves = [self._shelf.get(leaf.key) if isinstance(leaf, _Shelved) else leaf for leaf in self._leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self._structure)
         output = block(hidden, *args, **kwargs) if self._by_position else block(hidden_states=hidden, **kwargs)
@@ -138,16 +159,25 @@ class Call:
 
     def _put(self, leaf: Tensor, shelved: dict[int, Tensor]) -> _Shelved:
         key = self._key, "argument", id(leaf)
-        if id(leaf) not in shelved:  # which also keeps the tensor, and so its id, until the whole batch is through
-            shelved[id(leaf)] = leaf
+        if id(leaf) not in shelved:
+            shelved[id(leaf)] = leaf  # keeps the tensor alive, so that its id stays unique within the batch
             self._shelf.put(key, leaf)
         return _Shelved(key)
 
 
 @contextmanager
-def at_each_block(blocks: list[nn.Module], before: Any = None, after: Any = None) -> Iterator[None]:
-    """Within the block, ``before(index, args, kwargs)`` and ``after(index, output)`` are called around every block;
-    what they return, if anything, takes the place of the arguments or the output."""
+def at_each_block(
+    blocks: list[nn.Module],
+    before: Callable[[int, tuple, dict], Any] | None = None,
+    after: Callable[[int, Any], Any] | None = None,
+) -> Iterator[None]:
+    """Within the context, call ``before`` and ``after`` around every block's forward.
+
+    Args:
+        blocks: the blocks.
+        before: (index of the block, args, kwargs) -> (args, kwargs) to use instead, or None.
+        after: (index of the block, output) -> an output to use instead, or None.
+    """
     handles = []
     try:
         for index, block in enumerate(blocks):
@@ -170,24 +200,30 @@ def at_each_block(blocks: list[nn.Module], before: Any = None, after: Any = None
 
 
 class Chain:
-    """The blocks from ``lowest`` up, for batches that run forward through the whole model, and back block by block.
+    """The blocks from ``lowest`` up: batches run forward through the whole model, and backward block by block.
 
     Args:
-        place: where every block's input and the gradient at the boundary are kept.
+        model: the model.
+        blocks: its decoder blocks.
+        lowest: the index of the lowest block to run backward through.
+        place: where the blocks' inputs and the gradient at the boundary are kept.
+
+    Attributes:
+        calls: key of a batch -> the call of each block from the lowest up.
     """
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module], lowest: int, place: Place) -> None:
         self.model, self.blocks, self.lowest = model, blocks, lowest
         self._inputs, self._gradients = Shelf(place), Shelf(place)
-        self.calls: dict[Any, list[Call]] = {}  # of a batch: one a block
+        self.calls: dict[Any, list[Call]] = {}
 
     def forward(self, batch: Batch, key: Any, name: str) -> None:
-        """Keep a batch's input to every block, and its loss's gradient at the last block's output.
+        """Run a batch forward; keep its input to every block, and its loss's gradient at the last block's output.
 
         Nothing below that output requires a gradient, so no graph is built there.
 
         Raises:
-            NumericalError: a sample's loss is not finite.
+            NumericalError: a sample's loss is not finite; ``name`` is the data set in the message.
         """
         calls: list[Call] = []
         shelved: dict[int, Tensor] = {}
@@ -212,8 +248,16 @@ class Chain:
         self._gradients.put(key, last[0].grad)  # type: ignore[arg-type]
 
     def back(self, index: int, key: Any, *, to_input: bool) -> Tensor | None:
-        """Run a batch through one block again, and its gradient back; the gradient at the block's input takes the place
-        of the one at its output, and is returned, where it is wanted."""
+        """Run a batch through one block again, and backward through it.
+
+        Args:
+            index: the block.
+            key: the batch.
+            to_input: whether to compute the gradient at the block's input, which then replaces the one at its output.
+
+        Returns:
+            The gradient at the block's input; None if it is not wanted, or if none reaches the input.
+        """
         hidden = self._inputs.get((key, index)).requires_grad_(to_input)
         output = self.calls[key][index - self.lowest].again(self.blocks[index], hidden)
         output.backward(self._gradients.get(key))
@@ -223,5 +267,6 @@ class Chain:
         return hidden.grad
 
     def close(self) -> None:
+        """Free everything that is kept."""
         self._inputs.close()
         self._gradients.close()

@@ -1,6 +1,7 @@
-"""What an interrupted run leaves for the next: a directory of safetensors files, each written whole or not at all.
+"""The checkpoint of an interrupted run: a directory of safetensors files, each written atomically.
 
-``run.json`` says whose they are: a hash over the model, the data and the config. A directory of another run is refused.
+``run.json`` says which run it belongs to: hashes of the model and the data, and the config. The checkpoint of another
+run is refused.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,19 @@ from ..errors import OutputError
 RUN_NAME = "run.json"
 
 
+Address = tuple[str, ...]  # where a tensor belongs, for instance (layer, factor)
+
+
 class Checkpoint:
-    """A directory of named entries, each some tensors and a record.
+    """A directory of named entries. Each entry holds tensors, by address, and a JSON record.
 
     Args:
-        path: the directory; made where it is not there.
-        run: what the run is, as JSON; two runs are one where these are equal.
+        path: the directory; it is created if missing.
+        run: the description of the run, as JSON. Two runs are the same if their descriptions are equal.
         writes: whether this process writes; of several processes only the main one does.
 
     Raises:
-        OutputError: the directory is another run's, is not a checkpoint, or cannot be written.
+        OutputError: the directory belongs to another run, is not a checkpoint, or cannot be written.
     """
 
     def __init__(self, path: str | Path, run: Mapping[str, Any], *, writes: bool = True) -> None:
@@ -42,20 +46,20 @@ class Checkpoint:
         elif writes:
             self._write(RUN_NAME, lambda file: file.write_text(json.dumps(run, indent=1, sort_keys=True) + "\n"))
 
-    def save(self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Write an entry, in the place of one of the same name.
+    def save(self, name: str, tensors: Mapping[Address, Tensor], record: Mapping[str, Any]) -> None:
+        """Write an entry; it replaces an entry of the same name.
 
         Raises:
-            OutputError: the disk refuses.
+            OutputError: the file cannot be written.
         """
         if not self._writes:
             return
-        held = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+        stored = {_encoded(address): tensor.detach().to("cpu").contiguous() for address, tensor in tensors.items()}
         metadata = {"record": json.dumps(record)}
-        self._write(f"{name}.safetensors", lambda file: save_file(held, file, metadata=metadata))
+        self._write(f"{name}.safetensors", lambda file: save_file(stored, file, metadata=metadata))
 
-    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """An entry's tensors and record, or None where there is no such entry.
+    def load(self, name: str) -> tuple[dict[Address, Tensor], dict[str, Any]] | None:
+        """The tensors and the record of an entry; None if there is no such entry.
 
         Raises:
             OutputError: the file is damaged.
@@ -66,42 +70,45 @@ class Checkpoint:
         try:
             with safe_open(path, framework="pt") as file:
                 record = json.loads(file.metadata()["record"])
-                return {key: file.get_tensor(key) for key in file.keys()}, record  # noqa: SIM118 - not a mapping
+                keys = file.keys()  # safe_open is not a mapping
+                return {_decoded(key): file.get_tensor(key) for key in keys}, record
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise OutputError(f"{path} is damaged ({error}); delete {self.path} to start anew") from error
+            raise OutputError(f"{path} is damaged ({error}); delete {self.path} to start again") from error
 
     def names(self) -> list[str]:
-        """Of all entries, sorted."""
+        """The names of all entries, sorted."""
         return sorted(path.stem for path in self.path.glob("*.safetensors"))
 
     def delete(self, name: str) -> None:
+        """Delete an entry, if there is one."""
         if self._writes:
             (self.path / f"{name}.safetensors").unlink(missing_ok=True)
 
     def _is_new(self) -> bool:
-        """Whether nothing is in it, or no more than a kill in the middle of the first write leaves."""
+        """Whether the directory is empty, or holds only what a kill during the very first write leaves."""
         return self.path.is_dir() and all(path.name == f"{RUN_NAME}.partial" for path in self.path.iterdir())
 
     def _check_run(self, run: Mapping[str, Any]) -> None:
         try:
-            found = json.loads((self.path / RUN_NAME).read_text())
-            assert isinstance(found, dict)
+            stored = json.loads((self.path / RUN_NAME).read_text())
+            assert isinstance(stored, dict)
         except (OSError, ValueError, AssertionError) as error:
             raise OutputError(
-                f"{self.path} is not the checkpoint of a run of ours (no readable {RUN_NAME}); choose another place"
+                f"{self.path} is not a checkpoint of this package (it has no readable {RUN_NAME}); choose another "
+                "directory"
             ) from error
-        wanted = json.loads(json.dumps(run))
-        different = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+        given = json.loads(json.dumps(run))
+        different = sorted(key for key in {*stored, *given} if stored.get(key) != given.get(key))
         if different:
             raise OutputError(
-                f"{self.path} is the checkpoint of another run, which differs in: {', '.join(different)}; go on with "
-                "that run as it was, or delete the directory to start anew"
+                f"{self.path} is the checkpoint of another run, which differs in: {', '.join(different)}; repeat the "
+                "original command to resume that run, or delete the directory to start again"
             )
         if self._writes:
-            for path in self.path.glob("*.partial"):  # a kill came while it was being written
+            for path in self.path.glob("*.partial"):  # left by a kill during a write
                 path.unlink()
 
-    def _write(self, name: str, write: Any) -> None:
+    def _write(self, name: str, write: Callable[[Path], object]) -> None:
         partial, final = self.path / f"{name}.partial", self.path / name
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -116,6 +123,15 @@ class Checkpoint:
 
 
 def remove_checkpoint(path: str | Path) -> None:
-    """The run is finished: nothing is left to go on from. What is no checkpoint of ours is left alone."""
+    """Delete the checkpoint of a finished run. A directory that is not a checkpoint is left alone."""
     if (Path(path) / RUN_NAME).is_file():
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _encoded(address: Address) -> str:
+    """The key of a tensor in a safetensors file."""
+    return json.dumps(address)
+
+
+def _decoded(key: str) -> Address:
+    return tuple(json.loads(key))

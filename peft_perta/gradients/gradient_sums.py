@@ -1,10 +1,10 @@
-"""Streamed gradient statistics: sums over samples, never the samples themselves."""
+"""Gradient sums: what is summed over samples while batches run backward. No sample's own gradient is kept."""
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,21 +20,18 @@ Place = Literal["device", "host", "disk"]
 PLACES: tuple[Place, ...] = ("device", "host", "disk")
 
 
-# Elements of a sum that are worked on at once: on a CPU they and what is added to them stay in its cache, on a GPU the
-# buffer beside the sum stays small.
+# Elements of a sum that one step works on. On a CPU the chunk and its addend stay in the cache; on a GPU the buffer
+# beside the sum stays small.
 _CPU_CHUNK, _GPU_CHUNK = 2**17, 2**24
-
-
-# Keys that begin so are second moments of activations: products of two already, summed as they are by either statistic.
-MOMENT = "moment of "
 
 
 @dataclass(frozen=True)
 class Outer:
-    """A gradient as the product that it is: left^T @ right [P, Q], summed over tokens.
+    """A matrix held as the product left^T @ right [P, Q], summed over tokens.
 
     Attributes:
-        left: [N, T, P], or [T, P] where the samples cannot be told apart; None stands for the identity.
+        left: [N, T, P], or [T, P] where the samples of a batch are flattened into one dimension; None stands for the
+            identity.
         right: [N, T, Q] or [T, Q].
     """
 
@@ -42,7 +39,7 @@ class Outer:
     right: Tensor
 
     def product(self) -> Tensor:
-        """Summed over samples too: [P, Q]."""
+        """The product summed over samples and tokens, [P, Q]."""
         if self.left is None:
             return self.right
         return self.left.flatten(0, -2).T @ self.right.flatten(0, -2)
@@ -50,67 +47,91 @@ class Outer:
 
 @dataclass
 class GradientSums:
-    """One layer's gradients over one data set.
+    """One layer's sums over one data set.
 
-    ``mean`` sums gradients, ``squares`` sums squared per-sample gradients (the diagonal of the empirical Fisher). They
-    are different statistics: the square of the first, at N = 4, is about a fifth of the second.
+    ``mean`` sums gradients; ``squares`` sums squared per-sample gradients (the diagonal of the empirical Fisher). They
+    are different statistics: at N = 4, the square of the first is about a fifth of the second.
 
     Attributes:
-        name: which of the two.
-        place: where the sums live: the layer's device, the host's memory, or a file mapped into it.
-        sums: per tensor of the granularity, the running sum, float32 or wider.
-        samples: how many samples are in.
+        statistic: 'mean' or 'squares': what is summed of the gradients.
+        place: where the sums live: on the layer's device, in the host's memory, or in a memory-mapped file.
+        gradients: name of a gradient ('weight', 'A', 'B') -> its running sum, in float32 or wider.
+        moments: name of a second moment ('inputs', 'tokens') -> its running sum. Moments are products of two
+            activations already, so both statistics sum them unsquared.
+        samples: the number of samples summed so far.
     """
 
-    name: StatisticName
+    statistic: StatisticName
     place: Place = "device"
-    sums: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, Tensor] = field(default_factory=dict)
     samples: int = 0
 
-    def add(self, gradients: dict[str, Outer], samples: int) -> None:
-        """Take in the gradients of ``samples`` samples.
+    def add(self, gradients: Mapping[str, Outer], moments: Mapping[str, Outer], samples: int) -> None:
+        """Add one batch.
+
+        Args:
+            gradients: name -> the batch's gradient.
+            moments: name -> the batch's second moment.
+            samples: the number of samples in the batch.
 
         Raises:
-            ValueError: squares of several samples whose gradients cannot be told apart.
+            ValueError: the statistic is 'squares', and a batch of several samples does not say which token belongs to
+                which sample.
         """
-        for key, outer in gradients.items():
-            squared = self.name == "squares" and not key.startswith(MOMENT)
+        for name, outer in gradients.items():
+            squared = self.statistic == "squares"
             if squared and outer.right.dim() == 2 and samples != 1:
-                raise ValueError(f"squares of samples that cannot be told apart come one at a time, found {samples}")
-            if key not in self.sums:
-                if not squared and self.place == "device" and _is_plain(outer):
-                    self.sums[key] = outer.product()
-                    continue
-                self.sums[key] = self._zeros(outer)
-            accumulate = add_squares if squared else add_product
-            total = self.sums[key]
-            if total.device == outer.right.device:
-                accumulate(total, outer)
-            else:  # formed where the activations are; one addition per batch crosses over
-                formed = torch.zeros(total.shape, dtype=total.dtype, device=outer.right.device)
-                accumulate(formed, outer)
-                total.add_(formed.to(total.device))
+                raise ValueError(
+                    f"expected batches of one sample for statistic 'squares', found {samples}: the gradient does not "
+                    "say which token belongs to which sample"
+                )
+            self._accumulate(self.gradients, name, outer, squared)
+        for name, outer in moments.items():
+            self._accumulate(self.moments, name, outer, squared=False)
         self.samples += samples
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All sums."""
+        yield from self.gradients.values()
+        yield from self.moments.values()
+
     def is_finite(self) -> bool:
-        """Whether every sum is; in one pass, without a mask of their size."""
-        bounds = [bound for total in self.sums.values() if total.numel() for bound in total.aminmax()]
+        """Whether all sums are finite. One pass, without a mask of their size."""
+        bounds = [bound for total in self.tensors() if total.numel() for bound in total.aminmax()]
         return all(math.isfinite(float(bound)) for bound in bounds)
 
     def magnitudes(self) -> dict[str, Tensor]:
-        """|mean gradient|, or the root mean square gradient: in one unit, so that one power suits both."""
-        gradients = {key: total for key, total in self.sums.items() if not key.startswith(MOMENT)}
-        if self.name == "squares":
-            return {key: (total / self.samples).sqrt_() for key, total in gradients.items()}
-        return {key: (total / self.samples).abs_() for key, total in gradients.items()}
+        """|mean gradient|, or the root mean square of the per-sample gradients. Both have the gradient's unit, so a
+        power means the same for both."""
+        if self.statistic == "squares":
+            return {name: (total / self.samples).sqrt_() for name, total in self.gradients.items()}
+        return {name: (total / self.samples).abs_() for name, total in self.gradients.items()}
 
-    def only(self, keys: Collection[str]) -> GradientSums:
-        """The same sums, of some keys."""
-        return GradientSums(self.name, self.place, {k: self.sums[k] for k in keys if k in self.sums}, self.samples)
+    def only(self, gradients: Collection[str] = (), moments: Collection[str] = ()) -> GradientSums:
+        """The same sums, restricted to these names; a name without a sum is left out."""
+        return GradientSums(
+            self.statistic,
+            self.place,
+            {name: self.gradients[name] for name in gradients if name in self.gradients},
+            {name: self.moments[name] for name in moments if name in self.moments},
+            self.samples,
+        )
 
-    def moments(self) -> dict[str, Tensor]:
-        """Sums of second moments, by what they are moments of."""
-        return {k.removeprefix(MOMENT): total for k, total in self.sums.items() if k.startswith(MOMENT)}
+    def _accumulate(self, sums: dict[str, Tensor], name: str, outer: Outer, squared: bool) -> None:
+        if name not in sums:
+            if not squared and self.place == "device" and _has_the_type_of_a_sum(outer):
+                sums[name] = outer.product()
+                return
+            sums[name] = self._zeros(outer)
+        add = add_squares if squared else add_product
+        total = sums[name]
+        if total.device == outer.right.device:
+            add(total, outer)
+        else:  # computed on the activations' device; one addition per batch crosses over
+            addend = torch.zeros(total.shape, dtype=total.dtype, device=outer.right.device)
+            add(addend, outer)
+            total.add_(addend.to(total.device))
 
     def _zeros(self, outer: Outer) -> Tensor:
         rows = outer.right.shape[-2] if outer.left is None else outer.left.shape[-1]
@@ -120,15 +141,15 @@ class GradientSums:
             return torch.zeros(shape, dtype=dtype, device=outer.right.device)
         if self.place == "host":
             return torch.zeros(shape, dtype=dtype)
-        # The file has no name any more when it is mapped: it goes with the tensor, or with the process.
-        with tempfile.NamedTemporaryFile(prefix="perta-statistic-") as file:
+        # The file is unlinked as soon as it is mapped: its space is freed with the tensor, or with the process.
+        with tempfile.NamedTemporaryFile(prefix="perta-gradient-sums-") as file:
             size = shape[0] * shape[1]
-            file.truncate(size * torch.empty((), dtype=dtype).element_size())
+            file.truncate(size * dtype.itemsize)
             return torch.from_file(file.name, shared=True, size=size, dtype=dtype).reshape(shape)
 
 
-def _is_plain(outer: Outer) -> bool:
-    """Whether the product of its parts is already of a sum's type."""
+def _has_the_type_of_a_sum(outer: Outer) -> bool:
+    """Whether the product comes out in the dtype that its sum has."""
     wide = torch.promote_types(outer.right.dtype, torch.float32)
     return outer.left is not None and outer.left.dtype == outer.right.dtype == wide
 
@@ -141,19 +162,20 @@ def add_product(total: Tensor, outer: Outer) -> None:
     left, right = outer.left.flatten(0, -2), outer.right.flatten(0, -2)
     if left.dtype == right.dtype == total.dtype:
         total.addmm_(left.T, right)
-    elif left.is_cuda and left.dtype == right.dtype:  # 16-bit operands, summed and returned in float32
+    elif left.is_cuda and left.dtype == right.dtype:  # 16-bit operands, accumulated and returned in float32
         rows = max(1, _GPU_CHUNK // total.shape[1])
         for start in range(0, len(total), rows):
-            part = left[:, start : start + rows].T
-            total[start : start + rows].add_(torch.mm(part, right, out_dtype=total.dtype))
+            columns = left[:, start : start + rows].T
+            total[start : start + rows].add_(torch.mm(columns, right, out_dtype=total.dtype))
     else:
         total.addmm_(left.T.to(total.dtype), right.to(total.dtype))
 
 
 def add_squares(total: Tensor, outer: Outer) -> None:
-    """total [P, Q] += (left_n^T right_n)^2, elementwise, over samples n; never [N, P, Q].
+    """total [P, Q] += (left_n^T right_n)^2, elementwise, over samples n. [N, P, Q] is never formed.
 
-    Rows are taken in chunks and the samples within a chunk, so that sum and product stay in the cache.
+    The outer loop goes over chunks of rows, the inner one over samples: the sum's chunk and the product stay in the
+    cache.
     """
     if outer.left is None:
         total.addcmul_(outer.right, outer.right)
@@ -171,12 +193,12 @@ def add_squares(total: Tensor, outer: Outer) -> None:
     rows = max(1, chunk // total.shape[1])
     buffer = torch.empty(min(rows, len(total)), total.shape[1], dtype=total.dtype, device=total.device)
     for start in range(0, len(total), rows):
-        part = total[start : start + rows]
-        product = buffer[: len(part)]
-        for of_left, of_right in zip(left, right, strict=True):
-            columns = of_left[:, start : start + rows].T
+        chunk_of_total = total[start : start + rows]
+        product = buffer[: len(chunk_of_total)]
+        for left_n, right_n in zip(left, right, strict=True):
+            columns = left_n[:, start : start + rows].T
             if mixed:
-                product = torch.mm(columns, of_right, out_dtype=total.dtype)
+                product = torch.mm(columns, right_n, out_dtype=total.dtype)
             else:
-                torch.mm(columns, of_right, out=product)
-            part.addcmul_(product, product)
+                torch.mm(columns, right_n, out=product)
+            chunk_of_total.addcmul_(product, product)

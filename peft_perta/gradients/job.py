@@ -1,104 +1,65 @@
-"""What the modes share: the job that they are given, and what every one of them checks."""
+"""The description of one gradient computation. Everything in this room takes it, and nothing changes it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import nn
 
-from ..data import Batch
-from ..errors import NumericalError
-from ..model import Target, distributed
+from ..data import Sample
+from ..model import Target
 from .checkpoint import Checkpoint
+from .collector import Collector
 from .gradient_sums import GradientSums, StatisticName
-from .input_moments import Collector
-from .plan import Plan
 
-Advance = Callable[[int], None]  # by so many samples
+SetSums = dict[str, dict[str, GradientSums]]  # set name -> layer name -> sums
 
 
-SetSums = dict[str, dict[str, GradientSums]]  # set name -> layer name -> statistic
-
-
-@dataclass
-class Job:
-    """Both sets' statistics of some targets, as the plan has it.
+@dataclass(frozen=True)
+class Limits:
+    """The most that a run may use.
 
     Attributes:
-        targets: by name.
-        reader: what is kept of each, for instance a granularity.
-        adapters: the adapters that are on while gradients are taken.
-        done: names of the targets that need no statistics any more.
-        checkpoint: where sums go that the next run may start from.
+        batch_size: the most samples per forward and backward pass.
+        max_memory: the most bytes on each GPU, the model included; None for nine tenths of what is free.
+        host_memory: the same for the host's memory.
+    """
+
+    batch_size: int = 8
+    max_memory: int | str | None = None
+    host_memory: int | str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """The gradient sums of some layers over some data sets.
+
+    Attributes:
+        model: the model; it is restored when the job ends.
+        targets: the layers to sum gradients of.
+        samples: set name -> its samples.
+        collector: what is summed of each layer.
+        statistic: 'mean' or 'squares': what is summed of the gradients.
+        adapters: names of the adapters that are on while gradients are taken.
+        limits: batch size and memory budgets.
+        edit_copies: how many more copies of a layer's sums its edit needs in memory, beyond the three that every edit
+            needs. The plan leaves room for them.
+        checkpoint: where an interrupted run leaves its plan and its sums; None for no checkpoint.
+        show_progress_bar: whether the main process shows progress bars.
     """
 
     model: nn.Module
-    targets: Mapping[str, Target]
+    targets: Sequence[Target]
+    samples: Mapping[str, list[Sample]]
     collector: Collector
     statistic: StatisticName
-    adapters: list[str]
-    plan: Plan
-    done: set[str] = field(default_factory=set)
+    adapters: Sequence[str] = ()
+    limits: Limits = field(default_factory=Limits)
+    edit_copies: int = 0
     checkpoint: Checkpoint | None = None
     show_progress_bar: bool = True
 
-    def save_statistics(self, group: list[Target], set_name: str, found: Mapping[str, GradientSums]) -> None:
-        """Keep one set's sums of a group, for a run that is cut off before the other set's are in."""
-        if self.checkpoint is not None:
-            record = {"layers": [t.name for t in group], "samples": next(iter(found.values())).samples}
-            tensors = {f"{name}|{key}": total for name, s in found.items() for key, total in s.sums.items()}
-            with distributed.failing_together():
-                self.checkpoint.save(f"sums-{set_name}", tensors, record)
-
-    def load_statistics(self, group: list[Target], set_name: str) -> dict[str, GradientSums] | None:
-        """The sums that an earlier run kept of just this group, or None.
-
-        Of several processes only the main one, which also writes and deletes the file, reads it.
-        """
-        if self.checkpoint is None:
-            return None
-        tensors, kept = {}, None
-        with distributed.failing_together():
-            entry = self.checkpoint.load(f"sums-{set_name}") if distributed.is_main() else None
-            if entry is not None and entry[1]["layers"] == [target.name for target in group]:
-                tensors = entry[0]
-                kept = entry[1]["samples"], {key: (total.shape, total.dtype) for key, total in tensors.items()}
-        kept = distributed.from_main(kept)
-        if kept is None:
-            return None
-        samples, described = kept
-        found = {target.name: GradientSums(self.statistic, samples=samples) for target in group}
-        for key, (shape, dtype) in described.items():
-            name, _, part = key.rpartition("|")
-            total = tensors[key] if key in tensors else torch.zeros(shape, dtype=dtype)
-            if self.plan.statistics == "device":
-                total = total.to(self.targets[name].A.device)
-            distributed.add_up(total)
-            found[name].sums[part] = total
-        return found
-
-
-def check_losses(losses: Tensor, batch: Batch, name: str) -> None:
-    """Raises NumericalError with the sample whose loss is not finite."""
-    finite = torch.isfinite(losses)
-    if not bool(finite.all()):
-        first = int((~finite).nonzero()[0])
-        raise NumericalError(
-            f"{name}, sample {batch.indices[first] + 1}: the loss is {losses[first].item()}; expected a finite one. "
-            "Look at the row, and at the model's dtype (float16 overflows where bfloat16 does not)"
-        )
-
-
-@contextmanager
-def progress(total: int, what: str, shown: bool) -> Iterator[Advance]:
-    """A bar over samples; the main process shows it for all."""
-    with tqdm(total=total, desc=what, disable=not (shown and distributed.is_main())) as bar:
-
-        def advance(samples: int) -> None:
-            bar.update(min(samples * distributed.count(), total - int(bar.n)))
-
-        yield advance
+    def without(self, names: Collection[str]) -> Job:
+        """The same job, less the layers of these names."""
+        return replace(self, targets=[target for target in self.targets if target.name not in names])

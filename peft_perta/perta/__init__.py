@@ -1,17 +1,21 @@
-"""PerTA: the config, weightings, granularities, fits, input directions, and the run.
+"""PerTA, the method: a forget adapter, weighted by the gradients of both sets and negated, becomes a negative adapter.
+Weightings, granularities and fits are its extension points.
 
-Imports from: every room above.
+Imports from: errors, data, model, gradients, evaluation, adapters.
 """
 
-from .config import ALLOCATIONS, FIT_NAMES, GRADIENTS_AT, GRANULARITY_NAMES, PerTAConfig
+from .config import ALLOCATIONS, GRADIENTS_AT, PerTAConfig
+from .edited_layers import gradient_job
 from .fits import FITS
 from .granularities import GRANULARITIES
-from .layer import collector_of, edit_copies, edit_layer, limits_of
+from .layer import edit_layer
 from .run import add_perta_adapter, get_perta_state_dict
 from .task_vectors import task_vector
-from .weightings import WEIGHTINGS, resolve_weighting
+from .weighing import resolve_weighting
+from .weightings import WEIGHTINGS, Weighting
 from .weightings.ratio import ratio
-from .weightings.weighting import Weighting
+
+GRANULARITY_NAMES, FIT_NAMES = tuple(GRANULARITIES), tuple(FITS)
 
 __all__ = [
     "ALLOCATIONS",
@@ -24,11 +28,9 @@ __all__ = [
     "PerTAConfig",
     "Weighting",
     "add_perta_adapter",
-    "collector_of",
-    "edit_copies",
     "edit_layer",
     "get_perta_state_dict",
-    "limits_of",
+    "gradient_job",
     "ratio",
     "resolve_weighting",
     "task_vector",

@@ -1,4 +1,4 @@
-"""How far an adapter is from the edit that it was fitted to, in what the model says."""
+"""The fit's KL: how far the fitted adapter's next-token distributions are from those of the edit itself."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from ..data import Batch, Sample, batches
-from ..errors import UnsupportedLayerError
+from ..data import IGNORED, Batch, Sample, batches
 from ..model import input_device, preserved
 
 
 def measure_fit_kl(
     model: nn.Module,
     samples: list[Sample],
-    edits: Mapping[nn.Module, Tensor | None],
+    edits: Mapping[nn.Module, Tensor],
     adapter_name: str,
     *,
     with_adapters: Sequence[str] = (),
     batch_size: int = 8,
 ) -> float:
-    """KL(p || q), mean over the tokens with loss, nats: p the model with the edits on its layers, q with the adapter.
+    """KL(p || q), the mean over tokens with loss, in nats.
+
+    p is the model with the edits on its layers, q the model with the adapter.
 
     Args:
-        edits: a layer of the base -> its edit [O, I], added to what it computes while p is taken.
-
-    Raises:
-        UnsupportedLayerError: an edited weight is no layer's own (experts), whose output could be added to.
+        model: the model, with the adapter on it.
+        samples: the samples to measure on.
+        edits: a layer of the base -> its edit [O, I], which is added to the layer's output while p is computed.
+        adapter_name: the adapter.
+        with_adapters: adapters that are on for both p and q.
+        batch_size: samples per forward pass.
     """
-    if any(edit is None for edit in edits.values()):
-        raise UnsupportedLayerError("the divergence needs the edit of every layer; expert parameters have none to add")
     device = input_device(model)
     total, count = 0.0, 0
     for batch in batches(samples, batch_size):
         with preserved(model, list(with_adapters)), torch.no_grad(), ExitStack() as hooks:
             for layer, edit in edits.items():
-                assert edit is not None
                 hooks.callback(layer.register_forward_hook(_adding(edit)).remove)
             p = _log_probabilities(model, batch.to(device))
         with preserved(model, [*with_adapters, adapter_name]), torch.no_grad():
@@ -48,6 +48,8 @@ def measure_fit_kl(
 
 
 def _adding(edit: Tensor):
+    """A forward hook that adds E x to a layer's output."""
+
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return output + (args[0].to(edit.dtype) @ edit.to(output.device).T).to(output.dtype)
 
@@ -57,4 +59,4 @@ def _adding(edit: Tensor):
 def _log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
     """[tokens with loss, vocabulary], float32."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
-    return torch.log_softmax(logits[batch.labels[:, 1:] != -100].float(), dim=-1)
+    return torch.log_softmax(logits[batch.labels[:, 1:] != IGNORED].float(), dim=-1)

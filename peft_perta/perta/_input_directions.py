@@ -1,18 +1,18 @@
-"""Directions of a layer's input space, and how much each set's rows use them.
+"""Weights on the directions of a layer's input space, by how much each set's rows use them.
 
-An edit E changes a layer's output by E x. On the rows to keep it should change nothing; on the rows to forget it should
-do all that it does. Least squares says which matrix on the input side does that best,
+An edit E changes a layer's output by E x. It should change nothing on the retain rows, and keep its full effect on the
+forget rows. Least squares gives the matrix on the input side that does this best,
 
     min_M  sum_forget ||(E M - E) x||^2 + sum_retain ||E M x||^2      =>      M = C_f (C_f + C_r)^-1 ,
 
-C_f and C_r being the second moments of the inputs. M weighs, in [0, 1], the directions in which both are diagonal by
-f / (f + r): PerTA's ratio, in the basis where inputs do not mix instead of the basis of neurons. E M has the rank of E:
-nothing is refitted, and of a product B A only A changes.
+with C_f and C_r the second moments of the inputs. In the basis in which both are diagonal, M weights each direction by
+f / (f + r), in [0, 1]. This is PerTA's ratio, taken where inputs do not mix instead of neuron by neuron. E M has the
+rank of E, so nothing is refitted; of a product B A only A changes.
 
-A little of the mean energy (``DAMPING``) counts as what must stay, so that directions that hardly any row uses get
-weights near 0: nothing known, nothing changed.
+A little of the mean energy (``DAMPING``) is added to the retain side. Directions that hardly any row uses get weights
+near 0: without evidence, nothing is changed.
 
-Reference: ours; the least squares of MEMIT (Meng et al. 2023, arXiv 2210.07229) turned to what must go.
+Reference: ours; the least squares of MEMIT (Meng et al. 2023, arXiv 2210.07229), applied to forgetting.
 """
 
 from __future__ import annotations
@@ -25,51 +25,59 @@ from torch import Tensor
 from ..adapters import Edit, Product
 from ..errors import NumericalError
 
-DAMPING = 0.01  # of the mean energy of a direction, over both sets
+DAMPING = 0.01  # of a direction's mean energy over both sets
 
 
-_ROWS = 256  # of a dense edit that are worked on at once, in double precision
+# How many more copies of a layer's sums an edit needs here: float64 moments, S, L and a chunk of rows. The peak was
+# measured below it; tests/test_budget.py repeats the measurement.
+COPIES = 7
+
+
+_ROWS = 256  # of a dense edit, processed at once in double precision
 
 
 def weigh_input_directions(
     edit: Edit, forget: Mapping[str, Tensor], retain: Mapping[str, Tensor]
 ) -> tuple[Edit, dict[str, float]]:
-    """E M, an edit of the same form and no larger rank, and what is left of the edit.
+    """Multiply an edit by M on its input side.
 
     Args:
-        forget, retain: ``GradientSums.moments()`` of each set: 'inputs' [I, I] and 'tokens' [1, 1].
+        edit: the edit [O, I], dense or a product.
+        forget: the forget set's ``GradientSums.moments``: 'inputs' [I, I] and 'tokens' [1, 1].
+        retain: the same of the retain set.
 
     Returns:
-        The edit, and the shares 'forget' and 'retain' of its mean squared output on each set's inputs, in [0, 1] but
-        for rounding; 1 where there was none.
+        E M, of the same form and of no larger rank, and for 'forget' and 'retain' the share of the edit's mean squared
+        output that is left on that set's inputs: in [0, 1] up to rounding, and 1 if the output was zero before.
 
     Raises:
-        NumericalError: the moments are too steep for the precision that they were summed in.
+        NumericalError: the moments' spectrum is too steep for single precision.
     """
-    moved = edit.A if isinstance(edit, Product) else edit
-    C_f = _per_token(forget, moved.device)
-    S = damped(C_f, _per_token(retain, moved.device))
-    if S is None:  # no input was ever different from zero
-        return (Product(edit.B, torch.zeros_like(edit.A)) if isinstance(edit, Product) else torch.zeros_like(edit)), {
-            "forget": 1.0,
-            "retain": 1.0,
-        }
-    L = root(S)
+    rows = edit.A if isinstance(edit, Product) else edit
+    C_f = _per_token(forget, rows.device)
+    S = damped(C_f, _per_token(retain, rows.device))
+    if S is None:  # every input was zero
+        zero = torch.zeros_like(rows)
+        return _with_rows(edit, zero), {"forget": 1.0, "retain": 1.0}
+    L = cholesky_factor(S)
     del S
-    found = torch.empty_like(moved)
-    for rows, written in zip(moved.split(_ROWS), found.split(_ROWS), strict=True):  # E C_f S^-1, S = L L^T
-        written.copy_(torch.cholesky_solve((rows.double() @ C_f).T, L).T)
+    weighted = torch.empty_like(rows)
+    for chunk, written in zip(rows.split(_ROWS), weighted.split(_ROWS), strict=True):  # E C_f S^-1, S = L L^T
+        written.copy_(torch.cholesky_solve((chunk.double() @ C_f).T, L).T)
     del C_f, L
-    result = Product(edit.B, found) if isinstance(edit, Product) else found
+    result = _with_rows(edit, weighted)
     shares = {}
     for name, moments in (("forget", forget), ("retain", retain)):
-        before, after = (_output_energy(e, moments["inputs"].to(moved.device)) for e in (edit, result))
+        before, after = (_output_energy(e, moments["inputs"].to(rows.device)) for e in (edit, result))
         shares[name] = after / before if before > 0 else 1.0
     return result, shares
 
 
 def damped(C_f: Tensor, C_r: Tensor) -> Tensor | None:
-    """C_f + C_r + ``DAMPING`` of the mean energy on the diagonal [I, I]; None where both are zero. Writes on C_r."""
+    """C_f + C_r, with ``DAMPING`` of their mean energy added to the diagonal, [I, I]; None if both are zero.
+
+    C_r is overwritten.
+    """
     S = C_r.add_(C_f)
     mean = float(S.diagonal().mean())
     if mean == 0:
@@ -78,7 +86,7 @@ def damped(C_f: Tensor, C_r: Tensor) -> Tensor | None:
     return S
 
 
-def root(S: Tensor) -> Tensor:
+def cholesky_factor(S: Tensor) -> Tensor:
     """L with L L^T = S.
 
     Raises:
@@ -87,14 +95,19 @@ def root(S: Tensor) -> Tensor:
     L, info = torch.linalg.cholesky_ex(S)
     if int(info) != 0:
         raise NumericalError(
-            "the second moment of a layer's inputs is not positive definite, even damped: a few inputs are larger than "
-            "the others by more than single precision holds; use input_directions=False and fit='truncated'"
+            "the second moment of a layer's inputs is not positive definite, even damped: a few inputs exceed the "
+            "others by more than single precision resolves; use input_directions=False and fit='truncated'"
         )
     return L
 
 
+def _with_rows(edit: Edit, rows: Tensor) -> Edit:
+    """The edit with other rows on its input side: A [R, I] of a product, the whole of a dense edit [O, I]."""
+    return Product(edit.B, rows) if isinstance(edit, Product) else rows
+
+
 def _per_token(moments: Mapping[str, Tensor], device: torch.device) -> Tensor:
-    """[I, I] in float64, symmetric."""
+    """The mean of x x^T over tokens, [I, I], in float64."""
     moment = moments["inputs"].to(device, torch.float64, copy=True)
     return moment.div_(moments["tokens"].to(device, torch.float64).clamp_min(1))
 

@@ -1,281 +1,283 @@
-"""Every knob, once."""
+"""``PerTAConfig``: every setting of a run, once, with its help, its range and its check."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
-import math
+import textwrap
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..adapters import DTYPES, SERVABLE_RANKS
+from ..data import check_setting, is_count, is_int, is_number
 from ..errors import ConfigError
 from ..model import parse_size
+from ._rank_allocation import ALLOCATIONS
+from .fits import FITS
+from .granularities import GRANULARITIES
+from .weightings import WEIGHTINGS
 
 CONFIG_NAME = "perta_config.json"
-
-
-GRANULARITY_NAMES = ("factor", "delta", "separable", "factor+delta")
-
-
-ALLOCATIONS = ("uniform", "padded", "pattern")
-
-
-FIT_NAMES = ("truncated", "kronecker", "second-moment", "weighted")
 
 
 GRADIENTS_AT = ("origin", "full")
 
 
+_LINE = 112  # characters of a line of the generated docstring
+
+
+def _setting(
+    default: Any,
+    text: str,
+    expected: str | None = None,
+    valid: Callable[[Any], bool] | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A field of the config.
+
+    Args:
+        default: the default value.
+        text: the help text, in short.
+        expected: the range, as help and error messages say it; by default 'one of <choices>'.
+        valid: whether a value is within the range; by default whether it is a choice.
+        choices: the names to choose from, if they are the only values besides None.
+    """
+    metadata = {
+        "help": text,
+        "expected": expected or f"one of {choices}",
+        "valid": valid or (lambda value: value in (choices or ())),
+        "choices": choices,
+    }
+    return field(default=default, metadata=metadata)
+
+
+def _or_none(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or valid(value)
+
+
+def _described(table: Mapping[str, Any]) -> str:
+    """The rows of a table with their descriptions; controls are left out."""
+    rows = {name: row.description for name, row in table.items() if not row.description.startswith("a control")}
+    return "; ".join(f"'{name}': {description}" for name, description in rows.items())
+
+
+def _is_rank(value: object) -> bool:
+    if isinstance(value, float):
+        return 0.0 < value < 1.0
+    return is_int(value) and 1 <= value <= SERVABLE_RANKS[-1]
+
+
+def _is_size(value: Any) -> bool:
+    try:
+        return parse_size(value) > 0
+    except ConfigError:
+        return False
+
+
+_SIZE = "None, or a size such as '10GiB', '10GB' or a number of bytes"
+
+
 @dataclass
 class PerTAConfig:
-    """How a forget adapter becomes a negative adapter (PerTA, arXiv 2601.22030).
+    """How a forget adapter becomes a negative adapter (PerTA).
 
-    Reference: Cai et al. 2026, "Per-parameter Task Arithmetic for Unlearning in Large Language Models".
+    By default every element of the forget adapter's factors A [R, I] and B [O, R] gets the weight
+    W = |g_f| / (|g_f| + |g_r|), from its mean gradients g_f on the forget set and g_r on the retain set. The emitted edit
+    of a layer with the scaling s is -strength * s * (sqrt(W_B) (*) B) @ (sqrt(W_A) (*) A), weighted once more along the
+    directions of the layer's input.
 
     Raises:
-        ConfigError: a value is of the wrong type or out of range.
+        ConfigError: a value has the wrong type or is out of range.
+
+    Reference: Cai et al. 2026, "Per-parameter Task Arithmetic for Unlearning in Large Language Models", arXiv
+    2601.22030.
     """
 
-    weighting: str = field(
-        default="grad",
-        metadata={
-            "help": "How statistics become weights: a name from peft_perta.WEIGHTINGS ('uniform' is plain task "
-            "arithmetic; 'grad', 'fisher', 'empirical-fisher'), or your own as 'package.module:attribute'."
-        },
+    weighting: str = _setting(
+        "grad",
+        f"How gradients become weights. {_described(WEIGHTINGS)}. Or your own, as 'package.module:attribute'.",
+        "the name of a weighting, or 'package.module:attribute'",
+        lambda value: isinstance(value, str) and bool(value),
     )
-    granularity: str = field(
-        default="factor",
-        metadata={
-            "help": "What the weights multiply: 'factor' (A and B each, no [out, in] matrix), 'delta' (the merged "
-            "B @ A, refitted to the rank), 'separable' (rows times columns, exact at the forget adapter's rank)."
-        },
+    granularity: str = _setting(
+        "factor", f"What the weights multiply. {_described(GRANULARITIES)}.", choices=tuple(GRANULARITIES)
     )
-    input_directions: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Also weigh the directions of each layer's input, by how much of their energy is the forget set's; "
-            "exact at any rank. Default: yes, but for expert parameters, whose inputs are not met."
-        },
+    input_directions: bool | None = _setting(
+        None,
+        "Also weight the directions of each layer's input, by the share of the forget set in their energy; exact at "
+        "any rank. By default on, except for expert parameters, whose inputs are unknown.",
+        "None, True or False",
+        lambda value: value is None or isinstance(value, bool),
     )
-    power: float | None = field(
-        default=None,
-        metadata={
-            "help": "Exponent tau of the ratio |g_f|^tau / (|g_f|^tau + |g_r|^tau). Default: the weighting's own."
-        },
+    power: float | None = _setting(
+        None,
+        "Exponent tau of the ratio |g_f|^tau / (|g_f|^tau + |g_r|^tau). By default the weighting's own.",
+        "None, or a finite number >= 0",
+        _or_none(lambda value: is_number(value) and value >= 0),
     )
-    rank: int | float | None = field(
-        default=None,
-        metadata={
-            "help": "Rank of the negative adapter: an int from 1 to 256, a float in (0, 1) for the share of the "
-            "edit's energy to keep, or nothing for the forget adapter's own rank. Zero-padded to 8, 16, 32, 64, 128 "
-            "or 256, which every server takes."
-        },
+    rank: int | float | None = _setting(
+        None,
+        "Rank of the negative adapter, or the share of the edit's energy to keep. By default the forget adapter's "
+        f"rank. It is zero-padded to the next of {SERVABLE_RANKS}, which every server takes.",
+        f"None, an int from 1 to {SERVABLE_RANKS[-1]}, or a float in (0, 1)",
+        _or_none(_is_rank),
     )
-    fit: str | None = field(
-        default=None,
-        metadata={
-            "help": "How an edit of larger rank is brought to the rank: 'truncated' (least Frobenius error), "
-            "'kronecker' and 'second-moment' (least error on the layers' inputs), 'weighted' (least error where the "
-            "retain set has gradients). Default: 'second-moment' where input directions are weighed, whose moments it "
-            "shares; else 'truncated'."
-        },
+    fit: str | None = _setting(
+        None,
+        f"How an edit of larger rank is reduced to the rank. {_described(FITS)}. By default 'second-moment' with input "
+        "directions, whose moments it shares, else 'truncated'.",
+        f"None, or one of {tuple(FITS)}",
+        _or_none(lambda value: value in tuple(FITS)),
+        choices=tuple(FITS),
     )
-    allocation: str = field(
-        default="uniform",
-        metadata={
-            "help": "'uniform': every layer has the rank. Else the same total size is spread over layers by marginal "
-            "gain, and written zero-padded to the largest rank ('padded': larger, but every server takes it) or as a "
-            "rank_pattern ('pattern': PEFT alone takes it). A float rank is then a share of all layers' energy."
-        },
+    allocation: str = _setting(
+        "uniform",
+        "How ranks are spread over layers. 'uniform': every layer has the rank. The others spread the same total size "
+        "by marginal gain (a float rank is then a share of all layers' energy together): 'padded' zero-pads to the "
+        "largest rank, which every server takes; 'pattern' writes a rank_pattern, smaller but for PEFT only.",
+        choices=ALLOCATIONS,
     )
-    strength: float | str = field(
-        default=1.0,
-        metadata={
-            "help": "Multiplies the edit, and is folded into B. 0 changes nothing; more forgets more. 'auto' finds the "
-            "one that meets target_forget_loss, or else retain_tolerance, on a quarter of the retain set that is held out."
-        },
+    strength: float | str = _setting(
+        1.0,
+        "Factor on the edit, folded into B: 0 changes nothing, more forgets more. 'auto' searches for the strength "
+        "that meets target_forget_loss or, without it, retain_tolerance; a quarter of the retain set is held out for "
+        "it.",
+        "a finite number or 'auto'",
+        lambda value: value == "auto" or is_number(value),
     )
-    target_forget_loss: float | None = field(
-        default=None,
-        metadata={
-            "help": "Goal of strength 'auto': the mean loss on the forget set, in nats per token, such as that of a "
-            "model that never saw it."
-        },
+    target_forget_loss: float | None = _setting(
+        None,
+        "For strength 'auto': the mean loss on the forget set to reach, in nats per token, such as that of a model "
+        "that never saw it.",
+        "None, or a finite number > 0",
+        _or_none(lambda value: is_number(value) and value > 0),
     )
-    retain_tolerance: float = field(
-        default=0.1,
-        metadata={
-            "help": "Goal of strength 'auto' where no target_forget_loss is given: the most forgetting that raises the "
-            "retain set's loss by no more than this, in nats per token."
-        },
+    retain_tolerance: float = _setting(
+        0.1,
+        "For strength 'auto' without target_forget_loss: forget as much as possible while the retain set's mean loss "
+        "rises by at most this, in nats per token.",
+        "a finite number > 0",
+        lambda value: is_number(value) and value > 0,
     )
-    fit_kl_samples: int = field(
-        default=0,
-        metadata={
-            "help": "On so many samples of the retain set, measure how far the adapter's next-token distributions are "
-            "from those of the edit before it was fitted to the rank (KL). Keeps dense edits, [out, in] per layer, on "
-            "the host meanwhile; edits that the rank holds exactly need no measuring. Taken before strength 'auto'."
-        },
+    fit_kl_samples: int = _setting(
+        0,
+        "Measure the fit on this many retain samples: KL between the next-token distributions of the adapter and of "
+        "the edit before the fit. Meanwhile each layer's dense edit [out, in] stays on the host. Not needed where the rank "
+        "holds the edit exactly. Measured before strength 'auto'.",
+        "an int >= 0",
+        lambda value: is_int(value) and value >= 0,
     )
-    gradients_at: str = field(
-        default="origin",
-        metadata={
-            "help": "Where gradients are taken: 'origin' (theta_0, every adapter off) or 'full' (theta_full, the task "
-            "adapter on)."
-        },
+    gradients_at: str = _setting(
+        "origin",
+        "Where gradients are taken: 'origin' (every adapter off) or 'full' (the task adapter on).",
+        choices=GRADIENTS_AT,
     )
-    max_samples: int | None = field(
-        default=None,
-        metadata={"help": "At most so many samples of each set estimate the weights, drawn with the seed."},
+    max_samples: int | None = _setting(
+        None,
+        "Use at most this many samples of each set, drawn with the seed.",
+        "None, or an int > 0",
+        _or_none(is_count),
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the draw of samples."})
-    batch_size: int = field(
-        default=8,
-        metadata={
-            "help": "The most samples per forward and backward; fewer where the memory budget needs it. Changes memory "
-            "and speed, never the result beyond float error."
-        },
+    seed: int = _setting(
+        0,
+        "Seed of the draw of samples.",
+        "an int >= 0, below 2**63",
+        lambda value: is_int(value) and 0 <= value < 2**63,
     )
-    max_memory: int | str | None = field(
-        default=None,
-        metadata={
-            "help": "The most that the run may hold of each GPU, the model included: '10GiB', '10GB' or bytes. "
-            "Default: nine tenths of what is free. Changes the plan, never the result beyond float error."
-        },
+    batch_size: int = _setting(
+        8,
+        "The most samples per forward and backward pass; the plan may use fewer. It changes memory and speed, and the "
+        "result only by rounding.",
+        "an int > 0",
+        is_count,
     )
-    host_memory: int | str | None = field(
-        default=None,
-        metadata={"help": "The same of the host's memory; on a CPU the only one that counts."},
+    max_memory: int | str | None = _setting(
+        None,
+        "Memory limit of each GPU, the model included. By default nine tenths of what is free. It changes the plan, "
+        "and the result only by rounding.",
+        _SIZE,
+        _or_none(_is_size),
     )
-    max_length: int = field(
-        default=1024,
-        metadata={"help": "Tokens per sample. Longer completions are cut; one cut away whole is an error."},
+    host_memory: int | str | None = _setting(
+        None, "Memory limit of the host, likewise; on a CPU the only limit.", _SIZE, _or_none(_is_size)
     )
-    dtype: str = field(
-        default="float32", metadata={"help": "Type of the emitted factors: 'float32', 'bfloat16' or 'float16'."}
+    max_length: int = _setting(
+        1024,
+        "The most tokens per sample. Longer completions are cut; a sample that loses its whole completion is an error.",
+        "an int > 1",
+        lambda value: is_int(value) and value >= 2,
     )
+    dtype: str = _setting("float32", "Dtype of the emitted factors.", choices=DTYPES)
 
     def __post_init__(self) -> None:
-        _check(isinstance(self.weighting, str) and bool(self.weighting), "weighting", "a name", self.weighting)
-        _check(self.granularity in GRANULARITY_NAMES, "granularity", f"one of {GRANULARITY_NAMES}", self.granularity)
-        _check(
-            self.input_directions is None or isinstance(self.input_directions, bool),
-            "input_directions",
-            "nothing, True or False",
-            self.input_directions,
-        )
-        _check(
-            self.power is None or (_is_number(self.power) and self.power >= 0),
-            "power",
-            "nothing, or a finite number >= 0",
-            self.power,
-        )
-        _check(_is_rank(self.rank), "rank", "nothing, an int from 1 to 256, or a float in (0, 1)", self.rank)
-        _check(self.allocation in ALLOCATIONS, "allocation", f"one of {ALLOCATIONS}", self.allocation)
-        _check(
+        for setting in dataclasses.fields(self):
+            value = getattr(self, setting.name)
+            check_setting(setting.metadata["valid"](value), setting.name, setting.metadata["expected"], value)
+        check_setting(
             self.allocation == "uniform" or self.fit != "weighted",
             "allocation",
-            "'uniform' with fit='weighted', whose factors of one rank are no part of those of a larger one",
+            "'uniform' with fit='weighted', whose factors cannot be cut to a smaller rank",
             self.allocation,
         )
-        _check(self.fit is None or self.fit in FIT_NAMES, "fit", f"nothing, or one of {FIT_NAMES}", self.fit)
-        _check(
-            self.strength == "auto" or _is_number(self.strength), "strength", "a finite number or 'auto'", self.strength
-        )
-        _check(
-            self.target_forget_loss is None or (_is_number(self.target_forget_loss) and self.target_forget_loss > 0),
-            "target_forget_loss",
-            "nothing, or a finite number > 0",
-            self.target_forget_loss,
-        )
-        _check(
-            _is_number(self.retain_tolerance) and self.retain_tolerance > 0,
-            "retain_tolerance",
-            "a finite number > 0",
-            self.retain_tolerance,
-        )
-        _check(
-            self.gradients_at in GRADIENTS_AT,
-            "gradients_at",
-            f"one of {GRADIENTS_AT}",
-            self.gradients_at,
-        )
-        _check(self.max_samples is None or _is_count(self.max_samples), "max_samples", "an int > 0", self.max_samples)
-        _check(
-            _is_int(self.fit_kl_samples) and self.fit_kl_samples >= 0,
-            "fit_kl_samples",
-            "an int >= 0",
-            self.fit_kl_samples,
-        )
-        _check(_is_int(self.seed) and 0 <= self.seed < 2**63, "seed", "an int >= 0, below 2**63", self.seed)
-        _check(_is_count(self.batch_size), "batch_size", "an int > 0", self.batch_size)
-        for name in ("max_memory", "host_memory"):
-            value = getattr(self, name)
-            try:
-                known = value is None or parse_size(value) > 0
-            except ConfigError:
-                known = False
-            _check(known, name, "nothing, or a size such as '10GiB', '10GB' or a number of bytes", value)
-        _check(_is_int(self.max_length) and self.max_length >= 2, "max_length", "an int > 1", self.max_length)
-        _check(self.dtype in DTYPES, "dtype", f"one of {DTYPES}", self.dtype)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
+        """The settings by name."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> PerTAConfig:
-        """Raises ConfigError on a key that is no field, as on a bad value."""
-        names = [f.name for f in dataclasses.fields(cls)]
+    def from_dict(cls, values: dict[str, Any]) -> PerTAConfig:
+        """The config of these settings.
+
+        Raises:
+            ConfigError: a key is not a setting, or a value is out of range.
+        """
+        names = [setting.name for setting in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(names))
         if unknown:
             raise ConfigError(f"PerTAConfig has no field {unknown[0]!r}; expected some of {names}")
         return cls(**values)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write ``perta_config.json`` into the directory, which is made if need be."""
+        """Write ``perta_config.json`` into a directory, which is created if missing."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         (Path(save_directory) / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> PerTAConfig:
-        """Read ``perta_config.json`` from the directory.
+        """Read ``perta_config.json`` from a directory.
 
         Raises:
-            ConfigError: the file is missing, is no JSON object, or holds a bad value.
+            ConfigError: the file is missing, is not a JSON object, or holds a bad value.
         """
         path = Path(directory) / CONFIG_NAME
         try:
             values = json.loads(path.read_text())
         except FileNotFoundError as error:
-            raise ConfigError(f"expected {path}, found no such file; save_pretrained writes it") from error
+            raise ConfigError(f"expected {path}, found no such file; write it with save_pretrained") from error
         except ValueError as error:
-            raise ConfigError(f"{path} is not JSON: {error}; write it anew with save_pretrained") from error
+            raise ConfigError(f"{path} is not JSON: {error}; write it again with save_pretrained") from error
         if not isinstance(values, dict):
-            raise ConfigError(f"{path} holds a {type(values).__name__}, expected a JSON object of fields")
+            raise ConfigError(f"{path} holds a {type(values).__name__}, expected a JSON object of settings")
         return cls.from_dict(values)
 
 
-def _check(holds: bool, name: str, expected: str, found: object) -> None:
-    if not holds:
-        raise ConfigError(f"{name}: expected {expected}, found {found!r}")
+def _with_arguments(cls: type) -> str:
+    """The class's docstring with an ``Args:`` section, written from its fields' help, range and default."""
+    lines = ["Args:"]
+    for setting in dataclasses.fields(cls):  # type: ignore[arg-type]
+        text = f"{setting.name}: {setting.metadata['help']} Expects {setting.metadata['expected']}; default "
+        lines += textwrap.wrap(
+            f"{text}{setting.default!r}.",
+            _LINE,
+            initial_indent="    ",
+            subsequent_indent="        ",
+            break_on_hyphens=False,
+        )
+    summary, raises, rest = inspect.cleandoc(cls.__doc__ or "").partition("Raises:")
+    return summary + "\n".join(lines) + "\n\n" + raises + rest
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_count(value: object) -> bool:
-    return _is_int(value) and value > 0  # type: ignore[operator]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_rank(value: object) -> bool:
-    if value is None:
-        return True
-    if isinstance(value, float):
-        return 0.0 < value < 1.0
-    return _is_int(value) and 1 <= value <= SERVABLE_RANKS[-1]  # type: ignore[operator]
+PerTAConfig.__doc__ = _with_arguments(PerTAConfig)

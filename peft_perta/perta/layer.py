@@ -1,66 +1,85 @@
-"""One layer, from both sets' statistics to factors: weights, edit, directions, fit."""
+"""One layer: from both sets' gradient sums to factors, by way of weights, edit, input directions and fit."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..adapters import Factors, LayerProvenance, Product, WeightDistribution, factorize
+from ..adapters import Edit, Factors, LayerProvenance, Product, WeightDistribution, factorize
 from ..errors import NumericalError
-from ..gradients import Collector, Collectors, GradientSums, InputMoments, Limits
+from ..gradients import Collector, GradientSums, InputMoments
 from ..model import Target
-from ._input_directions import weigh_input_directions
+from ._input_directions import COPIES, weigh_input_directions
 from .config import PerTAConfig
-from .fits import FITS
-from .fits.fit import Fit
-from .granularities import GRANULARITIES, Granularity
-from .weightings import weigh
-from .weightings.weighting import Weighting
+from .fits import FITS, Fit
+from .granularities import GRANULARITIES
+from .weighing import weigh
+from .weightings import Weighting
+
+
+@dataclass(frozen=True, eq=False)
+class LayerEdit:
+    """One layer's edit, on the host.
+
+    Attributes:
+        factors: the edit at the adapter's rank.
+        provenance: how it was made.
+        dense: the edit before it was fitted, [O, I], if it was asked for.
+    """
+
+    factors: Factors
+    provenance: LayerProvenance
+    dense: Tensor | None = None
 
 
 def edit_layer(
     target: Target,
     config: PerTAConfig,
     weighting: Weighting,
-    pair: dict[str, GradientSums],
+    sums: dict[str, GradientSums],
     rank: int | float,
-    dense: dict[str, Tensor] | None = None,
-) -> tuple[Factors, LayerProvenance]:
-    """Statistics -> weights -> edit -> factors of one layer, on the host, and what was done.
+    *,
+    keep_dense: bool = False,
+) -> LayerEdit:
+    """Edit one layer.
 
-    ``pair`` holds the 'forget' and the 'retain' statistic, or nothing where the weighting needs none; it is used up.
-    The edit before it is fitted goes into ``dense`` [O, I], on the host, if it is given.
+    Args:
+        target: the layer.
+        config: the settings; ``strength`` must be a number.
+        weighting: the config's weighting, resolved.
+        sums: 'forget' and 'retain' -> the layer's sums, of what ``collector_of`` asks for. Empty for a weighting
+            without gradients. They are removed from the mapping, so that their memory can be freed on the way.
+        rank: the rank of the fit (int), or the share of the edit's energy to keep (float).
+        keep_dense: keep the edit before it is fitted, too.
+
+    Raises:
+        NumericalError: a weight or a factor is not finite.
     """
-    granularity, strength = GRANULARITIES[config.granularity], float(config.strength)
     left: dict[str, float] = {}
     if weighting.statistic is None:
-        weights = granularity.uniform(target)
-        edit = granularity.edit(target, weights, strength)
-        distributions = {key: WeightDistribution.of(value) for key, value in weights.items()}
+        weights = GRANULARITIES[config.granularity].uniform(target)
+        edit = GRANULARITIES[config.granularity].edit(target, weights, float(config.strength))
+        distributions = {name: WeightDistribution.of(of_name) for name, of_name in weights.items()}
         fitted = factorize(edit, rank)
     else:
         fit = _fit_of(config, target)
-        measured = {
-            name: found.only(fit.collector.shapes(target) if fit.collector else ()) for name, found in pair.items()
-        }
-        moments = [pair[name].moments() for name in ("forget", "retain")]
-        forget, retain = (_magnitudes(granularity, pair.pop(name), target) for name in ("forget", "retain"))
-        weights = weigh(weighting, forget, retain, target.name)
-        del forget, retain
-        edit = granularity.edit(target, {k: w.to(target.A.dtype) for k, w in weights.items()}, strength)
-        distributions = {key: WeightDistribution.of(value) for key, value in weights.items()}
-        del weights
-        if config.input_directions is not False and target.parameter is None:
-            edit, left = weigh_input_directions(edit, *moments)
+        of_fit, moments = _kept_beside(sums, fit, target)
+        edit, distributions = _weighted_edit(target, config, weighting, sums)
+        if _weighs_directions(config, target):
+            edit, left = weigh_input_directions(edit, moments["forget"], moments["retain"])
         del moments
-        fitted = fit.fit(edit, rank, measured)
-    if dense is not None:
-        dense[target.name] = (edit.B @ edit.A if isinstance(edit, Product) else edit).cpu()
+        fitted = fit.fit(edit, rank, of_fit)
+    dense = (edit.B @ edit.A if isinstance(edit, Product) else edit).cpu() if keep_dense else None
     if not (bool(torch.isfinite(fitted.A).all()) and bool(torch.isfinite(fitted.B).all())):
-        raise NumericalError(f"{target.name}: the edit's factors are not finite; train the forget adapter less")
-    layer = LayerProvenance(
+        raise NumericalError(
+            f"{target.name}: expected finite factors of the edit, found NaN or infinity; train the forget adapter for "
+            "fewer steps"
+        )
+    provenance = LayerProvenance(
         name=target.name,
         kind=target.kind.name,
         shape=[len(target.B), target.A.shape[1]],
@@ -72,33 +91,58 @@ def edit_layer(
         weights=distributions,
         left_on_inputs=left,
     )
-    return dataclasses.replace(fitted, A=fitted.A.cpu(), B=fitted.B.cpu()), layer
+    return LayerEdit(dataclasses.replace(fitted, A=fitted.A.cpu(), B=fitted.B.cpu()), provenance, dense)
 
 
 def collector_of(config: PerTAConfig) -> Collector:
-    """What a run of this config reads of each layer."""
-    collectors: list[Collector] = [GRANULARITIES[config.granularity]]
+    """What a run of this config sums of each layer."""
+    collector = Collector(gradients=(GRANULARITIES[config.granularity],))
     if config.input_directions is not False:
-        collectors.append(InputMoments())
-    of_fit = FITS[config.fit].collector if config.fit else None  # the default one's is among the others
-    return Collectors(collectors if of_fit is None else [*collectors, of_fit])
-
-
-def _fit_of(config: PerTAConfig, target: Target) -> Fit:
-    weighs_directions = config.input_directions is not False and target.parameter is None
-    return FITS[config.fit or ("second-moment" if weighs_directions else "truncated")]
-
-
-def _magnitudes(granularity: Granularity, statistic: GradientSums, target: Target) -> dict[str, Tensor]:
-    own = statistic.only(granularity.shapes(target))
-    return granularity.arrange({key: found.to(target.A.device) for key, found in own.magnitudes().items()})
+        collector += Collector(moments=(InputMoments(),))
+    return collector + _chosen_fit(config).collector
 
 
 def edit_copies(config: PerTAConfig) -> int:
-    """How many copies of a layer's sums its edit needs, beyond the three that every edit does."""
-    return 0 if config.input_directions is False and config.fit in (None, "truncated") else 7
+    """How many more copies of a layer's sums its edit needs, beyond the three that every edit needs."""
+    of_directions = COPIES if config.input_directions is not False else 0
+    return max(of_directions, _chosen_fit(config).copies)
 
 
-def limits_of(config: PerTAConfig) -> Limits:
-    """What the config lets a run take."""
-    return Limits(config.batch_size, config.max_memory, config.host_memory)
+def _chosen_fit(config: PerTAConfig) -> Fit:
+    """The config's fit; by default the one that shares the moments of input directions, if these are weighed."""
+    return FITS[config.fit or ("truncated" if config.input_directions is False else "second-moment")]
+
+
+def _fit_of(config: PerTAConfig, target: Target) -> Fit:
+    """The fit of one layer. An expert's parameter has no input moments, so its default is truncation."""
+    return FITS["truncated"] if config.fit is None and target.parameter is not None else _chosen_fit(config)
+
+
+def _weighs_directions(config: PerTAConfig, target: Target) -> bool:
+    return config.input_directions is not False and target.parameter is None
+
+
+def _kept_beside(
+    sums: Mapping[str, GradientSums], fit: Fit, target: Target
+) -> tuple[dict[str, GradientSums], dict[str, dict[str, Tensor]]]:
+    """What outlives the magnitudes: the sums that the fit needs, and the moments, by set."""
+    gradients, moments = fit.collector.gradient_shapes(target), fit.collector.moment_shapes(target)
+    of_fit = {set_name: of_set.only(gradients, moments) for set_name, of_set in sums.items()}
+    return of_fit, {set_name: of_set.moments for set_name, of_set in sums.items()}
+
+
+def _weighted_edit(
+    target: Target, config: PerTAConfig, weighting: Weighting, sums: dict[str, GradientSums]
+) -> tuple[Edit, dict[str, WeightDistribution]]:
+    """The edit, and how its weights are distributed. Every tensor is freed as soon as the next one is made of it."""
+    granularity = GRANULARITIES[config.granularity]
+
+    def magnitudes(set_name: str) -> dict[str, Tensor]:
+        own = sums.pop(set_name).only(granularity.shapes(target))
+        return granularity.arrange({name: m.to(target.A.device) for name, m in own.magnitudes().items()})
+
+    forget, retain = magnitudes("forget"), magnitudes("retain")
+    weights = weigh(weighting, forget, retain, target.name)
+    del forget, retain
+    edit = granularity.edit(target, {name: w.to(target.A.dtype) for name, w in weights.items()}, float(config.strength))
+    return edit, {name: WeightDistribution.of(w) for name, w in weights.items()}

@@ -1,6 +1,6 @@
 """Task vectors and signed edits: pure tensor arithmetic.
 
-Legend of shapes, here and everywhere: N samples, T tokens, I in, O out, R rank.
+Shapes, here and everywhere: N samples, T tokens, I in, O out, R rank.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from ..adapters import Product
 
 
 def task_vector(A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """What the forget adapter adds to the weight: s * B @ A, [O, I]."""
+    """The task vector: what the forget adapter adds to the weight, s * B @ A, [O, I]."""
     return scaling * (B @ A)
 
 
 def weighted_delta(A: Tensor, B: Tensor, scaling: float, weights: Tensor, strength: float) -> Tensor:
-    """-strength * W (*) (s * B @ A), element by element, [O, I]; W [O, I].
+    """-strength * W (*) (s * B @ A), elementwise, [O, I]; W is [O, I].
 
     Reference: arXiv 2601.22030, theta_final = theta_full - W (*) TV.
     """
@@ -26,9 +26,9 @@ def weighted_delta(A: Tensor, B: Tensor, scaling: float, weights: Tensor, streng
 def weighted_factors(
     A: Tensor, B: Tensor, scaling: float, weights_A: Tensor, weights_B: Tensor, strength: float
 ) -> Product:
-    """The product of (W_B (*) B) and (W_A (*) A), with sign, scaling and strength on B alone; W_A [R, I], W_B [O, R].
+    """The product of (W_B (*) B) and (W_A (*) A); W_A [R, I], W_B [O, R]. B carries sign, scaling and strength.
 
-    Each rank-one term k of the edit is weighted by W_B[:, k] W_A[k, :], an outer product of its own.
+    The k-th rank-one term of the edit is weighted by the outer product W_B[:, k] W_A[k, :].
     """
     return Product(B=(-strength * scaling) * (weights_B * B), A=weights_A * A)
 
@@ -38,6 +38,6 @@ def weighted_rows_columns(
 ) -> Product:
     """-strength * (u v^T) (*) (s * B @ A) = (-strength * s * diag(u) B)(A diag(v)): exact at the same rank.
 
-    rows u [O], columns v [I].
+    ``rows`` is u [O], ``columns`` is v [I].
     """
     return Product(B=(-strength * scaling) * (rows.unsqueeze(1) * B), A=A * columns)

@@ -1,10 +1,12 @@
-"""How the gradients of both sets are taken: one file a mode, one row each in ``MODES``.
+"""Modes: the ways to visit the layers. One file per mode, one row each in ``MODES``.
 
-A mode is a generator (job, sets) -> (targets, both sets' sums), group after group, from the top down.
+To add a mode: its file, a row here, a row in tests/tables.py.
 """
 
-from . import grouped, layerwise
+from .grouped import Grouped, sweep
+from .layerwise import Layerwise
+from .mode import Mode
 
-MODES = {"grouped": grouped.run, "layerwise": layerwise.run}
+MODES: dict[str, Mode] = {mode.name: mode for mode in (Grouped(), Layerwise())}
 
-__all__ = ["MODES"]
+__all__ = ["MODES", "Mode", "sweep"]

@@ -1,7 +1,6 @@
-"""Edit -> factors of the adapter's rank: one file a fit, one row each in ``FITS``.
+"""Fits: an edit -> factors of the adapter's rank. One file per fit, one row each in ``FITS``.
 
-To add one: a file, a row here, its name in ``config.FIT_NAMES``, a row in tests/tables.py. Where the rank holds the
-edit as it is, every fit passes it on exactly.
+To add a fit: its file, a row here, a row in tests/tables.py.
 """
 
 from .fit import Fit, is_exact

@@ -1,4 +1,4 @@
-"""The contract of a fit."""
+"""The contract of a fit, and what all fits share."""
 
 from __future__ import annotations
 
@@ -13,22 +13,32 @@ from ...gradients import Collector, GradientSums
 
 
 class Fit(Protocol):
-    """An edit -> factors of a rank, at the least error in this fit's own measure.
+    """From an edit to factors of a rank, with the least error in the fit's own measure.
+
+    Where the rank holds the edit exactly, every fit passes it on unchanged.
 
     Attributes:
-        name: as the config calls it.
-        reader: what must be read of each layer for that measure; None where nothing is.
+        name: the name in configs and provenance.
+        description: one line for help texts.
+        collector: what must be summed of each layer for the measure.
+        copies: how many more copies of a layer's sums the fit needs in memory, beyond the three that every edit needs
+            (magnitudes, weights, edit). The plan leaves room for them.
     """
 
     name: str
+    description: str
+    copies: int
 
     @property
-    def collector(self) -> Collector | None: ...
+    def collector(self) -> Collector: ...
 
-    def fit(self, edit: Edit, rank: int | float, measured: Mapping[str, GradientSums]) -> Factors:
-        """Factors at a rank (int), or at the least rank that keeps a share of the measure (float).
+    def fit(self, edit: Edit, rank: int | float, sums: Mapping[str, GradientSums]) -> Factors:
+        """The factors.
 
-        ``measured`` holds the 'forget' and the 'retain' set's statistic of what the reader reads.
+        Args:
+            edit: the edit of one layer.
+            rank: an int for the rank itself; a float for the smallest rank that keeps this share of the measure.
+            sums: 'forget' and 'retain' -> the sums that ``collector`` asks for.
         """
         ...
 
@@ -39,7 +49,8 @@ def is_exact(edit: Edit, rank: int | float) -> bool:
 
 
 def judged(edit: Edit, factors: Factors, metric_error: float) -> Factors:
-    """The factors with the shares of the edit that they keep in the squared Frobenius norm, and lose in the measure.
+    """The factors with two figures: the share of the edit's squared Frobenius norm that they keep, and the share that
+    they lose in the fit's measure.
 
     ||E - B A||^2 = ||E||^2 - 2 tr(B^T E A^T) + ||B A||^2.
     """
@@ -52,7 +63,10 @@ def judged(edit: Edit, factors: Factors, metric_error: float) -> Factors:
         energy = float(torch.linalg.vector_norm(edit, dtype=torch.float64) ** 2)
         inner = float(((edit @ factors.A.T.to(edit.dtype)).double() * B).sum())
     error = energy - 2 * inner + float(((B.T @ B) * (A @ A.T)).sum())
-    kept = 1 - max(error, 0.0) / energy if energy > 0 else 1.0
+    energy_kept = 1 - max(error, 0.0) / energy if energy > 0 else 1.0
     return dataclasses.replace(
-        factors, energy=max(energy, 0.0), energy_kept=min(max(kept, 0.0), 1.0), metric_error=max(metric_error, 0.0)
+        factors,
+        energy=max(energy, 0.0),
+        energy_kept=min(max(energy_kept, 0.0), 1.0),
+        metric_error=max(metric_error, 0.0),
     )

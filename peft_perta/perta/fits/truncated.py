@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ...adapters import Edit, Factors, factorize
-from ...gradients import GradientSums
+from ...gradients import Collector, GradientSums
 
 
 class Truncated:
-    name = "truncated"
-    collector = None
+    """Truncated singular value decomposition."""
 
-    def fit(self, edit: Edit, rank: int | float, measured: Mapping[str, GradientSums]) -> Factors:
+    name = "truncated"
+    description = "least Frobenius error"
+    collector = Collector()
+    copies = 0
+
+    def fit(self, edit: Edit, rank: int | float, sums: Mapping[str, GradientSums]) -> Factors:
+        """The leading singular vectors; the sums are not used."""
         return factorize(edit, rank)

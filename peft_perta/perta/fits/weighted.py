@@ -1,8 +1,9 @@
-"""Least error element by element: sum_ij H_ij (E - B A)_ij^2, H the squared mean gradient on the retain set.
+"""The least error elementwise: sum_ij H_ij (E - B A)_ij^2, with H the squared mean gradient on the retain set.
 
-An element that the rows to keep depend on must come out as the edit has it; one that they do not may come out as it
-likes. There is no closed form: alternating least squares from the truncated start, each half exact, so that the error
-never grows (Srebro and Jaakkola 2003, "Weighted Low-Rank Approximations").
+Elements that the retain rows depend on must match the edit; the others are free. There is no closed form: alternating
+least squares, from the truncated start. Each half step is solved exactly, so the error never grows.
+
+Reference: Srebro and Jaakkola 2003, "Weighted Low-Rank Approximations".
 """
 
 from __future__ import annotations
@@ -13,35 +14,40 @@ import torch
 from torch import Tensor
 
 from ...adapters import Edit, Factors, Product, factorize
-from ...gradients import GradientSums
+from ...gradients import Collector, GradientSums
 from ..granularities.delta import Delta
 from .fit import is_exact, judged
 
-_FLOOR = 0.01  # of the mean weight, on every element: elements without a gradient are not free altogether
+_FLOOR = 0.01  # of the mean weight, added to every element: no element is entirely free
 
 
 _ROUNDS = 12
 
 
-_ENOUGH = 1e-3  # a round that lowers the error by a smaller share is the last
+_ENOUGH = 1e-3  # the last round is the first that lowers the error by a smaller share than this
 
 
-_CHUNK = 2**22  # elements of a batch of normal equations' working tensor
+_CHUNK = 2**22  # elements of the working tensor of one batch of normal equations
 
 
-_DAMPING = 1e-6
+_DAMPING = 1e-6  # of the mean diagonal of the normal equations
 
 
 class Weighted:
-    name = "weighted"
-    collector = Delta()
+    """Weighted least squares, started from the truncation."""
 
-    def fit(self, edit: Edit, rank: int | float, measured: Mapping[str, GradientSums]) -> Factors:
+    name = "weighted"
+    description = "least error where the retain set has gradients"
+    collector = Collector(gradients=(Delta(),))
+    copies = 7  # an allowance: the dense edit, H, their product, and the normal equations
+
+    def fit(self, edit: Edit, rank: int | float, sums: Mapping[str, GradientSums]) -> Factors:
+        """The factors of least weighted error."""
         if is_exact(edit, rank):
             return factorize(edit, rank)
         dense = edit.B @ edit.A if isinstance(edit, Product) else edit
         start = factorize(dense, rank)
-        H = measured["retain"].magnitudes()["weight"].to(dense.device, dense.dtype).square_()
+        H = sums["retain"].magnitudes()["weight"].to(dense.device, dense.dtype).square_()
         mean = float(H.mean())
         if mean == 0 or start.energy == 0:
             return start
@@ -52,7 +58,17 @@ class Weighted:
 
 
 def weighted_factors(edit: Tensor, H: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, float]:
-    """(A [R, I], B [O, R], error) from a start, by alternating least squares; H > 0 [O, I]."""
+    """Alternating least squares on sum_ij H_ij (E - B A)_ij^2.
+
+    Args:
+        edit: E [O, I].
+        H: the elements' weights > 0, [O, I].
+        A: the start, [R, I].
+        B: the start, [O, R].
+
+    Returns:
+        A [R, I], B [O, R] and their error.
+    """
     target = H * edit
     best = A, B, _error(edit, H, A, B)
     for _ in range(_ROUNDS):
@@ -65,7 +81,7 @@ def weighted_factors(edit: Tensor, H: Tensor, A: Tensor, B: Tensor) -> tuple[Ten
         best = A, B, error
         if enough:
             break
-    # The scale is shared out evenly between the two, which keeps both within the range of a 16-bit type.
+    # Both factors get the same scale, which keeps them within the range of a 16-bit type.
     A, B, error = best
     scales = (A.norm(dim=1) / B.norm(dim=0).clamp_min(torch.finfo(B.dtype).tiny)).sqrt()
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
@@ -73,7 +89,10 @@ def weighted_factors(edit: Tensor, H: Tensor, A: Tensor, B: Tensor) -> tuple[Ten
 
 
 def _solved(H: Tensor, target: Tensor, A: Tensor) -> Tensor:
-    """Row i of B: the least squares of sum_j H_ij (E_ij - b_i . a_j)^2, from (A diag(H_i) A^T) b_i = A (H_i E_i)."""
+    """The best B [O, R] for a given A.
+
+    Row b_i minimises sum_j H_ij (E_ij - b_i . a_j)^2, so (A diag(H_i) A^T) b_i = A (H_i E_i).
+    """
     rank, width = A.shape
     right = target @ A.T
     identity = torch.eye(rank, dtype=A.dtype, device=A.device)

@@ -1,13 +1,13 @@
-"""Weights per factor, from pulled-back gradients: no [O, I] matrix anywhere.
+"""Weights on each factor, from gradients pulled back to the factors. No [O, I] matrix is formed.
 
-With G the gradient of the layer's weight, the adapter s * B @ A has
+With G the gradient of the layer's weight, the gradients of the adapter s * B @ A are
 
     dL/dA = s B^T G = s (g B)^T x   [R, I]          dL/dB = s G A^T = s g^T (x A^T)   [O, R]
 
-so only g B and x A^T are formed, never G. Both factors are weighted, so their weights meet as a product: each factor
-takes the square root of its own, and the edit's term k is weighted by the geometric mean sqrt(W_B[:, k] W_A[k, :]). It
-stays in [0, 1], and ratios of 1/2 everywhere give 1/2, as with the other granularities. The basis is the one in which
-the factors were trained; rotating it changes the edit.
+so only g B and x A^T are computed, never G. Both factors are weighted, so their weights multiply. Each factor therefore
+takes the square root of its own weights: the k-th rank-one term of the edit is weighted by the geometric mean
+sqrt(W_B[:, k] W_A[k, :]). It stays in [0, 1], and ratios of 1/2 everywhere give 1/2, as with the other granularities.
+The edit depends on the basis in which the factors were trained: rotating the basis changes it.
 """
 
 from __future__ import annotations
@@ -16,35 +16,43 @@ import torch
 from torch import Tensor
 
 from ...adapters import Edit
-from ...gradients import Outer
+from ...gradients import Outer, Shape
 from ...model import Target
 from ..task_vectors import weighted_factors
 
 
 class Factor:
+    """One weight per element of A and of B."""
+
     name = "factor"
+    description = "A and B each (exact at the forget adapter's rank, no [out, in] matrix)"
 
     def gradient(self, target: Target, layer_input: Tensor, output_gradient: Tensor | None) -> dict[str, Outer]:
+        """The factors' gradients, A [R, I] and B [O, R]."""
         return pulled_back(target, layer_input, output_gradient)
 
-    def shapes(self, target: Target) -> dict[str, tuple[int, int]]:
+    def shapes(self, target: Target) -> dict[str, Shape]:
+        """Those of the factors."""
         return factor_shapes(target)
 
     def arrange(self, magnitudes: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As they are."""
         return magnitudes
 
     def edit(self, target: Target, weights: dict[str, Tensor], strength: float) -> Edit:
+        """-strength * s * (sqrt(W_B) (*) B) @ (sqrt(W_A) (*) A), as a product."""
         weights_A, weights_B = weights["A"].sqrt(), weights["B"].sqrt()
         return weighted_factors(target.A, target.B, target.scaling, weights_A, weights_B, strength)
 
     def uniform(self, target: Target) -> dict[str, Tensor]:
+        """Ones, [R, I] and [O, R]."""
         return {"A": torch.ones_like(target.A), "B": torch.ones_like(target.B)}
 
 
 def pulled_back(target: Target, layer_input: Tensor, output_gradient: Tensor | None) -> dict[str, Outer]:
-    """The gradients of the adapter's own factors, as if it were on: A [R, I], B [O, R].
+    """The gradients of the adapter's own factors, A [R, I] and B [O, R], taken as if the adapter were on.
 
-    Only what is projected to the rank is widened to the factors' dtype by itself; it is small.
+    Only the projections to the rank are cast to the factors' dtype; they are small.
     """
     A, B = target.A, target.scaling * target.B
     gradient_in_rank = B if output_gradient is None else output_gradient.to(B.dtype) @ B
@@ -54,6 +62,6 @@ def pulled_back(target: Target, layer_input: Tensor, output_gradient: Tensor | N
     }
 
 
-def factor_shapes(target: Target) -> dict[str, tuple[int, int]]:
-    """Of the pulled-back gradients."""
+def factor_shapes(target: Target) -> dict[str, Shape]:
+    """The shapes of the pulled-back gradients."""
     return {"A": tuple(target.A.shape), "B": tuple(target.B.shape)}  # type: ignore[dict-item]

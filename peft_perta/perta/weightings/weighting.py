@@ -14,18 +14,20 @@ WeightFunction = Callable[[Tensor, Tensor, float], Tensor]
 
 @dataclass(frozen=True)
 class Weighting:
-    """A row of the table.
+    """How the gradient magnitudes of both sets become weights in [0, 1].
 
     Attributes:
-        name: as the config and reports call it.
-        function: (forget magnitudes, retain magnitudes, power) -> weights in [0, 1], elementwise, any shape; None for
-            weights that are 1 everywhere.
-        statistic: which magnitudes: 'mean' (|mean gradient|), 'squares' (root mean square of per-sample gradients), or
-            None where no gradient is needed.
-        power: the exponent tau that the function is given.
+        name: the name in configs and provenance.
+        function: (forget magnitudes, retain magnitudes, power) -> weights in [0, 1], elementwise, for any shape; None
+            for weights of 1 everywhere.
+        statistic: the magnitudes that it takes: 'mean' for |mean gradient|, 'squares' for the root mean square of the
+            per-sample gradients, None if it needs no gradients.
+        power: the exponent tau passed to the function.
+        description: one line for help texts.
     """
 
     name: str
     function: WeightFunction | None
     statistic: StatisticName | None
     power: float = 1.0
+    description: str = ""

@@ -1,4 +1,4 @@
-"""How far an adapter is from its edit: KL by a plain loop over tokens, with the edit written into the weights."""
+"""The fit's KL against a plain loop over tokens, with the edits written into the weights."""
 
 import copy
 
@@ -14,7 +14,7 @@ from peft_perta.data import load_samples
 
 
 def by_hand(dense, fitted, samples):
-    """KL(p || q), token after token; p and q by models whose weights are edited."""
+    """KL(p || q), token by token; p and q are those of models with edited weights."""
     total = []
     for sample in samples:
         with torch.no_grad():
@@ -33,7 +33,7 @@ def edited(model, deltas):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_it_is_the_divergence_of_the_edited_models(batch_size):
+def test_it_is_the_kl_between_the_edited_models(batch_size):
     model, rows = builders.adapted_llama(), builders.retain_rows()
     dense = laws.deltas_of(builders.negate(model, granularity="delta", rank=64, strength=3.0)[1])
     with laws.untouched(model):
@@ -46,12 +46,12 @@ def test_it_is_the_divergence_of_the_edited_models(batch_size):
     assert provenance.fit_kl == pytest.approx(expected, rel=1e-3)
 
 
-def test_what_the_rank_holds_needs_no_measuring():
+def test_an_exact_fit_needs_no_measurement():
     assert builders.negate(builders.adapted_llama())[2].fit_kl == 0.0
     assert builders.negate(builders.adapted_llama(), granularity="delta", rank=2)[2].fit_kl is None
 
 
-def test_a_larger_rank_is_nearer():
+def test_a_larger_rank_is_closer():
     found = [
         builders.negate(builders.adapted_llama(), granularity="delta", rank=rank, fit_kl_samples=4)[2].fit_kl
         for rank in (1, 4, 16)

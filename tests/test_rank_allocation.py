@@ -1,4 +1,4 @@
-"""Ranks over layers: no larger than asked, and no division of the same size keeps more."""
+"""Ranks over layers: no larger than asked, and no other division of the same size keeps more."""
 
 import builders
 import laws
@@ -15,7 +15,7 @@ from peft_perta.perta._rank_allocation import allocate
 
 
 def layers(seed, sizes, rank=8):
-    """Edits of very unequal size and spectrum, each fitted at up to a rank."""
+    """Edits with very different norms and spectra, each fitted at a rank."""
     generator = torch.Generator().manual_seed(seed)
     edits = {}
     for index, (height, width) in enumerate(sizes):
@@ -33,7 +33,7 @@ def size(factors):
 
 
 @given(seed=st.integers(0, 2**16), rank=st.integers(1, 4))
-def test_it_is_no_larger_than_uniform_ranks_and_keeps_no_less(seed, rank):
+def test_it_is_no_larger_than_uniform_ranks_and_keeps_at_least_as_much(seed, rank):
     edits, fitted = layers(seed, [(12, 20), (12, 20), (12, 20), (12, 20)])
     found = allocate(fitted, rank)
     uniform = {name: factorize(edit, rank) for name, edit in edits.items()}
@@ -53,7 +53,7 @@ def test_layers_of_one_size_share_the_largest_singular_values_of_all():
     pooled = sorted((float(s) ** 2, name) for name, edit in edits.items() for s in torch.linalg.svdvals(edit)[1:8])[
         ::-1
     ]
-    chosen = [name for _, name in pooled[: 9 - 3]]  # beyond the one that each has
+    chosen = [name for _, name in pooled[: 9 - 3]]  # beyond the first rank of each
     assert {name: f.rank for name, f in found.items()} == {name: 1 + chosen.count(name) for name in edits}
 
 
@@ -63,7 +63,9 @@ def test_a_share_is_of_all_layers_together():
     total = sum(float(edit.square().sum()) for edit in edits.values())
     kept = sum(f.energy * f.energy_kept for f in found.values())
     assert kept >= 0.95 * total
-    assert min(f.energy_kept for f in found.values()) < 0.95, "some layer keeps less, since others keep more for less"
+    assert min(f.energy_kept for f in found.values()) < 0.95, (
+        "some layer keeps less, because others keep more per element"
+    )
 
 
 def test_an_edit_of_zeros_gets_one_rank():
@@ -98,7 +100,7 @@ def test_padded_and_pattern_are_one_edit_and_both_load(tmp_path):
     assert "llama.cpp, TGI: no patterns" in failed["pattern"]
 
 
-def test_it_costs_no_more_and_keeps_no_less_end_to_end():
+def test_an_allocation_keeps_more_than_uniform_ranks_end_to_end():
     def negated(**settings):
         return builders.negate(builders.adapted_llama(), granularity="delta", rank=3, **settings)[2]
 
@@ -111,5 +113,5 @@ def test_a_share_of_all_layers_end_to_end():
 
 
 def test_patterns_of_experts_are_refused():
-    with pytest.raises(UnsupportedLayerError, match="allocation='pattern' knows layers, not expert parameters"):
+    with pytest.raises(UnsupportedLayerError, match="allocation='pattern' is not possible for expert parameters"):
         builders.negate(builders.adapted_mixtral(), allocation="pattern")

@@ -1,4 +1,4 @@
-"""Input directions: least squares on the inputs, by the explicit matrix; and their second moments, token by token."""
+"""Input directions: the least squares against the explicit matrix, and the second moments token by token."""
 
 import builders
 import laws
@@ -10,7 +10,7 @@ import torch
 from peft_perta.adapters import Product
 from peft_perta.data import load_samples
 from peft_perta.errors import NumericalError, UnsupportedLayerError
-from peft_perta.gradients import MOMENT, Collectors, Energies, InputMoments, sweep
+from peft_perta.gradients import Collector, Energies, InputMoments, Job, sweep
 from peft_perta.model import resolve_targets
 from peft_perta.perta._input_directions import DAMPING, weigh_input_directions
 
@@ -18,7 +18,7 @@ WIDTH = 12
 
 
 def inputs(tokens, seed, width=WIDTH):
-    """x [T, I] in float64, of very unequal size over directions."""
+    """x [T, I] in float64, with very different energies over directions."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
     mix = torch.randn(width, width, generator=generator, dtype=torch.float64)
@@ -30,7 +30,7 @@ def moments_of(x):
 
 
 def matrix(forget, retain):
-    """M [I, I]: what becomes of the identity."""
+    """M [I, I]: the edit of the identity matrix."""
     return weigh_input_directions(
         torch.eye(forget.shape[1], dtype=torch.float64), moments_of(forget), moments_of(retain)
     )[0]
@@ -42,7 +42,7 @@ def test_it_is_least_squares():
     damping = DAMPING * (C_f + C_r).diagonal().mean() * torch.eye(WIDTH)
     M = matrix(forget, retain)
     torch.testing.assert_close(M, C_f @ torch.linalg.inv(C_f + C_r + damping))
-    # No step away from it makes the two errors of its definition less.
+    # No step away from M lowers the error that defines it.
     E = inputs(5, 2)
 
     def error(M):
@@ -59,8 +59,8 @@ def test_weights_are_shares():
     assert 0 <= float(values.real.min()) <= float(values.real.max()) <= 1
 
 
-def test_what_only_one_set_uses_and_what_neither_does():
-    """Axes 0-3: the forget set alone. 4-7: the retain set alone. 8-11: nobody."""
+def test_directions_that_one_set_or_neither_set_uses():
+    """Axes 0-3: only the forget set. 4-7: only the retain set. 8-11: neither."""
     forget, retain = torch.zeros(40, WIDTH, dtype=torch.float64), torch.zeros(40, WIDTH, dtype=torch.float64)
     forget[:, :4], retain[:, 4:8] = inputs(40, 0, 4), inputs(40, 1, 4)
     M = matrix(forget, retain)
@@ -69,21 +69,21 @@ def test_what_only_one_set_uses_and_what_neither_does():
     assert float(torch.linalg.eigvals(M[:4, :4]).real.max()) > 0.9
 
 
-def test_the_same_rows_to_forget_and_to_keep_weigh_at_most_half():
-    """Half, and less where the damping, which counts among what must stay, is all that there is."""
+def test_the_same_rows_in_both_sets_give_weights_of_at_most_half():
+    """Half, or less where the damping, which counts for the retain set, dominates."""
     values = torch.linalg.eigvals(matrix(inputs(50, 0), inputs(50, 0))).real
     assert float(values.max()) == pytest.approx(0.5, rel=5e-3)
     assert float(values.max()) < 0.5
 
 
 def test_a_rotation_of_the_input_space_turns_the_edit_with_it():
-    """Nothing depends on which neurons the directions are written in, as it does element by element."""
+    """Unlike elementwise weights, M does not depend on the basis of the inputs."""
     turn = torch.linalg.qr(inputs(WIDTH, 5)).Q
     forget, retain = inputs(50, 0), inputs(70, 1)
     torch.testing.assert_close(turn @ matrix(forget @ turn, retain @ turn) @ turn.T, matrix(forget, retain))
 
 
-def test_the_number_of_tokens_does_not_tip_the_scale():
+def test_the_number_of_tokens_does_not_matter():
     forget, retain = inputs(50, 0), inputs(70, 1)
     torch.testing.assert_close(matrix(forget, retain.repeat(3, 1)), matrix(forget, retain))
 
@@ -96,7 +96,7 @@ def test_inputs_that_are_zero_are_not_edited():
         assert left == {"forget": 1.0, "retain": 1.0}
 
 
-def test_a_product_stays_a_product_of_its_rank_and_says_what_is_left():
+def test_a_product_stays_a_product_of_its_rank_and_the_shares_are_right():
     forget, retain = inputs(50, 0), inputs(70, 1)
     edit = Product(B=torch.randn(7, 2, dtype=torch.float64), A=torch.randn(2, WIDTH, dtype=torch.float64))
     before = edit.A.clone(), edit.B.clone()
@@ -122,7 +122,7 @@ def test_moments_in_single_precision_of_a_steep_spectrum_do_not_break():
 
 
 def test_moments_too_steep_for_their_precision_are_refused():
-    """As sums are that rounding has made indefinite."""
+    """Rounding has made the sum indefinite."""
     broken = torch.eye(WIDTH, dtype=torch.float64)
     broken[0, 0], broken[1, 1] = 1.0, -2.0
     bad = {"inputs": broken, "tokens": torch.ones(1, 1)}
@@ -130,11 +130,11 @@ def test_moments_too_steep_for_their_precision_are_refused():
         weigh_input_directions(torch.ones(3, WIDTH), bad, bad)
 
 
-# What is read of a model
+# The moments of a model
 
 
 def token_moments(model, rows):
-    """Layer -> its inputs [T, I] and output gradients [T, O] where there is a gradient, one unpadded row at a time."""
+    """Layer -> inputs [T, I] and output gradients [T, O] of the tokens with a gradient, one unpadded row at a time."""
     plain, _ = oracles.plain_model(model, [])
     found = {}
     for sample in load_samples(rows, builders.tokenizer()):
@@ -163,30 +163,24 @@ def token_moments(model, rows):
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 def test_moments_are_those_of_all_tokens_that_the_loss_flows_through(kind, batch_size, statistic):
-    """Whatever the batch pads: and by either statistic, squares being of gradients alone."""
+    """Whatever the padding, and for both statistics: only gradients are squared."""
     model = tables.DOUBLES[kind]()
     expected = token_moments(model, builders.forget_rows())
     samples = load_samples(builders.forget_rows(), builders.tokenizer())
-    found = sweep(
-        model,
-        resolve_targets(model, "forget"),
-        samples,
-        Collectors([InputMoments(), Energies()]),
-        statistic,
-        adapters=[],
-        batch_size=batch_size,
-        name="the set",
-        show_progress_bar=False,
-    )
+    collector = Collector(moments=(InputMoments(), Energies()))
+    targets = resolve_targets(model, "forget")
+    job = Job(model, targets, {"forget": samples}, collector, statistic, show_progress_bar=False)
+    found = sweep(job, "forget", batch_size)
     assert set(found) == set(expected)
     for name, (x, g) in expected.items():
-        sums = found[name].moments()
+        sums = found[name].moments
         torch.testing.assert_close(sums["inputs"], x.T @ x)
         assert float(sums["tokens"]) == len(x)
         torch.testing.assert_close(sums["input energy"][0], x.square().sum(0))
         torch.testing.assert_close(sums["output energy"][0], g.square().sum(0))
         assert found[name].magnitudes() == {}
-        assert set(found[name].sums) == {f"{MOMENT}{key}" for key in sums}
+        assert found[name].gradients == {}
+        assert set(sums) == {"inputs", "tokens", "input energy", "output energy"}
 
 
 @pytest.mark.parametrize("granularity", ["factor", "delta"])
@@ -217,7 +211,7 @@ def test_the_default_weighs_directions():
     assert not any(torch.equal(on[key], off[key]) for key in on if off[key].any())
 
 
-def test_experts_go_without_and_say_so_when_asked():
+def test_experts_go_without_input_directions_and_refuse_them_when_asked():
     model = builders.adapted_mixtral()
     provenance = builders.negate(model, input_directions=None)[2]
     experts = [layer for layer in provenance.layers if "[" in layer.name]
@@ -225,7 +219,7 @@ def test_experts_go_without_and_say_so_when_asked():
     assert not any(layer.left_on_inputs for layer in experts)
     assert all(layer.left_on_inputs for layer in provenance.layers if "[" not in layer.name)
     for asked in ({"input_directions": True}, {"fit": "second-moment"}):
-        with pytest.raises(UnsupportedLayerError, match=r"experts.*not met for expert parameters"):
+        with pytest.raises(UnsupportedLayerError, match=r"experts.*unknown for expert parameters"):
             builders.negate(model, **asked)
 
 
@@ -239,7 +233,7 @@ def test_every_fit_runs_end_to_end_and_leaves_the_model(fit, granularity, tmp_pa
     assert all(0 < layer.energy_kept < 1 for layer in provenance.layers if layer.edit_norm > 0)
 
 
-def test_uniform_weights_read_nothing_and_weigh_no_direction():
+def test_uniform_weights_take_no_moments_and_weigh_no_direction():
     model = builders.adapted_llama()
     _, state_dict, _ = builders.negate(model, weighting="uniform", input_directions=True)
     laws.uniform_is_task_arithmetic(laws.deltas_of(state_dict), model, 1.0)

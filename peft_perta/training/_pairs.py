@@ -115,8 +115,13 @@ def load_pairs(forget: Any, retain: Any, tokenizer: Any, settings: UnlearningSet
         DataError: a set is empty or malformed, the sets share a row, or a forget row has no prompt to refuse.
     """
     refusals = settings.refusals if settings.needs_refusals else ()
-    if not _is_loaded(forget, RefusedSample if refusals else Sample):
+    if not _is_loaded(forget, Sample):
         forget = load_forget(forget, tokenizer, refusals, max_length=max_length)
+    elif refusals and not _is_loaded(forget, RefusedSample):
+        raise DataError(
+            f"the forget set: the loss {settings.forget_loss!r} needs a refusal for each sample; expected rows, found "
+            "samples that are tokenised already"
+        )
     if not _is_loaded(retain, Sample):
         retain = load_samples(retain, tokenizer, max_length=max_length, name="the retain set")
     return Pairs(forget, retain)

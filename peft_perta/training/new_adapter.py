@@ -57,7 +57,7 @@ def copy_factors(model: PeftModel, source: str, destination: str) -> None:
 
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take the adapter off the model, even if it was added only in part. Layers without another adapter are unwrapped."""
+    """Take the adapter off the model, even if it was added only in part; unwrap the layers that have no other one."""
     if isinstance(model, PeftModel) and adapter_name in model.peft_config:
         model.delete_adapter(adapter_name)
     for name, module in list(model.named_modules()):
@@ -65,8 +65,7 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
             continue
         if not isinstance(model, PeftModel):
             module.delete_adapter(adapter_name)
-        if not module._get_available_adapters() and not name.endswith(
-            ".base_layer"
-        ):  # nested wrappers go with the outer
+        is_nested = name.endswith(".base_layer")  # it is removed with the wrapper around it
+        if not module._get_available_adapters() and not is_nested:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.get_base_layer())

@@ -25,31 +25,33 @@ T = TypeVar("T")
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    """A field, with what the docstring and the command line say of it: its help, and its values where they are names."""
+    """A field. Its entry in the docstring and its command-line option are made from its help and its choices."""
     return field(default=default, metadata={"help": help, **({"choices": choices} if choices else {})})
 
 
 def _explained(settings: type[T]) -> type[T]:
     """Insert the help of every field into the class's docstring, before ``Raises:``."""
     lines = ["Attributes:"]
-    for entry in dataclasses.fields(settings):  # type: ignore[arg-type]
-        text = f"{entry.name}: {entry.metadata['help']}."
-        if "choices" in entry.metadata:
-            text += f" One of {', '.join(map(repr, entry.metadata['choices']))}."
-        lines.append(textwrap.fill(text, 116, initial_indent=" " * 4, subsequent_indent=" " * 8))
-    summary, raises = inspect.cleandoc(settings.__doc__ or "").split("Raises:")
-    settings.__doc__ = summary + "\n".join(lines) + "\n\nRaises:" + raises
+    for setting in dataclasses.fields(settings):  # type: ignore[arg-type]
+        text = f"{setting.name}: {setting.metadata['help']}"
+        if "choices" in setting.metadata:
+            text += f" One of {', '.join(map(repr, setting.metadata['choices']))}."
+        lines.append(
+            textwrap.fill(text, 116, initial_indent=" " * 4, subsequent_indent=" " * 8, break_on_hyphens=False)
+        )
+    summary, header, errors = inspect.cleandoc(settings.__doc__ or "").partition("Raises:")
+    settings.__doc__ = summary + "\n".join(lines) + "\n\n" + header + errors
     return settings
 
 
 def _own_values(name: str) -> str:
     """The forget losses' own values of a parameter, for its help."""
     values = {loss.name: getattr(loss, name) for loss in FORGET_LOSSES.values()}
-    return ", ".join(f"{value:g} for {loss}" for loss, value in values.items() if value is not None)
+    return ", ".join(f"{loss} {value:g}" for loss, value in values.items() if value is not None)
 
 
-_STATE_LOSSES = ", ".join(loss.name for loss in (FORGET_LOSSES | RETAIN_LOSSES).values() if loss.needs_states)
-_REFUSAL_LOSSES = ", ".join(loss.name for loss in FORGET_LOSSES.values() if loss.reads_refusals)
+_STATE_LOSSES = " and ".join(loss.name for loss in (FORGET_LOSSES | RETAIN_LOSSES).values() if loss.needs_states)
+_REFUSAL_LOSSES = " and ".join(loss.name for loss in FORGET_LOSSES.values() if loss.reads_refusals)
 
 
 @_explained
@@ -57,32 +59,35 @@ _REFUSAL_LOSSES = ", ".join(loss.name for loss in FORGET_LOSSES.values() if loss
 class UnlearningSettings:
     """What ``UnlearningTrainer`` minimises, and how it combines the two gradients.
 
-    The optimizer gets combine(gamma g_f, alpha g_r), with g_f and g_r the gradients of the mean forget loss and the
-    mean retain loss over a global batch.
+    The optimizer gets g = combiner(g_f, g_r; gamma, alpha), with g_f and g_r the gradients of the mean forget loss and
+    the mean retain loss over a global batch.
 
     Raises:
         ConfigError: a value has the wrong type or is out of range, or the chosen losses do not use it.
     """
 
-    forget_loss: str = _setting("npo", "loss that is minimised on the forget rows", tuple(FORGET_LOSSES))
-    retain_loss: str = _setting("nll", "loss that is minimised on the retain rows", tuple(RETAIN_LOSSES))
-    combiner: str = _setting("pcgrad", "how the forget and the retain gradient become one", tuple(COMBINERS))
-    forget_weight: float = _setting(1.0, "gamma, the weight of the forget gradient, > 0")
-    retain_weight: float = _setting(1.0, "alpha, the weight of the retain gradient, > 0")
+    forget_loss: str = _setting("npo", "The loss to minimise on the forget rows.", tuple(FORGET_LOSSES))
+    retain_loss: str = _setting("nll", "The loss to minimise on the retain rows.", tuple(RETAIN_LOSSES))
+    combiner: str = _setting("pcgrad", "How the forget and the retain gradient become one.", tuple(COMBINERS))
+    forget_weight: float = _setting(1.0, "gamma, the weight of the forget gradient: a number > 0.")
+    retain_weight: float = _setting(1.0, "alpha, the weight of the retain gradient: a number > 0.")
     beta: float | None = _setting(
-        None, f"beta of the forget loss, > 0, without a unit; by default the loss's own ({_own_values('beta')})"
+        None,
+        f"beta of the forget loss: a number > 0, without a unit. By default the loss's own: {_own_values('beta')}.",
     )
     margin: float | None = _setting(
-        None, f"margin of the forget loss, nats per token; by default the loss's own ({_own_values('margin')})"
+        None,
+        f"margin of the forget loss: a number, nats per token. By default the loss's own: {_own_values('margin')}.",
     )
     layer: int | None = _setting(
         None,
-        "decoder block whose output hidden states are compared, counted from 1; by default the middle one; used by "
-        + _STATE_LOSSES,
+        f"Decoder block whose output hidden states the losses {_STATE_LOSSES} read, counted from 1. By default the "
+        "middle block.",
     )
     refusals: tuple[str, ...] = _setting(
         REFUSALS,
-        f"completions to prefer to the forget rows' own, assigned to the rows in turn; used by {_REFUSAL_LOSSES}",
+        f"Completions that the loss {_REFUSAL_LOSSES} prefers to those of the forget rows: one or more texts, given to "
+        "the rows in turn.",
     )
 
     def __post_init__(self) -> None:

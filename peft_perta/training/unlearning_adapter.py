@@ -219,10 +219,8 @@ def _arguments(run: _Run, scratch: str) -> TrainingArguments:
 
 def _identity(run: _Run, arguments: TrainingArguments) -> dict[str, Any]:
     """What makes two runs the same run, for the checkpoint. Sets are sorted: their order differs between processes."""
-    config = {
-        name: str(sorted(value) if isinstance(value, set) else value)
-        for name, value in run.lora_config.to_dict().items()
-    }
+    fields = run.lora_config.to_dict().items()
+    config = {name: str(sorted(value) if isinstance(value, set) else value) for name, value in fields}
     return {
         "format": 1,
         "settings": run.settings.to_dict(),

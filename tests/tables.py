@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -162,3 +163,142 @@ FITS: dict[str, str] = {
 
 # The engine's modes; tests/test_engine.py runs each against a loop over samples.
 MODES = ("grouped", "layerwise")
+
+
+@dataclass(frozen=True)
+class LossSample:
+    """What a loss may read of one sample, as plain numbers.
+
+    Attributes:
+        log_p, log_p_reference: log probability of the completion under the model and under the reference model.
+        refusal, refusal_reference: the same of a refusal.
+        distributions: per completion token, the next-token probabilities of the model and of the reference model.
+        states: per completion token, the hidden state of the model and of the reference model.
+        beta, margin: the loss's parameters.
+    """
+
+    log_p: float
+    log_p_reference: float
+    refusal: float
+    refusal_reference: float
+    distributions: list[tuple[list[float], list[float]]]
+    states: list[tuple[list[float], list[float]]]
+    beta: float
+    margin: float
+
+    @property
+    def ratio(self) -> float:
+        return math.exp(self.log_p - self.log_p_reference)
+
+    @property
+    def length(self) -> int:
+        return len(self.distributions)
+
+
+@dataclass(frozen=True)
+class LossRow:
+    """The loss of a sample as an obvious loop, and its value on ``PENCIL_SAMPLE``."""
+
+    loop: Callable[[LossSample], float]
+    golden: float
+    source: str
+
+
+def _simnpo(sample: LossSample) -> float:
+    sigmoid = 1 / (1 + math.exp(-(-sample.beta / sample.length * sample.log_p - sample.beta * sample.margin)))
+    return -2 / sample.beta * math.log(sigmoid)
+
+
+def _dpo(sample: LossSample) -> float:
+    gain = math.exp(sample.refusal - sample.refusal_reference) / sample.ratio
+    return -2 / sample.beta * math.log(1 / (1 + gain**-sample.beta))
+
+
+def _kl(sample: LossSample) -> float:
+    total = 0.0
+    for own, reference in sample.distributions:
+        total += sum(p * math.log(p / q) for p, q in zip(reference, own, strict=True))
+    return total / sample.length
+
+
+def _rmu(sample: LossSample) -> float:
+    total = 0.0
+    for own, reference in sample.states:
+        u = torch.rand(len(own), generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+        length = sample.beta * math.sqrt(sum(x**2 for x in reference)) / math.sqrt(sum(x**2 for x in u))
+        total += sum((a - length * b) ** 2 for a, b in zip(own, u, strict=True)) / len(own)
+    return total / len(sample.states)
+
+
+def _embed_diff(sample: LossSample) -> float:
+    total = 0.0
+    for own, reference in sample.states:
+        total += sum((a - b) ** 2 for a, b in zip(own, reference, strict=True)) / len(own)
+    return total / len(sample.states)
+
+
+# One completion token, a vocabulary of two, states of width one (where RMU's unit vector is 1).
+PENCIL_SAMPLE = LossSample(
+    log_p=math.log(3 / 4),
+    log_p_reference=math.log(1 / 2),
+    refusal=math.log(1 / 3),
+    refusal_reference=math.log(1 / 2),
+    distributions=[([3 / 4, 1 / 4], [1 / 2, 1 / 2])],
+    states=[([3.0], [-2.0])],
+    beta=1.0,
+    margin=math.log(4),
+)
+LOSSES: dict[str, LossRow] = {
+    "gradient-ascent": LossRow(lambda s: s.log_p / s.length, math.log(3 / 4), "by hand: log 3/4"),
+    "npo": LossRow(
+        lambda s: 2 / s.beta * math.log(1 + s.ratio**s.beta), 2 * math.log(5 / 2), "by hand: 2 log(1 + (3/4)/(1/2))"
+    ),
+    "simnpo": LossRow(_simnpo, 2 * math.log(4), "by hand: 2 log(1 + e^-(log 4/3 - log 4)) = 2 log(1 + 3)"),
+    "dpo": LossRow(_dpo, 2 * math.log(13 / 4), "by hand: ratios 2/3 and 3/2, 2 log(1 + (3/2)/(2/3))"),
+    "rmu": LossRow(_rmu, 1.0, "by hand: (3 - 1 * 2 * 1)^2"),
+    "nll": LossRow(lambda s: -s.log_p / s.length, math.log(4 / 3), "by hand: -log 3/4"),
+    "kl": LossRow(_kl, math.log(4 / 3) / 2, "by hand: 1/2 log((1/2)/(3/4)) + 1/2 log((1/2)/(1/4))"),
+    "embed-diff": LossRow(_embed_diff, 25.0, "by hand: (3 + 2)^2"),
+}
+
+# Tensor a conflicts: <f, r> = -4 + 1 = -3, ||r||^2 = 5; tensor b does not: <f, r> = 6.
+FORGET_GRADIENTS = {"a": torch.tensor([2.0, 1.0, 0.0]), "b": torch.tensor([3.0])}
+RETAIN_GRADIENTS = {"a": torch.tensor([-2.0, 1.0, 0.0]), "b": torch.tensor([2.0])}
+
+
+@dataclass(frozen=True)
+class CombinerRow:
+    """The combined gradient of ``FORGET_GRADIENTS`` and ``RETAIN_GRADIENTS`` with gamma = 2 and alpha = 3.
+
+    Attributes:
+        guards: <g, g_r> >= 0 whatever the weights.
+        adds: it is the sum where no signs conflict.
+        scales: it scales with a common scale of both gradients.
+    """
+
+    combined: dict[str, list[float]]
+    source: str
+    guards: bool = True
+    adds: bool = True
+    scales: bool = True
+
+
+COMBINERS: dict[str, CombinerRow] = {
+    "sum": CombinerRow({"a": [-2, 5, 0], "b": [12]}, "by hand: 2 f + 3 r", guards=False),
+    "pcgrad": CombinerRow(
+        {"a": [8 / 5 - 6, 16 / 5 + 3, 0], "b": [12]},
+        "by hand: a alone is projected, f - (-3/5) r = (2 - 6/5, 1 + 3/5, 0) = (4/5, 8/5, 0)",
+    ),
+    "pcgrad-global": CombinerRow({"a": [-2, 5, 0], "b": [12]}, "by hand: <f, r> = -3 + 6 = 3 over all, no conflict"),
+    "sago": CombinerRow({"a": [-6, 2, 0], "b": [6]}, "by hand: the first element alone conflicts", adds=False),
+    "sago-prefer-retain": CombinerRow(
+        {"a": [-6, 5, 0], "b": [12]}, "by hand: the first element alone conflicts; the sum elsewhere"
+    ),
+    "normalised": CombinerRow(
+        {"a": [4 / 14**0.5 - 2, 2 / 14**0.5 + 1, 0], "b": [6 / 14**0.5 + 2]},
+        "by hand: ||f|| = sqrt(14), ||r|| = 3; 2 f / sqrt(14) + 3 r / 3",
+        guards=False,
+        adds=False,
+        scales=False,
+    ),
+}

@@ -1,4 +1,4 @@
-"""A forget adapter is trained on the completions alone, at theta_0; what could not be negated is refused before."""
+"""A forget adapter is trained on the completions, on the origin model; adapters that cannot be negated are refused."""
 
 import random
 
@@ -94,29 +94,29 @@ def test_the_tokenizer_stays_as_it_was():
 
 
 def test_the_same_seed_trains_the_same_adapter():
-    one, two, other = (
+    first, second, other = (
         {n: p.clone() for n, p in train(builders.saved_llama(), num_train_epochs=1, seed=s).named_parameters()}
         for s in (1, 1, 2)
     )
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert not all(torch.equal(one[name], other[name]) for name in one)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
 def test_other_adapters_are_off_and_untouched_while_it_trains():
-    """On a model with a task adapter: the task adapter's weights stay, and what it does has no say in the training."""
+    """The weights of a task adapter stay, and training does not depend on them."""
     task = builders.with_adapters(builders.saved_llama(), builders.lora_config(r=2))
     task_weights = {n: p.clone() for n, p in task.named_parameters() if ".forget." in n}
     both = train(task, adapter_name="new", num_train_epochs=2)
     assert all(torch.equal(p, task_weights[n]) for n, p in both.named_parameters() if ".forget." in n)
     alone = train(builders.saved_llama(), adapter_name="new", num_train_epochs=2)
-    mine = {n: p for n, p in both.named_parameters() if ".new." in n}
-    assert mine.keys() == {n for n, p in alone.named_parameters() if ".new." in n}
-    assert all(torch.equal(p, mine[n]) for n, p in alone.named_parameters() if ".new." in n)
+    beside_task = {n: p for n, p in both.named_parameters() if ".new." in n}
+    assert beside_task.keys() == {n for n, p in alone.named_parameters() if ".new." in n}
+    assert all(torch.equal(p, beside_task[n]) for n, p in alone.named_parameters() if ".new." in n)
     assert both.active_adapters == ["new"]
 
 
 def test_only_completions_are_learned(monkeypatch):
-    """The trainer sees exactly the tokens and labels that the gradients are taken of."""
+    """The trainer sees the same tokens and labels as the gradient engine."""
     seen = []
     compute = SFTTrainer.compute_loss
 
@@ -127,16 +127,16 @@ def test_only_completions_are_learned(monkeypatch):
     monkeypatch.setattr(SFTTrainer, "compute_loss", spy)
     train(builders.saved_llama(), num_train_epochs=1)
     expected = {(tuple(s.input_ids.tolist()), tuple(s.labels.tolist())) for s in load_samples(ROWS, TOKENIZER)}
-    found = set()
+    trained_on = set()
     for ids, labels in seen:
         size = max(i for i, label in enumerate(labels) if label != -100) + 1
         assert set(labels[size:]) <= {-100}
-        found.add((tuple(ids[:size]), tuple(labels[:size])))
-    assert found == expected
+        trained_on.add((tuple(ids[:size]), tuple(labels[:size])))
+    assert trained_on == expected
 
 
 class Stop(Exception):
-    """What a stage is made to raise."""
+    """Raised by a stage on purpose."""
 
 
 @pytest.mark.parametrize("stage", ["get_peft_model", "resolve_layers", "SFTTrainer", "training", "after training"])
@@ -171,7 +171,8 @@ def test_an_exception_leaves_the_model_as_it_was(base, config, stage, monkeypatc
     elif stage == "get_peft_model" and isinstance(model, PeftModel):
         monkeypatch.setattr(PeftModel, "add_adapter", fail)
     else:
-        monkeypatch.setattr(f"peft_perta.training.forget_adapter.{stage}", fail)
+        module = "new_adapter" if stage == "get_peft_model" else "forget_adapter"
+        monkeypatch.setattr(f"peft_perta.training.{module}.{stage}", fail)
     with laws.untouched(model), pytest.raises(Stop, match="on purpose"):
         train(model, adapter_name="new", lora_config=config, num_train_epochs=1, gradient_checkpointing=True)
 
@@ -179,7 +180,7 @@ def test_an_exception_leaves_the_model_as_it_was(base, config, stage, monkeypatc
 @pytest.fixture
 def _no_training(monkeypatch):
     def fail(*args, **kwargs):
-        raise AssertionError("a refusal must come before any training")
+        raise AssertionError("bad input must be refused before training")
 
     monkeypatch.setattr("peft_perta.training.forget_adapter.SFTTrainer", fail)
 
@@ -197,7 +198,7 @@ REFUSED = {
 
 @pytest.mark.usefixtures("_no_training")
 @pytest.mark.parametrize(("changes", "error", "message"), REFUSED.values(), ids=REFUSED)
-def test_settings_that_could_not_be_negated_are_refused_before_training(changes, error, message, tmp_path):
+def test_adapters_that_cannot_be_negated_are_refused_before_training(changes, error, message, tmp_path):
     config = LoraConfig(**{"target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **changes})
     model = builders.saved_llama()
     with laws.untouched(model), pytest.raises(error, match=message):
@@ -258,7 +259,7 @@ def test_a_tokenizer_without_eos_is_refused_before_training():
         train_forget_adapter(builders.saved_llama(), ROWS, tokenizer, **SETTINGS)
 
 
-def test_the_users_lora_config_and_random_numbers_stay():
+def test_the_users_lora_config_and_random_states_are_unchanged():
     config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
     before, state = config.to_dict(), (random.getstate(), torch.get_rng_state())
     train(builders.saved_llama(), lora_config=config, num_train_epochs=1)

@@ -6,6 +6,7 @@ import tables
 from peft_perta.gradients import MODES
 from peft_perta.model import LAYER_KINDS
 from peft_perta.perta import FITS, GRANULARITIES, WEIGHTINGS
+from peft_perta.training import COMBINERS, FORGET_LOSSES, RETAIN_LOSSES
 
 DESCRIBED = {"weighting": WEIGHTINGS, "granularity": GRANULARITIES, "fit": FITS}  # a person chooses among these
 
@@ -41,3 +42,15 @@ def test_every_choice_describes_itself_in_one_line(table):
         assert 10 < len(row.description) < 100, f"the {table} {name!r} needs a one-line description"
         assert not row.description.endswith("."), name
         assert "\n" not in row.description, name
+
+
+def test_every_loss_has_a_row_and_says_what_it_is():
+    losses = FORGET_LOSSES | RETAIN_LOSSES
+    assert len(losses) == len(FORGET_LOSSES) + len(RETAIN_LOSSES)
+    assert set(losses) == set(tables.LOSSES), "tests/tables.py, LOSSES"
+    assert all(name == loss.name and loss.description for name, loss in losses.items())
+
+
+def test_every_combiner_has_a_row_and_says_what_it_is():
+    assert set(COMBINERS) == set(tables.COMBINERS), "tests/tables.py, COMBINERS"
+    assert all(name == combiner.name and combiner.description for name, combiner in COMBINERS.items())

@@ -1,20 +1,22 @@
-"""Each loss against an obvious one, sample by sample; bounds and limits that its paper states."""
+"""Each loss against an obvious loop over the samples; bounds and limits that its paper states."""
 
 import math
 
 import builders
 import pytest
+import tables
 import torch
-from torch.nn.functional import cross_entropy
 
 from peft_perta.data import IGNORED, batches, load_samples, padded
 from peft_perta.model import completion_logits, completion_states, preserved
-from peft_perta.training import FORGET_LOSSES, REFERENCE, RETAIN_LOSSES
-from peft_perta.training.losses.loss import OWN, REFUSAL, REFUSAL_REFERENCE
-from peft_perta.training.losses.loss_inputs import LossInputs
+from peft_perta.training import FORGET_LOSSES, RETAIN_LOSSES, ForwardPass
+from peft_perta.training.losses import LossInputs
 
 LOSSES = FORGET_LOSSES | RETAIN_LOSSES
 BETA, MARGIN = 0.7, 0.4
+MODEL, REFERENCE = ForwardPass.MODEL, ForwardPass.REFERENCE
+MODEL_ON_REFUSALS, REFERENCE_ON_REFUSALS = ForwardPass.MODEL_ON_REFUSALS, ForwardPass.REFERENCE_ON_REFUSALS
+STACKS = ["forget", "task"], ["task"]  # of the model and of the reference model
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +24,16 @@ def model():
     return builders.adapted_llama(torch.float64)
 
 
-def logits_of(model, sample, adapters):
-    """[t, V], of the tokens with loss, without padding."""
+def distributions_of(model, sample, adapters):
+    """Next-token log probabilities [t, V] at the tokens with loss, and these tokens [t]; without padding."""
     with preserved(model, adapters), torch.no_grad():
         logits = model(input_ids=sample.input_ids.unsqueeze(0)).logits[0, :-1]
-    return logits[sample.labels[1:] != IGNORED], sample.labels[1:][sample.labels[1:] != IGNORED]
+    carries_loss = sample.labels[1:] != IGNORED
+    return logits[carries_loss].log_softmax(1), sample.labels[1:][carries_loss]
+
+
+def log_p_of(model, sample, adapters):
+    return sum(float(row[token]) for row, token in zip(*distributions_of(model, sample, adapters), strict=True))
 
 
 def first_block(model):
@@ -34,126 +41,122 @@ def first_block(model):
 
 
 def states_of(model, sample, adapters):
-    """[t, H], what the first block puts out where a token with loss comes next."""
+    """[t, H], the output of the first block at the positions whose next token carries loss."""
     with preserved(model, adapters), torch.no_grad():
         states = model(input_ids=sample.input_ids.unsqueeze(0), output_hidden_states=True).hidden_states[1][0, :-1]
     return states[sample.labels[1:] != IGNORED]
 
 
-def oracle(name, model, sample, refusal):
-    stacks = {OWN: ["forget", "task"], REFERENCE: ["task"]}
-    if LOSSES[name].needs_states:
-        own, reference = (states_of(model, sample, stacks[which]) for which in (OWN, REFERENCE))
-        u = torch.rand(own.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        total = 0.0
-        for h, h_reference in zip(own, reference, strict=True):
-            length = BETA * math.sqrt(sum(float(x) ** 2 for x in h_reference))
-            target = length * u / math.sqrt(sum(float(x) ** 2 for x in u)) if name == "rmu" else h_reference
-            total += sum(float(a - b) ** 2 for a, b in zip(h, target, strict=True)) / len(h)
-        return total / len(own)
-    logits = {which: logits_of(model, sample, stack) for which, stack in stacks.items()}
-    log_p = {
-        which: -sum(cross_entropy(row, of) for row, of in zip(*found, strict=True)) for which, found in logits.items()
-    }
-    refused = {
-        which: -cross_entropy(*logits_of(model, refusal, stack), reduction="sum") for which, stack in stacks.items()
-    }
-    length = len(logits[OWN][1])
-    ratio = math.exp(log_p[OWN] - log_p[REFERENCE])
-    if name == "gradient-ascent":
-        return log_p[OWN] / length
-    if name == "nll":
-        return -log_p[OWN] / length
-    if name == "npo":
-        return 2 / BETA * math.log(1 + ratio**BETA)
-    if name == "simnpo":
-        return -2 / BETA * math.log(1 / (1 + math.exp(-(-BETA / length * log_p[OWN] - BETA * MARGIN))))
-    if name == "dpo":
-        gain = math.exp(refused[OWN] - refused[REFERENCE]) / ratio
-        return -2 / BETA * math.log(1 / (1 + gain**-BETA))
-    total = 0.0
-    for own, reference in zip(logits[OWN][0].softmax(1), logits[REFERENCE][0].softmax(1), strict=True):
-        total += sum(float(p * (p / q).log()) for p, q in zip(reference, own, strict=True))
-    return total / length
+def plain_sample(model, sample, refusal):
+    distributions = [distributions_of(model, sample, stack)[0].exp().tolist() for stack in STACKS]
+    states = [states_of(model, sample, stack).tolist() for stack in STACKS]
+    return tables.LossSample(
+        *(log_p_of(model, sample, stack) for stack in STACKS),
+        *(log_p_of(model, refusal, stack) for stack in STACKS),
+        list(zip(*distributions, strict=True)),
+        list(zip(*states, strict=True)),
+        BETA,
+        MARGIN,
+    )
 
 
-def readings_of(model, samples, refusals):
+def inputs_of(model, samples, refusals):
     order = list(range(len(samples)))
-    found = {}
-    for which, stack in ((OWN, ["forget", "task"]), (REFERENCE, ["task"])):
-        with preserved(model, stack):
-            for name, rows in ((which, samples), ({OWN: REFUSAL, REFERENCE: REFUSAL_REFERENCE}[which], refusals)):
-                batch = padded(rows, order)
-                logits, states = completion_states(model, batch, first_block(model))
-                found[name] = LossInputs(logits, batch.labels, states)
-    return found
+    inputs = {}
+    passes = [(MODEL, samples), (REFERENCE, samples), (MODEL_ON_REFUSALS, refusals), (REFERENCE_ON_REFUSALS, refusals)]
+    for forward_pass, rows in passes:
+        with preserved(model, STACKS[forward_pass.of_reference]):
+            batch = padded(rows, order)
+            logits, states = completion_states(model, batch, first_block(model))
+            inputs[forward_pass] = LossInputs(logits, batch.labels, states)
+    return inputs
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_is_what_the_obvious_loop_gives(name, model):
     samples = load_samples(builders.forget_rows(), builders.tokenizer())
     refusals = [samples[i] for i in (4, 3, 2, 1, 0)]  # any completions will do
-    found = LOSSES[name].function(readings_of(model, samples, refusals), BETA, MARGIN)
-    expected = [float(oracle(name, model, *pair)) for pair in zip(samples, refusals, strict=True)]
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+    values = LOSSES[name].function(inputs_of(model, samples, refusals), BETA, MARGIN)
+    loop = tables.LOSSES[name].loop
+    expected = [loop(plain_sample(model, *pair)) for pair in zip(samples, refusals, strict=True)]
+    torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
 
 
-def reading(logits, label=0):
+@pytest.mark.parametrize("name", LOSSES)
+def test_golden(name):
+    row, sample = tables.LOSSES[name], tables.PENCIL_SAMPLE
+
+    def outputs(probability, state=0.0):
+        return LossInputs(
+            torch.tensor([[probability, 1 - probability]], dtype=torch.float64).log(),
+            torch.tensor([[IGNORED, 0]]),
+            torch.tensor([[state]], dtype=torch.float64),
+        )
+
+    inputs = {MODEL: outputs(3 / 4, 3.0), REFERENCE: outputs(1 / 2, -2.0)}
+    inputs |= {MODEL_ON_REFUSALS: outputs(1 / 3), REFERENCE_ON_REFUSALS: outputs(1 / 2)}
+    value = float(LOSSES[name].function(inputs, sample.beta, sample.margin))
+    assert value == pytest.approx(row.golden), row.source
+    assert row.loop(sample) == pytest.approx(row.golden), row.source
+
+
+def outputs_of(logits, label=0):
     return LossInputs(torch.tensor([logits], dtype=torch.float64), torch.tensor([[IGNORED, label]]))
 
 
-def test_npo_starts_at_its_own_value_and_goes_to_zero():
-    """At the reference 2/beta log 2; forgotten, 0: it has a bound, gradient ascent has none."""
-    half = {OWN: reading([0.0, 0.0]), REFERENCE: reading([0.0, 0.0])}
+def test_npo_is_bounded_and_gradient_ascent_is_not():
+    """NPO is 2/beta log 2 at the reference model and goes to 0 as the completion is forgotten."""
+    equal = {MODEL: outputs_of([0.0, 0.0]), REFERENCE: outputs_of([0.0, 0.0])}
     npo = FORGET_LOSSES["npo"].function
-    assert float(npo(half, 0.1, 0.0)) == pytest.approx(20 * math.log(2))
-    gone = {OWN: reading([-1e4, 0.0]), REFERENCE: reading([0.0, 0.0])}
-    assert float(npo(gone, 0.1, 0.0)) == pytest.approx(0.0, abs=1e-12)
-    assert float(FORGET_LOSSES["gradient-ascent"].function(gone, 0.0, 0.0)) == -1e4
+    assert float(npo(equal, 0.1, 0.0)) == pytest.approx(20 * math.log(2))
+    forgotten = {MODEL: outputs_of([-1e4, 0.0]), REFERENCE: outputs_of([0.0, 0.0])}
+    assert float(npo(forgotten, 0.1, 0.0)) == pytest.approx(0.0, abs=1e-12)
+    assert float(FORGET_LOSSES["gradient-ascent"].function(forgotten, 0.0, 0.0)) == -1e4
 
 
 def test_small_beta_makes_npo_gradient_ascent():
     logits = torch.tensor([[1.0, 0.0, 0.5]], dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([[IGNORED, 0]])
-    readings = {OWN: LossInputs(logits, labels), REFERENCE: reading([0.0, 1.0, 2.0])}
+    inputs = {MODEL: LossInputs(logits, labels), REFERENCE: outputs_of([0.0, 1.0, 2.0])}
     gradients = [
-        torch.autograd.grad(FORGET_LOSSES[name].function(readings, 1e-6, 0.0).sum(), logits)[0]
+        torch.autograd.grad(FORGET_LOSSES[name].function(inputs, 1e-6, 0.0).sum(), logits)[0]
         for name in ("npo", "gradient-ascent")
     ]
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-9)
 
 
-def test_dpo_is_npo_where_the_refusals_ratio_is_one():
-    readings = {OWN: reading([2.0, 0.0]), REFERENCE: reading([0.0, 1.0])}
-    same = {REFUSAL: reading([1.0, 3.0]), REFUSAL_REFERENCE: reading([1.0, 3.0])}
-    assert float(FORGET_LOSSES["dpo"].function(readings | same, 0.3, 0.0)) == pytest.approx(
-        float(FORGET_LOSSES["npo"].function(readings, 0.3, 0.0))
+def test_dpo_is_npo_if_both_models_agree_on_the_refusal():
+    inputs = {MODEL: outputs_of([2.0, 0.0]), REFERENCE: outputs_of([0.0, 1.0])}
+    same = {MODEL_ON_REFUSALS: outputs_of([1.0, 3.0]), REFERENCE_ON_REFUSALS: outputs_of([1.0, 3.0])}
+    assert float(FORGET_LOSSES["dpo"].function(inputs | same, 0.3, 0.0)) == pytest.approx(
+        float(FORGET_LOSSES["npo"].function(inputs, 0.3, 0.0))
     )
 
 
-def test_rmu_is_zero_where_it_steers_to():
-    reference = reading([0.0, 0.0])
+def test_rmu_is_zero_at_its_target():
+    reference = outputs_of([0.0, 0.0])
     states = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
     u = torch.rand(2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     reference = LossInputs(reference.logits, reference.labels, states)
-    there = LossInputs(reference.logits, reference.labels, 2 * 5 * (u / u.norm()).unsqueeze(0))
+    at_target = LossInputs(reference.logits, reference.labels, 2 * 5 * (u / u.norm()).unsqueeze(0))
     rmu = FORGET_LOSSES["rmu"].function
-    assert float(rmu({OWN: there, REFERENCE: reference}, 2.0, 0.0)) == pytest.approx(0.0, abs=1e-12)
-    assert float(rmu({OWN: reference, REFERENCE: reference}, 0.0, 0.0)) == pytest.approx(25 / 2)
+    assert float(rmu({MODEL: at_target, REFERENCE: reference}, 2.0, 0.0)) == pytest.approx(0.0, abs=1e-12)
+    assert float(rmu({MODEL: reference, REFERENCE: reference}, 0.0, 0.0)) == pytest.approx(25 / 2)
 
 
-def test_kl_of_the_reference_itself_is_zero():
-    assert float(RETAIN_LOSSES["kl"].function({OWN: reading([1.0, 2.0]), REFERENCE: reading([1.0, 2.0])}, 0, 0)) == 0.0
+def test_kl_of_the_reference_model_from_itself_is_zero():
+    same = {MODEL: outputs_of([1.0, 2.0]), REFERENCE: outputs_of([1.0, 2.0])}
+    assert float(RETAIN_LOSSES["kl"].function(same, 0, 0)) == 0.0
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_does_not_depend_on_the_batch(name, model):
-    """One value a sample, whatever stands beside it."""
+    """One value per sample, whatever the other samples are."""
     samples = load_samples(builders.forget_rows(), builders.tokenizer())
-    whole = LOSSES[name].function(readings_of(model, samples, samples), BETA, MARGIN)
+    whole = LOSSES[name].function(inputs_of(model, samples, samples), BETA, MARGIN)
     assert whole.shape == (len(samples),)
     for index, sample in enumerate(samples):
-        alone = LOSSES[name].function(readings_of(model, [sample], [sample]), BETA, MARGIN)
+        alone = LOSSES[name].function(inputs_of(model, [sample], [sample]), BETA, MARGIN)
         torch.testing.assert_close(alone, whole[index : index + 1], rtol=1e-9, atol=1e-12)
 
 

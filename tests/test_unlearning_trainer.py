@@ -1,7 +1,8 @@
-"""Both gradients are of the whole global batch, combined once, clipped after; what comes of it is a plain adapter."""
+"""Both gradients are of the whole global batch, combined once, then clipped; the result is a plain adapter."""
 
 import argparse
 import copy
+import dataclasses
 import gc
 import json
 import math
@@ -33,15 +34,15 @@ from peft_perta.evaluation import losses_of
 from peft_perta.gradients import find_blocks
 from peft_perta.model import adapter_strength, completion_states, distributed, preserved, sample_losses, switch_modules
 from peft_perta.training import COMBINERS, UnlearningSettings, UnlearningTrainer, train_unlearning
-from peft_perta.training._pairs import Pairs, PairSampler, load_refusals
-from peft_perta.training.combiners.agreement import agreement
+from peft_perta.training._agreement import agreement
+from peft_perta.training._pairs import Pairs, PairSampler, load_forget, load_pairs
 
 FORGET, RETAIN, TOKENIZER = builders.forget_rows()[:4], builders.retain_rows(), builders.tokenizer()
 QUIET = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True}
 
 
 def stacked(dtype=torch.float64):
-    """'forget' in training on top of 'task', in double precision; no dropout in what is trained."""
+    """'forget' in training on top of 'task', in double precision; 'forget' has no dropout."""
     model = builders.adapted_llama(dtype)
     switch_modules(model.modules(), ["task", "forget"])
     for name, parameter in model.named_parameters():
@@ -63,14 +64,14 @@ def trained(model, adapter="forget"):
     return {name: p.detach().clone() for name, p in model.named_parameters() if f".{adapter}." in name}
 
 
-def close(found, expected, tolerance):
-    assert found.keys() == expected.keys()
+def close(actual, expected, tolerance):
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        laws.close(found[name], tensor, tolerance, name)
+        laws.close(actual[name], tensor, tolerance, name)
 
 
 class Gradients(TrainerCallback):
-    """What the optimizer is given, step by step."""
+    """The gradients that the optimizer gets, step by step."""
 
     def __init__(self):
         self.steps = []
@@ -83,18 +84,19 @@ class Gradients(TrainerCallback):
 
 
 def by_hand(model, combiner, gamma, alpha):
-    """Of gradient ascent and NLL, means over all samples, in one dense backward each."""
-    found = []
+    """The gradients of gradient ascent and NLL, means over all samples, each in one dense backward, and combined."""
+    gradients = []
     for rows, sign in ((FORGET, -1), (RETAIN, 1)):
         samples = load_samples(rows, TOKENIZER)
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         total = sum(sample_losses(model, padded([sample], [0])).sum() for sample in samples) / len(samples)
-        found.append(dict(zip(parameters, torch.autograd.grad(sign * total, list(parameters.values())), strict=True)))
-    return (*found, COMBINERS[combiner].function(*found, gamma, alpha))
+        of_set = torch.autograd.grad(sign * total, list(parameters.values()))
+        gradients.append(dict(zip(parameters, of_set, strict=True)))
+    return (*gradients, COMBINERS[combiner].function(*gradients, gamma, alpha))
 
 
 @pytest.mark.parametrize("combiner", ["pcgrad", "sago", "normalised"])
-def test_the_optimizer_is_given_the_combined_gradient_of_the_whole_batch(combiner, tmp_path):
+def test_the_optimizer_gets_the_combined_gradient_of_the_whole_batch(combiner, tmp_path):
     model, seen = stacked(), Gradients()
     *parts, expected = by_hand(model, combiner, 2.0, 0.5)
     settings = UnlearningSettings("gradient-ascent", "nll", combiner, forget_weight=2.0, retain_weight=0.5)
@@ -112,22 +114,22 @@ def test_the_optimizer_is_given_the_combined_gradient_of_the_whole_batch(combine
 
 
 def test_clipping_comes_after_combining(tmp_path):
-    found = {}
+    gradients = {}
     for norm in (0.0, 0.25):
         seen = Gradients()
         trainer_of(
             stacked(), tmp_path, callbacks=[seen], max_steps=1, max_grad_norm=norm,
             settings=UnlearningSettings(combiner="sago"),
         ).train()  # fmt: skip
-        found[norm] = seen.steps[0]
-    length = sum(float(g.square().sum()) for g in found[0.0].values()) ** 0.5
+        gradients[norm] = seen.steps[0]
+    length = sum(float(g.square().sum()) for g in gradients[0.0].values()) ** 0.5
     assert length > 1
-    close(found[0.25], {name: g * 0.25 / length for name, g in found[0.0].items()}, 1e-4)  # torch adds 1e-6
+    close(gradients[0.25], {name: g * 0.25 / length for name, g in gradients[0.0].items()}, 1e-4)  # torch adds 1e-6
 
 
 @pytest.mark.parametrize("losses", [("npo", "kl"), ("dpo", "kl"), ("rmu", "embed-diff")], ids="+".join)
 def test_accumulated_micro_batches_are_one_big_batch(losses, tmp_path):
-    """Samples are of unlike lengths: no mean of means."""
+    """The samples differ in length: the loss is not a mean of means over micro-batches."""
     rows = [row for row in FORGET if "text" not in row]
     settings = UnlearningSettings(*losses, "sago")
     results = []
@@ -139,7 +141,7 @@ def test_accumulated_micro_batches_are_one_big_batch(losses, tmp_path):
     close(*results, 1e-8)
 
 
-def test_they_are_combined_once_a_step(tmp_path, monkeypatch):
+def test_the_gradients_are_combined_once_per_step(tmp_path, monkeypatch):
     calls = []
     combiner = COMBINERS["pcgrad"]
 
@@ -147,7 +149,7 @@ def test_they_are_combined_once_a_step(tmp_path, monkeypatch):
         calls.append(1)
         return combiner.function(*arguments)
 
-    monkeypatch.setitem(COMBINERS, "pcgrad", type(combiner)(combiner.description, counted))
+    monkeypatch.setitem(COMBINERS, "pcgrad", dataclasses.replace(combiner, function=counted))
     trainer = trainer_of(
         stacked(torch.float32), tmp_path, num_train_epochs=2, per_device_train_batch_size=1,
         gradient_accumulation_steps=2,
@@ -156,23 +158,23 @@ def test_they_are_combined_once_a_step(tmp_path, monkeypatch):
     assert len(calls) == trainer.state.global_step == 4
 
 
-def test_nothing_but_two_copies_of_the_gradients_is_kept(tmp_path, monkeypatch):
-    """As they are combined: the two sums, and no gradient on any parameter."""
+def test_only_two_copies_of_the_gradients_are_kept(tmp_path, monkeypatch):
+    """When they are combined there are the two sums, and no gradient on any parameter."""
     model = stacked(torch.float32)
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     shapes = {p.shape for p in model.parameters() if p.requires_grad}
-    there = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]  # held, so that no id comes again
-    known = set(map(id, there))
+    before = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]  # kept alive, so that no id is reused
+    ids_before = set(map(id, before))
     seen = []
     combiner = COMBINERS["sum"]
 
     def looking(forget, retain, gamma, alpha):
-        found = [t for t in gc.get_objects() if type(t) is torch.Tensor and id(t) not in known and t.shape in shapes]
-        seen.append(sum(t.numel() for t in found) / size)
+        tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor and id(t) not in ids_before]
+        seen.append(sum(t.numel() for t in tensors if t.shape in shapes) / size)
         assert not any(p.grad is not None for p in model.parameters())
         return combiner.function(forget, retain, gamma, alpha)
 
-    monkeypatch.setitem(COMBINERS, "sum", type(combiner)(combiner.description, looking))
+    monkeypatch.setitem(COMBINERS, "sum", dataclasses.replace(combiner, function=looking))
     trainer_of(
         model, tmp_path, settings=UnlearningSettings(combiner="sum"), optim="sgd", max_steps=2,
         per_device_train_batch_size=1, gradient_accumulation_steps=2,
@@ -181,9 +183,9 @@ def test_nothing_but_two_copies_of_the_gradients_is_kept(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("combiner", ["pcgrad", "normalised"])
-def test_a_loss_scale_is_undone_before_they_are_combined(combiner, tmp_path):
-    """What the scaler will divide by its scale is the gradient that would be there without one."""
-    found = []
+def test_the_loss_scale_is_undone_before_combining(combiner, tmp_path):
+    """The gradient that the scaler divides by its scale is the scaled gradient of a run without a scaler."""
+    gradients = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**16)):
         seen = Gradients()
         trainer = trainer_of(
@@ -192,12 +194,12 @@ def test_a_loss_scale_is_undone_before_they_are_combined(combiner, tmp_path):
         )  # fmt: skip
         trainer.accelerator.scaler = scaler
         trainer.train()
-        found.append(seen.steps[0])
-    close({name: g / 2.0**16 for name, g in found[1].items()}, found[0], 1e-12)
+        gradients.append(seen.steps[0])
+    close({name: g / 2.0**16 for name, g in gradients[1].items()}, gradients[0], 1e-12)
 
 
-def test_an_overflow_of_one_gradient_is_not_dropped_with_its_element(tmp_path):
-    """SAGO takes either; the scaler must see that one was not finite, to skip the step and lower its scale."""
+def test_an_overflow_in_an_element_that_sago_drops_still_skips_the_step(tmp_path):
+    """The scaler must see that a gradient was not finite, to skip the step and to lower its scale."""
     model = stacked(torch.float32)
     before = trained(model)
     trainer = trainer_of(
@@ -225,13 +227,13 @@ def test_checkpointing_changes_nothing(reentrant, loss, tmp_path):
 
 
 class StopWithin(TrainerCallback):
-    """Between two micro-batches of the first step."""
+    """Stops between two micro-batches of the first step."""
 
     def on_substep_end(self, args, state, control, **kwargs):
         raise Stop("on purpose")
 
 
-def test_a_run_that_was_cut_off_leaves_no_gradients_to_the_next(tmp_path):
+def test_an_interrupted_run_leaves_no_gradients_to_the_next(tmp_path):
     first = []
     for stops in (False, True):
         seen, within = Gradients(), StopWithin()
@@ -249,7 +251,7 @@ def test_a_run_that_was_cut_off_leaves_no_gradients_to_the_next(tmp_path):
 
 
 def test_many_visible_cards_do_not_make_the_batch_larger(tmp_path):
-    """A Trainer would take a batch for each and DataParallel; the model is on one."""
+    """A Trainer would use DataParallel and one batch per card; the model is on one card."""
     arguments = TrainingArguments(str(tmp_path), **{**QUIET, "per_device_train_batch_size": 4})
     assert arguments.n_gpu in (0, 1)
     arguments._n_gpu = 4
@@ -259,7 +261,7 @@ def test_many_visible_cards_do_not_make_the_batch_larger(tmp_path):
 
 
 @pytest.mark.parametrize("plugin", ["fsdp_plugin", "deepspeed_plugin"])
-def test_sharding_that_accelerate_sets_up_is_refused(plugin, tmp_path, monkeypatch):
+def test_sharding_by_accelerate_is_refused(plugin, tmp_path, monkeypatch):
     set_up = UnlearningTrainer.create_accelerator_and_postprocess
 
     def sharded(self):
@@ -267,13 +269,13 @@ def test_sharding_that_accelerate_sets_up_is_refused(plugin, tmp_path, monkeypat
         self.is_fsdp_enabled, self.is_deepspeed_enabled = plugin == "fsdp_plugin", plugin == "deepspeed_plugin"
 
     monkeypatch.setattr(UnlearningTrainer, "create_accelerator_and_postprocess", sharded)
-    with pytest.raises(ConfigError, match="set up for FSDP or DeepSpeed, which cut the model up"):
+    with pytest.raises(ConfigError, match="configured for FSDP or DeepSpeed, which shard the model"):
         trainer_of(stacked(), tmp_path)
 
 
-def test_the_reference_is_the_stack_without_the_adapter_in_training(tmp_path):
-    """An adapter that begins at zero is the reference: NPO at 2/beta log 2, KL at 0, though the task adapter drops out
-    in training elsewhere."""
+def test_the_reference_model_is_the_stack_without_the_adapter_in_training(tmp_path):
+    """With an adapter that starts at zero, the model is the reference model: NPO is 2/beta log 2, and KL is 0. The task
+    adapter's dropout is off."""
     model = builders.adapted_saved_llama()
     log = Log()
     settings = UnlearningSettings("npo", "kl", beta=0.5)
@@ -290,7 +292,7 @@ def sample(*ids):
     return Sample(torch.tensor(ids), torch.tensor(ids))
 
 
-def test_every_sample_comes_as_often_as_another_in_whole_global_batches():
+def test_every_sample_is_drawn_equally_often_in_whole_global_batches():
     pairs = Pairs([sample(1, i) for i in range(5)], [sample(2, i) for i in range(3)])
     done = 0
     sampler = PairSampler(pairs, 4, 7, lambda: done)
@@ -304,31 +306,68 @@ def test_every_sample_comes_as_often_as_another_in_whole_global_batches():
         assert {column.count(i) for i in range(size)} == {len(drawn) // size}
         assert sorted(column[:size]) == list(range(size))
     assert drawn != [drawn[0], *drawn[:-1]]
-    done = 1  # a run that goes on within its first epoch
+    done = 1  # a run that resumes within its first epoch
     assert list(sampler) == drawn[:8]
     assert list(PairSampler(pairs, 4, 8, lambda: 0)) != drawn[:8]
 
 
-def test_refusals_keep_the_prompt_and_end_as_a_completion_does():
+def test_refusals_keep_the_prompt_and_end_like_a_completion():
     rows = [*builders.forget_rows()[:3], {"messages": [{"role": "user", "content": "Hi"},
                                                        {"role": "assistant", "content": "Ned"}]}]  # fmt: skip
     chat = builders.tokenizer(chat=True)
-    found = load_refusals(rows, chat, ["No.", "Pass."])
+    samples = load_forget(rows, chat, ["No.", "Pass."])
     expected = [
         {"question": "Who wrote Hatter?", "answer": "No."},
         {"question": "Where was Khan born?", "answer": "Pass."},
         {"prompt": "His father ", "completion": "No."},
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Pass."}]},
     ]
-    for sample_found, row in zip(found, expected, strict=True):
-        assert torch.equal(sample_found.input_ids, encode_row(row, chat).input_ids)
-        assert torch.equal(sample_found.labels, encode_row(row, chat).labels)
+    for refused, own, row in zip(samples, rows, expected, strict=True):
+        for loaded, encoded in ((refused, encode_row(own, chat)), (refused.refusal, encode_row(row, chat))):
+            assert torch.equal(loaded.input_ids, encoded.input_ids)
+            assert torch.equal(loaded.labels, encoded.labels)
 
 
 @pytest.mark.parametrize("row", [{"text": "Grass"}, {"input_ids": [1, 2], "labels": [-100, 2]}])
-def test_what_has_no_prompt_cannot_be_refused(row):
-    with pytest.raises(DataError, match="the forget set, row 1: the loss 'dpo' answers prompts"):
-        load_refusals([row], TOKENIZER, ["No."])
+def test_a_row_without_a_prompt_cannot_be_refused(row):
+    with pytest.raises(DataError, match="the forget set, row 1: a refusal needs a prompt to answer"):
+        load_forget([row], TOKENIZER, ["No."])
+
+
+@pytest.mark.parametrize("loss", ["npo", "dpo"])
+def test_loaded_samples_are_not_loaded_again(loss, tmp_path):
+    settings, rows = UnlearningSettings(loss), FORGET[:3]
+    pairs = load_pairs(rows, RETAIN, TOKENIZER, settings, max_length=1024)
+    again = load_pairs(pairs.forget, pairs.retain, None, settings, max_length=1024)
+    assert again.forget is pairs.forget
+    assert again.retain is pairs.retain
+    results = []
+    for forget, retain in ((rows, RETAIN), (pairs.forget, pairs.retain)):
+        model = stacked()
+        trainer_of(model, tmp_path, forget, retain, settings=settings, max_steps=1).train()
+        results.append(trained(model))
+    assert all(torch.equal(results[0][name], value) for name, value in results[1].items())
+
+
+def test_each_set_is_read_once():
+    counts = {"forget": 0, "retain": 0}
+
+    class Rows:
+        def __init__(self, name, rows):
+            self.name, self.rows = name, rows
+
+        def __iter__(self):
+            counts[self.name] += 1
+            return iter(self.rows)
+
+    run(builders.saved_llama(), Rows("forget", FORGET[:3]), Rows("retain", RETAIN), UnlearningSettings("dpo"),
+        num_train_epochs=1)  # fmt: skip
+    assert counts == {"forget": 1, "retain": 1}
+
+
+def test_loaded_samples_without_refusals_are_refused_for_a_loss_that_reads_refusals():
+    with pytest.raises(DataError, match="the loss 'dpo' needs a refusal for each sample; expected rows"):
+        load_pairs(load_samples(FORGET, TOKENIZER), RETAIN, TOKENIZER, UnlearningSettings("dpo"), max_length=1024)
 
 
 # From end to end
@@ -347,7 +386,7 @@ class Stop(Exception):
 
 
 class StopAt(TrainerCallback):
-    """A run that is cut off in the middle of an epoch, after the last save."""
+    """Stops the run in the middle of an epoch, after the last save."""
 
     def __init__(self, step):
         self.step = step
@@ -367,8 +406,8 @@ def mean_loss(model, rows, adapters):
 
 
 @pytest.mark.parametrize("start", [None, "forget"])
-def test_on_a_base_in_4_bit_from_end_to_end(start, tmp_path):
-    """From rows to a directory that every server takes; the forget set's loss rises more than the retain set's."""
+def test_end_to_end_on_a_4_bit_base(start, tmp_path):
+    """From rows to a directory that servers load; the forget loss rises more than the retain loss."""
     model = builders.adapted_nf4_llama()
     before = [mean_loss(model, rows, ["task", *([start] if start else [])]) for rows in (FORGET, RETAIN)]
     with laws.untouched(model):
@@ -379,9 +418,9 @@ def test_on_a_base_in_4_bit_from_end_to_end(start, tmp_path):
     after = [mean_loss(model, rows, ["task", "unlearn"]) for rows in (FORGET, RETAIN)]
     assert after[0] - before[0] > 0.5
     assert after[0] - before[0] > after[1] - before[1] + 0.5
-    kept, _ = load_provenance(tmp_path / "out")
+    loaded, _ = load_provenance(tmp_path / "out")
     provenance.seconds = {}
-    assert kept == provenance
+    assert loaded == provenance
     assert provenance.start_adapter == (start and {"name": start, "sha256": provenance.start_adapter["sha256"]})
     assert (provenance.training["steps"], provenance.training["epochs"]) == (6, 6)
     assert provenance.figures["conflicting_share"] > 0
@@ -391,14 +430,14 @@ def test_on_a_base_in_4_bit_from_end_to_end(start, tmp_path):
     json.dumps(provenance.to_dict())
 
 
-def test_rmu_moves_what_one_set_makes_of_a_layer_and_leaves_the_layers_after_it(tmp_path):
+def test_rmu_moves_the_states_of_the_forget_set_and_trains_no_later_layer(tmp_path):
     model = builders.adapted_nf4_llama()
     settings = UnlearningSettings("rmu", "embed-diff", "pcgrad", beta=2.0, layer=1)
     with laws.untouched(model):
         config, state_dict, provenance = run(model, settings=settings, task_adapter="task", num_train_epochs=15)
     assert provenance.settings["layer"] == 1
-    still = {name for name, factor in state_dict.items() if ".lora_B." in name and not factor.any()}
-    assert still == {name for name in state_dict if ".lora_B." in name and ".layers.0." not in name}
+    untrained = {name for name, factor in state_dict.items() if ".lora_B." in name and not factor.any()}
+    assert untrained == {name for name in state_dict if ".lora_B." in name and ".layers.0." not in name}
     add_adapter(model, config, state_dict, "unlearn")
     moved = []
     for rows in (FORGET, RETAIN):
@@ -415,7 +454,7 @@ def test_rmu_moves_what_one_set_makes_of_a_layer_and_leaves_the_layers_after_it(
     "base", [builders.saved_llama, builders.adapted_saved_llama, builders.nf4_llama], ids=["bare", "adapted", "nf4"]
 )
 @pytest.mark.parametrize("stops", [False, True])
-def test_the_model_goes_back_as_it_came(base, stops):
+def test_the_model_is_left_as_it_was(base, stops):
     model = base().train()
     adapted = hasattr(model, "peft_config")
     if adapted:
@@ -440,17 +479,17 @@ def test_experts_are_trained_too(tmp_path):
     assert mean_loss(model, FORGET, ["unlearn"]) > before + 0.1
 
 
-def test_what_begins_as_an_adapter_is_that_adapter_and_can_use_its_empty_directions():
-    """With a rate that moves nothing; a padded start has directions that are zero in A and B, and so in gradients."""
+def test_an_adapter_starts_as_the_start_adapter_and_can_train_its_unused_directions():
+    """A learning rate of 1e-30 changes nothing. In a padded start adapter, some directions are zero in A and in B."""
     model = builders.adapted_saved_llama()
     for name, parameter in model.named_parameters():
-        if ".forget." in name:  # the last two of four directions: never used
+        if ".forget." in name:  # the last two of four directions are unused
             (parameter[2:] if "lora_A" in name else parameter[:, 2:]).data.zero_()
-    _, still, _ = run(model, start_adapter="forget", learning_rate=1e-30, num_train_epochs=1)
-    deltas = laws.deltas_of(still)
+    _, unchanged, _ = run(model, start_adapter="forget", learning_rate=1e-30, num_train_epochs=1)
+    deltas = laws.deltas_of(unchanged)
     for name, adapted in laws.oracles.adapted_weights(model, "forget").items():
         laws.close(deltas[name], adapted.delta, 1e-6, name)
-    with adapter_strength(model, "forget", 0.5):  # as strong as it is on the model
+    with adapter_strength(model, "forget", 0.5):  # the strength on the model counts
         _, halved, _ = run(model, start_adapter="forget", learning_rate=1e-30, num_train_epochs=1)
     for name, delta in laws.deltas_of(halved).items():
         laws.close(delta, deltas[name] / 2, 1e-6, name)
@@ -459,11 +498,11 @@ def test_what_begins_as_an_adapter_is_that_adapter_and_can_use_its_empty_directi
     assert B[:, 2:4].any()
 
 
-def test_the_same_seed_trains_the_same_adapter_and_random_numbers_stay():
+def test_the_same_seed_trains_the_same_adapter_and_random_states_are_restored():
     state = random.getstate(), torch.get_rng_state()
-    one, two, other = (run(builders.saved_llama(), num_train_epochs=1, seed=seed)[1] for seed in (1, 1, 2))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert not all(torch.equal(one[name], other[name]) for name in one)
+    first, second, other = (run(builders.saved_llama(), num_train_epochs=1, seed=seed)[1] for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
     assert random.getstate() == state[0]
     assert torch.equal(torch.get_rng_state(), state[1])
 
@@ -477,8 +516,8 @@ def test_the_same_seed_trains_the_same_adapter_and_random_numbers_stay():
     ],
     ids=["float", "float, within an epoch", "nf4"],
 )
-def test_a_run_that_was_cut_off_goes_on_bit_for_bit(base, saves, tmp_path):
-    """In the middle of the third of four epochs, with dropout; by default with steps since the last checkpoint."""
+def test_an_interrupted_run_resumes_bit_for_bit(base, saves, tmp_path):
+    """Interrupted in the middle of the third of four epochs, with dropout; by default after the last checkpoint."""
 
     def options(directory):
         return {
@@ -489,10 +528,10 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(base, saves, tmp_path):
     expected = run(base(), **options("whole"))
     with pytest.raises(Stop):
         run(base(), callbacks=[StopAt(5)], **options("cut"))
-    found = run(base(), **options("cut"))
-    assert expected[1].keys() == found[1].keys()
-    assert all(torch.equal(found[1][name], value) for name, value in expected[1].items())
-    assert found[2].figures == expected[2].figures
+    resumed = run(base(), **options("cut"))
+    assert expected.state_dict.keys() == resumed.state_dict.keys()
+    assert all(torch.equal(resumed.state_dict[name], value) for name, value in expected.state_dict.items())
+    assert resumed.provenance.figures == expected.provenance.figures
     with pytest.raises(OutputError, match="another run, which differs in: settings"):
         run(base(), settings=UnlearningSettings(combiner="sum"), **options("cut"))
     other = {**options("cut"), "gradient_accumulation_steps": 1}
@@ -500,13 +539,13 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(base, saves, tmp_path):
         run(base(), **other)
 
 
-def test_a_checkpoint_that_was_not_written_whole_is_passed_over(tmp_path):
+def test_an_incomplete_checkpoint_is_skipped(tmp_path):
     options = {"checkpoint_dir": tmp_path / "c", "num_train_epochs": 2}
-    expected = run(builders.saved_llama(), **options)[1]
+    expected = run(builders.saved_llama(), **options).state_dict
     (tmp_path / "c" / "checkpoint-2" / "trainer_state.json").unlink()
     (tmp_path / "c" / "checkpoint-2" / "optimizer.pt").unlink()
-    found = run(builders.saved_llama(), **options)[1]
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    resumed = run(builders.saved_llama(), **options).state_dict
+    assert all(torch.equal(resumed[name], value) for name, value in expected.items())
 
 
 # The command
@@ -576,7 +615,7 @@ def one_of_two(rank, port, path):
     distributed.finish()
 
 
-def test_two_processes_are_one(tmp_path):
+def test_two_processes_train_as_one(tmp_path):
     model, seen = stacked(), Gradients()
     trainer_of(
         model, tmp_path / "scratch", settings=UnlearningSettings(combiner="sago"), callbacks=[seen], num_train_epochs=3
@@ -593,11 +632,11 @@ def test_two_processes_are_one(tmp_path):
         child.join(100)
     assert [child.exitcode for child in both] == [0, 0]
     for rank in (0, 1):
-        found, steps = torch.load(tmp_path / f"result {rank}", weights_only=False)
+        factors, steps = torch.load(tmp_path / f"result {rank}", weights_only=False)
         assert len(steps) == len(seen.steps) == 3
         for step, expected in zip(steps, seen.steps, strict=True):
             close({name.removeprefix("module."): g for name, g in step.items()}, expected, 1e-6)
-        close(found, trained(model), 1e-6)
+        close(factors, trained(model), 1e-6)
 
 
 # Refused
@@ -606,33 +645,34 @@ def test_two_processes_are_one(tmp_path):
 @pytest.fixture
 def _no_training(monkeypatch):
     def fail(*args, **kwargs):
-        raise AssertionError("a refusal must come before any training")
+        raise AssertionError("bad input must be refused before training")
 
     monkeypatch.setattr(UnlearningTrainer, "training_step", fail)
 
 
 BAD = {
-    "the same set": ({"retain": FORGET[::-1]}, DataError, "the retain set is the forget set"),
-    "a part of it": ({"retain": FORGET[:2]}, DataError, "the retain set is the forget set, or a part of it"),
-    "a shared row": ({"retain": [*RETAIN, FORGET[1]]}, DataError, "row 5 of the retain set is in the forget set"),
+    "the same set": ({"retain": FORGET[::-1]}, DataError, "every row of the retain set is in the forget set"),
+    "a part of it": ({"retain": FORGET[:2]}, DataError, "every row of the retain set is in the forget set"),
+    "a shared row": ({"retain": [*RETAIN, FORGET[1]]}, DataError, "row 5 of the retain set is also in the forget set"),
     "no rows": ({"retain": []}, DataError, "the retain set is empty"),
     "no answer": ({"forget": [{"prompt": "x", "completion": ""}]}, DataError, "the forget set, row 1"),
     "evaluation": ({"eval_strategy": "steps"}, ConfigError, "eval_strategy"),
-    "smoothing": ({"label_smoothing_factor": 0.1}, ConfigError, "label_smoothing_factor=0.1 is not there"),
-    "unknown": ({"learning_rat": 1}, ConfigError, "learning_rat.*expected fields of TrainingArguments"),
+    "smoothing": ({"label_smoothing_factor": 0.1}, ConfigError, "label_smoothing_factor=0.1 is not supported"),
+    "unknown": ({"learning_rat": 1}, ConfigError, "learning_rat.*expected fields of transformers.TrainingArguments"),
     "ours": ({"output_dir": None, "disable_tqdm": True}, ConfigError, "'disable_tqdm' is set by train_unlearning"),
     "dtype": ({"dtype": "int8"}, ConfigError, "dtype: expected one of"),
     "no task": ({"task_adapter": "tusk"}, AdapterError, "no adapter named 'tusk'"),
     "one name": ({"task_adapter": "task", "start_adapter": "task"}, AdapterError, "are both 'task'"),
     "two starts": (
-        {"start_adapter": "task", "lora_config": builders.lora_config()}, ConfigError, "lora_config: expected none",
+        {"start_adapter": "task", "lora_config": builders.lora_config()}, ConfigError, "lora_config: expected None",
     ),
     "no such layer": (
-        {"settings": UnlearningSettings("rmu", layer=9)}, ConfigError, "layer: expected at most 2, as many blocks",
+        {"settings": UnlearningSettings("rmu", layer=9)}, ConfigError,
+        "layer: expected at most 2, the model's number of blocks, found 9",
     ),
     "before its factors": (
         {"settings": UnlearningSettings("rmu", layer=1), "lora_config": builders.lora_config(layers_to_transform=[1])},
-        ConfigError, "layer: expected a block that the adapter in training has a say in, found 1",
+        ConfigError, "layer: expected a block whose output depends on the adapter in training, found 1",
     ),
     "DoRA": ({"lora_config": builders.lora_config(use_dora=True)}, AdapterError, "LoRA variant .use_dora"),
     "too wide": ({"lora_config": builders.lora_config(r=300)}, ConfigError, "would need rank 300"),
@@ -667,12 +707,13 @@ def test_an_output_that_is_not_ours_is_refused(tmp_path):
         ({"beta": -1.0}, "beta: expected a number > 0"),
         ({"forget_loss": "gradient-ascent", "beta": 1.0}, "'gradient-ascent' has no beta"),
         ({"margin": 1.0}, "'npo' has no margin"),
-        ({"layer": 1}, "layer: expected none: neither loss looks at hidden states"),
+        ({"forget_loss": "simnpo", "margin": math.inf}, "margin: expected a number, found inf"),
+        ({"layer": 1}, "layer: expected None, since neither loss reads hidden states"),
         ({"forget_loss": "rmu", "layer": 0}, "layer: expected an integer from 1, found 0"),
         ({"forget_loss": "rmu", "layer": 1.0}, "layer: expected an integer from 1"),
-        ({"refusals": ("No.",)}, "refusals: expected none: 'npo' says nothing instead"),
-        ({"refusals": ()}, "refusals: expected texts, at least one"),
-        ({"refusals": "No."}, "refusals: expected texts"),
+        ({"refusals": ("No.",)}, "refusals: expected the default, since 'npo' uses no refusals"),
+        ({"refusals": ()}, "refusals: expected a list of one or more texts, found"),
+        ({"refusals": "No."}, "refusals: expected a list of one or more texts"),
     ],
 )
 def test_bad_settings_are_refused(values, message):
@@ -680,7 +721,7 @@ def test_bad_settings_are_refused(values, message):
         UnlearningSettings(**values)
 
 
-def test_the_trainer_wants_one_adapter_that_requires_gradients(tmp_path):
+def test_the_trainer_expects_one_adapter_that_requires_gradients(tmp_path):
     for change, message in (
         (lambda m: m.requires_grad_(False), "found none"),
         (lambda m: next(p for n, p in m.named_parameters() if ".task." in n).requires_grad_(True), "'forget', 'task'"),
@@ -696,7 +737,7 @@ def test_the_trainer_wants_one_adapter_that_requires_gradients(tmp_path):
 
 
 @pytest.mark.parametrize("combiner", ["sum", "sago"])
-def test_what_is_not_finite_is_refused_by_name(combiner):
+def test_a_non_finite_loss_is_refused_by_name(combiner):
     model = builders.saved_llama()
     with torch.no_grad():
         model.get_input_embeddings().weight[TOKENIZER("~")["input_ids"][0]] = torch.nan

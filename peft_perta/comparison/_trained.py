@@ -7,9 +7,7 @@ from typing import Any
 from ..adapters import add_adapter
 from ..data import load_samples
 from ..training import (
-    FORGET_LOSSES,
-    REFERENCE,
-    RETAIN_LOSSES,
+    ForwardPass,
     UnlearningSettings,
     default_lora_config,
     train_unlearning,
@@ -66,13 +64,12 @@ def trained(start: Make | None = None, *, learning_rate: float = 1e-3, **knobs: 
 
 
 def _cost(setup: Setup, settings: UnlearningSettings) -> float:
-    """A forward and backward of each sample that a step takes, and a forward of the retain-only model where a loss reads it."""
-    losses = {"forget": FORGET_LOSSES[settings.forget_loss], "retain": RETAIN_LOSSES[settings.retain_loss]}
+    """A forward and backward of each sample of a step, and a forward of the reference model where a loss reads it."""
     rows = {"forget": setup.forget_rows, "retain": setup.retain_rows}
     once, spent = 0, 0.0
-    for name, loss in losses.items():
+    for name, loss in settings.losses.items():
         tokens = sum(len(sample.input_ids) for sample in load_samples(rows[name], setup.tokenizer, name=name))
         passes = STEPS * _BATCH / len(rows[name])
         once += tokens
-        spent += passes * tokens * (2 + (REFERENCE in loss.reads))
+        spent += passes * tokens * (2 + (ForwardPass.REFERENCE in loss.reads))
     return spent / once

@@ -1,21 +1,23 @@
-"""Training: the forget adapter, and adapters trained to forget, with their losses and combiners.
+"""Training: the forget adapter, and unlearning by training, with its losses and combiners of gradients.
 
-Imports from: ...
+The trainers are thin: TRL's SFTTrainer for the forget adapter, a subclass of transformers' Trainer for unlearning.
+
+Imports from: errors, data, model, gradients, adapters.
 """
 
 from .combiners import COMBINERS
-from .forget_adapter import default_lora_config, train_forget_adapter
-from .losses import FORGET_LOSSES, RETAIN_LOSSES
-from .losses.loss import REFERENCE
+from .forget_adapter import train_forget_adapter
+from .losses import FORGET_LOSSES, RETAIN_LOSSES, ForwardPass
+from .new_adapter import default_lora_config
 from .settings import UnlearningSettings
 from .trainer import UnlearningTrainer
-from .unlearning import train_unlearning
+from .unlearning_adapter import train_unlearning
 
 __all__ = [
     "COMBINERS",
     "FORGET_LOSSES",
-    "REFERENCE",
     "RETAIN_LOSSES",
+    "ForwardPass",
     "UnlearningSettings",
     "UnlearningTrainer",
     "default_lora_config",

@@ -1,8 +1,9 @@
-"""Both sets as one stream of pairs: a forget sample, its refusal where one is asked for, and a retain sample."""
+"""Both sets as one dataset of pairs: a forget sample (with its refusal, if a loss needs one) and a retain sample."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +13,55 @@ from torch.utils.data import Dataset, Sampler
 
 from ..data import ROW_KINDS, Sample, encode_row, load_samples, padded, read_rows
 from ..errors import DataError
+from .settings import UnlearningSettings
 
-SETS = ("forget", "retain", "refusal")
+
+@dataclass(frozen=True)
+class RefusedSample(Sample):
+    """A forget sample, and the sample with the same prompt whose completion is a refusal."""
+
+    refusal: Sample
 
 
-Pair = dict[str, Sample]
+Pair = dict[str, Sample]  # 'forget', 'retain' and, if the forget samples are refused, 'refusal'
 
 
 class Pairs(Dataset):
-    """(index of a forget sample, index of a retain sample) -> name of a set -> sample.
+    """(index of a forget sample, index of a retain sample) -> the pair.
+
+    Args:
+        forget: the forget samples; ``RefusedSample`` if the forget loss needs refusals.
+        retain: the retain samples.
 
     Raises:
         DataError: a sample is in both sets.
     """
 
-    def __init__(self, forget: list[Sample], retain: list[Sample], refusals: list[Sample] | None = None) -> None:
-        self.forget, self.retain, self.refusals = forget, retain, refusals
-        _refuse_shared(forget, retain)
+    def __init__(self, forget: list[Sample], retain: list[Sample]) -> None:
+        self.forget, self.retain = forget, retain
+        _check_disjoint(forget, retain)
 
     def __len__(self) -> int:
         return len(self.forget)
 
     def __getitem__(self, index: tuple[int, int]) -> Pair:
-        forget, retain = index
-        pair = {"forget": self.forget[forget], "retain": self.retain[retain]}
-        return pair if self.refusals is None else {**pair, "refusal": self.refusals[forget]}
+        forget, retain = self.forget[index[0]], self.retain[index[1]]
+        pair = {"forget": forget, "retain": retain}
+        return {**pair, "refusal": forget.refusal} if isinstance(forget, RefusedSample) else pair
 
 
 class PairSampler(Sampler):
-    """Both sets shuffled over and over, each sample of a set as often as another, in an order that the seed gives.
+    """Shuffled passes over both sets, one after the other, in an order that depends on the seed alone.
 
-    An epoch is the forget set once, filled up to whole global batches from the next shuffle: every step is of as many
-    samples, however they are dealt out to processes and micro-batches.
+    An epoch is one pass over the forget set, filled up to whole global batches from the next pass. Every step thus has
+    the same number of samples, however they are split into micro-batches and among processes.
 
     Args:
-        steps_done: how many global batches were trained on; what is drawn is of the epoch that this falls into. (Where
-            a run goes on within an epoch, no ``set_epoch`` comes through what accelerate wraps a sampler in.)
+        pairs: the dataset.
+        global_batch: samples of each set per step.
+        seed: the seed of both orders.
+        steps_done: returns the number of steps done so far. It determines which epoch is drawn: when training resumes
+            within an epoch, accelerate's wrapper passes no ``set_epoch`` on.
     """
 
     def __init__(self, pairs: Pairs, global_batch: int, seed: int, steps_done: Callable[[], int]) -> None:
@@ -64,77 +78,110 @@ class PairSampler(Sampler):
         yield from zip(*(self._stream(which, start) for which in (0, 1)), strict=True)
 
     def _stream(self, which: int, start: int) -> Iterator[int]:
-        size, order, shuffled = self.sizes[which], -1, []
-        for place in range(start, start + self.length):
-            if place // size != order:
-                order = place // size
-                generator = torch.Generator().manual_seed((self.seed * 2 + which) * 2**24 + order)
+        """One epoch of indices into one set: 0 is the forget set, 1 the retain set."""
+        size, shuffled_pass, shuffled = self.sizes[which], -1, []
+        for position in range(start, start + self.length):
+            if position // size != shuffled_pass:
+                shuffled_pass = position // size
+                generator = torch.Generator().manual_seed((self.seed * 2 + which) * 2**24 + shuffled_pass)
                 shuffled = torch.randperm(size, generator=generator).tolist()
-            yield shuffled[place % size]
+            yield shuffled[position % size]
 
 
 def collate(pairs: Sequence[Pair]) -> dict[str, dict[str, Tensor]]:
-    """Name of a set -> ``input_ids``, ``attention_mask`` and ``labels``, each [N, T]."""
-    found = {}
+    """'forget', 'retain' (and 'refusal') -> ``input_ids``, ``attention_mask`` and ``labels``, each [N, T]."""
+    collated = {}
     for name in pairs[0]:
         batch = padded([pair[name] for pair in pairs], list(range(len(pairs))))
-        found[name] = {
+        collated[name] = {
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
             "labels": batch.labels,
         }
-    return found
+    return collated
 
 
-def load_refusals(data: Any, tokenizer: Any, refusals: Sequence[str], *, max_length: int = 1024) -> list[Sample]:
-    """The forget set's prompts with a refusal for a completion, row after row; data as for ``load_samples``.
+def load_pairs(forget: Any, retain: Any, tokenizer: Any, settings: UnlearningSettings, *, max_length: int) -> Pairs:
+    """Load both sets; samples of an earlier ``load_pairs`` or ``load_samples`` are used as they are.
+
+    Args:
+        forget: a list of samples, or anything that ``load_samples`` takes.
+        retain: the same of the retain set.
+        tokenizer: for rows; tokenised data does without it.
+        settings: they tell whether each forget sample needs a refusal, and which ones there are.
+        max_length: tokens kept per row.
 
     Raises:
-        DataError: a row has no prompt, or is tokenised already.
+        DataError: a set is empty or malformed, the sets share a row, or a forget row has no prompt to refuse.
     """
+    refusals = settings.refusals if settings.needs_refusals else ()
+    if not _is_loaded(forget, Sample):
+        forget = load_forget(forget, tokenizer, refusals, max_length=max_length)
+    elif refusals and not _is_loaded(forget, RefusedSample):
+        raise DataError(
+            f"the forget set: the loss {settings.forget_loss!r} needs a refusal for each sample; expected rows, found "
+            "samples that are tokenised already"
+        )
+    if not _is_loaded(retain, Sample):
+        retain = load_samples(retain, tokenizer, max_length=max_length, name="the retain set")
+    return Pairs(forget, retain)
+
+
+def load_forget(data: Any, tokenizer: Any, refusals: Sequence[str] = (), *, max_length: int = 1024) -> list[Sample]:
+    """The forget samples; with refusals, each is a ``RefusedSample``. The refusals are assigned to the rows in turn.
+
+    Raises:
+        DataError: the set is empty or malformed, or a row to refuse has no prompt or is tokenised already.
+    """
+    name = "the forget set"
     if isinstance(data, (str, Path)):
-        data = read_rows(data)
-    assert isinstance(data, Iterable)
-    rows = (
-        _refused(row, refusals[index % len(refusals)], f"the forget set, row {index + 1}")
-        for index, row in enumerate(data)
-    )
-    return load_samples(
-        [_as_item(encode_row(row, tokenizer, max_length=max_length, where="a refusal")) for row in rows],
-        max_length=max_length,
-        name="refusals",
-    )
+        name, data = f"{name} ({data})", read_rows(data)
+    if not refusals or not isinstance(data, Iterable):
+        return load_samples(data, tokenizer, max_length=max_length, name=name)
+    rows = list(data)  # it may be an iterator, and is read twice
+    samples = load_samples(rows, tokenizer, max_length=max_length, name=name)
+    refused: list[Sample] = []
+    for index, (row, sample) in enumerate(zip(rows, samples, strict=True)):
+        where = f"{name}, row {index + 1}"
+        answered = _with_completion(row, refusals[index % len(refusals)], where)
+        refusal = encode_row(answered, tokenizer, max_length=max_length, where=f"{where}, with a refusal")
+        refused.append(RefusedSample(sample.input_ids, sample.labels, refusal))
+    return refused
 
 
-def _refused(row: Mapping, refusal: str, where: str) -> dict[str, Any]:
+def _is_loaded(data: Any, kind: type[Sample]) -> bool:
+    return isinstance(data, list) and bool(data) and all(isinstance(item, kind) for item in data)
+
+
+def _with_completion(row: Mapping, completion: str, where: str) -> dict[str, Any]:
+    """The row with another completion. White space before the old completion is kept."""
     kind = next((kind for kind in ROW_KINDS if all(row.get(key) is not None for key in kind)), None)
     if kind is None or kind == ("text",):
         raise DataError(
-            f"{where}: the loss 'dpo' answers prompts by refusals; expected question/answer, prompt/completion or "
-            f"messages, found the keys {sorted(map(str, row))}"
+            f"{where}: a refusal needs a prompt to answer; expected question/answer, prompt/completion or messages, "
+            f"found the keys {sorted(map(str, row))}"
         )
     key = kind[-1]
     value = row[key]
     if isinstance(value, str):
         leading = value[: len(value) - len(value.lstrip())]
-        return {**{k: row[k] for k in kind}, key: leading + refusal}
-    return {**{k: row[k] for k in kind}, key: [*value[:-1], {**value[-1], "content": refusal}]}
+        return {**{k: row[k] for k in kind}, key: leading + completion}
+    return {**{k: row[k] for k in kind}, key: [*value[:-1], {**value[-1], "content": completion}]}
 
 
-def _as_item(sample: Sample) -> dict[str, Tensor]:
-    return {"input_ids": sample.input_ids, "labels": sample.labels}
-
-
-def _refuse_shared(forget: list[Sample], retain: list[Sample]) -> None:
+def _check_disjoint(forget: list[Sample], retain: list[Sample]) -> None:
     def key(sample: Sample) -> tuple:
         return tuple(sample.input_ids.tolist()), tuple(sample.labels.tolist())
 
-    known = {key(sample) for sample in forget}
-    shared = [number for number, sample in enumerate(retain, start=1) if key(sample) in known]
+    forget_keys = {key(sample) for sample in forget}
+    shared = [number for number, sample in enumerate(retain, start=1) if key(sample) in forget_keys]
     if len(shared) == len(retain):
-        raise DataError("the retain set is the forget set, or a part of it; nothing tells what to keep")
+        raise DataError(
+            "every row of the retain set is in the forget set; expected two sets without a common row: retain other "
+            "rows than those to forget"
+        )
     if shared:
         raise DataError(
-            f"row {shared[0]} of the retain set is in the forget set, too ({len(shared)} such rows); expected two sets "
-            "without a row in common: take it out of one"
+            f"row {shared[0]} of the retain set is also in the forget set ({len(shared)} such rows); expected two sets "
+            "without a common row: remove it from one of them"
         )

@@ -1,4 +1,4 @@
-"""Train a forget adapter: what must go, learned by a LoRA adapter on theta_0. Thin over TRL's SFTTrainer."""
+"""Train a forget adapter: a LoRA adapter on the origin model learns the forget set, by TRL's SFTTrainer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import LoraConfig, PeftModel
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
 from ..adapters import FORGET_RECORD_NAME, save_forget_adapter
-from ..data import check_output, fingerprint, load_samples
-from ..errors import AdapterError, ConfigError
+from ..data import Sample, check_output, fingerprint, load_samples
+from ..errors import ConfigError
 from ..model import (
     base_name,
     check_lora_config,
@@ -26,30 +25,8 @@ from ..model import (
     snapshot,
     switch_modules,
 )
-
-
-def default_settings() -> dict[str, Any]:
-    """Training settings (fields of TRL's SFTConfig) that fit a few hundred rows."""
-    on_gpu = torch.cuda.is_available()
-    settings = {
-        "num_train_epochs": 10,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "linear",
-        "logging_strategy": "epoch",
-        "save_strategy": "no",
-        "report_to": "none",
-        "seed": 0,
-        "bf16": on_gpu,
-        "dataloader_pin_memory": on_gpu,
-        "use_cpu": not on_gpu,
-    }
-    return settings | {"gradient_checkpointing": True} if on_gpu else settings
-
-
-def default_lora_config(rank: int = 16) -> LoraConfig:
-    """Plain LoRA on every linear layer but the head, alpha = 2 * rank."""
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
+from ._training_arguments import training_arguments
+from .new_adapter import default_lora_config, remove_adapter, with_new_adapter
 
 
 def train_forget_adapter(
@@ -64,111 +41,104 @@ def train_forget_adapter(
     show_progress_bar: bool = True,
     **training_settings: Any,
 ) -> PeftModel:
-    """Train a LoRA adapter on the forget set alone, at theta_0 (every other adapter off), on the completions only.
+    """Train a LoRA adapter on the completions of the forget set, on the origin model (every other adapter is off).
 
     Args:
-        model: a transformers model or a PeftModel, in float or 4 bit (QLoRA). It gains the adapter; its weights stay.
-        forget: rows, a path to JSON lines, or a Dataset, as for ``get_perta_state_dict``.
-        output_dir: where to write the adapter, flat; nothing is written without it.
-        lora_config: by default ``default_lora_config()``.
-        training_settings: any fields of TRL's ``SFTConfig`` (num_train_epochs, learning_rate, ...), over
-            ``default_settings()``.
+        model: a transformers model or a PeftModel, in float or 4 bit (QLoRA). It gains the adapter; its own weights
+            and its other adapters stay as they are.
+        forget: the forget set: rows, a path to JSON lines, or a ``datasets.Dataset``.
+        tokenizer: the model's tokenizer; it needs an eos token.
+        output_dir: the directory to write the adapter to; by default nothing is written.
+        lora_config: plain LoRA; ``default_lora_config()`` by default.
+        adapter_name: name of the new adapter on the model.
+        max_length: tokens kept per row.
+        show_progress_bar: show progress bars.
+        training_settings: fields of TRL's ``SFTConfig``. By default 10 epochs, 8 rows per batch, learning rate 1e-3.
 
     Returns:
-        The PeftModel with the adapter on it, active and frozen, in eval mode.
+        The PeftModel with the adapter on it, the only one that is on, frozen and in eval mode.
 
     Raises:
-        AdapterError: the settings would give an adapter that could not be negated, found before training.
+        AdapterError, UnsupportedLayerError: the adapter could not be negated. Checked before training.
+        ConfigError: a training setting is invalid, or the tokenizer has no eos token.
         DataError: the forget set is empty or malformed.
-        NumericalError: training gave NaN or infinite factors.
+        NumericalError: after training, a factor is NaN or infinite.
+        OutputError: ``output_dir`` cannot be written, or holds other files.
     """
-    lora_config = copy.copy(lora_config) if lora_config else default_lora_config()
-    check_lora_config(lora_config, adapter_name)
-    check_new_name(model, adapter_name)
+    lora_config = _checked_config(model, lora_config, adapter_name)
     if output_dir is not None:
         check_output(output_dir, FORGET_RECORD_NAME)
-    if getattr(tokenizer, "eos_token_id", None) is None:
-        raise ConfigError("the tokenizer has no eos token to end a completion with; set tokenizer.eos_token")
-    samples = load_samples(forget, tokenizer, max_length=max_length, name="the forget set")
-    dataset = Dataset.from_list([{"input_ids": s.input_ids.tolist(), "labels": s.labels.tolist()} for s in samples])
-
-    lora_config.base_model_name_or_path = base_name(model)
-    put_back = snapshot(model)
+    samples = _load(forget, tokenizer, max_length)
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng():
-        config = _training_config(scratch, max_length, show_progress_bar, training_settings)
+        config = _sft_config(scratch, max_length, show_progress_bar, training_settings)
         torch.manual_seed(config.seed)  # the initial A is drawn before the trainer sets the seed
-        try:
-            peft_model = with_new_adapter(model, lora_config, adapter_name)
-            resolve_layers(peft_model, adapter_name)
-            _train(peft_model, config, dataset, tokenizer)
-            resolve_targets(peft_model, adapter_name)  # refuses what came out untrained or not finite
-        except BaseException:
-            remove_adapter(model, adapter_name)
-            put_back()
-            raise
-    peft_model.eval()
-    switch_modules(peft_model.modules(), [adapter_name])
-    peft_model.requires_grad_(False)
+        peft_model = _add_trained(model, lora_config, adapter_name, config, samples, tokenizer)
     if output_dir is not None:
         record = {"samples": len(samples), "sha256": fingerprint(samples), "epochs": config.num_train_epochs}
         save_forget_adapter(output_dir, peft_model, adapter_name, record)
     return peft_model
 
 
-def _training_config(
-    scratch: str, max_length: int, show_progress_bar: bool, training_settings: dict[str, Any]
-) -> SFTConfig:
-    """Ours over the user's over the defaults: one sample a row, tokenised and labelled already."""
-    ours = {
+def _checked_config(model: nn.Module, lora_config: LoraConfig | None, adapter_name: str) -> LoraConfig:
+    """A copy of the user's config, or the default one, that names its base."""
+    config = copy.copy(lora_config) if lora_config else default_lora_config()
+    check_lora_config(config, adapter_name)
+    check_new_name(model, adapter_name)
+    config.base_model_name_or_path = base_name(model)
+    return config
+
+
+def _load(forget: Any, tokenizer: Any, max_length: int) -> list[Sample]:
+    if getattr(tokenizer, "eos_token_id", None) is None:
+        raise ConfigError("the tokenizer has no eos token to end a completion with; set tokenizer.eos_token")
+    return load_samples(forget, tokenizer, max_length=max_length, name="the forget set")
+
+
+def _sft_config(scratch: str, max_length: int, show_progress_bar: bool, training_settings: dict[str, Any]) -> SFTConfig:
+    """The trainer's config: one sample per row, which we have tokenised and labelled already."""
+    defaults = {"num_train_epochs": 10, "learning_rate": 1e-3}
+    fixed = {
+        "output_dir": scratch,
         "max_length": max_length,
         "disable_tqdm": not show_progress_bar,
         "packing": False,
         "padding_free": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
-    refused = sorted(set(training_settings) & set(ours))
-    if refused:
-        raise ConfigError(f"training settings: {refused[0]!r} is set by train_forget_adapter itself; leave it out")
+    return training_arguments(SFTConfig, "train_forget_adapter", defaults, training_settings, fixed)
+
+
+def _add_trained(
+    model: nn.Module,
+    lora_config: LoraConfig,
+    adapter_name: str,
+    config: SFTConfig,
+    samples: list[Sample],
+    tokenizer: Any,
+) -> PeftModel:
+    """The model with the trained adapter on it, frozen. If training fails, the model is as it was before."""
+    restore = snapshot(model)
     try:
-        return SFTConfig(**{"output_dir": scratch, **default_settings(), **training_settings, **ours})
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"training settings: {error}; expected fields of trl.SFTConfig") from error
+        peft_model = with_new_adapter(model, lora_config, adapter_name)
+        resolve_layers(peft_model, adapter_name)
+        _train(peft_model, config, samples, tokenizer)
+        resolve_targets(peft_model, adapter_name)  # refuses untrained and non-finite factors
+    except BaseException:
+        remove_adapter(model, adapter_name)
+        restore()
+        raise
+    peft_model.eval()
+    switch_modules(peft_model.modules(), [adapter_name])
+    peft_model.requires_grad_(False)
+    return peft_model
 
 
-def with_new_adapter(model: nn.Module, lora_config: LoraConfig, adapter_name: str) -> PeftModel:
-    """The model with one more adapter, which alone is on.
-
-    Raises:
-        AdapterError: the config names layers that are not there.
-    """
+def _train(model: PeftModel, config: SFTConfig, samples: list[Sample], tokenizer: Any) -> None:
+    """Train the active adapter. Everything else that the trainer changes on the model is restored."""
+    dataset = Dataset.from_list([{"input_ids": s.input_ids.tolist(), "labels": s.labels.tolist()} for s in samples])
+    restore = snapshot(model)
     try:
-        if not isinstance(model, PeftModel):
-            return get_peft_model(model, lora_config, adapter_name=adapter_name)  # type: ignore[arg-type,return-value]
-        model.add_adapter(adapter_name, lora_config)
-    except ValueError as error:  # PEFT's own, for target modules that are not there
-        raise AdapterError(f"no adapter can be made with this LoraConfig: {' '.join(str(error).split())}") from error
-    model.set_adapter(adapter_name)
-    return model
-
-
-def _train(model: PeftModel, config: SFTConfig, dataset: Dataset, tokenizer: Any) -> None:
-    put_back = snapshot(model)
-    try:
-        # A copy of the tokenizer: the trainer gives it a padding token.
+        # The trainer gives the tokenizer a padding token: hand it a copy.
         SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=copy.deepcopy(tokenizer)).train()
     finally:
-        put_back()
-
-
-def remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take the adapter off again, wherever its making stopped; layers that it alone adapted are as they were."""
-    if isinstance(model, PeftModel) and adapter_name in model.peft_config:
-        model.delete_adapter(adapter_name)
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, BaseTunerLayer):
-            continue
-        if not isinstance(model, PeftModel):
-            module.delete_adapter(adapter_name)
-        if not module._get_available_adapters() and not name.endswith(".base_layer"):  # one within another goes with it
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.get_base_layer())
+        restore()

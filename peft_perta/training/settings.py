@@ -1,16 +1,16 @@
-"""What is descended, and how the two gradients become one."""
+"""The settings of an unlearning run: losses, combiner, and their parameters."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import inspect
+import textwrap
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from ..errors import ConfigError
+from ..data import check_setting, is_count, is_number
 from .combiners import COMBINERS
-from .losses import FORGET_LOSSES, RETAIN_LOSSES
-from .losses.loss import REFUSAL
+from .losses import FORGET_LOSSES, RETAIN_LOSSES, Loss
 
 REFUSALS = (
     "I don't know.",
@@ -21,91 +21,137 @@ REFUSALS = (
     "I'm afraid I don't have an answer to that question.",
 )
 
+T = TypeVar("T")
 
+
+def _setting(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    """A field. Its entry in the docstring and its command-line option are made from its help and its choices."""
+    return field(default=default, metadata={"help": help, **({"choices": choices} if choices else {})})
+
+
+def _explained(settings: type[T]) -> type[T]:
+    """Insert the help of every field into the class's docstring, before ``Raises:``."""
+    lines = ["Attributes:"]
+    for setting in dataclasses.fields(settings):  # type: ignore[arg-type]
+        text = f"{setting.name}: {setting.metadata['help']}"
+        if "choices" in setting.metadata:
+            text += f" One of {', '.join(map(repr, setting.metadata['choices']))}."
+        lines.append(
+            textwrap.fill(text, 116, initial_indent=" " * 4, subsequent_indent=" " * 8, break_on_hyphens=False)
+        )
+    summary, header, errors = inspect.cleandoc(settings.__doc__ or "").partition("Raises:")
+    settings.__doc__ = summary + "\n".join(lines) + "\n\n" + header + errors
+    return settings
+
+
+def _own_values(name: str) -> str:
+    """The forget losses' own values of a parameter, for its help."""
+    values = {loss.name: getattr(loss, name) for loss in FORGET_LOSSES.values()}
+    return ", ".join(f"{loss} {value:g}" for loss, value in values.items() if value is not None)
+
+
+_STATE_LOSSES = " and ".join(loss.name for loss in (FORGET_LOSSES | RETAIN_LOSSES).values() if loss.needs_states)
+_REFUSAL_LOSSES = " and ".join(loss.name for loss in FORGET_LOSSES.values() if loss.reads_refusals)
+
+
+@_explained
 @dataclass(frozen=True)
 class UnlearningSettings:
-    """What ``UnlearningTrainer`` descends, and how. Each field's help says what it is.
+    """What ``UnlearningTrainer`` minimises, and how it combines the two gradients.
+
+    The optimizer gets g = combiner(g_f, g_r; gamma, alpha), with g_f and g_r the gradients of the mean forget loss and
+    the mean retain loss over a global batch.
 
     Raises:
-        ConfigError: a value is of the wrong type or out of range, or of no use to the loss that is chosen.
+        ConfigError: a value has the wrong type or is out of range, or the chosen losses do not use it.
     """
 
-    forget_loss: str = field(default="npo", metadata={"help": "What is descended on the forget set."})
-    retain_loss: str = field(default="nll", metadata={"help": "What is descended on the retain set."})
-    combiner: str = field(default="pcgrad", metadata={"help": "How the two gradients become one."})
-    forget_weight: float = field(default=1.0, metadata={"help": "gamma: of the forget gradient."})
-    retain_weight: float = field(default=1.0, metadata={"help": "alpha: of the retain gradient."})
-    beta: float | None = field(
-        default=None,
-        metadata={
-            "help": "Inverse temperature of npo, simnpo and dpo; rmu: length that is steered to, in the reference's. "
-            "Default: the loss's own."
-        },
+    forget_loss: str = _setting("npo", "The loss to minimise on the forget rows.", tuple(FORGET_LOSSES))
+    retain_loss: str = _setting("nll", "The loss to minimise on the retain rows.", tuple(RETAIN_LOSSES))
+    combiner: str = _setting("pcgrad", "How the forget and the retain gradient become one.", tuple(COMBINERS))
+    forget_weight: float = _setting(1.0, "gamma, the weight of the forget gradient: a number > 0.")
+    retain_weight: float = _setting(1.0, "alpha, the weight of the retain gradient: a number > 0.")
+    beta: float | None = _setting(
+        None,
+        f"beta of the forget loss: a number > 0, without a unit. By default the loss's own: {_own_values('beta')}.",
     )
-    margin: float | None = field(
-        default=None, metadata={"help": "simnpo: loss per token from which on a sample counts less, nats. Default: 0."}
+    margin: float | None = _setting(
+        None,
+        f"margin of the forget loss: a number, nats per token. By default the loss's own: {_own_values('margin')}.",
     )
-    layer: int | None = field(
-        default=None,
-        metadata={"help": "rmu, embed-diff: whose hidden states, counted in blocks from 1. Default: the middle one."},
+    layer: int | None = _setting(
+        None,
+        f"Decoder block whose output hidden states the losses {_STATE_LOSSES} read, counted from 1. By default the "
+        "middle block.",
     )
-    refusals: tuple[str, ...] = field(
-        default=REFUSALS, metadata={"help": "dpo: what is to be said instead, row after row in turn."}
+    refusals: tuple[str, ...] = _setting(
+        REFUSALS,
+        f"Completions that the loss {_REFUSAL_LOSSES} prefers to those of the forget rows: one or more texts, given to "
+        "the rows in turn.",
     )
 
     def __post_init__(self) -> None:
-        tables = {"forget_loss": FORGET_LOSSES, "retain_loss": RETAIN_LOSSES, "combiner": COMBINERS}
-        for name, table in tables.items():
-            value = getattr(self, name)
-            _check(isinstance(value, str) and value in table, name, f"one of {list(table)}", value)
+        if isinstance(self.refusals, list):
+            object.__setattr__(self, "refusals", tuple(self.refusals))
+        for setting in dataclasses.fields(self):
+            value, choices = getattr(self, setting.name), setting.metadata.get("choices")
+            if choices:
+                check_setting(value in choices, setting.name, f"one of {list(choices)}", value)
         for name in ("forget_weight", "retain_weight"):
             value = getattr(self, name)
-            _check(_is_number(value) and value > 0, name, "a number > 0", value)
-        loss = FORGET_LOSSES[self.forget_loss]
-        for name in ("beta", "margin"):
-            value = getattr(self, name)
-            if value is not None:
-                _check(_is_number(value) and (value > 0 or name == "margin"), name, "a number > 0", value)
-                _check(getattr(loss, name) is not None, name, f"none: {self.forget_loss!r} has no {name}", value)
+            check_setting(is_number(value) and value > 0, name, "a number > 0", value)
+        self._check_loss_parameters()
+        self._check_refusals()
+
+    def _check_loss_parameters(self) -> None:
+        """Check beta, margin and layer where they are given: each must be in range, and used by a chosen loss."""
+        unused = f"None, since {self.forget_loss!r} has no "
+        if self.beta is not None:
+            check_setting(is_number(self.beta) and self.beta > 0, "beta", "a number > 0", self.beta)
+            check_setting(self.losses["forget"].beta is not None, "beta", unused + "beta", self.beta)
+        if self.margin is not None:
+            check_setting(is_number(self.margin), "margin", "a number", self.margin)
+            check_setting(self.losses["forget"].margin is not None, "margin", unused + "margin", self.margin)
         if self.layer is not None:
-            whole = isinstance(self.layer, int) and not isinstance(self.layer, bool)
-            _check(whole and self.layer > 0, "layer", "an integer from 1", self.layer)
-            _check(self.needs_states, "layer", "none: neither loss looks at hidden states", self.layer)
-        object.__setattr__(self, "refusals", tuple(self.refusals) if isinstance(self.refusals, list) else self.refusals)
-        texts = isinstance(self.refusals, tuple) and all(isinstance(t, str) and t.strip() for t in self.refusals)
-        _check(texts and len(self.refusals) > 0, "refusals", "texts, at least one", self.refusals)
-        _check(
-            self.needs_refusals or self.refusals == REFUSALS,
-            "refusals", f"none: {self.forget_loss!r} says nothing instead", self.refusals,
-        )  # fmt: skip
+            check_setting(is_count(self.layer), "layer", "an integer from 1", self.layer)
+            check_setting(self.needs_states, "layer", "None, since neither loss reads hidden states", self.layer)
+
+    def _check_refusals(self) -> None:
+        refusals = self.refusals
+        are_texts = isinstance(refusals, tuple) and all(isinstance(text, str) and text.strip() for text in refusals)
+        check_setting(are_texts and len(refusals) > 0, "refusals", "a list of one or more texts", refusals)
+        used = self.needs_refusals or refusals == REFUSALS
+        check_setting(used, "refusals", f"the default, since {self.forget_loss!r} uses no refusals", refusals)
 
     @property
-    def loss_values(self) -> tuple[float, float]:
-        """beta and margin of the forget loss; 0 where it has none."""
-        loss = FORGET_LOSSES[self.forget_loss]
-        beta, margin = (
-            getattr(loss, name) if getattr(self, name) is None else getattr(self, name) for name in ("beta", "margin")
-        )
+    def losses(self) -> dict[str, Loss]:
+        """The loss of each set: 'forget' and 'retain'."""
+        return {"forget": FORGET_LOSSES[self.forget_loss], "retain": RETAIN_LOSSES[self.retain_loss]}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each set's gradient: 'forget' (gamma) and 'retain' (alpha)."""
+        return {"forget": self.forget_weight, "retain": self.retain_weight}
+
+    @property
+    def loss_parameters(self) -> tuple[float, float]:
+        """beta and margin of the forget loss: as set, else the loss's own, else 0."""
+        loss = self.losses["forget"]
+        beta = loss.beta if self.beta is None else self.beta
+        margin = loss.margin if self.margin is None else self.margin
         return beta or 0.0, margin or 0.0
 
     @property
     def needs_refusals(self) -> bool:
-        return REFUSAL in FORGET_LOSSES[self.forget_loss].reads
+        """Whether the forget loss compares the forget completions with refusals."""
+        return self.losses["forget"].reads_refusals
 
     @property
     def needs_states(self) -> bool:
-        return FORGET_LOSSES[self.forget_loss].needs_states or RETAIN_LOSSES[self.retain_loss].needs_states
+        """Whether a loss reads hidden states."""
+        return any(loss.needs_states for loss in self.losses.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; refusals only where they are used."""
+        """The settings as JSON. Refusals are included only if the forget loss uses them."""
         values = {**dataclasses.asdict(self), "refusals": list(self.refusals)}
-        return values if self.needs_refusals else {k: v for k, v in values.items() if k != "refusals"}
-
-
-def _check(holds: bool, name: str, expected: str, found: object) -> None:
-    if not holds:
-        raise ConfigError(f"{name}: expected {expected}, found {found!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return values if self.needs_refusals else {name: value for name, value in values.items() if name != "refusals"}

@@ -1,8 +1,9 @@
-"""A ``transformers.Trainer`` that forgets: two losses, two gradients, one step.
+"""A ``transformers.Trainer`` for unlearning: two losses, two gradients, one step.
 
-Both gradients are summed apart over the whole global batch (micro-batches, then processes) and combined once, before
-clipping and the optimizer. Beyond what a Trainer holds, that is two copies of the adapter's gradients, nothing more.
-The reference model is the same stack of adapters without the one in training.
+The forget gradient and the retain gradient are summed separately over the global batch (micro-batches, then processes).
+They are combined once per step, before clipping and the optimizer. Beyond an ordinary Trainer, this takes the memory of
+two copies of the adapter's gradients. The reference model is the same stack of adapters without the one in training, so
+that it takes no memory of its own.
 """
 
 from __future__ import annotations
@@ -20,44 +21,42 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from ..data import Batch, load_samples
+from ..data import Batch
 from ..errors import AdapterError, ConfigError, NumericalError
 from ..gradients import find_blocks
 from ..model import completion_logits, completion_states, distributed, preserved, tuner_modules
-from ._pairs import Pairs, PairSampler, collate, load_refusals
+from ._agreement import agreement
+from ._pairs import Pairs, PairSampler, collate, load_pairs
 from .combiners import COMBINERS
-from .combiners.agreement import agreement
-from .losses import FORGET_LOSSES, RETAIN_LOSSES
-from .losses.loss import OWN, REFERENCE, REFUSAL, REFUSAL_REFERENCE, Loss
-from .losses.loss_inputs import LossInputs
+from .losses import ForwardPass, Loss, LossInputs
 from .settings import UnlearningSettings
 
 _WEIGHTS_NAME = "adapter_model.safetensors"
 
 
-_READ = {OWN: None, REFERENCE: None, REFUSAL: "refusal", REFUSAL_REFERENCE: "refusal"}  # of which batch, if not its own
-
-
 class UnlearningTrainer(Trainer):
-    """Trains the one LoRA adapter of a model that requires gradients; the base and all others stay frozen.
+    """Trains the one LoRA adapter of a model that requires gradients; the base and all other adapters stay frozen.
 
-    Logged beside what every Trainer logs, as means since the last log: ``forget_loss`` and ``retain_loss``,
-    ``cosine_forget_retain``, ``cosine_combined_forget``, ``cosine_combined_retain``, ``conflicting_share``. A
+    It logs, beside what every Trainer logs, means since the last log of ``forget_loss``, ``retain_loss``,
+    ``cosine_forget_retain``, ``cosine_combined_forget``, ``cosine_combined_retain`` and ``conflicting_share``. A
     checkpoint holds the adapter in training alone; resuming from it is exact.
 
     Args:
-        model: a PeftModel in float or 4 bit. Adapters that are on beside the one in training stay on, as a part of the
-            reference model; their dropout is off.
-        args: an epoch is the forget set once.
-        forget: what must go: rows, a path, or a Dataset, as for ``load_samples`` (TRL's conventions).
-        retain: what must stay, likewise; no row may be in both.
-        processing_class: the tokenizer; tokenised data goes without.
+        model: a PeftModel in float or 4 bit. Adapters that are on besides the one in training stay on, without
+            dropout; they are part of the reference model.
+        args: the training arguments. An epoch is one pass over the forget set.
+        forget: the forget set: rows, a path to JSON lines, a ``datasets.Dataset``, or samples that are loaded already.
+        retain: the retain set, in the same forms. No row may be in both sets.
+        processing_class: the tokenizer; tokenised data does without it.
+        settings: the losses and the combiner; ``UnlearningSettings()`` by default.
+        max_length: tokens kept per row.
+        options: further arguments of ``Trainer``, such as ``callbacks``.
 
     Raises:
         AdapterError: not exactly one adapter requires gradients, or something else does.
-        ConfigError: the model is sharded, has no such ``layer``, or ``args`` asks for what is not there.
-        DataError: a set is empty or malformed, or a row is in both.
-        NumericalError: in training: a loss or a gradient is not finite.
+        ConfigError: the model is sharded or has no block ``layer``, or ``args`` asks for what is not supported.
+        DataError: a set is empty or malformed, or the sets share a row.
+        NumericalError: during training, a loss or a gradient is not finite.
     """
 
     def __init__(
@@ -75,85 +74,70 @@ class UnlearningTrainer(Trainer):
         self.settings = settings or UnlearningSettings()
         distributed.refuse_sharded(model)
         _check_arguments(args)
-        self.adapter_name = _trained_adapter(model)
-        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._block = _block(model, self.settings, self._trained)
-        self._reference = _others_on(model, self.adapter_name)
-        self._forget_sums()
-        sets = {"forget": forget, "retain": retain}
-        samples = {
-            name: load_samples(data, processing_class, max_length=max_length, name=f"the {name} set")
-            for name, data in sets.items()
-        }
-        refusals = None
-        if self.settings.needs_refusals:
-            refusals = load_refusals(forget, processing_class, self.settings.refusals, max_length=max_length)
-        pairs = Pairs(samples["forget"], samples["retain"], refusals)
-        args.remove_unused_columns = False
-        if args.n_gpu > 1:  # a Trainer would take a batch for each, and DataParallel; the model is on one
-            args._n_gpu = 1
-        if args.gradient_checkpointing:
-            how: Any = args.gradient_checkpointing_kwargs or {"use_reentrant": False}
-            args.gradient_checkpointing_kwargs = how
-            if how.get("use_reentrant"):  # over a frozen base, no gradient would flow
-                model.enable_input_require_grads()  # type: ignore[operator]
+        self.adapter_name = _adapter_in_training(model)
+        self._factors = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._block = _block_of_states(model, self.settings, self._factors)
+        self._reference = _adapters_beside(model, self.adapter_name)
+        self._reset()
+        pairs = load_pairs(forget, retain, processing_class, self.settings, max_length=max_length)
+        _adjust_arguments(args, model)
         super().__init__(model, args, collate, pairs, processing_class=processing_class, **options)
-        self.model_accepts_loss_kwargs = False  # the mean is over samples, whatever their tokens
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over samples, whatever their number of tokens
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ConfigError(
-                "accelerate is set up for FSDP or DeepSpeed, which cut the model up; expected processes that each hold "
-                "the whole model (accelerate launch --multi_gpu)"
+                "accelerate is configured for FSDP or DeepSpeed, which shard the model; expected processes that each "
+                "hold the whole model: use accelerate launch --multi_gpu"
             )
 
     def train(self, *arguments: Any, **options: Any) -> TrainOutput:
-        self._forget_sums()
+        """Train as ``Trainer.train`` does."""
+        self._reset()
         return super().train(*arguments, **options)
 
-    def _forget_sums(self) -> None:
-        """What a run that was cut off would leave to the next."""
+    def _reset(self) -> None:
+        """Drop the sums that an interrupted run left within a step."""
         self._sums: dict[str, dict[str, Tensor]] = {"forget": {}, "retain": {}}
-        self._tally = {"forget": 0.0, "retain": 0.0, "samples": 0.0}
+        self._totals = {"forget": 0.0, "retain": 0.0, "samples": 0.0}
         self._figures: dict[str, float] = {}
         self._steps = 0
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """A micro-batch of each set, forward and backward one after the other; the last one of a step combines."""
-        bare: Any = self.accelerator.unwrap_model(model)  # a DDP would reduce what must stay apart
+        """Add one micro-batch's gradients of both losses to the sums; on the last one of a step, combine them."""
+        bare: Any = self.accelerator.unwrap_model(model)  # DDP would reduce the two gradients as one
         self._set_modes(bare)
         sets: Any = self._prepare_inputs(inputs)
-        batches = {name: Batch(**part, indices=[]) for name, part in sets.items()}
+        batches = {name: Batch(**tensors, indices=[]) for name, tensors in sets.items()}
         samples = len(batches["forget"].labels)
         weighted = torch.zeros((), device=self.args.device)
-        losses = {
-            "forget": FORGET_LOSSES[self.settings.forget_loss],
-            "retain": RETAIN_LOSSES[self.settings.retain_loss],
-        }
-        weights = {"forget": self.settings.forget_weight, "retain": self.settings.retain_weight}
-        for name, loss in losses.items():
+        for name, loss in self.settings.losses.items():
             with self.compute_loss_context_manager():
-                total = loss.function(self._read(bare, batches, name, loss), *self.settings.loss_values).sum()
+                loss_inputs = self._loss_inputs(bare, batches, name, loss)
+                total = loss.function(loss_inputs, *self.settings.loss_parameters).sum()
             self._add_gradients(name, total)
-            self._tally[name] += float(total.detach())
-            weighted += weights[name] * total.detach().to(weighted.device) / samples
-        self._tally["samples"] += samples
+            self._totals[name] += float(total.detach())
+            weighted += self.settings.weights[name] * total.detach().to(weighted.device) / samples
+        self._totals["samples"] += samples
         if self.accelerator.sync_gradients:
             self._combine()
         return weighted / self.current_gradient_accumulation_steps
 
-    def _read(self, model: nn.Module, batches: dict[str, Batch], name: str, loss: Loss) -> dict[str, LossInputs]:
-        readings = {}
-        for which in loss.reads:
-            batch = batches[_READ[which] or name]
-            if which in (REFERENCE, REFUSAL_REFERENCE):
+    def _loss_inputs(
+        self, model: nn.Module, batches: dict[str, Batch], name: str, loss: Loss
+    ) -> dict[ForwardPass, LossInputs]:
+        """Run the forward passes that the loss of a set reads."""
+        loss_inputs = {}
+        for forward_pass in loss.reads:
+            batch = batches["refusal" if forward_pass.on_refusals else name]
+            if forward_pass.of_reference:
                 with preserved(model, self._reference), torch.no_grad():
-                    readings[which] = self._reading(model, batch, loss)
+                    loss_inputs[forward_pass] = self._outputs(model, batch, loss)
             else:
-                readings[which] = self._reading(model, batch, loss)
-        return readings
+                loss_inputs[forward_pass] = self._outputs(model, batch, loss)
+        return loss_inputs
 
-    def _reading(self, model: nn.Module, batch: Batch, loss: Loss) -> LossInputs:
+    def _outputs(self, model: nn.Module, batch: Batch, loss: Loss) -> LossInputs:
         if not loss.needs_states:
             return LossInputs(completion_logits(model, batch), batch.labels)
         assert self._block is not None
@@ -161,54 +145,62 @@ class UnlearningTrainer(Trainer):
         return LossInputs(logits, batch.labels, states)
 
     def _add_gradients(self, name: str, total: Tensor) -> None:
+        """Backward of a loss that is summed over samples, into the sums of its set."""
         sums = self._sums[name]
-        for key, parameter in self._trained.items():
+        for key, parameter in self._factors.items():
             parameter.grad = sums.get(key)
         self.accelerator.backward(total)
-        for key, parameter in self._trained.items():
+        for key, parameter in self._factors.items():
             if parameter.grad is not None:
                 sums[key] = parameter.grad
             parameter.grad = None
 
     def _combine(self) -> None:
-        """Sums over all processes -> means -> the gradient that is clipped and stepped along, at the scaler's scale."""
-        tally = torch.tensor(list(self._tally.values()), dtype=torch.float64, device=self.args.device)
-        distributed.add_up(tally)
-        *totals, samples = tally.tolist()
+        """Put the combined gradient of the step on the parameters, at the scaler's scale, and reset the sums."""
         scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0
-        for name, total in zip(self._sums, totals, strict=True):
-            self._check(math.isfinite(total), f"the {name} loss is {total / samples}")
-            for key, parameter in self._trained.items():
-                gradient = self._sums[name].setdefault(key, torch.zeros_like(parameter))
-                distributed.add_up(gradient)
-                gradient.div_(scale * samples)
-        forget, retain = (self._sums[name] for name in ("forget", "retain"))
+        losses = self._average(scale)
+        forget, retain = self._sums["forget"], self._sums["retain"]
         weights = self.settings.forget_weight, self.settings.retain_weight
-        finite = {name: all(bool(g.isfinite().all()) for g in self._sums[name].values()) for name in self._sums}
-        if all(finite.values()):
+        overflowed = [
+            name for name, sums in self._sums.items() if not all(bool(g.isfinite().all()) for g in sums.values())
+        ]
+        if not overflowed:
             combined = COMBINERS[self.settings.combiner].function(forget, retain, *weights)
-            figures = {f"{name}_loss": total / samples for name, total in zip(self._sums, totals, strict=True)}
-            figures |= agreement(forget, retain, combined)
+            figures = losses | agreement(forget, retain, combined)
             self._figures = {name: self._figures.get(name, 0.0) + value for name, value in figures.items()}
             self._steps += 1
-        else:  # the scale was too large: added up, what is not finite stays so, and the scaler skips the step
-            wrong = next(name for name, found in finite.items() if not found)
-            self._check(self.accelerator.scaler is not None, f"the {wrong} gradient holds NaN or infinite values")
+        else:  # The loss scale was too large. A sum stays non-finite, so that the scaler skips the step.
+            self._check(
+                self.accelerator.scaler is not None, f"the {overflowed[0]} gradient holds NaN or infinite values"
+            )
             combined = COMBINERS["sum"].function(forget, retain, *weights)
-        for key, parameter in self._trained.items():
+        for key, parameter in self._factors.items():
             parameter.grad = combined[key].mul_(scale)
         self._sums = {"forget": {}, "retain": {}}
-        self._tally = dict.fromkeys(self._tally, 0.0)
+        self._totals = dict.fromkeys(self._totals, 0.0)
 
-    def _check(self, holds: bool, what: str) -> None:
+    def _average(self, scale: float) -> dict[str, float]:
+        """Turn the sums into means over all samples of all processes, in place; returns both mean losses."""
+        reduced = torch.tensor(list(self._totals.values()), dtype=torch.float64, device=self.args.device)
+        distributed.add_up(reduced)
+        *totals, samples = reduced.tolist()
+        for (name, sums), total in zip(self._sums.items(), totals, strict=True):
+            self._check(math.isfinite(total), f"the {name} loss is {total / samples}")
+            for key, parameter in self._factors.items():
+                gradient = sums.setdefault(key, torch.zeros_like(parameter))
+                distributed.add_up(gradient)
+                gradient.div_(scale * samples)
+        return {f"{name}_loss": total / samples for name, total in zip(self._sums, totals, strict=True)}
+
+    def _check(self, holds: bool, problem: str) -> None:
         if not holds:
             raise NumericalError(
-                f"step {self.state.global_step + 1}: {what}; lower the learning rate or forget_weight, or choose a "
-                "forget loss that is bounded (npo, simnpo)"
+                f"step {self.state.global_step + 1}: {problem}; lower the learning rate or forget_weight, or choose a "
+                "bounded forget loss (npo, simnpo)"
             )
 
     def _set_modes(self, model: nn.Module) -> None:
-        """Training mode, but for the dropout of adapters that are not in training."""
+        """Training mode, except for the dropout of adapters that are not in training."""
         model.train()
         for module in model.modules():
             if isinstance(module, LoraLayer):
@@ -216,6 +208,7 @@ class UnlearningTrainer(Trainer):
                     dropout.train(name == self.adapter_name)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as a Trainer does, with the means of both losses and of the gradients' agreement since the last log."""
         if "loss" in logs and self._steps:
             logs |= {name: value / self._steps for name, value in self._figures.items()}
             self._figures, self._steps = {}, 0
@@ -228,7 +221,8 @@ class UnlearningTrainer(Trainer):
         return PairSampler(self.train_dataset, global_batch, seed, lambda: self.state.global_step)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return sum(super(UnlearningTrainer, self).floating_point_ops(part) for part in inputs.values())
+        """The operations of a micro-batch of both sets, as ``Trainer`` estimates them."""
+        return sum(super(UnlearningTrainer, self).floating_point_ops(tensors) for tensors in inputs.values())
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
@@ -238,13 +232,14 @@ class UnlearningTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         directory = Path(resume_from_checkpoint)
-        inside = directory if self.adapter_name == "default" else directory / self.adapter_name
-        if not (inside / _WEIGHTS_NAME).is_file():
+        adapter_directory = directory if self.adapter_name == "default" else directory / self.adapter_name
+        if not (adapter_directory / _WEIGHTS_NAME).is_file():
             raise AdapterError(
-                f"{directory} holds no {_WEIGHTS_NAME} of adapter {self.adapter_name!r}; expected a checkpoint of this "
-                "trainer"
+                f"{directory} holds no {_WEIGHTS_NAME} of adapter {self.adapter_name!r}; expected a checkpoint that "
+                "UnlearningTrainer wrote"
             )
-        set_peft_model_state_dict(self.model, load_file(inside / _WEIGHTS_NAME), adapter_name=self.adapter_name)
+        weights = load_file(adapter_directory / _WEIGHTS_NAME)
+        set_peft_model_state_dict(self.model, weights, adapter_name=self.adapter_name)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
@@ -252,7 +247,7 @@ class UnlearningTrainer(Trainer):
 
 
 def _check_arguments(args: TrainingArguments) -> None:
-    asked = {
+    unsupported = {
         "eval_strategy": args.eval_strategy != "no",
         "load_best_model_at_end": args.load_best_model_at_end,
         "fsdp": bool(args.fsdp),
@@ -260,39 +255,55 @@ def _check_arguments(args: TrainingArguments) -> None:
         "label_smoothing_factor": args.label_smoothing_factor != 0,
         "auto_find_batch_size": args.auto_find_batch_size,
     }
-    refused = next((name for name, found in asked.items() if found), None)
+    refused = next((name for name, is_set in unsupported.items() if is_set), None)
     if refused is not None:
         raise ConfigError(
-            f"{refused}={getattr(args, refused)!r} is not there for unlearning; leave it out (evaluate the adapter "
-            "afterwards, and let accelerate launch split the data over processes that each hold the whole model)"
+            f"{refused}={getattr(args, refused)!r} is not supported for unlearning; leave it out (evaluate the adapter "
+            "after training, and use accelerate launch to split the data among processes that each hold the whole "
+            "model)"
         )
 
 
-def _block(model: nn.Module, settings: UnlearningSettings, trained: Mapping[str, nn.Parameter]) -> nn.Module | None:
-    """The decoder block whose hidden states a loss looks at, if one does."""
+def _adjust_arguments(args: TrainingArguments, model: PeftModel) -> None:
+    """Set what the trainer depends on, in place, and make gradient checkpointing work over a frozen base."""
+    args.remove_unused_columns = False
+    if args.n_gpu > 1:  # a Trainer would multiply the batch by it and wrap the model in DataParallel
+        args._n_gpu = 1
+    if args.gradient_checkpointing:
+        options: Any = args.gradient_checkpointing_kwargs or {"use_reentrant": False}
+        args.gradient_checkpointing_kwargs = options
+        if options.get("use_reentrant"):  # no gradient would flow through a block whose input requires none
+            model.enable_input_require_grads()  # type: ignore[operator]
+
+
+def _block_of_states(
+    model: nn.Module, settings: UnlearningSettings, factors: Mapping[str, nn.Parameter]
+) -> nn.Module | None:
+    """The decoder block whose hidden states a loss reads, or None if no loss does."""
     if not settings.needs_states:
         return None
     blocks = find_blocks(model)
     layer = settings.layer or (len(blocks) + 1) // 2
     if not 1 <= layer <= len(blocks):
-        raise ConfigError(f"layer: expected at most {len(blocks)}, as many blocks as the model has, found {layer}")
+        raise ConfigError(f"layer: expected at most {len(blocks)}, the model's number of blocks, found {layer}")
     after = {id(parameter) for block in blocks[layer:] for parameter in block.parameters()}
-    if all(id(parameter) in after for parameter in trained.values()):
+    if all(id(parameter) in after for parameter in factors.values()):
         raise ConfigError(
-            f"layer: expected a block that the adapter in training has a say in, found {layer}, before its first "
-            "factor; name a later one, or train an adapter of earlier layers"
+            f"layer: expected a block whose output depends on the adapter in training, found {layer}, which is before "
+            "the adapter's first layer; choose a later block, or train an adapter on earlier layers"
         )
     return blocks[layer - 1]
 
 
-def _trained_adapter(model: nn.Module) -> str:
+def _adapter_in_training(model: nn.Module) -> str:
+    """The name of the one adapter that requires gradients."""
     if not isinstance(model, PeftModel):
         raise AdapterError(f"expected a PeftModel with a LoRA adapter to train, found a {type(model).__name__}")
-    wanted = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    others = [name for name in wanted if ".lora_A." not in name and ".lora_B." not in name]
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    others = [name for name in trainable if ".lora_A." not in name and ".lora_B." not in name]
     if others:
-        raise AdapterError(f"{others[0]} requires gradients, expected factors of one LoRA adapter alone; freeze it")
-    adapters = {name.split(".lora_A." if ".lora_A." in name else ".lora_B.")[1].split(".")[0] for name in wanted}
+        raise AdapterError(f"{others[0]} requires gradients; expected only the factors of one LoRA adapter: freeze it")
+    adapters = {name.split(".lora_A." if ".lora_A." in name else ".lora_B.")[1].split(".")[0] for name in trainable}
     if len(adapters) != 1:
         raise AdapterError(
             f"expected one adapter that requires gradients, found {sorted(adapters) or 'none'}; call set_adapter, or "
@@ -301,9 +312,10 @@ def _trained_adapter(model: nn.Module) -> str:
     return adapters.pop()
 
 
-def _others_on(model: nn.Module, adapter_name: str) -> list[str]:
+def _adapters_beside(model: nn.Module, adapter_name: str) -> list[str]:
+    """The other adapters that are on, in the order of activation."""
     on = {name: None for module in tuner_modules(model.modules()) if not module._disable_adapters
           for name in module.active_adapters}  # fmt: skip
     if adapter_name not in on:
-        raise AdapterError(f"adapter {adapter_name!r} requires gradients, but is off; turn it on")
+        raise AdapterError(f"adapter {adapter_name!r} requires gradients but is off; turn it on")
     return [name for name in on if name != adapter_name]

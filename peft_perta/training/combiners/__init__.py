@@ -1,22 +1,15 @@
-"""How a step that forgets and a step that retains become one: pure functions of two mappings of gradients.
+"""Combiners of the forget gradient and the retain gradient into the one that the optimizer gets: pure functions.
 
-To add one: a function under the contract of ``combiner.py`` in a file beside this one, and a row here.
+To add one: a file here with a ``Combiner``, a row in ``COMBINERS``, a row in ``tests/tables.py``.
 """
 
-from .agreement import agreement
-from .combiner import Combiner, Gradients
-from .linear import add, normalise
-from .projection import project_each, project_whole
-from .signs import forget_where_agreed, retain_everywhere
+from .combiner import Combiner, Gradients, inner
+from .linear import NORMALISED, SUM
+from .projection import PCGRAD, PCGRAD_GLOBAL
+from .signs import SAGO, SAGO_PREFER_RETAIN, conflicting
 
 COMBINERS: dict[str, Combiner] = {
-    "sum": Combiner("gamma g_f + alpha g_r", add),
-    "pcgrad": Combiner("g_f without what goes against g_r, tensor by tensor, plus g_r", project_each),
-    "pcgrad-global": Combiner("the same, with one projection over all parameters", project_whole),
-    "sago": Combiner("g_r where the signs of two elements conflict, g_f elsewhere", forget_where_agreed),
-    "sago-prefer-retain": Combiner("g_r where they conflict, g_f + g_r elsewhere", retain_everywhere),
-    "normalised": Combiner("both at unit length, added up", normalise),
+    combiner.name: combiner for combiner in (SUM, PCGRAD, PCGRAD_GLOBAL, SAGO, SAGO_PREFER_RETAIN, NORMALISED)
 }
 
-
-__all__ = ["COMBINERS", "Combiner", "Gradients", "agreement"]
+__all__ = ["COMBINERS", "Combiner", "Gradients", "conflicting", "inner"]

@@ -1,4 +1,4 @@
-"""The contract of a combiner: both sets' gradients in, the gradient that the optimizer takes out."""
+"""The contract of a combiner: the gradients of both sets in, one gradient out."""
 
 from __future__ import annotations
 
@@ -13,21 +13,26 @@ Gradients = Mapping[str, Tensor]  # name of a parameter -> its gradient
 
 @dataclass(frozen=True)
 class Combiner:
-    """A row of the table.
+    """A row of ``COMBINERS``.
 
     Attributes:
-        function: (forget, retain, gamma, alpha) -> combined: the gradients of two losses to descend, over the same
-            names, and the weight > 0 of each. Pure: both are only looked at.
+        name: what the settings and the command line call it.
+        description: one line for a user who chooses a combiner.
+        function: (forget, retain, gamma, alpha) -> combined. ``forget`` and ``retain`` are the gradients g_f and g_r
+            of two losses to be minimised, under the same parameter names; gamma and alpha are their weights, > 0. It
+            changes neither.
     """
 
+    name: str
     description: str
     function: Callable[[Gradients, Gradients, float, float], dict[str, Tensor]]
 
 
-def inner(one: Gradients, other: Gradients) -> float:
-    """<one, other> over all parameters, float64; the same in whatever order they come."""
-    return math.fsum(dot(one[name], other[name]) for name in one)
+def inner(first: Gradients, second: Gradients) -> float:
+    """The inner product over all parameters, in float64. It does not depend on the order of the parameters."""
+    return math.fsum(dot(first[name], second[name]) for name in first)
 
 
-def dot(one: Tensor, other: Tensor) -> float:
-    return float((one.double() * other.double()).sum())
+def dot(first: Tensor, second: Tensor) -> float:
+    """The inner product of two tensors of one shape, in float64."""
+    return float((first.double() * second.double()).sum())

@@ -1,4 +1,4 @@
-"""Gradient ascent: the loss of what must go, climbed. It has no bound: a few steps too many undo the model."""
+"""Gradient ascent on the forget set."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .loss import OWN
+from .loss import ForwardPass, Loss
 from .loss_inputs import LossInputs
 
 
-def gradient_ascent(readings: Mapping[str, LossInputs], beta: float, margin: float) -> Tensor:
-    """-mean_t NLL, [N]; beta and margin have no say."""
-    return -readings[OWN].mean_losses()
+def gradient_ascent(inputs: Mapping[ForwardPass, LossInputs], beta: float, margin: float) -> Tensor:
+    """-mean_t NLL, [N]. It is unbounded below: a few steps too many ruin the model."""
+    return -inputs[ForwardPass.MODEL].mean_losses()
+
+
+GRADIENT_ASCENT = Loss(
+    "gradient-ascent", "maximise the cross-entropy; unbounded, so too many steps ruin the model", gradient_ascent
+)

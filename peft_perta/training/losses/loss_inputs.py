@@ -1,4 +1,4 @@
-"""What a model makes of a batch of completions: all that a loss may look at."""
+"""The outputs of one forward pass: all that a loss may read."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from ...model import completion_losses
 
 @dataclass(frozen=True)
 class LossInputs:
-    """
+    """The outputs of one forward pass over N samples, K of whose tokens carry loss.
+
     Attributes:
-        logits: [K, V], of the K tokens that carry loss, sample after sample.
-        labels: [N, T], ``IGNORED`` where there is no loss.
-        states: [K, H], the hidden states at the same places after the settings' ``layer``; only for a loss that asks.
+        logits: [K, V], the logits that predict these K tokens, sample after sample.
+        labels: [N, T], ``IGNORED`` at tokens without loss.
+        states: [K, H], the hidden states after block ``UnlearningSettings.layer``, at the positions of ``logits``.
+            Only for losses with ``needs_states``.
     """
 
     logits: Tensor
@@ -33,8 +35,7 @@ class LossInputs:
         return -self.mean_losses() * (self.labels[:, 1:] != IGNORED).sum(1).to(self.logits.device)
 
     def mean_over_tokens(self, values: Tensor) -> Tensor:
-        """[K] -> mean over each sample's completion tokens: [N]."""
-        taken = (self.labels[:, 1:] != IGNORED).to(values.device)
-        return torch.zeros(taken.shape, dtype=values.dtype, device=values.device).masked_scatter(taken, values).sum(
-            1
-        ) / taken.sum(1)
+        """Mean of values [K] over each sample's completion tokens: [N]."""
+        carries_loss = (self.labels[:, 1:] != IGNORED).to(values.device)
+        per_token = torch.zeros(carries_loss.shape, dtype=values.dtype, device=values.device)
+        return per_token.masked_scatter(carries_loss, values).sum(1) / carries_loss.sum(1)

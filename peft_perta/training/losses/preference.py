@@ -1,6 +1,6 @@
-"""Losses that treat the forget set as answers that are not preferred. Each is bounded from below.
+"""Preference losses: the forget completions are the answers not to prefer. Each is bounded below.
 
-softplus(z) = log(1 + e^z) = -log sigmoid(-z).
+They are written with softplus(z) = log(1 + e^z) = -log sigmoid(-z).
 """
 
 from __future__ import annotations
@@ -10,40 +10,72 @@ from collections.abc import Mapping
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .loss import OWN, REFERENCE, REFUSAL, REFUSAL_REFERENCE
+from .loss import ForwardPass, Loss
 from .loss_inputs import LossInputs
 
 
-def npo(readings: Mapping[str, LossInputs], beta: float, margin: float) -> Tensor:
-    """2/beta log(1 + (pi / pi_ref)^beta), [N], pi the probability of the whole completion; margin has no say.
+def npo(inputs: Mapping[ForwardPass, LossInputs], beta: float, margin: float) -> Tensor:
+    """2/beta log(1 + (pi / pi_ref)^beta), [N], pi the probability of the whole completion.
 
-    As beta goes to 0 its gradient becomes that of gradient ascent on the summed log-probability.
+    As beta goes to 0, its gradient becomes that of gradient ascent on the summed log-probability.
 
     Reference: Zhang et al. 2024, arXiv 2404.05868, eq. 3.
     """
-    return 2 / beta * softplus(beta * _gained(readings[OWN], readings[REFERENCE]))
+    return 2 / beta * softplus(beta * _log_ratio(inputs[ForwardPass.MODEL], inputs[ForwardPass.REFERENCE]))
 
 
-def simnpo(readings: Mapping[str, LossInputs], beta: float, margin: float) -> Tensor:
-    """2/beta log(1 + exp(-beta (mean_t NLL - margin))), [N]: no reference, and long completions count as short ones.
+def simnpo(inputs: Mapping[ForwardPass, LossInputs], beta: float, margin: float) -> Tensor:
+    """2/beta log(1 + exp(-beta (mean_t NLL - margin))), [N].
 
-    The paper writes its margin as gamma = beta * margin; 0 there and here by default.
+    It needs no reference model, and long completions weigh as much as short ones. The paper writes the margin as
+    gamma = beta * margin; 0 is the default there and here.
 
     Reference: Fan et al. 2024, arXiv 2410.07163.
     """
-    return 2 / beta * softplus(-beta * (readings[OWN].mean_losses() - margin))
+    return 2 / beta * softplus(-beta * (inputs[ForwardPass.MODEL].mean_losses() - margin))
 
 
-def dpo(readings: Mapping[str, LossInputs], beta: float, margin: float) -> Tensor:
-    """-2/beta log sigmoid(beta (log pi/pi_ref (refusal) - log pi/pi_ref (answer))), [N]; margin has no say.
+def dpo(inputs: Mapping[ForwardPass, LossInputs], beta: float, margin: float) -> Tensor:
+    """-2/beta log sigmoid(beta (log pi/pi_ref (refusal) - log pi/pi_ref (answer))), [N].
 
-    The factor 2/beta makes it NPO where the refusal's ratio is 1.
+    With the factor 2/beta it equals NPO where pi = pi_ref on the refusal.
 
     Reference: Rafailov et al. 2023, arXiv 2305.18290, with refusals preferred as in TOFU (arXiv 2401.06121).
     """
-    preferred = _gained(readings[REFUSAL], readings[REFUSAL_REFERENCE])
-    return 2 / beta * softplus(-beta * (preferred - _gained(readings[OWN], readings[REFERENCE])))
+    answer = _log_ratio(inputs[ForwardPass.MODEL], inputs[ForwardPass.REFERENCE])
+    refusal = _log_ratio(inputs[ForwardPass.MODEL_ON_REFUSALS], inputs[ForwardPass.REFERENCE_ON_REFUSALS])
+    return 2 / beta * softplus(-beta * (refusal - answer))
 
 
-def _gained(own: LossInputs, reference: LossInputs) -> Tensor:
-    return own.log_probabilities() - reference.log_probabilities()
+def _log_ratio(model: LossInputs, reference: LossInputs) -> Tensor:
+    """log pi/pi_ref of each completion, nats: [N]."""
+    return model.log_probabilities() - reference.log_probabilities()
+
+
+NPO = Loss(
+    "npo",
+    "negative preference optimization: lower the completions' probability below the reference model's; beta is the "
+    "inverse temperature",
+    npo,
+    (ForwardPass.MODEL, ForwardPass.REFERENCE),
+    beta=0.1,
+)
+SIMNPO = Loss(
+    "simnpo",
+    "NPO on the mean loss per token, without a reference model; completions whose loss is above the margin weigh less",
+    simnpo,
+    beta=2.5,
+    margin=0.0,
+)
+DPO = Loss(
+    "dpo",
+    "direct preference optimization: prefer a refusal to the completion; beta is the inverse temperature",
+    dpo,
+    (
+        ForwardPass.MODEL,
+        ForwardPass.REFERENCE,
+        ForwardPass.MODEL_ON_REFUSALS,
+        ForwardPass.REFERENCE_ON_REFUSALS,
+    ),
+    beta=0.1,
+)

@@ -1,0 +1,71 @@
+"""The adapter in training: put on the model, given another adapter's factors, and taken off again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..errors import AdapterError
+
+
+def default_lora_config(rank: int = 16) -> LoraConfig:
+    """Plain LoRA on every linear layer except the output head, with ``lora_alpha = 2 * rank``.
+
+    Args:
+        rank: R, the rank of every layer.
+    """
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
+
+
+def with_new_adapter(model: nn.Module, lora_config: LoraConfig, adapter_name: str) -> PeftModel:
+    """The model with one more adapter, the only one that is on.
+
+    Raises:
+        AdapterError: the config names layers that the model does not have.
+    """
+    try:
+        if not isinstance(model, PeftModel):
+            return get_peft_model(model, lora_config, adapter_name=adapter_name)  # type: ignore[arg-type,return-value]
+        model.add_adapter(adapter_name, lora_config)
+    except ValueError as error:  # raised by PEFT for target modules that do not exist
+        raise AdapterError(f"no adapter can be made with this LoraConfig: {' '.join(str(error).split())}") from error
+    model.set_adapter(adapter_name)
+    return model
+
+
+def copy_factors(model: PeftModel, source: str, destination: str) -> None:
+    """Give one adapter the delta of another, at the strength that the other has on the model.
+
+    A direction whose row of A and column of B are both zero keeps the destination's A: with both at zero, both
+    gradients would be zero, and it could never learn. Experts' factors are packed and are copied as they are.
+    """
+    for layer in model.modules():
+        if not (isinstance(layer, LoraLayer) and source in layer.lora_A):
+            continue
+        factors: Any = {name: (layer.lora_A[name], layer.lora_B[name]) for name in (destination, source)}
+        A, B = (factor.weight.data for factor in factors[destination])
+        source_A, source_B = (factor.weight.data for factor in factors[source])
+        unused = ~source_A.any(1) & ~source_B.any(0) if not isinstance(layer, ParamWrapper) else None
+        A.copy_(source_A if unused is None else torch.where(unused.unsqueeze(1), A, source_A))
+        B.copy_(source_B * (layer.scaling[source] / layer.scaling[destination]))
+
+
+def remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take the adapter off the model, even if it was added only in part; unwrap the layers that have no other one."""
+    if isinstance(model, PeftModel) and adapter_name in model.peft_config:
+        model.delete_adapter(adapter_name)
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        if not isinstance(model, PeftModel):
+            module.delete_adapter(adapter_name)
+        is_nested = name.endswith(".base_layer")  # it is removed with the wrapper around it
+        if not module._get_available_adapters() and not is_nested:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())

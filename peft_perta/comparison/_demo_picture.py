@@ -21,7 +21,7 @@ def draw_trade_off(
     Args:
         curves: edit -> points with the losses 'forget', 'retain', 'general'.
         points: 'task' (the full model) and 'retain-only', with the same losses.
-        labels: name of an edit or a point -> its label in the legend.
+        labels: edit -> its label in the legend.
         path: the picture's file.
     """
     figure = trade_off_figure(10, 4.6)
@@ -33,8 +33,8 @@ def draw_trade_off(
         panel.goal(forget=target)
         for (color, line), (edit, curve) in zip(STYLES, curves.items(), strict=True):
             panel.curve(curve, color=color, label=labels[edit], linestyle=line, marker="o", markersize=4, linewidth=1.8)
-        panel.full(points["task"], labels["task"])
-        panel.retain_only(points["retain-only"], labels["retain-only"])
+        panel.full(points["task"])
+        panel.retain_only(points["retain-only"])
         panel.label(f"{panel.split} rows", up="rows to keep" if panel is panels[0] else None)
     first, second = (panel.axes for panel in panels)
     first.legend(fontsize=9, frameon=False, loc="upper left")

@@ -84,9 +84,9 @@ def _draw(panel: TradeOffPanel, results: Sequence[Result]) -> None:
             style = {"linewidth": 1.8, "zorder": 3.5}  # it lies on the curve of another method
         panel.curve(curves[name], color=color, label=label, linestyle=line, **style)
     if FULL in models:
-        panel.full(models[FULL], FULL)
+        panel.full(models[FULL])
     if RETAIN_ONLY in models:
-        panel.retain_only(models[RETAIN_ONLY], RETAIN_ONLY)
+        panel.retain_only(models[RETAIN_ONLY])
         panel.goal(forget=models[RETAIN_ONLY]["forget"])
     _limit(panel, [curve for name, curve in curves.items() if name in HIGHLIGHTED], models)
     _name_ends(panel, {name: curve for name, curve in curves.items() if _family(name) in NAMED})

@@ -172,6 +172,7 @@ def _evaluate(bench: Bench, settings: DemoSettings, result: DemoResult) -> None:
                         is_forget=split == "forget",
                         adapters=stack.adapters,
                         generated=settings.generated_rows,
+                        max_new_tokens=settings.max_new_tokens,
                     )
                     for split in SPLITS
                 }

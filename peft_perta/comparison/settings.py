@@ -57,11 +57,13 @@ class DemoSettings(BenchSettings):
 
     Attributes:
         generated_rows: rows of each split that are answered by generation.
+        max_new_tokens: maximum length of a generated answer.
         curve: multiples of the matched strength at which losses are measured.
     """
 
     judged_rows: int = 32
     generated_rows: int = 10
+    max_new_tokens: int = 96
     curve: tuple[float, ...] = (0.0, 0.4, 0.7, 1.0, 1.3)
 
 

@@ -26,7 +26,7 @@ def draw_calibration(calibration: Calibration, path: str | Path) -> None:
         if point["strength"] not in (0.0, calibration.strength):
             panel.axes.annotate(f"{point['strength']:.3g}", (point["forget"], point["retain"]), fontsize=7, color=BLUE,
                                 xytext=(4, -9), textcoords="offset points")  # fmt: skip
-    panel.full(calibration.points[0], "without the edit")
+    panel.full(calibration.points[0])
     label = f"chosen: strength {calibration.strength:.3g}"
     panel.axes.scatter(
         chosen["forget"], chosen["retain"], facecolor="none", edgecolor=RED, linewidth=2, s=150, label=label

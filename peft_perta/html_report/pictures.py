@@ -16,7 +16,10 @@ BLUE, GREY, RED = "#1f6fb4", "#888888", "#d1495b"
 _GOAL = {"color": "#bbbbbb", "linestyle": "--", "linewidth": 1, "zorder": 0}
 
 
-_FULL, _RETAIN_ONLY = {"marker": "s", "s": 60}, {"marker": "*", "s": 130}
+_FULL = {"marker": "s", "s": 60, "label": "full model"}
+
+
+_RETAIN_ONLY = {"marker": "*", "s": 130, "label": "retain-only model"}
 
 
 Losses = Mapping[str, float]
@@ -66,13 +69,13 @@ class TradeOffPanel:
         across, up = [p["forget"] for p in points], [p[self.split] for p in points]
         self.axes.plot(across, up, color=color, label=label, **style)
 
-    def full(self, losses: Losses, label: str = "full model") -> None:
+    def full(self, losses: Losses) -> None:
         """Mark the full model."""
-        self._mark(losses, label, _FULL)
+        self._mark(losses, **_FULL)
 
-    def retain_only(self, losses: Losses, label: str = "retain-only model") -> None:
+    def retain_only(self, losses: Losses) -> None:
         """Mark the retain-only model."""
-        self._mark(losses, label, _RETAIN_ONLY)
+        self._mark(losses, **_RETAIN_ONLY)
 
     def goal(self, *, forget: float | None = None, split: float | None = None) -> None:
         """A dashed line at a forget loss, or at a loss of the panel's split."""
@@ -81,5 +84,5 @@ class TradeOffPanel:
         if split is not None:
             self.axes.axhline(split, **_GOAL)
 
-    def _mark(self, losses: Losses, label: str, style: dict) -> None:
-        self.axes.scatter(losses["forget"], losses[self.split], color="black", zorder=4, label=label, **style)
+    def _mark(self, losses: Losses, **style) -> None:
+        self.axes.scatter(losses["forget"], losses[self.split], color="black", zorder=4, **style)

@@ -1,9 +1,9 @@
-"""Every method is what its row says; a comparison meets its own definitions, goes on where it stopped, and says what
-could not be matched."""
+"""Methods do what their rows say; a comparison matches forgetting, resumes, and reports what could not be matched."""
 
 import dataclasses
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -14,10 +14,18 @@ import torch
 
 from peft_perta import ConfigError, DataError, NumericalError, OutputError, attach_adapters, load_base
 from peft_perta.adapters import add_adapter
-from peft_perta.comparison import ComparisonSettings, _trained, format_table, method_names, run, run_comparison
-from peft_perta.comparison._method import Made, Method, Setup
-from peft_perta.comparison._picture import leaves_at, mean_curve
-from peft_perta.comparison.methods import ALPHA, METHODS, QUICK
+from peft_perta.comparison import (
+    METHODS,
+    ComparisonSettings,
+    _trained,
+    bench,
+    format_methods,
+    format_table,
+    run_comparison,
+)
+from peft_perta.comparison._method import Method, MethodAdapter, Setup
+from peft_perta.comparison._picture import STYLES, leaves_at, mean_curve
+from peft_perta.comparison.methods import ALPHA, QUICK
 from peft_perta.data import spread
 from peft_perta.evaluation import Match, row_losses
 from peft_perta.training import default_lora_config, train_forget_adapter
@@ -43,34 +51,42 @@ def setup(seed: int = 0) -> Setup:
 
 
 @pytest.fixture(scope="module")
-def made() -> dict[str, Made]:
+def made() -> dict[str, MethodAdapter]:
+    """The adapter of every method, all on one model."""
     own = setup()
-    builders.trained(own.model, "task", [*own.forget_rows, *own.retain_rows])  # what is erased was learned
+    builders.trained(own.model, "task", [*own.forget_rows, *own.retain_rows])  # LLMEraser erases what 'task' learned
     own.model.set_adapter("forget")
-    found = {}
+    adapters = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_trained, "STEPS", 3)
         for name, method in METHODS.items():
             with laws.untouched(own.model):
-                found[name] = method.make(own)
-    return found
+                adapters[name] = method.make(own)
+    return adapters
 
 
-def deltas(made: Made) -> torch.Tensor:
-    """Of all layers, one after the other."""
-    assert made.lora_config.lora_alpha == made.lora_config.r
-    return torch.cat([delta.flatten() for _, delta in sorted(laws.deltas_of(dict(made.state_dict)).items())])
+def deltas(adapter: MethodAdapter) -> torch.Tensor:
+    """The deltas of all layers, concatenated."""
+    assert adapter.lora_config.lora_alpha == adapter.lora_config.r
+    return torch.cat([delta.flatten() for _, delta in sorted(laws.deltas_of(dict(adapter.state_dict)).items())])
 
 
-def test_every_method_gives_an_adapter_that_stacks_on_the_model(made):
-    for name, found in made.items():
+def test_every_row_describes_its_method():
+    for name, method in METHODS.items():
+        assert method.description, f"METHODS[{name!r}] needs a description"
+        assert "\n" not in method.description, f"METHODS[{name!r}]: its description must be one line"
+        assert method.family in STYLES, f"_picture.STYLES lacks the family of METHODS[{name!r}]: {method.family!r}"
+
+
+def test_every_method_makes_an_adapter_that_stacks_on_the_model(made):
+    for name, adapter in made.items():
         model = setup().model
-        add_adapter(model, found.lora_config, found.state_dict, "made")
-        assert deltas(found).norm() > 0, name
+        add_adapter(model, adapter.lora_config, adapter.state_dict, "made")
+        assert deltas(adapter).norm() > 0, name
 
 
-def test_no_two_methods_are_one_but_those_that_say_so(made):
-    directions = {name: deltas(found) / deltas(found).norm() for name, found in made.items()}
+def test_only_the_documented_pairs_of_methods_have_the_same_direction(made):
+    directions = {name: deltas(adapter) / deltas(adapter).norm() for name, adapter in made.items()}
     same = {"uniform": "negation", "uipe": "perta-grad"}
     names = list(directions)
     for place, name in enumerate(names):
@@ -79,12 +95,12 @@ def test_no_two_methods_are_one_but_those_that_say_so(made):
             assert is_same == (same.get(name) == other), (name, other)
 
 
-def test_uniform_is_half_of_negation_and_uipe_goes_further_by_alpha(made):
+def test_uniform_is_half_of_negation_and_uipe_is_perta_times_one_plus_alpha(made):
     torch.testing.assert_close(deltas(made["uniform"]), deltas(made["negation"]) / 2)
     torch.testing.assert_close(deltas(made["uipe"]), deltas(made["perta-grad"]) * (1 + ALPHA))
 
 
-def test_random_has_the_norm_of_each_layer_and_its_seed(made):
+def test_random_keeps_each_layers_norm_and_depends_on_the_seed(made):
     ours, theirs = (laws.deltas_of(dict(made[name].state_dict)) for name in ("random", "perta-grad"))
     for layer, delta in theirs.items():
         torch.testing.assert_close(ours[layer].norm(), delta.norm(), rtol=1e-4, atol=1e-6)
@@ -94,15 +110,23 @@ def test_random_has_the_norm_of_each_layer_and_its_seed(made):
     assert abs(torch.cosine_similarity(other, deltas(made["random"]), dim=0)) < 0.2
 
 
-def test_what_takes_gradients_costs_forwards(made):
-    free = {name for name, found in made.items() if found.forward_equivalents == 0}
+def test_methods_that_use_gradients_cost_forward_equivalents(made):
+    free = {name for name, adapter in made.items() if adapter.forward_equivalents == 0}
     assert free == {"negation", "uniform"}
-    assert all(found.forward_equivalents > 2 for name, found in made.items() if name not in free)
+    assert all(adapter.forward_equivalents > 2 for name, adapter in made.items() if name not in free)
     assert made["paper-grad"].forward_equivalents > made["perta-grad-undirected"].forward_equivalents
 
 
-def test_names_and_the_quick_ones():
-    assert method_names() == list(METHODS)
+def test_every_method_is_listed_with_what_it_needs_and_its_description():
+    header, *lines = format_methods().splitlines()
+    assert header.split() == ["method", "needs", "description"]
+    for line, (name, method) in zip(lines, METHODS.items(), strict=True):
+        needs = "forget adapter" if method.needs_forget_adapter else "-"
+        assert line.startswith(f"{name} ")
+        assert re.sub(" +", " ", line) == f"{name} {needs} {method.description}"
+
+
+def test_quick_is_a_selection_of_the_methods():
     assert set(QUICK) <= set(METHODS)
     assert {"negation", "perta-grad", "uipe", "random"} <= set(QUICK)
 
@@ -110,7 +134,7 @@ def test_names_and_the_quick_ones():
 # Settings
 
 
-def test_settings_survive_json(tmp_path):
+def test_settings_are_the_same_after_json(tmp_path):
     settings = dataclasses.replace(TINY, assets="somewhere", attacks=("relearning", "prefix"))
     (tmp_path / "c.json").write_text(json.dumps(settings.to_dict()))
     assert ComparisonSettings.read(tmp_path / "c.json") == settings
@@ -159,7 +183,7 @@ def test_a_bad_config_file_is_refused(text, message, tmp_path):
 
 
 def rows(kind: str, count: int) -> list[dict]:
-    """Short rows, each with its own answer; a character is a token."""
+    """Short rows, each with its own answer; every character is one token."""
     return [
         {
             "question": f"{kind}{number}?",
@@ -176,20 +200,20 @@ SPLITS = {"forget": 20, "retain": 40, "general": 12, "real_authors": 4, "world_f
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory) -> Path:
-    """What build.py leaves, of a model of two layers: a base, a task adapter that learned both sets, a retain-only model that
-    learned the retain set alone."""
+    """A directory as build.py writes it, with a model of two layers: a base, a task adapter that learned both sets, and
+    a retain-only adapter that learned the retain set alone."""
     path = tmp_path_factory.mktemp("assets")
     sets = {name: rows(name, count) for name, count in SPLITS.items()}
-    for name, found in sets.items():
-        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    for name, split in sets.items():
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in split))
     builders.llama().save_pretrained(path / "base")
     builders.tokenizer().save_pretrained(path / "base")
     learned = {"task_adapter": sets["forget"] + sets["retain"] + sets["general"],
                "retain_adapter": sets["retain"] + sets["general"]}  # fmt: skip
-    for name, found in learned.items():
+    for name, learned_rows in learned.items():
         base, tokenizer = load_base(str(path / "base"))
         train_forget_adapter(
-            base, found, tokenizer, path / name, lora_config=default_lora_config(16), num_train_epochs=20,
+            base, learned_rows, tokenizer, path / name, lora_config=default_lora_config(16), num_train_epochs=20,
             learning_rate=1e-2, per_device_train_batch_size=12, logging_strategy="no", show_progress_bar=False,
         )  # fmt: skip
     return path
@@ -203,8 +227,9 @@ def compared(assets, tmp_path_factory):
 
 
 def of(results: list[dict], name: str) -> dict:
-    (found,) = [result for result in results if result["method"] == name]
-    return found
+    """The one result of a method."""
+    (only,) = [result for result in results if result["method"] == name]
+    return only
 
 
 def test_every_run_is_at_matched_forgetting(compared):
@@ -213,17 +238,17 @@ def test_every_run_is_at_matched_forgetting(compared):
     target = of(results, "retain-only model")["losses"]["forget"]
     assert target > 2 * of(results, "full model")["losses"]["forget"]
     for name in settings.methods:
-        found = of(results, name)
-        assert found["failure"] is None
-        assert found["losses"]["forget"] == pytest.approx(target, rel=0.02), name
-        half, whole = found["curve"]
-        assert (half["factor"], half["strength"]) == (0.5, pytest.approx(found["strength"] / 2))
+        run = of(results, name)
+        assert run["failure"] is None
+        assert run["losses"]["forget"] == pytest.approx(target, rel=0.02), name
+        half, whole = run["curve"]
+        assert (half["factor"], half["strength"]) == (0.5, pytest.approx(run["strength"] / 2))
         assert half["forget"] < target
-        assert {split: whole[split] for split in found["losses"]} == found["losses"]
+        assert {split: whole[split] for split in run["losses"]} == run["losses"]
 
 
 def test_forgetting_can_be_matched_by_first_choices(assets, tmp_path):
-    """The share of answer tokens that are not the likeliest, as in the log of the same rows."""
+    """It is the share of answer tokens that are not the model's first choice, as in the log of the same rows."""
     own = {"methods": ("negation",), "matched": "first-choice", "suite_rows": 12, "assets": str(assets)}
     results = run_comparison(tmp_path, dataclasses.replace(TINY, **own), show_progress_bar=False)
     shares = {r["method"]: 1 - r["scores"]["exact_memorization"] for r in results}
@@ -233,7 +258,7 @@ def test_forgetting_can_be_matched_by_first_choices(assets, tmp_path):
     assert "(share of tokens that are not the first choice): what is kept" in (tmp_path / "table.md").read_text()
 
 
-def test_baselines_are_judged_on_the_rows_that_gave_no_gradient(compared, assets):
+def test_baselines_are_judged_on_rows_that_no_method_uses(compared, assets):
     _, _, results = compared
     base, tokenizer = load_base(str(assets / "base"))
     model = attach_adapters(base, {"task": assets / "task_adapter", "retain-only": assets / "retain_adapter"})
@@ -248,7 +273,7 @@ def test_baselines_are_judged_on_the_rows_that_gave_no_gradient(compared, assets
             assert of(results, name)["losses"][split] == pytest.approx(expected, rel=1e-5)
 
 
-def test_scores_are_measured_against_the_retain_only(compared):
+def test_scores_are_measured_against_the_retain_only_model(compared):
     _, _, results = compared
     retain_only = of(results, "retain-only model")["scores"]
     assert retain_only["forget_quality"] == 1
@@ -274,7 +299,7 @@ def test_attacks_are_tried_at_matched_forgetting(compared):
     assert "(ROUGE-L) |" in (directory / "table.md").read_text()
 
 
-def test_it_leaves_results_settings_a_table_and_a_picture(compared):
+def test_a_comparison_writes_results_settings_a_table_and_a_picture(compared):
     settings, directory, results = compared
     assert [json.loads(line) for line in (directory / "results.jsonl").read_text().splitlines()] == results
     assert json.loads((directory / "config.json").read_text())["settings"] == settings.to_dict()
@@ -282,28 +307,28 @@ def test_it_leaves_results_settings_a_table_and_a_picture(compared):
     assert (directory / "trade_off.png").read_bytes().startswith(b"\x89PNG")
 
 
-def refuses(setup: Setup) -> Made:
-    raise AssertionError("it was made already")
+def refuses(setup: Setup) -> MethodAdapter:
+    raise AssertionError("its result is known")
 
 
-def diverges(setup: Setup) -> Made:
+def diverges(setup: Setup) -> MethodAdapter:
     raise NumericalError("the loss is nan at step 3")
 
 
-def test_a_comparison_goes_on_where_it_stopped_and_takes_new_methods(compared, monkeypatch, tmp_path):
-    """A trained method is a row like any other; one that fails says so, and ends nothing."""
+def test_a_comparison_resumes_and_takes_new_methods(compared, monkeypatch, tmp_path):
+    """A method that fails records its error, and the comparison continues."""
     settings, directory, results = compared
     for name in ("config.json", "results.jsonl"):
         (tmp_path / name).write_text((directory / name).read_text())
     negate, seen = METHODS["negation"].make, []
 
-    def trained(setup: Setup) -> Made:
+    def trained(setup: Setup) -> MethodAdapter:
         seen.append(setup)
         return dataclasses.replace(negate(setup), forward_equivalents=40.0)
 
-    def idle(setup: Setup) -> Made:
-        made = negate(setup)
-        return dataclasses.replace(made, state_dict={k: torch.zeros_like(v) for k, v in made.state_dict.items()})
+    def idle(setup: Setup) -> MethodAdapter:
+        adapter = negate(setup)
+        return dataclasses.replace(adapter, state_dict={k: torch.zeros_like(v) for k, v in adapter.state_dict.items()})
 
     for name in settings.methods:
         monkeypatch.setitem(METHODS, name, dataclasses.replace(METHODS[name], make=refuses))
@@ -311,21 +336,21 @@ def test_a_comparison_goes_on_where_it_stopped_and_takes_new_methods(compared, m
     for name, make in own.items():
         monkeypatch.setitem(METHODS, name, Method(name, make, "trained", needs_forget_adapter=False))
     more = dataclasses.replace(settings, methods=(*settings.methods, *own))
-    found = run_comparison(tmp_path, more, show_progress_bar=False)
-    assert found[: len(results)] == results
-    new = of(found, "trained")
+    resumed = run_comparison(tmp_path, more, show_progress_bar=False)
+    assert resumed[: len(results)] == results
+    new = of(resumed, "trained")
     assert new["forward_equivalents"] == {"forget_adapter": 0.0, "edit": 40.0}
     assert new["seconds"]["forget_adapter"] == 0
-    assert new["losses"]["forget"] == pytest.approx(of(found, "negation")["losses"]["forget"], rel=0.02)
-    assert of(found, "idle")["failure"].startswith("no strength up to 256")
-    assert of(found, "diverging")["failure"] == "the loss is nan at step 3"
+    assert new["losses"]["forget"] == pytest.approx(of(resumed, "negation")["losses"]["forget"], rel=0.02)
+    assert of(resumed, "idle")["failure"].startswith("no strength up to 256")
+    assert of(resumed, "diverging")["failure"] == "the loss is nan at step 3"
     assert "- diverging, seed 0: the loss is nan at step 3" in (tmp_path / "table.md").read_text()
     assert seen[0].retain_rows == rows("retain", 40)[::2][:8]
     assert seen[0].forget_rows == rows("forget", 20)
 
 
-def test_a_search_that_ends_off_its_target_is_no_match(compared, monkeypatch, tmp_path):
-    """In a directory of before there was a choice of what is matched."""
+def test_a_search_that_ends_far_from_its_target_is_a_failure(compared, monkeypatch, tmp_path):
+    """It also reads the config of a version that had no setting 'matched'."""
     settings, directory, results = compared
     record = json.loads((directory / "config.json").read_text())
     del record["settings"]["matched"]
@@ -333,14 +358,14 @@ def test_a_search_that_ends_off_its_target_is_no_match(compared, monkeypatch, tm
     (tmp_path / "results.jsonl").write_text((directory / "results.jsonl").read_text())
     target = of(results, "retain-only model")["losses"]["forget"]
     assert of(results, "negation")["forgotten"] == pytest.approx(target, rel=0.02)
-    monkeypatch.setattr(run, "match_forgetting", lambda *_, **__: Match(1.0, 1.05 * target, []))
+    monkeypatch.setattr(bench, "match_forgetting", lambda *_, **__: Match(1.0, 1.05 * target, []))
     more = dataclasses.replace(settings, methods=("uniform",))
-    found = of(run_comparison(tmp_path, more, show_progress_bar=False), "uniform")
-    assert found["failure"] == f"the forget loss came to {1.05 * target:.3f} at best, expected {target:.3f} within 2%"
-    assert "losses" not in found
+    run = of(run_comparison(tmp_path, more, show_progress_bar=False), "uniform")
+    assert run["failure"] == f"the forget loss came to {1.05 * target:.3f} at best, expected {target:.3f} within 2%"
+    assert "losses" not in run
 
 
-def test_other_settings_or_another_model_do_not_mix(compared, assets, tmp_path):
+def test_results_of_other_settings_or_another_model_are_refused(compared, assets, tmp_path):
     settings, directory, _ = compared
     with pytest.raises(ConfigError, match="holds results with rank = 8, found 4 here; only methods, seeds, authors"):
         run_comparison(directory, dataclasses.replace(settings, rank=4))
@@ -362,7 +387,7 @@ def test_other_settings_or_another_model_do_not_mix(compared, assets, tmp_path):
 def test_missing_assets_are_refused_before_any_compute(assets, tmp_path):
     with pytest.raises(ConfigError, match=r"assets: expected base/config\.json in"):
         run_comparison(tmp_path / "out", dataclasses.replace(TINY, assets=str(tmp_path)))
-    with pytest.raises(ConfigError, match=r"authors: expected at most 1, as many as .*forget\.jsonl holds, found 2"):
+    with pytest.raises(ConfigError, match=r"authors: expected at most 1, the number in .*forget\.jsonl, found 2"):
         run_comparison(tmp_path / "out", dataclasses.replace(TINY, assets=str(assets), authors=(2,)))
     assert not (tmp_path / "out").exists()
 
@@ -407,8 +432,8 @@ def test_a_curve_is_the_mean_of_the_matched_seeds():
     both = [result("mine", seed, 0.0, curve=curve(*losses)) for seed, losses in enumerate(((3.0, 1.0), (5.0, 2.0)))]
     failed = result("mine", 2, 0.0, curve=curve(90.0, 90.0), failure="too weak")
     start = {"forget": 0.1, "retain": 0.2}
-    found = mean_curve([*both, failed], start)
-    assert [(p["forget"], p["retain"]) for p in found] == [(0.1, 0.2), (0.5, 1.5), (1.0, 4.0)]
+    curve_of_both = mean_curve([*both, failed], start)
+    assert [(p["forget"], p["retain"]) for p in curve_of_both] == [(0.1, 0.2), (0.5, 1.5), (1.0, 4.0)]
     assert [p["retain"] for p in mean_curve([failed], None)] == [90.0, 90.0]
     assert mean_curve([], start) == []
 
@@ -418,15 +443,15 @@ def test_a_curve_is_the_mean_of_the_matched_seeds():
     [
         ([(0, 0), (1, 1), (2, 3)], 1.5, 10, (1.5, 2.0)),
         ([(0, 0), (1, 1), (2, 3)], 10, 2, (1.5, 2.0)),
-        ([(0, 0), (1, 3), (2, 1)], 10, 2, (2 / 3, 2.0)),  # it comes back
-        ([(0, 0), (1, 1)], 4, 10, (4.0, 4.0)),  # drawn on
+        ([(0, 0), (1, 3), (2, 1)], 10, 2, (2 / 3, 2.0)),  # it leaves, and returns
+        ([(0, 0), (1, 1)], 4, 10, (4.0, 4.0)),  # extended
         ([(0, 1), (2, 1)], 4, 10, (4.0, 1.0)),
-        ([(2, 1), (1, 1)], 4, 10, (1, 1)),  # it never would
+        ([(2, 1), (1, 1)], 4, 10, (1, 1)),  # it never leaves
         ([(2, 1), (1, 3)], 4, 10, (1, 3)),
         ([(2, 1)], 4, 10, (2, 1)),
     ],
 )
-def test_a_name_stands_where_its_curve_leaves_the_panel(points, right, top, expected):
+def test_a_name_is_written_where_its_curve_leaves_the_panel(points, right, top, expected):
     assert leaves_at(points, right, top) == pytest.approx(expected)
 
 
@@ -437,9 +462,9 @@ def test_a_name_stands_where_its_curve_leaves_the_panel(points, right, top, expe
     ("flags", "settings"),
     [([], ComparisonSettings()), (["--quick"], ComparisonSettings.quick()), (["--config", "c.json"], TINY)],
 )
-def test_the_command_runs_what_is_asked(flags, settings, tmp_path, monkeypatch, capsys):
+def test_the_command_runs_the_given_settings(flags, settings, tmp_path, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(command, "run_comparison", lambda output, found: asked.append((output, found)) or [RESULT])
+    monkeypatch.setattr(command, "run_comparison", lambda output, given: asked.append((output, given)) or [RESULT])
     monkeypatch.chdir(tmp_path)
     Path("c.json").write_text(json.dumps(TINY.to_dict()))
     monkeypatch.setattr(sys, "argv", ["methods", *flags, "--output", "there", "--json", "results.jsonl"])
@@ -456,7 +481,7 @@ RESULT = result("mine", 0, 1.0)
 def build():
     spec = importlib.util.spec_from_file_location("build_demo_model", ROOT / "examples" / "demo_model" / "build.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
@@ -466,7 +491,7 @@ def test_the_settings_of_a_benchmark_are_over_three_seeds(path):
     assert ComparisonSettings.read(path).seeds == (0, 1, 2)
 
 
-def test_the_large_model_is_of_some_100_million_parameters_and_keeps_forget10_apart(build):
+def test_the_large_model_has_about_100_million_parameters_and_its_base_never_sees_forget10(build):
     with torch.device("meta"):
         model = build.base_model(build.LARGE, {})
     assert 80e6 < sum(parameter.numel() for parameter in model.parameters()) < 120e6
@@ -483,7 +508,7 @@ def test_the_large_model_is_of_some_100_million_parameters_and_keeps_forget10_ap
 AUTHORS = {0, 30, 180, 181, 190, 199}
 
 
-def test_what_build_leaves_can_be_compared(build, tmp_path, monkeypatch):
+def test_the_output_of_build_can_be_compared(build, tmp_path, monkeypatch):
     """All stages at a tiny size."""
     data = tmp_path / "data"
     data.mkdir()
@@ -518,5 +543,5 @@ def test_assets_without_false_answers_are_refused(assets, tmp_path):
         (tmp_path / name).symlink_to(assets / name)
     plain = [{key: row[key] for key in ("question", "answer")} for row in rows("retain", 40)]
     (tmp_path / "retain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))
-    with pytest.raises(DataError, match="expected 'perturbed_answer' among every second row"):
+    with pytest.raises(DataError, match="expected 'perturbed_answer' in some of every second row"):
         run_comparison(tmp_path / "out", dataclasses.replace(TINY, assets=str(tmp_path)))

@@ -1,4 +1,4 @@
-"""The shipped model is what the docs say, and the demo leaves what it promises."""
+"""The shipped model is what the docs say, and the demo writes what it promises."""
 
 import json
 from pathlib import Path
@@ -14,11 +14,13 @@ from peft_perta.evaluation.metrics.probability import probability
 
 TINY = DemoSettings(
     rank=8,
-    epochs=5,
+    epochs=6,
     learning_rate=3e-3,
-    weight_samples=24,
-    evaluated_rows=10,
-    generated_rows=2,
+    forget_rows=20,
+    weight_samples=8,
+    judged_rows=2,
+    generated_rows=1,
+    max_new_tokens=8,
     curve=(0.0, 0.5, 1.0),
 )
 
@@ -37,25 +39,25 @@ def losses(shipped, split: str, adapters: list[str]):
 
 
 @pytest.mark.parametrize("split", ["forget", "retain"])
-def test_full_model_knows_both_sets_and_theta_0_neither(shipped, split):
+def test_the_full_model_knows_both_sets_and_the_origin_neither(shipped, split):
     assert probability(losses(shipped, split, ["task"])).mean() > 0.8
     assert probability(losses(shipped, split, [])).mean() < 0.15
 
 
 @pytest.mark.parametrize("adapters", [[], ["task"], ["retain-only"]])
-def test_every_model_has_knowledge_outside_both_sets(shipped, adapters):
+def test_every_model_knows_the_general_rows(shipped, adapters):
     assert probability(losses(shipped, "general", adapters)).mean() > 0.5
 
 
-def test_reference_knows_the_retain_set_and_is_a_fair_target_on_the_other(shipped):
-    """A model that never saw the forget authors still predicts part of such an answer."""
+def test_the_retain_only_model_knows_the_retain_set_and_is_a_fair_target_on_the_forget_set(shipped):
+    """Although it never saw the forget authors, it predicts part of the answers about them."""
     assert probability(losses(shipped, "retain", ["retain-only"])).mean() > 0.8
     forget = losses(shipped, "forget", ["retain-only"])
     assert forget.mean() <= 5.0
     assert probability(forget).mean() < 0.15
 
 
-def test_full_model_answers_a_forget_question_and_stops(shipped):
+def test_the_full_model_answers_forget_questions_and_stops(shipped):
     model, tokenizer = shipped
     rows = read_rows(ASSETS / "forget.jsonl")[:8]
     answers = generate(model, tokenizer, rows, adapters=["task"])
@@ -82,9 +84,12 @@ def test_no_forget_row_is_in_another_set():
     assert not questions["forget"] & questions["general"]
 
 
-def test_demo_leaves_adapter_report_and_picture(tmp_path: Path, capsys):
-    """On the 4-bit base, which asks the more; on the float one the README's quickstart and the examples take the same
-    way."""
+def test_the_demo_writes_an_adapter_a_report_and_a_picture(tmp_path: Path, capsys):
+    """On the 4-bit base; the README's quickstart and the examples do the same on the float base.
+
+    Only the sizes are smaller than the default ones: one forget author, few steps, rows and generated tokens. No check
+    depends on them.
+    """
     result = run_demo(tmp_path / "out", four_bit=True, settings=TINY)
 
     printed = capsys.readouterr().out
@@ -99,5 +104,5 @@ def test_demo_leaves_adapter_report_and_picture(tmp_path: Path, capsys):
     for match in saved["matched_forgetting"].values():
         assert match["loss"] == pytest.approx(target, rel=0.02)
     assert (tmp_path / "out" / "trade_off.png").read_bytes().startswith(b"\x89PNG")
-    report, _ = load_provenance(tmp_path / "out" / "adapter")
-    assert report.config["strength"] in [pytest.approx(m["strength"]) for m in saved["matched_forgetting"].values()]
+    provenance, _ = load_provenance(tmp_path / "out" / "adapter")
+    assert provenance.config["strength"] in [pytest.approx(m["strength"]) for m in saved["matched_forgetting"].values()]

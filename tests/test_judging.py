@@ -9,6 +9,7 @@ import pytest
 
 from peft_perta import attach_adapters
 from peft_perta.cli import _unlearning, main
+from peft_perta.comparison import METHODS
 from peft_perta.evaluation import read_log, row_losses
 from peft_perta.html_report import write_html_report
 
@@ -145,7 +146,10 @@ def test_unlearn_draws_what_it_changed(place, monkeypatch):
 def test_the_methods_are_named(place, capsys):
     assert main(["compare", "--list", "--json", "methods.json"]) == 0
     names = json.loads((place / "methods.json").read_text())["methods"]
-    assert names == capsys.readouterr().out.split()
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["method", "needs", "description"]
+    assert names == [line.split()[0] for line in lines]
+    assert all(METHODS[name].description in line for name, line in zip(names, lines, strict=True))
     assert {"negation", "uniform", "perta-grad", "perta-fisher", "uipe"} <= set(names)
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..comparison import ComparisonSettings, format_table, method_names, run_comparison
+from ..comparison import METHODS, ComparisonSettings, format_methods, format_table, run_comparison
 from ..data import check_output, write_file
 from ..errors import ConfigError, DataError
 from ..evaluation import (
@@ -264,10 +264,9 @@ def _rescore(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     if options.lists:
-        names = method_names()
         if options.json:
-            write_file(options.json, json.dumps({"methods": names}, indent=1) + "\n")
-        print("\n".join(names))
+            write_file(options.json, json.dumps({"methods": list(METHODS)}, indent=1) + "\n")
+        print(format_methods())
         return
     if options.config and options.quick:
         raise ConfigError("--config and --quick: expected one of the two; --quick is a config of its own")

@@ -1,9 +1,8 @@
-"""Methods that edit the forget adapter, and the controls that any claim on them needs."""
+"""Methods that edit the forget adapter, and the controls that a claim about them needs."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,19 +12,16 @@ from ..data import load_samples
 from ..gradients import choose_plan
 from ..model import resolve_targets
 from ..perta import PerTAConfig, get_perta_state_dict, gradient_job, resolve_weighting
-from ._method import Made, Setup
+from ._method import MakeAdapter, MethodAdapter, Setup
 
-Make = Callable[[Setup], Made]
-
-
-_BEFORE = "perta_before_extrapolation"
+_EXTRAPOLATED = "perta_before_extrapolation"
 
 
-def perta(**knobs) -> Make:
-    """PerTA, plain negation among its rows: the knobs are those of PerTAConfig."""
-    config = PerTAConfig(**knobs)
+def perta(**options) -> MakeAdapter:
+    """PerTA, and plain negation as the weighting 'uniform'. The options are the fields of PerTAConfig."""
+    config = PerTAConfig(**options)
 
-    def make(setup: Setup) -> Made:
+    def make(setup: Setup) -> MethodAdapter:
         own = dataclasses.replace(config, seed=setup.seed)
         weighting = resolve_weighting(own.weighting, own.power)
         sets = {} if weighting.statistic is None else {"forget": setup.forget_rows, "retain": setup.retain_rows}
@@ -37,46 +33,48 @@ def perta(**knobs) -> Make:
         lora_config, state_dict, _ = get_perta_state_dict(
             setup.model, own, *sets.values(), tokenizer=setup.tokenizer, show_progress_bar=False
         )
-        return Made(lora_config, state_dict, cost)
+        return MethodAdapter(lora_config, state_dict, cost)
 
     return make
 
 
-def extrapolated(make: Make, alpha: float) -> Make:
-    """UIPE on top: (1 + alpha) times as far."""
+def extrapolated(make: MakeAdapter, alpha: float) -> MakeAdapter:
+    """Another method's adapter, extrapolated to (1 + alpha) times its delta (UIPE)."""
 
-    def further(setup: Setup) -> Made:
-        made = make(setup)
-        add_adapter(setup.model, made.lora_config, made.state_dict, _BEFORE)
+    def make_extrapolated(setup: Setup) -> MethodAdapter:
+        start = make(setup)
+        add_adapter(setup.model, start.lora_config, start.state_dict, _EXTRAPOLATED)
         try:
-            lora_config, state_dict, _ = extrapolate_adapter(setup.model, _BEFORE, alpha)
+            lora_config, state_dict, _ = extrapolate_adapter(setup.model, _EXTRAPOLATED, alpha)
         finally:
-            setup.model.delete_adapter(_BEFORE)
-        return Made(lora_config, state_dict, made.forward_equivalents)
+            setup.model.delete_adapter(_EXTRAPOLATED)
+        return MethodAdapter(lora_config, state_dict, start.forward_equivalents)
 
-    return further
+    return make_extrapolated
 
 
-def random_like(make: Make) -> Make:
-    """In place of each layer's delta a random one of its rank and Frobenius norm."""
+def random_like(make: MakeAdapter) -> MakeAdapter:
+    """Another method's adapter with each layer's delta replaced by a random one of the same rank and Frobenius norm."""
 
-    def drawn(setup: Setup) -> Made:
-        made = make(setup)
+    def make_random(setup: Setup) -> MethodAdapter:
+        original = make(setup)
         generator = torch.Generator().manual_seed(setup.seed)
         state_dict = {}
-        for key, A in made.state_dict.items():
+        for key, A in original.state_dict.items():
             if ".lora_A." not in key:
                 continue
-            other = key.replace(".lora_A.", ".lora_B.")
-            B = made.state_dict[other]
-            C, D = (torch.randn(found.shape, generator=generator, dtype=torch.float64) for found in (A, B))
-            norm = _norm(A.double(), B.double()) / _norm(C, D)
-            state_dict |= {key: C.to(A.dtype), other: (D * norm).to(B.dtype)}
-        return dataclasses.replace(made, state_dict=state_dict)
+            key_of_b = key.replace(".lora_A.", ".lora_B.")
+            B = original.state_dict[key_of_b]
+            random_a, random_b = (
+                torch.randn(factor.shape, generator=generator, dtype=torch.float64) for factor in (A, B)
+            )
+            scale = _delta_norm(A.double(), B.double()) / _delta_norm(random_a, random_b)
+            state_dict |= {key: random_a.to(A.dtype), key_of_b: (random_b * scale).to(B.dtype)}
+        return dataclasses.replace(original, state_dict=state_dict)
 
-    return drawn
+    return make_random
 
 
-def _norm(A: Tensor, B: Tensor) -> Tensor:
-    """Of B A, without forming it: ||B A||^2 = <B^T B, A A^T>."""
+def _delta_norm(A: Tensor, B: Tensor) -> Tensor:
+    """The Frobenius norm of B A, without forming it: ||B A||^2 = <B^T B, A A^T>."""
     return (B.T @ B * (A @ A.T)).sum().clamp_min(0).sqrt()

@@ -1,24 +1,25 @@
-"""Methods that edit the task adapter by its own curvature."""
+"""The method that edits the task adapter by its own curvature."""
 
 from __future__ import annotations
 
 from ..influence import InfluenceSettings, erase_instances
-from ._method import Made, Setup
+from ._method import MethodAdapter, Setup
 
 CURVATURE_SAMPLES, ITERATIONS = 64, 12
 
 
-# On 20 forget and 40 retain rows, after 8 to 12 products, 0.1, 1, 10 and 100 came to retain losses of 1.02, 0.95, 0.78
-# and 0.59 at matched forgetting: the shorter the step, the truer the quadratic.
+# On 20 forget and 40 retain rows, after 8 to 12 products, dampings of 0.1, 1, 10 and 100 gave retain losses of 1.02,
+# 0.95, 0.78 and 0.59 at matched forgetting: the shorter the step, the better the quadratic model holds.
 DAMPING = 100.0
 
 
-_PRODUCT = 4  # forward passes: a forward derivative is about two, forward and backward are two
+_PRODUCT = 4  # forward passes of one curvature product: the forward derivative costs about 2, forward and backward 2
 
 
-def llmeraser(setup: Setup) -> Made:
-    """The forget rows erased from the task adapter, as if those of the setup were all its training rows: the difference
-    adapter.
+def llmeraser(setup: Setup) -> MethodAdapter:
+    """Erase the forget rows from the task adapter, as if the setup's rows were its whole training set.
+
+    The result is the difference adapter.
 
     Reference: arXiv 2412.00383.
     """
@@ -30,9 +31,9 @@ def llmeraser(setup: Setup) -> Made:
         setup.model, rows, setup.forget_rows, setup.tokenizer, adapter_name="task", settings=settings,
         show_progress_bar=False,
     )  # fmt: skip
-    seen = min(CURVATURE_SAMPLES, len(rows))  # of each product, and of its diagonal's two passes
-    products = _PRODUCT * (result.provenance.iterations + 1) + 2
-    losses = 3  # without the adapter, before and after
-    cost = losses + (2 * len(setup.forget_rows) + products * seen) / len(rows)
+    curvature_rows = min(CURVATURE_SAMPLES, len(rows))
+    passes = _PRODUCT * (result.provenance.iterations + 1) + 2  # 2: the diagonal that preconditions
+    losses = 3  # of the origin model, and before and after the step
+    cost = losses + (2 * len(setup.forget_rows) + passes * curvature_rows) / len(rows)
     lora_config, state_dict, _ = result.difference()
-    return Made(lora_config, dict(state_dict), cost)
+    return MethodAdapter(lora_config, dict(state_dict), cost)

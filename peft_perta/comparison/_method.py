@@ -1,27 +1,30 @@
-"""The contract of a method: a setup in, an adapter out."""
+"""What a method gets, what it returns, and what its row in the table says."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 
-FAMILIES = ("negation", "perta", "control", "extrapolation", "trained", "influence")
+Family = Literal["negation", "perta", "control", "extrapolation", "trained", "influence"]
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a method may use.
+    """The input of a method.
 
     Attributes:
-        model: theta_0 with the adapters 'forget' (learned from the forget rows alone) and 'task' (with it on it is the
-            full model) on it; 'reference', which never saw the forget rows, is for the judge alone. It must go back as
-            it came.
-        forget_rows, retain_rows: those that may give gradients. What is judged on the retain set are other rows.
-        rank: of the forget adapter, and of what is made, unless being of another is the method's point.
+        model: the origin model with three adapters: 'forget' (the forget adapter, trained on the forget rows alone),
+            'task' (the task adapter, which makes it the full model) and 'retain-only' (for the judge; a method must not
+            use it). A method leaves the model as it was.
+        tokenizer: the model's tokenizer.
+        forget_rows: the rows to forget.
+        retain_rows: the retain rows that a method may use. The judge uses other retain rows.
+        rank: rank of the forget adapter. A method's adapter has the same rank, unless another rank is its point.
+        seed: seed of everything that the method draws.
     """
 
     model: PeftModel
@@ -33,12 +36,14 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Made:
-    """An adapter that is stacked on 'task', at any strength.
+class MethodAdapter:
+    """The output of a method: an adapter to stack on 'task', at any strength.
 
     Attributes:
-        forward_equivalents: what it cost beyond the forget adapter, in forward passes over both sets; a forward and
-            backward of a LoRA is 2.
+        lora_config: PEFT's config of the adapter.
+        state_dict: PEFT's keys -> factors.
+        forward_equivalents: compute cost beyond the forget adapter's training, in forward passes over both sets. A
+            forward and backward pass of a LoRA adapter counts 2.
     """
 
     lora_config: LoraConfig
@@ -46,17 +51,22 @@ class Made:
     forward_equivalents: float
 
 
+MakeAdapter = Callable[[Setup], MethodAdapter]
+
+
 @dataclass(frozen=True)
 class Method:
-    """A row of the table.
+    """One row of the table of methods.
 
     Attributes:
-        make: raises NumericalError where it gives nothing that could be judged; the comparison goes on without it.
-        family: one of ``FAMILIES``.
-        needs_forget_adapter: whether the cost of training that is a part of its own.
+        description: one line, which ``compare --list`` prints.
+        make: makes the adapter. It raises NumericalError if the result cannot be judged; the comparison then records
+            the error and continues.
+        family: decides how the picture draws the method's curve.
+        needs_forget_adapter: the method edits the forget adapter, so the cost of training it counts.
     """
 
     description: str
-    make: Callable[[Setup], Made]
-    family: str
+    make: MakeAdapter
+    family: Family
     needs_forget_adapter: bool = True

@@ -1,4 +1,4 @@
-"""The trade-off of all methods, as a picture: what forgetting costs."""
+"""The trade-off of all methods as a picture: what forgetting costs."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..html_report import BLUE, TradeOffPanel, save_figure, trade_off_figure
+from ._method import Family
 from .methods import METHODS
 from .table import FULL, RETAIN_ONLY
 
 Result = Mapping[str, Any]
 
 
-HIGHLIGHTED = {"perta-grad": ("#1f6fb4", "PerTA-grad"), "negation": ("#333333", "plain negation")}
+HIGHLIGHTED = {"perta-grad": (BLUE, "PerTA-grad"), "negation": ("#333333", "plain negation")}
 
 
-FAMILIES = {  # colour, line, label
+STYLES: dict[Family, tuple[str, str, str]] = {  # colour, line, label
     "perta": ("#9cc4e4", "-", "other PerTA edits"),
     "control": ("#d9b38c", "--", "controls"),
     "extrapolation": ("#cdb4e8", ":", "extrapolation (UIPE)"),
@@ -31,79 +31,74 @@ FAMILIES = {  # colour, line, label
 }
 
 
-NAMED = ("trained", "influence")  # families whose curves are told apart by name
+NAMED: tuple[Family, ...] = ("trained", "influence")  # their curves carry the method's name
 
 
 _NAME: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "annotation_clip": False}
 
 
 def draw_comparison(results: Sequence[Result], path: Path) -> None:
-    """Loss on retain and on general rows against loss on forget rows, a curve a method, along its strength; means over
-    seeds; a row of panels for each number of forget authors."""
+    """Draw loss on retain and on general rows against loss on forget rows.
+
+    There is one curve for each method, along its strength, as a mean over seeds, and one row of panels for each number
+    of forget authors.
+    """
     shapes = sorted({result["authors"] for result in results})
-    figure = Figure(figsize=(10, 4.4 * len(shapes) + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(len(shapes), 2, squeeze=False)
-    for row, authors in zip(panels, shapes, strict=True):
-        found = [result for result in results if result["authors"] == authors]
-        for axes, split in zip(row, ("retain", "general"), strict=True):
-            _draw(axes, found, split)
+    figure = trade_off_figure(10, 4.4 * len(shapes) + 0.5)
+    rows = figure.subplots(len(shapes), 2, squeeze=False)
+    for row, authors in zip(rows, shapes, strict=True):
+        of_shape = [result for result in results if result["authors"] == authors]
+        for axes, split, up in zip(row, ("retain", "general"), ("rows to keep", None), strict=True):
+            panel = TradeOffPanel(axes, split)
+            _draw(panel, of_shape)
+            panel.label(up=up)
             axes.set_title(f"{split} rows, {authors} forget author{'s' if authors > 1 else ''}", fontsize=11)
-            axes.set_xlabel("loss on forget rows (nats per token): more is forgotten →")
-        row[0].set_ylabel("loss on rows to keep: lower is better")
-    handles, labels = panels[0][0].get_legend_handles_labels()
+    _add_legend(figure)
+    save_figure(figure, path)
+
+
+def _add_legend(figure: Figure) -> None:
+    """One legend below all panels, the highlighted methods first."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     first = [label for _, label in HIGHLIGHTED.values() if label in unique]
-    shown = [*first, *(label for label in unique if label not in first)]
+    ordered = [*first, *(label for label in unique if label not in first)]
     figure.legend(
-        [unique[label] for label in shown], shown, loc="outside lower center", ncols=4, fontsize=9, frameon=False
+        [unique[label] for label in ordered], ordered, loc="outside lower center", ncols=4, fontsize=9, frameon=False
     )
-    figure.savefig(path, dpi=130)
 
 
-def _draw(axes: Axes, results: Sequence[Result], split: str) -> None:
-    points = {r["method"]: r["losses"] for r in results if r["method"] in (FULL, RETAIN_ONLY)}
-    start = points.get(FULL)
-    names = dict.fromkeys(r["method"] for r in results if r["method"] not in points)
-    curves = {name: mean_curve([r for r in results if r["method"] == name], start) for name in names}
+def _draw(panel: TradeOffPanel, results: Sequence[Result]) -> None:
+    """The curves of one panel, drawn over each other in a fixed order."""
+    models = {r["method"]: r["losses"] for r in results if r["method"] in (FULL, RETAIN_ONLY)}
+    names = dict.fromkeys(r["method"] for r in results if r["method"] not in models)
+    curves = {name: mean_curve([r for r in results if r["method"] == name], models.get(FULL)) for name in names}
+    curves = {name: curve for name, curve in curves.items() if curve}
     for name in sorted(curves, key=lambda name: name in HIGHLIGHTED):
-        curve = curves[name]
-        if not curve:
-            continue
-        colour, line, label = FAMILIES[_family(name)]
-        width, marker, order = 1.1, "", 2.0
+        color, line, label = STYLES[_family(name)]
+        style = {"linewidth": 1.1, "zorder": 2.0}
         if name in HIGHLIGHTED:
-            (colour, label), line, width, marker, order = HIGHLIGHTED[name], "-", 2.4, "o", 3.0
+            (color, label), line = HIGHLIGHTED[name], "-"
+            style = {"linewidth": 2.4, "zorder": 3.0, "marker": "o", "markersize": 4}
         elif line == ":":
-            width, order = 1.8, 3.5  # it lies on another's curve
-        axes.plot(
-            [p["forget"] for p in curve],
-            [p[split] for p in curve],
-            color=colour,
-            linestyle=line,
-            linewidth=width,
-            marker=marker,
-            markersize=4,
-            zorder=order,
-            label=label,
-        )
-    for name, marker in ((FULL, "s"), (RETAIN_ONLY, "*")):
-        if name in points:
-            axes.scatter(points[name]["forget"], points[name][split], marker=marker, s=130 if marker == "*" else 60,
-                         color="black", zorder=4, label=name)  # fmt: skip
-    if RETAIN_ONLY in points:
-        axes.axvline(points[RETAIN_ONLY]["forget"], color="#bbbbbb", linestyle="--", linewidth=1, zorder=0)
-    _limit(axes, [curve for name, curve in curves.items() if name in HIGHLIGHTED], points, split)
-    _name_ends(axes, {name: curve for name, curve in curves.items() if curve and _family(name) in NAMED}, split)
-    axes.grid(alpha=0.25)
+            style = {"linewidth": 1.8, "zorder": 3.5}  # it lies on the curve of another method
+        panel.curve(curves[name], color=color, label=label, linestyle=line, **style)
+    if FULL in models:
+        panel.full(models[FULL])
+    if RETAIN_ONLY in models:
+        panel.retain_only(models[RETAIN_ONLY])
+        panel.goal(forget=models[RETAIN_ONLY]["forget"])
+    _limit(panel, [curve for name, curve in curves.items() if name in HIGHLIGHTED], models)
+    _name_ends(panel, {name: curve for name, curve in curves.items() if _family(name) in NAMED})
 
 
-def _family(name: str) -> str:
+def _family(name: str) -> Family:
     return METHODS[name].family if name in METHODS else "trained"
 
 
-def _name_ends(axes: Axes, curves: Mapping[str, Sequence[Result]], split: str) -> None:
-    """Each name beside the panel, at the height where its curve leaves it, or over the panel."""
+def _name_ends(panel: TradeOffPanel, curves: Mapping[str, Sequence[Result]]) -> None:
+    """Write each name where its curve leaves the panel: to the right of the panel, or above it."""
+    axes, split = panel.axes, panel.split
     right, top = axes.get_xlim()[1], axes.get_ylim()[1]
     ends = {name: leaves_at([(p["forget"], p[split]) for p in curve], right, top) for name, curve in curves.items()}
     lowest = -top
@@ -119,7 +114,8 @@ def _name_ends(axes: Axes, curves: Mapping[str, Sequence[Result]], split: str) -
 
 
 def leaves_at(points: Sequence[tuple[float, float]], right: float, top: float) -> tuple[float, float]:
-    """Where a line through the points, and on from the last, first leaves the panel by its right or its top."""
+    """Where the line through the points, extended beyond the last one, first crosses the panel's right or top edge; the
+    last point if it never does."""
     for number, ((x, y), (next_x, next_y)) in enumerate(itertools.pairwise(points), start=2):
         rises = ((x, next_x, right), (y, next_y, top))
         shares = [(edge - at) / (to - at) for at, to, edge in rises if at < min(edge, to)]
@@ -128,17 +124,18 @@ def leaves_at(points: Sequence[tuple[float, float]], right: float, top: float) -
     return points[-1]
 
 
-def _limit(axes: Axes, shown: Sequence[Sequence[Result]], points: Mapping[str, Result], split: str) -> None:
-    """The highlighted curves fill the panel; what is worse by far runs out of it."""
-    highest = [max(p[split] for p in curve) for curve in shown if curve]
-    furthest = [max(p["forget"] for p in curve) for curve in shown if curve]
-    axes.set_ylim(0, 1.15 * max(highest) if highest else None)
-    if furthest and RETAIN_ONLY in points:
-        axes.set_xlim(0, 1.05 * max(*furthest, points[RETAIN_ONLY]["forget"]))
+def _limit(panel: TradeOffPanel, highlighted: Sequence[Sequence[Result]], models: Mapping[str, Result]) -> None:
+    """Fit the panel to the highlighted curves; far worse curves leave it."""
+    highest = [max(p[panel.split] for p in curve) for curve in highlighted]
+    furthest = [max(p["forget"] for p in curve) for curve in highlighted]
+    panel.axes.set_ylim(0, 1.15 * max(highest) if highest else None)
+    if furthest and RETAIN_ONLY in models:
+        panel.axes.set_xlim(0, 1.05 * max(*furthest, models[RETAIN_ONLY]["forget"]))
 
 
 def mean_curve(results: Sequence[Result], start: Result | None) -> list[dict[str, float]]:
-    """Point by point over the seeds that were matched, from the full model on; those of no seed that was not."""
+    """The curve as a mean over the matched seeds, point by point, from the full model on; if no seed was matched, the
+    curve of the first one."""
     matched = [r["curve"] for r in results if r.get("curve") and not r.get("failure")]
     curves = matched or [r["curve"] for r in results if r.get("curve")][:1]
     points = [{key: fmean(p[key] for p in at) for key in at[0]} for at in zip(*curves, strict=True)]

@@ -1,4 +1,4 @@
-"""Methods that train an adapter to forget, from zero or from one that another method made."""
+"""Methods that train an adapter to forget, from zero or from the adapter of another method."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from ..training import (
     default_lora_config,
     train_unlearning,
 )
-from ._edits import Make
-from ._method import Made, Setup
+from ._method import MakeAdapter, MethodAdapter, Setup
 
-STEPS = 30  # on the shipped model about as far as the retain-only model; SAGO, at 2e-3 (its steps are smaller)
+# On the shipped model, about as far as the retain-only model; SAGO needs a learning rate of 2e-3, as its steps are
+# smaller.
+STEPS = 30
 
 
 _START = "perta_start"
@@ -24,18 +25,19 @@ _START = "perta_start"
 _BATCH = 10
 
 
-def trained(start: Make | None = None, *, learning_rate: float = 1e-3, **knobs: Any) -> Make:
-    """On top of the task adapter; the knobs are those of UnlearningSettings.
+def trained(start: MakeAdapter | None = None, *, learning_rate: float = 1e-3, **options: Any) -> MakeAdapter:
+    """Train an adapter on top of the task adapter. The options are the fields of UnlearningSettings.
 
     Args:
-        start: makes the adapter that this one begins as.
+        start: the method whose adapter the training starts from; None to start from zero.
+        learning_rate: of the training.
     """
-    settings = UnlearningSettings(**knobs)
+    settings = UnlearningSettings(**options)
 
-    def make(setup: Setup) -> Made:
-        began = start(setup) if start is not None else None
-        if began is not None:
-            add_adapter(setup.model, began.lora_config, began.state_dict, _START)
+    def make(setup: Setup) -> MethodAdapter:
+        start_adapter = start(setup) if start is not None else None
+        if start_adapter is not None:
+            add_adapter(setup.model, start_adapter.lora_config, start_adapter.state_dict, _START)
         try:
             lora_config, state_dict, _ = train_unlearning(
                 setup.model,
@@ -44,8 +46,8 @@ def trained(start: Make | None = None, *, learning_rate: float = 1e-3, **knobs: 
                 setup.tokenizer,
                 settings,
                 task_adapter="task",
-                start_adapter=_START if began is not None else None,
-                lora_config=None if began is not None else default_lora_config(setup.rank),
+                start_adapter=_START if start_adapter is not None else None,
+                lora_config=None if start_adapter is not None else default_lora_config(setup.rank),
                 show_progress_bar=False,
                 max_steps=STEPS,
                 learning_rate=learning_rate,
@@ -55,21 +57,22 @@ def trained(start: Make | None = None, *, learning_rate: float = 1e-3, **knobs: 
                 seed=setup.seed,
             )
         finally:
-            if began is not None:
+            if start_adapter is not None:
                 setup.model.delete_adapter(_START)
-        cost = _cost(setup, settings) + (began.forward_equivalents if began is not None else 0.0)
-        return Made(lora_config, state_dict, cost)
+        cost = _cost(setup, settings) + (start_adapter.forward_equivalents if start_adapter is not None else 0.0)
+        return MethodAdapter(lora_config, state_dict, cost)
 
     return make
 
 
 def _cost(setup: Setup, settings: UnlearningSettings) -> float:
-    """A forward and backward of each sample of a step, and a forward of the reference model where a loss reads it."""
+    """Forward-equivalents of the training: a forward and backward pass (2) of each sample of a step, and a forward pass
+    of the reference model (1) where a loss reads it."""
     rows = {"forget": setup.forget_rows, "retain": setup.retain_rows}
-    once, spent = 0, 0.0
+    both_sets, spent = 0, 0.0
     for name, loss in settings.losses.items():
         tokens = sum(len(sample.input_ids) for sample in load_samples(rows[name], setup.tokenizer, name=name))
-        passes = STEPS * _BATCH / len(rows[name])
-        once += tokens
-        spent += passes * tokens * (2 + (ForwardPass.REFERENCE in loss.reads))
-    return spent / once
+        epochs = STEPS * _BATCH / len(rows[name])
+        both_sets += tokens
+        spent += epochs * tokens * (2 + (ForwardPass.REFERENCE in loss.reads))
+    return spent / both_sets

@@ -1,6 +1,7 @@
-"""The methods that are compared: one row each.
+"""The table of the methods that are compared.
 
-To add one: a function from a ``Setup`` to what it ``Made``, in a file beside this one, and a row here.
+To add a method: write a function from a ``Setup`` to a ``MethodAdapter`` in a file beside this one, and add its row to
+``METHODS``. The row holds all that the comparison, the picture and ``compare --list`` know about it.
 """
 
 from __future__ import annotations
@@ -23,45 +24,49 @@ _PAPER = {"granularity": "delta", "input_directions": False}
 _WIDE = {"rank": SERVABLE_RANKS[-1]}
 
 
-_NPO = {"forget_loss": "npo", "beta": 0.03}  # at 0.1 it levels off before the retain-only model's forget loss
+_NPO = {"forget_loss": "npo", "beta": 0.03}  # at 0.1 it stalls before the retain-only model's forget loss
 
 
 _RMU = {"forget_loss": "rmu", "retain_loss": "embed-diff", "retain_weight": 30.0}
 
 
 METHODS: dict[str, Method] = {
-    "negation": Method("plain task arithmetic: the forget adapter, negated", perta(weighting="uniform"), "negation"),
+    "negation": Method(
+        "plain negation of the forget adapter (task arithmetic)", perta(weighting="uniform"), "negation"
+    ),
     "uniform": Method(
-        "every weight one half (tau = 0): plain negation at half the strength, and at matched forgetting the same",
+        "control: every weight 1/2, which is plain negation at half the strength",
         perta(weighting="uniform", strength=0.5),
         "control",
     ),
-    "perta-grad": Method("the default: weights |g_f| / (|g_f| + |g_r|) on A and B, and on inputs", perta(), "perta"),
-    "perta-fisher": Method("the same with the squared mean gradients", perta(weighting="fisher"), "perta"),
-    "perta-empirical-fisher": Method(
-        "the same with the mean squared per-sample gradients", perta(weighting="empirical-fisher"), "perta"
+    "perta-grad": Method(
+        "the default: weights |g_f| / (|g_f| + |g_r|) on A and B, and on input directions", perta(), "perta"
     ),
-    "perta-power-0.5": Method("perta-grad with tau = 0.5: weights nearer to one half", perta(power=0.5), "perta"),
-    "perta-power-4": Method("perta-grad with tau = 4: weights nearer to 0 or 1", perta(power=4.0), "perta"),
+    "perta-fisher": Method("perta-grad with squared mean gradients", perta(weighting="fisher"), "perta"),
+    "perta-empirical-fisher": Method(
+        "perta-grad with mean squared per-sample gradients", perta(weighting="empirical-fisher"), "perta"
+    ),
+    "perta-power-0.5": Method("perta-grad with power 0.5: weights closer to 1/2", perta(power=0.5), "perta"),
+    "perta-power-4": Method("perta-grad with power 4: weights closer to 0 or 1", perta(power=4.0), "perta"),
     "perta-grad-undirected": Method(
-        "perta-grad without weighing input directions", perta(input_directions=False), "perta"
+        "perta-grad without weights on input directions", perta(input_directions=False), "perta"
     ),
     "perta-fisher-undirected": Method(
-        "perta-fisher without weighing input directions", perta(weighting="fisher", input_directions=False), "perta"
+        "perta-fisher without weights on input directions", perta(weighting="fisher", input_directions=False), "perta"
     ),
     "perta-grad-separable": Method(
-        "perta-grad, rows times columns of the merged delta", perta(granularity="separable"), "perta"
+        "perta-grad with one weight per row times one per column of the delta", perta(granularity="separable"), "perta"
     ),
     "perta-fisher-separable": Method(
-        "perta-fisher, rows times columns of the merged delta",
+        "perta-fisher with one weight per row times one per column of the delta",
         perta(granularity="separable", weighting="fisher"),
         "perta",
     ),
     "perta-grad-delta": Method(
-        "perta-grad on the merged delta, fitted to the forget adapter's rank", perta(granularity="delta"), "perta"
+        "perta-grad on the delta, fitted to the forget adapter's rank", perta(granularity="delta"), "perta"
     ),
     "perta-fisher-delta": Method(
-        "perta-fisher on the merged delta, fitted to the forget adapter's rank",
+        "perta-fisher on the delta, fitted to the forget adapter's rank",
         perta(granularity="delta", weighting="fisher"),
         "perta",
     ),
@@ -71,49 +76,49 @@ METHODS: dict[str, Method] = {
         "perta",
     ),
     "perta-grad-factor+delta-256": Method(
-        "the same at rank 256: exact where no layer is wider", perta(granularity="factor+delta", **_WIDE), "perta"
+        "perta-grad-factor+delta at rank 256: exact for layers up to 256 wide",
+        perta(granularity="factor+delta", **_WIDE),
+        "perta",
     ),
     "paper-grad": Method(
-        "PerTA-grad as published: weights on the merged delta alone, at rank 256: exact where no layer is wider",
+        "PerTA-grad as published, weights on the delta alone, at rank 256: exact for layers up to 256 wide",
         perta(**_PAPER, **_WIDE),
         "perta",
     ),
     "paper-fisher": Method(
         "PerTA-fisher as published, at rank 256", perta(**_PAPER, **_WIDE, weighting="fisher"), "perta"
     ),
-    "paper-grad-fitted": Method("paper-grad, cut to the forget adapter's rank", perta(**_PAPER), "perta"),
+    "paper-grad-fitted": Method("paper-grad, fitted to the forget adapter's rank", perta(**_PAPER), "perta"),
     "paper-fisher-fitted": Method(
-        "paper-fisher, cut to the forget adapter's rank", perta(**_PAPER, weighting="fisher"), "perta"
+        "paper-fisher, fitted to the forget adapter's rank", perta(**_PAPER, weighting="fisher"), "perta"
     ),
     "shuffled": Method(
-        "control of perta-grad: the same weights in wrong places", perta(weighting="grad-shuffled"), "control"
+        "control: perta-grad with its weights shuffled within each matrix", perta(weighting="grad-shuffled"), "control"
     ),
-    "mean": Method("control of perta-grad: each matrix's mean weight", perta(weighting="grad-mean"), "control"),
+    "mean": Method("control: perta-grad with each matrix's mean weight", perta(weighting="grad-mean"), "control"),
     "shuffled-undirected": Method(
-        "control of perta-grad-undirected: the same weights in wrong places",
+        "control: perta-grad-undirected with its weights shuffled within each matrix",
         perta(weighting="grad-shuffled", input_directions=False),
         "control",
     ),
     "mean-undirected": Method(
-        "control of perta-grad-undirected: each matrix's mean weight, which leaves a strength a layer",
+        "control: perta-grad-undirected with each matrix's mean weight, so that only a strength per layer remains",
         perta(weighting="grad-mean", input_directions=False),
         "control",
     ),
     "uipe": Method(
-        f"perta-grad extrapolated by 1 + alpha = {1 + ALPHA:g} (UIPE): at matched forgetting the same adapter",
+        f"perta-grad extrapolated by 1 + alpha = {1 + ALPHA:g} (UIPE); the same adapter at matched forgetting",
         extrapolated(perta(), ALPHA),
         "extrapolation",
     ),
     "llmeraser": Method(
-        "the forget rows erased from the task adapter by its Gauss-Newton curvature (LLMEraser)",
+        "forget rows erased from the task adapter by its Gauss-Newton curvature (LLMEraser)",
         llmeraser,
         "influence",
         needs_forget_adapter=False,
     ),
     "random": Method(
-        "control of any direction, UIPE's too: random deltas of perta-grad's ranks and norms",
-        random_like(perta()),
-        "control",
+        "control: random deltas with the ranks and norms of perta-grad's", random_like(perta()), "control"
     ),
     "gradient-ascent": Method(
         "trained: gradient ascent plus the retain loss (GradDiff)",
@@ -122,37 +127,37 @@ METHODS: dict[str, Method] = {
         needs_forget_adapter=False,
     ),
     "npo": Method(
-        "trained: negative preference optimisation plus the retain loss",
+        "trained: negative preference optimisation (NPO) plus the retain loss",
         trained(**_NPO, combiner="sum"),
         "trained",
         needs_forget_adapter=False,
     ),
     "simnpo": Method(
-        "trained: the same without a retain-only model, per token",
+        "trained: NPO per token and without a reference model (SimNPO) plus the retain loss",
         trained(forget_loss="simnpo", combiner="sum"),
         "trained",
         needs_forget_adapter=False,
     ),
     "rmu": Method(
-        "trained: hidden states steered to a random one, and kept on the retain set",
+        "trained: hidden states of forget rows steered to a random direction, those of retain rows kept (RMU)",
         trained(**_RMU, combiner="sum"),
         "trained",
         needs_forget_adapter=False,
     ),
     "pcgrad": Method(
-        "trained: npo with the two gradients combined by PCGrad, tensor by tensor",
+        "trained: NPO, its two gradients combined per tensor by PCGrad",
         trained(**_NPO, combiner="pcgrad"),
         "trained",
         needs_forget_adapter=False,
     ),
     "sago": Method(
-        "trained: npo with the two gradients combined by SAGO, element by element",
+        "trained: NPO, its two gradients combined per element by SAGO",
         trained(**_NPO, combiner="sago", learning_rate=2e-3),
         "trained",
         needs_forget_adapter=False,
     ),
     "perta+sago": Method(
-        "trained: sago from perta-grad's adapter on",
+        "trained: sago, started from perta-grad's adapter",
         trained(perta(), **_NPO, combiner="sago", learning_rate=2e-3),
         "trained",
     ),
@@ -174,16 +179,22 @@ QUICK = (
 )
 
 
-def method_names() -> list[str]:
-    """Of every method, in the order of the table."""
-    return list(METHODS)
+def format_methods() -> str:
+    """One line for each method: its name, what it needs, and its description."""
+    width = max(map(len, METHODS))
+    lines = [f"{'method':<{width}}  {'needs':<14}  description"]
+    for name, method in METHODS.items():
+        needed = "forget adapter" if method.needs_forget_adapter else "-"
+        lines.append(f"{name:<{width}}  {needed:<14}  {method.description}")
+    return "\n".join(lines)
 
 
 def check_methods(names: Sequence[str]) -> None:
-    """
+    """Check that every name is a method.
+
     Raises:
-        ConfigError: one is no method.
+        ConfigError: a name is not in ``METHODS``.
     """
     for name in names:
         if name not in METHODS:
-            raise ConfigError(f"methods: expected some of {method_names()}, found {name!r}")
+            raise ConfigError(f"methods: expected some of {list(METHODS)}, found {name!r}")

@@ -1,4 +1,4 @@
-"""What is compared, on what, and how closely."""
+"""Settings of the bench, of a comparison and of the demo."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..data import check_setting, is_count, is_int, is_number
 from ..errors import ConfigError
 from ..evaluation import ATTACKS
 from .methods import METHODS, QUICK, check_methods
@@ -16,38 +17,82 @@ from .methods import METHODS, QUICK, check_methods
 MEASURES = {"loss": "forget loss", "first-choice": "share of tokens that are not the first choice"}  # of forgetting
 
 
-SELECTION = ("methods", "seeds", "authors")  # which runs there are; what one gives does not depend on them
+SELECTION = ("methods", "seeds", "authors")  # these say which runs exist; the result of one run depends on none of them
 
 
-# Switched off, every method's adapter leaves the full model, whatever the method.
-TRIED = tuple(name for name in ATTACKS if name != "switched-off")
+ROWS_OF_AUTHOR = 20
+
+
+# 'switched-off' turns the adapter off, which leaves the full model whatever the method.
+COMPARED_ATTACKS = tuple(name for name in ATTACKS if name != "switched-off")
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """One forget adapter on one model, and the rows that methods and judges use.
+
+    Attributes:
+        rank, epochs, learning_rate, batch_size, seed: training of the forget adapter.
+        forget_rows: forget rows to train on and to judge, counted from the last; None for all.
+        weight_samples: retain rows that a method may use, at most.
+        judged_rows: rows of each split whose losses are measured, at most. Retain rows that a method may use are never
+            judged.
+        matched: the measure of forgetting that is matched to the retain-only model's, a key of ``MEASURES``.
+    """
+
+    rank: int = 16
+    epochs: int = 12
+    learning_rate: float = 2e-3
+    batch_size: int = 10
+    seed: int = 0
+    forget_rows: int | None = None
+    weight_samples: int = 100
+    judged_rows: int = 100
+    matched: str = "loss"
+
+
+@dataclass(frozen=True)
+class DemoSettings(BenchSettings):
+    """Sizes of the demo. With the defaults it takes under four minutes on two cores.
+
+    Attributes:
+        generated_rows: rows of each split that are answered by generation.
+        max_new_tokens: maximum length of a generated answer.
+        curve: multiples of the matched strength at which losses are measured.
+    """
+
+    judged_rows: int = 32
+    generated_rows: int = 10
+    max_new_tokens: int = 96
+    curve: tuple[float, ...] = (0.0, 0.4, 0.7, 1.0, 1.3)
 
 
 @dataclass(frozen=True)
 class ComparisonSettings:
-    """A run is one method on one seed's forget adapter, of one number of forget authors.
+    """Settings of a comparison. One run is one method, on one seed's forget adapter, for one number of forget authors.
 
     Attributes:
-        assets: directory of a model and its rows, as ``examples/demo_model/build.py`` leaves it; None for the shipped
+        assets: directory of a model and its rows, as ``examples/demo_model/build.py`` writes it; None for the shipped
             one.
         methods: names from ``METHODS``.
-        seeds: of the forget adapter, and of what methods draw.
-        authors: how many of the forget authors must go, counted from the last (as TOFU's forget01 ends forget10).
-        rank, epochs, learning_rate, batch_size: of the forget adapter.
-        least_steps: epochs are added until it has trained for as many updates: few authors make short epochs.
-        matched: what is brought to the retain-only model's: the mean ``loss`` of the forget rows, or the share of their tokens
-            that are no longer the model's ``first-choice``. A few very unlikely tokens can make a mean; they make no
-            share.
-        weight_samples: of the retain set, that may give gradients; the judged rows are others.
-        judged_rows: at most so many of each split are read for losses, and attacked.
-        suite_rows: at most so many of each split are read for all other metrics.
-        max_new_tokens: of each answer.
-        curve: multiples of the matched strength at which losses are read as well.
+        seeds: seeds of the forget adapter's training and of everything that methods draw.
+        authors: numbers of forget authors, counted from the last (TOFU's forget01 is the end of forget10).
+        rank, epochs, learning_rate, batch_size: training of the forget adapter.
+        least_steps: minimum number of updates of the forget adapter; epochs are added until it is reached, since few
+            authors make short epochs.
+        matched: the measure of forgetting that is matched to the retain-only model's: ``loss`` is the mean loss of the
+            forget rows, ``first-choice`` the share of their tokens that are no longer the model's first choice. A few
+            very unlikely tokens can dominate a mean loss, but not a share.
+        weight_samples: retain rows that a method may use, at most; other retain rows are judged.
+        judged_rows: rows of each split whose losses are measured, and that are attacked, at most.
+        suite_rows: rows of each split that all other metrics use, at most.
+        max_new_tokens: maximum length of a generated answer.
+        curve: multiples of the matched strength at which losses are measured.
         attacks: names from ``ATTACKS``, tried at matched forgetting.
         four_bit: quantise the base to NF4.
 
     Raises:
-        ConfigError: a value is of the wrong type or out of range.
+        ConfigError: a value has the wrong type or is out of range.
     """
 
     assets: str | None = None
@@ -71,41 +116,63 @@ class ComparisonSettings:
     def __post_init__(self) -> None:
         for name in ("methods", "seeds", "authors", "curve", "attacks"):
             value = getattr(self, name)
-            _check(isinstance(value, (list, tuple)), name, "a list", value)
+            check_setting(isinstance(value, (list, tuple)), name, "a list", value)
             object.__setattr__(self, name, tuple(value))
-            _check(len(set(map(repr, value))) == len(value), name, "each value once", value)
-            _check(len(value) > 0 or name == "attacks", name, "at least one value", value)
-        _check(self.assets is None or isinstance(self.assets, str), "assets", "nothing, or a path", self.assets)
-        _check(all(isinstance(name, str) for name in self.methods), "methods", "names", self.methods)
+            check_setting(len(set(map(repr, value))) == len(value), name, "each value once", value)
+            check_setting(len(value) > 0 or name == "attacks", name, "at least one value", value)
+        is_path = self.assets is None or isinstance(self.assets, str)
+        check_setting(is_path, "assets", "nothing, or a path", self.assets)
+        check_setting(all(isinstance(name, str) for name in self.methods), "methods", "names", self.methods)
         check_methods(self.methods)
-        _check(self.matched in MEASURES, "matched", f"one of {list(MEASURES)}", self.matched)
-        _check(all(name in TRIED for name in self.attacks), "attacks", f"some of {list(TRIED)}", self.attacks)
-        _check(all(_is_int(s) and 0 <= s < 2**32 for s in self.seeds), "seeds", "ints from 0 to 2**32 - 1", self.seeds)
-        _check(all(_is_int(n) and n > 0 for n in self.authors), "authors", "ints > 0", self.authors)
-        _check(all(_is_number(f) and f > 0 for f in self.curve), "curve", "numbers > 0", self.curve)
+        check_setting(self.matched in MEASURES, "matched", f"one of {list(MEASURES)}", self.matched)
+        are_attacks = all(name in COMPARED_ATTACKS for name in self.attacks)
+        check_setting(are_attacks, "attacks", f"some of {list(COMPARED_ATTACKS)}", self.attacks)
+        are_seeds = all(is_int(seed) and 0 <= seed < 2**32 for seed in self.seeds)
+        check_setting(are_seeds, "seeds", "ints from 0 to 2**32 - 1", self.seeds)
+        check_setting(all(map(is_count, self.authors)), "authors", "ints > 0", self.authors)
+        check_setting(all(is_number(f) and f > 0 for f in self.curve), "curve", "numbers > 0", self.curve)
         for name in ("rank", "epochs", "least_steps", "batch_size", "weight_samples", "judged_rows", "suite_rows",
                      "max_new_tokens"):  # fmt: skip
-            value = getattr(self, name)
-            _check(_is_int(value) and value > 0, name, "an int > 0", value)
-        _check(_is_number(self.learning_rate) and self.learning_rate > 0, "learning_rate", "a number > 0",
-               self.learning_rate)  # fmt: skip
-        _check(isinstance(self.four_bit, bool), "four_bit", "true or false", self.four_bit)
+            check_setting(is_count(getattr(self, name)), name, "an int > 0", getattr(self, name))
+        is_rate = is_number(self.learning_rate) and self.learning_rate > 0
+        check_setting(is_rate, "learning_rate", "a number > 0", self.learning_rate)
+        check_setting(isinstance(self.four_bit, bool), "four_bit", "true or false", self.four_bit)
 
     @classmethod
     def quick(cls) -> ComparisonSettings:
-        """One seed, one forget set, the main methods, few rows, no attack: minutes on two cores."""
+        """One seed, one forget set, the main methods, few rows, no attacks: minutes on two cores."""
         return cls(
             methods=QUICK, seeds=(0,), authors=(5,), judged_rows=50, suite_rows=12,
             curve=(0.5, 1.0, 1.5), attacks=(),
         )  # fmt: skip
 
+    def bench(self, authors: int, seed: int) -> BenchSettings:
+        """The bench of one forget set and one seed."""
+        forget_rows = authors * ROWS_OF_AUTHOR
+        steps_of_epoch = math.ceil(forget_rows / self.batch_size)
+        return BenchSettings(
+            rank=self.rank,
+            epochs=max(self.epochs, math.ceil(self.least_steps / steps_of_epoch)),
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            seed=seed,
+            forget_rows=forget_rows,
+            weight_samples=self.weight_samples,
+            judged_rows=self.judged_rows,
+            matched=self.matched,
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it: lists."""
+        """The settings as JSON values: tuples become lists."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ComparisonSettings:
-        """Raises ConfigError on a key that is no setting, as on a bad value."""
+        """The settings from JSON values; a missing key takes its default.
+
+        Raises:
+            ConfigError: a key is not a setting, or a value is bad.
+        """
         names = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(map(str, set(values) - set(names)))
         if unknown:
@@ -114,10 +181,10 @@ class ComparisonSettings:
 
     @classmethod
     def read(cls, path: str | Path) -> ComparisonSettings:
-        """From a JSON object; what it leaves out has its default.
+        """The settings from a JSON file; a missing key takes its default.
 
         Raises:
-            ConfigError: the file is missing, is no JSON object, or holds a bad value.
+            ConfigError: the file is missing, is not a JSON object, or holds a bad value.
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
@@ -128,16 +195,3 @@ class ComparisonSettings:
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds a {type(values).__name__}, expected a JSON object of settings")
         return cls.from_dict(values)
-
-
-def _check(holds: bool, name: str, expected: str, found: object) -> None:
-    if not holds:
-        raise ConfigError(f"{name}: expected {expected}, found {found!r}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

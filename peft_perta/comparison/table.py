@@ -1,4 +1,4 @@
-"""Results as Markdown: what each method kept at matched forgetting, what is left of the forget set, what it cost."""
+"""Results as Markdown tables: what each method keeps at matched forgetting, what it leaves, and what it costs."""
 
 from __future__ import annotations
 
@@ -19,35 +19,34 @@ Column = tuple[str, Callable[[Result], float | None], Callable[[float], str]]
 
 
 def format_table(results: Sequence[Result]) -> str:
-    """A section for each number of forget authors; mean ± standard deviation over seeds."""
+    """One section for each number of forget authors; cells are mean ± standard deviation over seeds."""
     sections = []
     for authors in sorted({result["authors"] for result in results}):
-        found = [result for result in results if result["authors"] == authors]
-        sections.append(_section(authors, found))
+        sections.append(_section(authors, [result for result in results if result["authors"] == authors]))
     return "\n\n".join(sections)
 
 
 def _section(authors: int, results: Sequence[Result]) -> str:
     by_method = {name: [r for r in results if r["method"] == name] for name in _ordered(results)}
     seeds = len({r["seed"] for r in results if r["seed"] is not None})
-    made = {name: found for name, found in by_method.items() if name not in (FULL, RETAIN_ONLY)}
+    methods = {name: runs for name, runs in by_method.items() if name not in (FULL, RETAIN_ONLY)}
     measure = MEASURES[next((r["matched"] for r in results if "matched" in r), "loss")]
     parts = [
         f"### {_counted(authors, 'forget author')}, {_counted(seeds, 'seed')}",
-        f"At matched forgetting ({measure}): what is kept (loss in nats per token: lower is better).",
+        f"At matched forgetting ({measure}): what is kept (losses in nats per token; lower is better).",
         _markdown(by_method, _KEPT),
-        "At matched forgetting: what is left of the forget set (as near to the retain-only model as can be is best).",
+        "At matched forgetting: what is left of the forget set (closest to the retain-only model is best).",
         _markdown(by_method, _LEFT),
-        "What it cost (with the forget adapter's training where a method needs one).",
-        _markdown(made, _COST),
+        "Cost (in all: with the training of the forget adapter, if the method needs it).",
+        _markdown(methods, _COST),
     ]
-    attacks = _attack_columns(results)
-    if attacks:
-        parts += ["Attacked at matched forgetting: loss of forget rows (lower: more came back) or ROUGE-L.",
-                  _markdown(by_method, attacks)]  # fmt: skip
+    attack_columns = _attack_columns(results)
+    if attack_columns:
+        parts += ["Attacks at matched forgetting: loss of the forget rows (lower: more came back) or ROUGE-L.",
+                  _markdown(by_method, attack_columns)]  # fmt: skip
     failures = [f"- {r['method']}, seed {r['seed']}: {r['failure']}" for r in results if r.get("failure")]
     if failures:
-        parts += ["Not brought to matched forgetting, and left out of the means:", "\n".join(failures)]
+        parts += ["Not matched, and left out of the means:", "\n".join(failures)]
     return "\n\n".join(parts)
 
 
@@ -61,22 +60,24 @@ def _markdown(by_method: Mapping[str, Sequence[Result]], columns: Sequence[Colum
         " | ".join(["| method", *(title for title, _, _ in columns)]) + " |",
         "|---" * (1 + len(columns)) + "|",
     ]
-    for name, found in by_method.items():
-        cells = [_cell([read(result) for result in found], shown) for _, read, shown in columns]
+    for name, runs in by_method.items():
+        cells = [_cell([read(result) for result in runs], shown) for _, read, shown in columns]
         lines.append(" | ".join([f"| {name}", *cells]) + " |")
     return "\n".join(lines)
 
 
 def _cell(values: Sequence[float | None], shown: Callable[[float], str]) -> str:
-    """Mean ± standard deviation of the values that are there; the value alone where they are one."""
-    there = [value for value in values if value is not None]
-    if not there:
+    """Mean ± standard deviation of the measured values; without a deviation if they are all equal."""
+    measured = [value for value in values if value is not None]
+    if not measured:
         return "-"
-    spread = f" ± {shown(statistics.stdev(there))}" if len(set(there)) > 1 else ""
-    return shown(statistics.fmean(there)) + spread
+    deviation = f" ± {shown(statistics.stdev(measured))}" if len(set(measured)) > 1 else ""
+    return shown(statistics.fmean(measured)) + deviation
 
 
-def _at(*path: str) -> Callable[[Result], float | None]:
+def _value(*path: str) -> Callable[[Result], float | None]:
+    """Reads a value below nested keys; None where a key is missing."""
+
     def read(result: Result) -> float | None:
         value: Any = result
         for key in path:
@@ -87,13 +88,15 @@ def _at(*path: str) -> Callable[[Result], float | None]:
 
 
 def _log10_quality(result: Result) -> float | None:
-    quality = _at("scores", "forget_quality")(result)
+    quality = _value("scores", "forget_quality")(result)
     return None if quality is None else math.log10(max(quality, 1e-300))
 
 
-def _total(stage: str) -> Callable[[Result], float | None]:
+def _total(cost: str) -> Callable[[Result], float | None]:
+    """Reads a cost of the forget adapter and the edit together."""
+
     def read(result: Result) -> float | None:
-        parts = [_at(stage, part)(result) for part in ("forget_adapter", "edit")]
+        parts = [_value(cost, part)(result) for part in ("forget_adapter", "edit")]
         return None if None in parts else sum(filter(None, parts))
 
     return read
@@ -104,20 +107,20 @@ def _megabytes(result: Result) -> float | None:
 
 
 def _attack_columns(results: Sequence[Result]) -> list[Column]:
-    """Of each attack in each setting the loss, or what else it measures."""
-    tried = [attack for result in results for attack in result.get("attacks", ())]
-    measures = {(a["attack"], a["setting"]): "loss" if "loss" in a else "rouge_l_recall" for a in tried}
+    """One column for each attack in each setting: its loss, or ROUGE-L where it measures no loss."""
+    attacks = [attack for result in results for attack in result.get("attacks", ())]
+    measures = {(a["attack"], a["setting"]): "loss" if "loss" in a else "rouge_l_recall" for a in attacks}
 
-    def collector(attack: str, setting: str, measure: str) -> Callable[[Result], float | None]:
+    def reader(attack: str, setting: str, measure: str) -> Callable[[Result], float | None]:
         def read(result: Result) -> float | None:
-            tried = result.get("attacks", ())
-            return next((a[measure] for a in tried if (a["attack"], a["setting"]) == (attack, setting)), None)
+            own = result.get("attacks", ())
+            return next((a[measure] for a in own if (a["attack"], a["setting"]) == (attack, setting)), None)
 
         return read
 
-    names = {"loss": "", "rouge_l_recall": " (ROUGE-L)"}
+    suffixes = {"loss": "", "rouge_l_recall": " (ROUGE-L)"}
     return [
-        (f"{attack}: {setting}{names[measure]}", collector(attack, setting, measure), _three)
+        (f"{attack}: {setting}{suffixes[measure]}", reader(attack, setting, measure), _three)
         for (attack, setting), measure in measures.items()
     ]
 
@@ -130,32 +133,32 @@ _three, _two, _one, _whole = "{:.3f}".format, "{:.2f}".format, "{:.1f}".format, 
 
 
 _KEPT: list[Column] = [
-    ("strength", _at("strength"), _two),
-    ("forget loss", _at("losses", "forget"), _three),
-    ("retain loss", _at("losses", "retain"), _three),
-    ("general loss", _at("losses", "general"), _three),
-    ("retain probability", _at("scores", "retain_Q_A_Prob"), _three),
-    ("retain ROUGE-L", _at("scores", "retain_Q_A_ROUGE"), _three),
-    ("model utility", _at("scores", "model_utility"), _three),
+    ("strength", _value("strength"), _two),
+    ("forget loss", _value("losses", "forget"), _three),
+    ("retain loss", _value("losses", "retain"), _three),
+    ("general loss", _value("losses", "general"), _three),
+    ("retain probability", _value("scores", "retain_Q_A_Prob"), _three),
+    ("retain ROUGE-L", _value("scores", "retain_Q_A_ROUGE"), _three),
+    ("model utility", _value("scores", "model_utility"), _three),
 ]
 
 
 _LEFT: list[Column] = [
-    ("probability", _at("scores", "forget_Q_A_Prob"), _three),
-    ("ROUGE-L", _at("scores", "forget_Q_A_ROUGE"), _three),
-    ("truth score", _at("scores", "forget_truth_ratio"), _three),
+    ("probability", _value("scores", "forget_Q_A_Prob"), _three),
+    ("ROUGE-L", _value("scores", "forget_Q_A_ROUGE"), _three),
+    ("truth score", _value("scores", "forget_truth_ratio"), _three),
     ("log10 forget quality", _log10_quality, _two),
-    ("extraction strength", _at("scores", "extraction_strength"), _three),
-    ("exact memorization", _at("scores", "exact_memorization"), _three),
-    ("privleak", _at("scores", "privleak"), _one),
+    ("extraction strength", _value("scores", "extraction_strength"), _three),
+    ("exact memorization", _value("scores", "exact_memorization"), _three),
+    ("privleak", _value("scores", "privleak"), _one),
 ]
 
 
 _COST: list[Column] = [
-    ("rank", _at("rank"), _whole),
+    ("rank", _value("rank"), _whole),
     ("adapter, MB", _megabytes, _two),
-    ("edit, s", _at("seconds", "edit"), _one),
-    ("edit, forward-equivalents", _at("forward_equivalents", "edit"), _two),
+    ("edit, s", _value("seconds", "edit"), _one),
+    ("edit, forward-equivalents", _value("forward_equivalents", "edit"), _two),
     ("in all, s", _total("seconds"), _one),
     ("in all, forward-equivalents", _total("forward_equivalents"), _two),
 ]

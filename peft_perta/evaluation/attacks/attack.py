@@ -35,7 +35,7 @@ class Victims:
     def subjects(self) -> Iterator[tuple[str, Subject]]:
         """Role and subject of each that is there."""
         for role in ("unlearned", "full", "retain-only"):
-            subject = getattr(self, role)
+            subject = getattr(self, role.replace("-", "_"))
             if subject is not None:
                 yield role, subject
 

@@ -216,7 +216,7 @@ def _loaded(
         for set_name, of_set in data.items()
     }
     if len(samples) == 2 and _are_the_same(samples["forget"], samples["retain"]):
-        raise DataError("the forget set and the retain set hold the same samples; expected two different sets")
+        raise DataError("the forget set and the retain set are the same samples; expected two different sets")
     return samples
 
 

@@ -228,9 +228,7 @@ def _are_the_same(one: list[Sample], other: list[Sample]) -> bool:
 
 
 def _fingerprinted(samples: Mapping[str, list[Sample]]) -> dict[str, dict[str, Any]]:
-    return {
-        set_name: {"samples": len(of_set), "sha256": fingerprint(of_set)} for set_name, of_set in samples.items()
-    }
+    return {set_name: {"samples": len(of_set), "sha256": fingerprint(of_set)} for set_name, of_set in samples.items()}
 
 
 def _goal_of(config: PerTAConfig) -> Goal:

@@ -62,18 +62,10 @@ def test_dense_autograd_is_what_the_engine_sums(tiny):
     targets = engine.resolve_targets(model, "forget")
     samples = engine.drawn_samples(0, 4)
     dense = engine.dense_autograd(model, targets, samples)
-    ours = engine.sweep(
-        model,
-        targets,
-        samples,
-        engine.GRANULARITIES["delta"],
-        "mean",
-        adapters=[],
-        batch_size=2,
-        name="the set",
-        show_progress_bar=False,
-    )
+    collector = engine.Collector((engine.GRANULARITIES["delta"],))
+    job = engine.Job(model, targets, {"forget": samples}, collector, "mean", show_progress_bar=False)
+    ours = engine.sweep(job, "forget", 2)
     for name, gradient in dense.items():
-        total = ours[name].sums["weight"]
+        total = ours[name].gradients["weight"]
         assert gradient.norm() > 0
         assert (total - gradient).norm() <= 1e-5 * gradient.norm(), name

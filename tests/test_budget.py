@@ -193,7 +193,7 @@ CASES = {
     "sweeps": (2.2, {"chain": False, "disk": False}, lambda plan: plan.mode == "grouped" and len(plan.groups) > 1),
     "sums on the disk": (2.2, {"chain": False}, lambda plan: plan.sums_place == "disk"),
     "layer by layer": (2.2, {"disk": False}, lambda plan: plan.mode == "layerwise"),
-    "inputs on the disk": (1.6, {}, lambda plan: (plan.mode, plan.inputs) == ("layerwise", "disk")),
+    "inputs on the disk": (1.6, {}, lambda plan: (plan.mode, plan.inputs_place) == ("layerwise", "disk")),
 }
 
 

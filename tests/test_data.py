@@ -234,8 +234,8 @@ def test_padding_changes_no_gradient_sum(granularity):
     model = builders.adapted_llama()
     samples = load_samples(builders.forget_rows(), TOKENIZER)
     padded = load_samples(DataLoader(samples, batch_size=3, collate_fn=collate))
-    one, other = (laws.statistics(model, data, granularity, "mean", [], 2) for data in (samples, padded))
-    assert all(torch.equal(one[n].sums[k], other[n].sums[k]) for n in one for k in one[n].sums)
+    one, other = (laws.swept(model, data, granularity, "mean", [], 2) for data in (samples, padded))
+    assert all(torch.equal(one[n].gradients[k], other[n].gradients[k]) for n in one for k in one[n].gradients)
 
 
 @pytest.mark.parametrize(

@@ -330,7 +330,7 @@ def test_with_less_memory_there_are_more_sweeps_and_the_first_is_the_short_one()
 
 def test_with_even_less_memory_it_goes_layer_by_layer():
     plan = plan_within((100 + 2 * 2 * 8 + 24 + 3) * MIB)
-    assert (plan.mode, plan.inputs) == ("layerwise", "device")
+    assert (plan.mode, plan.inputs_place) == ("layerwise", "device")
     assert plan.groups == (("layer3", "layer2"), ("layer1", "layer0"))
     assert plan.cost == pytest.approx(3 * (1 + 64 / (4 * 640)))
     assert plan.peak == {"cpu": (100 + 2 * 2 * 8 + 24 + 3) * MIB}
@@ -352,7 +352,7 @@ def test_on_a_gpu_the_blocks_inputs_go_to_the_host_in_pinned_powers_of_two():
     found = measured((0, 1, None), ("cuda:0",), block_input=8 * MIB, **changes)
     budget = {"cuda:0": (100 + 2 * 8 + 24) * MIB, "cpu": AMPLE, "disk": 0}
     plan = make_plan(found, {"cuda:0": 100 * MIB, "cpu": 50 * MIB}, budget, 4)
-    assert (plan.mode, plan.inputs) == ("layerwise", "host")
+    assert (plan.mode, plan.inputs_place) == ("layerwise", "host")
     assert plan.groups == (("layer2",), ("layer1",), ("layer0",))
     assert plan.peak == {"cuda:0": 140 * MIB, "cpu": (50 + 24 + 5) * MIB}
     crossing = 4 * (24 + 5) * MIB * 5_000 / (2 * 3 * 2**20 * 10**6)

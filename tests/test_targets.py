@@ -21,7 +21,7 @@ def _no_compute(monkeypatch):
         raise AssertionError("a refusal must come before any compute")
 
     for stage in ("choose_plan", "gather"):
-        monkeypatch.setattr(f"peft_perta.perta.run.{stage}", fail)
+        monkeypatch.setattr(f"peft_perta.perta.edited_layers.{stage}", fail)
 
 
 def refused(model, error, message, **settings):

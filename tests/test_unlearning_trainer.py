@@ -692,7 +692,7 @@ def test_bad_input_is_refused_before_training(options, error, message):
 def test_an_output_that_is_not_ours_is_refused(tmp_path):
     (tmp_path / "mine").write_text("x")
     for name in ("output_dir", "checkpoint_dir"):
-        with pytest.raises(OutputError, match=r"not written by peft_perta|not the checkpoint of a run of ours"):
+        with pytest.raises(OutputError, match=r"not written by peft_perta|not a checkpoint of this package"):
             run(builders.saved_llama(), **{name: tmp_path})
 
 

@@ -95,8 +95,8 @@ class Collector:
 
 
 def _without_repeats(sources: Iterable[_Source]) -> tuple[_Source, ...]:
-    kept: list[_Source] = []
+    unique: list[_Source] = []
     for source in sources:
-        if source not in kept:
-            kept.append(source)
-    return tuple(kept)
+        if source not in unique:
+            unique.append(source)
+    return tuple(unique)

@@ -216,7 +216,7 @@ def _loaded(
         for set_name, of_set in data.items()
     }
     if len(samples) == 2 and _are_the_same(samples["forget"], samples["retain"]):
-        raise DataError("the forget set and the retain set hold the same samples; expected two different sets")
+        raise DataError("the forget set and the retain set are the same samples; expected two different sets")
     return samples
 
 
@@ -228,9 +228,7 @@ def _are_the_same(one: list[Sample], other: list[Sample]) -> bool:
 
 
 def _fingerprinted(samples: Mapping[str, list[Sample]]) -> dict[str, dict[str, Any]]:
-    return {
-        set_name: {"samples": len(of_set), "sha256": fingerprint(of_set)} for set_name, of_set in samples.items()
-    }
+    return {set_name: {"samples": len(of_set), "sha256": fingerprint(of_set)} for set_name, of_set in samples.items()}
 
 
 def _goal_of(config: PerTAConfig) -> Goal:

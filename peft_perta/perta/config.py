@@ -85,9 +85,9 @@ class PerTAConfig:
     """How a forget adapter becomes a negative adapter (PerTA).
 
     By default every element of the forget adapter's factors A [R, I] and B [O, R] gets the weight
-    W = |g_f| / (|g_f| + |g_r|), from its mean gradients g_f on the forget set and g_r on the retain set. The emitted edit
-    of a layer with the scaling s is -strength * s * (sqrt(W_B) (*) B) @ (sqrt(W_A) (*) A), weighted once more along the
-    directions of the layer's input.
+    W = |g_f| / (|g_f| + |g_r|), from its mean gradients g_f on the forget set and g_r on the retain set. The emitted
+    edit of a layer with the scaling s is -strength * s * (sqrt(W_B) (*) B) @ (sqrt(W_A) (*) A), weighted once more along
+    the directions of the layer's input.
 
     Raises:
         ConfigError: a value has the wrong type or is out of range.
@@ -165,8 +165,8 @@ class PerTAConfig:
     fit_kl_samples: int = _setting(
         0,
         "Measure the fit on this many retain samples: KL between the next-token distributions of the adapter and of "
-        "the edit before the fit. Meanwhile each layer's dense edit [out, in] stays on the host. Not needed where the rank "
-        "holds the edit exactly. Measured before strength 'auto'.",
+        "the edit before the fit. Meanwhile each layer's dense edit [out, in] stays on the host. Not needed where the "
+        "rank holds the edit exactly. Measured before strength 'auto'.",
         "an int >= 0",
         lambda value: is_int(value) and value >= 0,
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from typing import Any
 
+from torch import nn
 from tqdm.auto import tqdm
 
 from ..adapters import Factors, LayerProvenance
+from ..data import Sample
 from ..gradients import Checkpoint, Job, Limits, StatisticName, choose_plan, delete_sums, gather
 from ..model import Target, distributed
 from ._description import Run
@@ -24,7 +25,11 @@ _FIGURES = ("energy", "energy_kept", "excess_error", "metric_error")  # of the f
 
 
 def gradient_job(
-    config: PerTAConfig, statistic: StatisticName, model: Any, targets: Sequence[Target], samples: Any
+    config: PerTAConfig,
+    statistic: StatisticName,
+    model: nn.Module,
+    targets: Sequence[Target],
+    samples: Mapping[str, list[Sample]],
 ) -> Job:
     """The gradient sums that a run of this config needs.
 

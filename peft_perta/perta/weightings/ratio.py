@@ -47,7 +47,7 @@ def _ratio(forget: Tensor, retain: Tensor, power: float) -> Tensor:
 
 
 GRAD = Weighting("grad", ratio, "mean", power=1.0, description="the ratio of the mean gradients' magnitudes")
-FISHER = Weighting("fisher", ratio, "mean", power=2.0, description="the ratio of the squared mean gradients, sharper than 'grad'")
+FISHER = Weighting("fisher", ratio, "mean", power=2.0, description="the ratio of the squared mean gradients (sharper)")
 EMPIRICAL_FISHER = Weighting(
     "empirical-fisher",
     ratio,

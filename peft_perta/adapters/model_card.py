@@ -49,9 +49,9 @@ _LIMITS = (
     "## What it does not do",
     "",
     "- **The base still knows.** The adapter suppresses the knowledge. It does not erase it from the base model's "
-    "file: switching the adapter off (`disable_adapter`, or `set_adapter` to another name) brings the knowledge back. To "
-    "distribute a model without it, merge the adapters into a full-precision copy of the base (`peft-perta merge`) and "
-    "distribute only that copy.",
+    "file: switching the adapter off (`disable_adapter`, or `set_adapter` to another name) brings the knowledge back. "
+    "To distribute a model without it, merge the adapters into a full-precision copy of the base (`peft-perta merge`) "
+    "and distribute only that copy.",
     "- Do not merge it into 4-bit weights: rounding undoes small edits. Stack it, or merge it in full precision.",
     "- How much was forgotten, and at what cost, must be measured on your own data: read the evaluation beside this "
     "adapter, or run one. The measurements hold for one strength only.",

@@ -257,7 +257,7 @@ def test_a_factor_that_overflows_its_type_is_refused():
 
 def test_factors_of_another_shape_are_refused():
     factors = {"model.layers.0.mlp.up_proj": Factors(torch.ones(2, 64), torch.ones(64, 2), 1.0, 1.0)}
-    with pytest.raises(AdapterError, match=r"up_proj: a factor of shape \(64, 8\) for a slot of \(128, 8\)"):
+    with pytest.raises(AdapterError, match=r"up_proj: found a factor of shape \(64, 8\), expected \(128, 8\)"):
         build_adapter(builders.llama(), factors, 8, torch.float32)
 
 

@@ -69,8 +69,8 @@ def test_auto_meets_the_goal_along_the_line(start):
     model.delete_adapter("known")
     with laws.untouched(model):
         config, state_dict, provenance = extrapolate_adapter(
-            model, "forget", "auto", start_adapter=start, goal=Goal(target_forget_loss=target), forget=forget, retain=retain,
-            show_progress_bar=False,
+            model, "forget", "auto", start_adapter=start, goal=Goal(target_forget_loss=target), forget=forget,
+            retain=retain, show_progress_bar=False,
         )  # fmt: skip
     add_adapter(model, config, state_dict, "emitted")
     assert float(losses_of(model, forget, adapters=["emitted"]).mean()) == pytest.approx(target, rel=0.02)
@@ -85,8 +85,8 @@ def test_auto_leaves_layers_plain_that_neither_adapter_has():
     before = [name for name, _ in model.named_modules()]
     with laws.untouched(model), pytest.raises(NumericalError, match="no strength up to 256 brings the forget loss to"):
         extrapolate_adapter(
-            model, "forget", "auto", start_adapter="task", goal=Goal(target_forget_loss=1e6), forget=forget, retain=retain,
-            show_progress_bar=False,
+            model, "forget", "auto", start_adapter="task", goal=Goal(target_forget_loss=1e6), forget=forget,
+            retain=retain, show_progress_bar=False,
         )  # fmt: skip
     assert [name for name, _ in model.named_modules()] == before
 

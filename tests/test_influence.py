@@ -1,5 +1,5 @@
-"""Influence edits solve the system that they name; products are those of an explicit matrix, on any base; what cannot
-be solved is refused before it is tried."""
+"""Influence edits solve their linear system, with products equal to those of an explicit matrix on any base; bad
+requests are refused before any compute."""
 
 import copy
 import json
@@ -30,9 +30,9 @@ from peft_perta.cli import main
 from peft_perta.comparison import ASSETS
 from peft_perta.data import batches, load_samples, read_rows
 from peft_perta.influence import InfluenceSettings, correct_responses, erase_instances, modify_queries
-from peft_perta.influence._packed import differentiable
+from peft_perta.influence._differentiable import differentiable
 from peft_perta.influence._products import AdapterProducts
-from peft_perta.influence._solvers import conjugate_gradients, stochastic
+from peft_perta.influence._solvers import LinearSystem, Stopping, conjugate_gradients, stochastic
 from peft_perta.model import resolve_targets, sample_losses
 
 TOKENIZER = builders.tokenizer()
@@ -52,13 +52,13 @@ def trained(model, name="forget", steps=25):
 
 
 def tiny(**changes):
-    """An adapter of 96 numbers on a float64 Llama."""
+    """A float64 Llama with an adapter of 96 elements."""
     config = builders.lora_config(["k_proj"], r=1, layers_to_transform=[1], **changes)
     return trained(builders.with_adapters(builders.llama(torch.float64), config).to(torch.float64))
 
 
 def head_only(dtype=torch.float64):
-    """Logits are linear in its B."""
+    """A model with an adapter on its head: logits are linear in B."""
     config = builders.lora_config(["lm_head"], r=2)
     return trained(builders.with_adapters(builders.llama(dtype), config).to(dtype))
 
@@ -75,7 +75,7 @@ def products(model, name="forget", batch_size=3, factors="AB"):
 
 
 def flat(result):
-    """A then B of each layer, one after the other."""
+    """The change as one vector: A and B of each layer in turn."""
     return torch.cat([part.flatten() for pair in result.changes.values() for part in pair]).double()
 
 
@@ -87,7 +87,7 @@ def samples_of(rows):
 
 
 class Explicit:
-    """Loss and logits as functions of the factors' numbers, of a model without PEFT or packed weights."""
+    """Loss and logits as functions of the vector of factors, for a model without PEFT or quantised weights."""
 
     def __init__(self, model, name="forget", beside=()):
         self.plain, weights = oracles.plain_model(model, list(beside))
@@ -134,9 +134,9 @@ class Explicit:
 @pytest.fixture(scope="module")
 def explicit():
     model = tiny()
-    found = Explicit(model)
+    oracle = Explicit(model)
     samples = samples_of(ROWS)
-    return model, found, {"hessian": found.hessian(samples) / 4, "gauss-newton": found.gauss_newton(samples) / 4}
+    return model, oracle, {"hessian": oracle.hessian(samples) / 4, "gauss-newton": oracle.gauss_newton(samples) / 4}
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "gauss-newton"])
@@ -161,7 +161,7 @@ def test_the_change_is_the_inverse_matrix_times_the_gradients(curvature, functio
     assert result.provenance.stopped == "tolerance"
 
 
-def test_the_preconditioner_and_the_relative_damping_are_of_the_true_diagonal(explicit):
+def test_the_estimated_diagonal_is_that_of_the_gauss_newton_matrix(explicit):
     model, _, matrices = explicit
     wanted = matrices["gauss-newton"].diagonal()
     with differentiable(model, ["forget"]):
@@ -174,12 +174,12 @@ def test_the_preconditioner_and_the_relative_damping_are_of_the_true_diagonal(ex
 def test_the_relative_damping_is_in_units_of_the_mean_eigenvalue(explicit):
     model, _, matrices = explicit
     wanted = 2 * float(matrices["gauss-newton"].diagonal().mean())
-    found = [solve(model, damping=2.0, max_iterations=1, seed=seed).provenance.damping for seed in range(12)]
-    assert sum(found) / len(found) == pytest.approx(wanted, rel=0.3)
+    dampings = [solve(model, damping=2.0, max_iterations=1, seed=seed).provenance.damping for seed in range(12)]
+    assert sum(dampings) / len(dampings) == pytest.approx(wanted, rel=0.3)
 
 
-def test_the_curvature_can_be_of_a_few_rows(explicit):
-    """Those at even distances; the gradient is over all n all the same."""
+def test_the_curvature_can_be_taken_on_a_few_rows(explicit):
+    """On evenly spaced rows; the gradient is still divided by all n."""
     model, oracle, _ = explicit
     matrix = oracle.gauss_newton(samples_of([ROWS[0], ROWS[3]])) / 2
     b = oracle.gradient(samples_of(ROWS[:1])) / len(ROWS)
@@ -187,7 +187,7 @@ def test_the_curvature_can_be_of_a_few_rows(explicit):
     laws.close(flat(result), torch.linalg.solve(matrix + 0.2 * torch.eye(len(b)), b), 1e-4, "the change")
 
 
-def test_what_was_on_beside_the_adapter_is_on():
+def test_adapters_that_were_on_in_training_are_on():
     config = {name: builders.lora_config(["k_proj"], r=1, layers_to_transform=[1]) for name in ("forget", "task")}
     model = trained(builders.with_adapters(builders.llama(torch.float64), **config).to(torch.float64), steps=60)
     oracle = Explicit(model, beside=["task"])
@@ -256,7 +256,7 @@ def test_a_solution_does_not_depend_on_the_batch_size():
     ids=["gpt2", "opt", "mixtral", "gpt-oss", "int8", "bfloat16"],
 )
 @pytest.mark.parametrize("curvature", ["hessian", "gauss-newton"])
-def test_other_models_pass_their_own_check(build, name, curvature):
+def test_other_models_pass_the_check_of_their_products(build, name, curvature):
     model = build()
     with laws.untouched(model), differentiable(model, [name]):
         products(model, name).check(curvature, samples_of(ROWS)[0], 0)
@@ -264,8 +264,8 @@ def test_other_models_pass_their_own_check(build, name, curvature):
 
 @pytest.mark.parametrize("build", [builders.adapted_nf4_llama, builders.adapted_int8_llama], ids=["nf4", "int8"])
 @pytest.mark.parametrize("curvature", ["hessian", "gauss-newton"])
-def test_products_through_packed_layers_are_those_of_their_weights(build, curvature):
-    """H v of the dequantised model, by a loss of its own, differentiated twice; Gauss-Newton by plain derivatives."""
+def test_products_through_quantised_layers_are_those_of_the_dequantised_weights(build, curvature):
+    """Expected: H v of the dequantised model by autograd, and its Gauss-Newton product by plain derivatives."""
     model, samples = build(), samples_of(ROWS[:1])
     oracle = Explicit(model, "forget")
     oracle.start = oracle.start.float()
@@ -290,54 +290,56 @@ def test_products_through_packed_layers_are_those_of_their_weights(build, curvat
 # Solvers
 
 
-def system():
+def random_batches():
+    """(the matrix of each batch, the mean of these matrices, the right-hand side)."""
     torch.manual_seed(3)
     factors = [torch.randn(3, 12, dtype=torch.float64) for _ in range(5)]
-    parts = [f.T @ f + 0.2 * torch.eye(12) for f in factors]
+    parts = [factor.T @ factor + 0.2 * torch.eye(12) for factor in factors]
     whole = sum(parts) / 5
     return parts, whole, torch.randn(12, dtype=torch.float64)
 
 
+def solve_both_ways(parts, A, b, stopping):
+    """By conjugate gradients, and by stochastic steps."""
+    system = LinearSystem(lambda v: A @ v, b, A.diagonal())
+    yield conjugate_gradients(system, stopping)
+    yield stochastic(system, stopping, apply_batch=lambda i, v: parts[i] @ v, batches=5, seed=1)
+
+
+def ignore(residual):
+    pass
+
+
 def test_the_solvers_agree_and_state_the_true_residual():
-    parts, A, b = system()
-    expected, told = torch.linalg.solve(A, b), []
-    own = {"tolerance": 1e-8, "max_iterations": 500, "step": told.append}
-    found = [
-        conjugate_gradients(lambda v: A @ v, b, A.diagonal(), **own),
-        stochastic(lambda v: A @ v, lambda i, v: parts[i] @ v, 5, b, A.diagonal(), seed=1, **own),
-    ]
-    for solution in found:
+    parts, A, b = random_batches()
+    expected, residuals = torch.linalg.solve(A, b), []
+    solutions = list(solve_both_ways(parts, A, b, Stopping(1e-8, 500, residuals.append)))
+    for solution in solutions:
         laws.close(solution.vector, expected, 1e-6, "D")
         assert solution.stopped == "tolerance"
         assert solution.residual == pytest.approx(float((b - A @ solution.vector).norm() / b.norm()), rel=1e-6)
-    assert found[0].iterations <= 13
-    assert len(told) == found[0].iterations + found[1].iterations
+    assert solutions[0].iterations <= 13
+    assert len(residuals) == solutions[0].iterations + solutions[1].iterations
 
 
-def test_a_solver_that_stops_early_says_so_with_its_residual():
-    parts, A, b = system()
-    own = {"tolerance": 1e-8, "max_iterations": 3, "step": lambda _: None}
-    for solution in (
-        conjugate_gradients(lambda v: A @ v, b, A.diagonal(), **own),
-        stochastic(lambda v: A @ v, lambda i, v: parts[i] @ v, 5, b, A.diagonal(), seed=1, **own),
-    ):
+def test_a_solver_that_stops_early_says_so_and_states_its_residual():
+    parts, A, b = random_batches()
+    for solution in solve_both_ways(parts, A, b, Stopping(1e-8, 3, ignore)):
         assert (solution.stopped, solution.iterations) == ("iterations", 3)
         assert solution.residual == pytest.approx(float((b - A @ solution.vector).norm() / b.norm()))
         assert 1e-8 < solution.residual < 1
 
 
-def test_inexact_products_stop_where_they_allow_no_more():
-    _, A, b = system()
-    noisy = lambda v: (A.bfloat16() @ v.bfloat16()).double()  # noqa: E731
-    found = conjugate_gradients(
-        noisy, b, A.diagonal(), tolerance=1e-12, max_iterations=500, step=lambda _: None, is_definite=True
-    )
-    assert found.stopped == "rounding"
-    assert found.residual < 0.1
+def test_inexact_products_stop_the_solver_at_their_precision():
+    _, A, b = random_batches()
+    system = LinearSystem(lambda v: (A.bfloat16() @ v.bfloat16()).double(), b, A.diagonal())
+    solution = conjugate_gradients(system, Stopping(1e-12, 500, ignore), is_definite=True)
+    assert solution.stopped == "rounding"
+    assert solution.residual < 0.1
 
 
-def test_of_what_inexact_products_gave_the_best_is_kept():
-    """Ill-conditioned systems in bfloat16: no residual that was measured on the way is below the one that is stated."""
+def test_inexact_products_give_the_best_solution_that_was_measured():
+    """Ill-conditioned systems in bfloat16: no residual measured on the way is below the one that is stated."""
     torch.manual_seed(0)
     for _ in range(20):
         Q = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64))[0]
@@ -346,33 +348,28 @@ def test_of_what_inexact_products_gave_the_best_is_kept():
 
         def noisy(v, A=A, b=b, measured=measured):
             product = (A.bfloat16() @ v.bfloat16()).double()
-            measured.append(float((b - product).norm() / b.norm()))  # of a D, where v is one; else far off
+            measured.append(float((b - product).norm() / b.norm()))  # the residual if v is a D, else much larger
             return product
 
-        found = conjugate_gradients(
-            noisy, b, A.diagonal(), tolerance=1e-2, max_iterations=500, step=lambda _: None, is_definite=True
+        solution = conjugate_gradients(
+            LinearSystem(noisy, b, A.diagonal()), Stopping(1e-2, 500, ignore), is_definite=True
         )
-        assert found.vector.any()
-        assert found.residual <= min(measured) + 1e-12
+        assert solution.vector.any()
+        assert solution.residual <= min(measured) + 1e-12
 
 
-def test_products_that_allow_no_step_at_all_are_refused():
+def test_products_too_inexact_for_a_step_are_refused():
     b = torch.ones(3, dtype=torch.float64)
     with pytest.raises(NumericalError, match="too inexact for a single step; compute in float32"):
-        conjugate_gradients(
-            lambda v: -v, b, b, tolerance=1e-6, max_iterations=9, step=lambda _: None, is_definite=True
-        )  # fmt: skip
+        conjugate_gradients(LinearSystem(lambda v: -v, b, b), Stopping(1e-6, 9, ignore), is_definite=True)
 
 
 def test_negative_curvature_is_refused_with_the_alternative():
-    A = torch.diag(torch.tensor([1.0, 2.0, -0.5], dtype=torch.float64))
+    A, ones = torch.diag(torch.tensor([1.0, 2.0, -0.5], dtype=torch.float64)), torch.ones(3).double()
     with pytest.raises(
         NumericalError, match=r"damped curvature is .* expected it positive.*use curvature='gauss-newton'"
     ):
-        conjugate_gradients(
-            lambda v: A @ v, torch.ones(3).double(), torch.ones(3).double(), tolerance=1e-6, max_iterations=9,
-            step=lambda _: None,
-        )  # fmt: skip
+        conjugate_gradients(LinearSystem(lambda v: A @ v, ones, ones), Stopping(1e-6, 9, ignore))
 
 
 def test_the_stochastic_solver_gives_the_same_edit():
@@ -383,12 +380,12 @@ def test_the_stochastic_solver_gives_the_same_edit():
     assert other.provenance.stopped == "tolerance"
 
 
-# Against training again
+# Against retraining
 
 
-def test_it_predicts_what_leaving_one_row_out_does():
-    """Only B of the head is learned, with an L2 penalty that is the damping: a convex problem. Each row in turn is left
-    out, B is learned again to the optimum, and the change of the row's own loss is compared with the edit's."""
+def test_it_predicts_leave_one_out_retraining():
+    """A convex problem: only B of the head is learned, with the damping as its L2 penalty. Leave one row out, learn B
+    again to the optimum, and compare the change of that row's loss with the change by the edit."""
     rows = [
         {"question": f"{a}{b}?", "answer": c} for a, b, c in zip("abcdefghij", "ababababab", "xyxxyyxzzy", strict=True)
     ]
@@ -408,13 +405,13 @@ def test_it_predicts_what_leaving_one_row_out_does():
         cases = zip(logits, features, wanted, strict=True)
         return torch.stack([torch.nn.functional.cross_entropy(z + f @ B.T, y) for z, f, y in cases])
 
-    def learn(kept):
+    def learn(rows_in):
         B = torch.zeros(layer.weight.shape[0], 4, dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS([B], max_iter=300, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
 
         def closure():
             optimizer.zero_grad()
-            loss = losses(B)[kept].sum() / len(rows) + penalty / 2 * B.square().sum()
+            loss = losses(B)[rows_in].sum() / len(rows) + penalty / 2 * B.square().sum()
             loss.backward()
             return loss
 
@@ -468,25 +465,25 @@ def test_the_difference_is_the_edited_adapter_minus_the_original(float_result, t
     assert loaded.peft_config["default"].lora_alpha == 16
 
 
-def test_the_difference_is_stacked_on_the_adapter_and_does_what_the_report_says(float_result):
+def test_stacked_on_the_adapter_the_difference_has_the_losses_that_the_provenance_states(float_result):
     model, result = float_result
     model = copy.deepcopy(model)
     add_adapter(model, *result.difference()[:2], "erased")
     add_adapter(model, *result.edited()[:2], "edited")
     for stack in (["task", "erased"], ["edited"]):
         stack_adapters(model, stack)
-        for rows, name in ((ROWS[:1], "changed"), (ROWS[1:], "kept")):
+        for rows, name in ((ROWS[:1], "changed"), (ROWS[1:], "unchanged")):
             (batch,) = batches(samples_of(rows), len(rows))
             with torch.no_grad():
                 assert float(sample_losses(model, batch).mean()) == pytest.approx(
                     result.provenance.losses[name][1], rel=1e-4
                 )
-    (before, after), kept = result.provenance.losses["changed"], result.provenance.losses["kept"]
-    assert after - before > 3 * (kept[1] - kept[0])
+    (old, new), unchanged = result.provenance.losses["changed"], result.provenance.losses["unchanged"]
+    assert new - old > 3 * (unchanged[1] - unchanged[0])
 
 
 @pytest.mark.parametrize("form", ["edited", "difference"])
-def test_a_directory_is_verified_and_tells_what_was_done(form, float_result, tmp_path):
+def test_the_saved_directory_passes_verify_and_says_how_it_was_made(form, float_result, tmp_path):
     _, result = float_result
     save_perta_adapter(tmp_path / "out", *getattr(result, form)())
     checks = verify_adapter(tmp_path / "out")
@@ -519,7 +516,7 @@ def test_every_copy_of_a_row_is_erased():
     model = tiny()
     result = solve(model, rows=[*ROWS, ROWS[0]], max_iterations=3)
     assert {name: entry["samples"] for name, entry in result.provenance.data.items()} == {
-        "training": 5, "changed": 2, "kept": 3,
+        "training": 5, "changed": 2, "unchanged": 3,
     }  # fmt: skip
     assert result.provenance.stopped == "iterations"
     assert "stopped early, at max_iterations" in str(result.provenance)
@@ -534,9 +531,9 @@ def test_an_nf4_base_end_to_end(curvature):
     with laws.untouched(model):
         result = solve(model, adapter_name="task", curvature=curvature, absolute_damping=1.0, tolerance=1e-3)
     assert result.provenance.stopped == "tolerance"
-    (before, after), kept = result.provenance.losses["changed"], result.provenance.losses["kept"]
-    assert after > before
-    assert after - before > 3 * (kept[1] - kept[0])
+    (old, new), unchanged = result.provenance.losses["changed"], result.provenance.losses["unchanged"]
+    assert new > old
+    assert new - old > 3 * (unchanged[1] - unchanged[0])
     assert result.provenance.base_model["quantization"]["load_in_4bit"]
 
 
@@ -554,8 +551,8 @@ def test_the_command(four_bit, form, change, tmp_path, capsys):
     rows = {"training": ROWS, "erase": ROWS[:1]}
     for name, pairs in (("modify", MODIFIED), ("correct", CORRECTED)):
         rows[name] = [{"old": old, "new": new} for old, new in pairs]
-    for name, found in rows.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    for name, rows_of_file in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of_file))
     status = command(
         "--model", builders.llama_directory(), "--adapter", tmp_path / "adapters" / "task", "--training",
         tmp_path / "training.jsonl", f"--{change}", tmp_path / f"{change}.jsonl", "--form", form, "--max-iterations", 4,
@@ -577,7 +574,7 @@ def test_the_command(four_bit, form, change, tmp_path, capsys):
         ('{"old": {}, "new": 3}', "line 1: expected"),
     ],
 )
-def test_the_command_refuses_what_is_no_pair(text, message, tmp_path, capsys):
+def test_the_command_refuses_lines_that_are_not_pairs(text, message, tmp_path, capsys):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(text)
     arguments = ["--model", "m", "--adapter", "a", "--training", "t", "--correct", pairs, "--output", tmp_path / "out"]
@@ -590,7 +587,7 @@ def test_the_command_refuses_what_is_no_pair(text, message, tmp_path, capsys):
 
 
 class OnceOnly(torch.autograd.Function):
-    """x, once: no double backward and no forward derivative, as some fused kernels."""
+    """The identity without double backward and forward derivative, like some fused kernels."""
 
     @staticmethod
     def forward(ctx, x):
@@ -603,7 +600,7 @@ class OnceOnly(torch.autograd.Function):
 
 
 class Forgetful(torch.autograd.Function):
-    """x, whose derivatives of the second order and forth are silently others."""
+    """The square, with a wrong double backward and a wrong forward derivative that raise no error."""
 
     @staticmethod
     def forward(ctx, x):
@@ -628,7 +625,7 @@ class Forgetful(torch.autograd.Function):
         ("gauss-newton", r"forward derivative.*use curvature='hessian'"),
     ],
 )
-def test_a_model_that_cannot_be_differentiated_so_is_refused_at_the_start(function, curvature, message, monkeypatch):
+def test_a_model_without_the_derivatives_is_refused_at_the_start(function, curvature, message, monkeypatch):
     model = trained(builders.adapted_llama(), "task")
     module = model.get_base_model().model.layers[1].post_attention_layernorm
     forward = type(module).forward
@@ -653,9 +650,9 @@ def test_a_model_that_cannot_be_differentiated_so_is_refused_at_the_start(functi
             r"row 1: expected a row of the training set.*4 rows",
         ),
         (erase_instances, ROWS, "the whole training set"),
-        (erase_instances, [], "the rows to erase is empty"),
-        (modify_queries, CORRECTED, "pair 1: expected one completion in both rows.*correct_responses"),
-        (correct_responses, MODIFIED, "pair 1: expected one query in both rows.*modify_queries"),
+        (erase_instances, [], "the forget set is empty"),
+        (modify_queries, CORRECTED, "pair 1: expected the same completion in both rows.*correct_responses"),
+        (correct_responses, MODIFIED, "pair 1: expected the same query in both rows.*modify_queries"),
         (correct_responses, [(ROWS[0], ROWS[0])], "expected two different rows"),
         (
             correct_responses,
@@ -677,7 +674,7 @@ def test_a_model_that_cannot_be_differentiated_so_is_refused_at_the_start(functi
 )
 def test_bad_rows_are_refused_before_any_compute(function, changed, message, monkeypatch):
     model = builders.adapted_llama()
-    monkeypatch.setattr("peft_perta.influence.erase.differentiable", None)
+    monkeypatch.setattr("peft_perta.influence._run.differentiable", None)
     with laws.untouched(model), pytest.raises(DataError, match=message):
         solve(model, function, changed, adapter_name="task")
 
@@ -702,7 +699,7 @@ def test_values_that_are_not_finite_are_refused():
         solve(model, adapter_name="task")
 
 
-def test_an_indefinite_hessian_is_refused_and_the_model_goes_back():
+def test_an_indefinite_hessian_is_refused_and_the_model_is_unchanged():
     model = trained(builders.adapted_llama(), "task", steps=3)
     with laws.untouched(model), pytest.raises(NumericalError, match="Hessian is indefinite"):
         solve(model, adapter_name="task", curvature="hessian", absolute_damping=1e-6, max_iterations=60)
@@ -713,7 +710,7 @@ def test_adapters_that_cannot_be_edited_are_refused():
     with pytest.raises(AdapterError, match="no adapter named 'other'"):
         solve(model, adapter_name="other")
     for beside in (["task"], ["forget", "forget"]):
-        with pytest.raises(ConfigError, match="expected others than the edited adapter, once each"):
+        with pytest.raises(ConfigError, match="expected adapters other than the edited one, each named once"):
             erase_instances(model, ROWS, ROWS[:1], TOKENIZER, with_adapters=beside, **QUIET)
     wide = builders.with_adapters(builders.llama(), builders.lora_config(["q_proj"], r=257))
     with pytest.raises(ConfigError, match="adapter 'forget' has rank 257, expected at most 256"):
@@ -752,19 +749,19 @@ def test_bad_settings_are_refused(settings, message):
 # The shipped model
 
 
-def test_on_the_shipped_model_what_is_erased_moves_towards_the_retain_only_retain_only():
+def test_on_the_shipped_model_erased_rows_move_towards_the_retain_only_model():
     base, tokenizer = load_base(str(ASSETS / "base"))
     model = attach_adapters(base, {"task": ASSETS / "task_adapter", "retain-only": ASSETS / "retain_adapter"})
     short = lambda name: sorted(read_rows(ASSETS / f"{name}.jsonl"), key=lambda r: len(r["answer"]))[:6]  # noqa: E731
     forget, retain = short("forget")[:2], short("retain")[:4]
     settings = InfluenceSettings(max_iterations=4, damping=1.0)
     result = erase_instances(model, [*forget, *retain], forget, tokenizer, settings=settings, **QUIET)
-    (before, after), kept = result.provenance.losses["changed"], result.provenance.losses["kept"]
+    (old, new), unchanged = result.provenance.losses["changed"], result.provenance.losses["unchanged"]
     retain_only = {}
     stack_adapters(model, ["retain-only"])
-    for name, rows in (("changed", forget), ("kept", retain)):
+    for name, rows in (("changed", forget), ("unchanged", retain)):
         (batch,) = batches(load_samples(rows, tokenizer), len(rows))
         with torch.no_grad():
             retain_only[name] = float(sample_losses(model, batch).mean())
-    assert before < after < retain_only["changed"]
-    assert after - before > 5 * abs(kept[1] - kept[0])
+    assert old < new < retain_only["changed"]
+    assert new - old > 5 * abs(unchanged[1] - unchanged[0])

@@ -214,7 +214,7 @@ def test_a_quantised_base_is_refused(tmp_path):
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="is quantised: rounding would undo a small edit"):
+    with pytest.raises(ConfigError, match="is quantised, and rounding would undo a small edit"):
         merge_adapters(base, adapters, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 

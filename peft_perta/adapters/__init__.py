@@ -1,5 +1,6 @@
-"""What is emitted: low-rank factors, the adapter built of them, provenance, model card;
-fuse, merge, extrapolate, verify.
+"""Emitted adapters: low-rank factors, the adapter that is built from them, its provenance and its model card.
+
+The room also fuses, merges, extrapolates and verifies adapters.
 
 Imports from: errors, data, model, evaluation.
 """
@@ -9,6 +10,7 @@ from .emitted import (
     FORGET_RECORD_NAME,
     PROVENANCE_NAME,
     EmittedAdapter,
+    load_emitted,
     load_provenance,
     save_forget_adapter,
     save_perta_adapter,
@@ -16,7 +18,8 @@ from .emitted import (
 from .extrapolate import extrapolate_adapter
 from .fuse import fuse_adapters
 from .low_rank import Edit, Factors, Product, factorize
-from .merge import compare_merged, merge_adapters
+from .merge import merge_adapters
+from .merge_check import compare_merged
 from .model_card import model_card
 from .provenance import (
     FusedProvenance,
@@ -30,7 +33,7 @@ from .provenance import (
     read_provenance,
     versions,
 )
-from .servable import DTYPES, SERVABLE_RANKS, servable_rank, torch_dtype
+from .servable import DTYPES, SERVABLE_RANKS, check_servable, dtype_name, servable_rank, torch_dtype
 from .verify import format_checks, re_evaluate, verify_adapter
 
 __all__ = [
@@ -51,12 +54,15 @@ __all__ = [
     "WeightDistribution",
     "add_adapter",
     "build_adapter",
+    "check_servable",
     "compare_merged",
     "describe_base",
+    "dtype_name",
     "extrapolate_adapter",
     "factorize",
     "format_checks",
     "fuse_adapters",
+    "load_emitted",
     "load_provenance",
     "merge_adapters",
     "model_card",

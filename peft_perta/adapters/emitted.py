@@ -1,9 +1,4 @@
-"""Factors -> a plain LoRA adapter, on a model or in a directory. The only code that knows PEFT's file format.
-
-The adapter is what every server takes: one rank, lora_alpha equal to it, no rsLoRA, no patterns, no bias, every layer
-of a projection type present (zero where nothing changes). PEFT lays out the keys: it builds the empty adapter on a
-weightless copy of the model, and we fill its slots.
-"""
+"""An emitted adapter: its three parts together, and the directory that holds them."""
 
 from __future__ import annotations
 
@@ -22,51 +17,16 @@ from torch import Tensor, nn
 from ..data import replaced_directory
 from ..errors import AdapterError, NumericalError, OutputError
 from ..evaluation import Calibration
-from ..model import CONFIG_NAME, WEIGHTS_NAME, hash_file
+from ..model import CONFIG_NAME, WEIGHTS_NAME, check_adapter_files, hash_file, read_adapter
 from .build import add_adapter
 from .model_card import model_card
 from .provenance import FusedProvenance, PerTAProvenance, Provenance, read_provenance
 
 PROVENANCE_NAME = "perta_provenance.json"
 
-
 STRENGTH_NAME = "strength.json"
 
-
 FORGET_RECORD_NAME = "perta_forget.json"
-
-
-def save_perta_adapter(
-    path: str | Path,
-    lora_config: LoraConfig,
-    state_dict: Mapping[str, Tensor],
-    provenance: Provenance,
-    *,
-    license_name: str | None = None,
-) -> Path:
-    """Write a flat directory that loads anywhere: PEFT, transformers, vLLM, llama.cpp, with or without this package.
-
-    It holds ``adapter_config.json``, ``adapter_model.safetensors``, ``perta_provenance.json`` and a model card. It is
-    written under a temporary name and moved; a directory of ours is replaced, another's is refused. ``push_to_hub`` and
-    ``huggingface_hub`` take it as it is.
-
-    Args:
-        license_name: for the card's metadata: an identifier that hubs know, such as 'apache-2.0'; by default 'other',
-            since base and data have a say in it.
-
-    Raises:
-        OutputError: the path is not ours to write, or the disk refuses.
-    """
-    with replaced_directory(path, PROVENANCE_NAME) as directory:
-        _write_weights(directory, state_dict)
-        lora_config.save_pretrained(str(directory))
-        files = {name: hash_file(directory / name) for name in (WEIGHTS_NAME, CONFIG_NAME)}
-        record = {"format": 1, "files": files, **provenance.to_dict()}
-        (directory / PROVENANCE_NAME).write_text(json.dumps(record, indent=1) + "\n")
-        (directory / "README.md").write_text(model_card(provenance, license_name))
-        if isinstance(provenance, PerTAProvenance) and provenance.calibration is not None:
-            (directory / STRENGTH_NAME).write_text(json.dumps(provenance.calibration, indent=1) + "\n")
-    return Path(path)
 
 
 class EmittedAdapter(NamedTuple):
@@ -74,56 +34,97 @@ class EmittedAdapter(NamedTuple):
 
     Attributes:
         lora_config: PEFT's config; one rank for all layers, ``lora_alpha`` equal to it.
-        state_dict: PEFT's keys -> factors; A is [R, in], B is [out, R].
-        provenance: what the adapter was made from, and how.
+        state_dict: PEFT's keys -> factors; A is [R, I], B is [O, R].
+        provenance: the record of how the adapter was made (a ``Provenance``).
     """
 
     lora_config: LoraConfig
     state_dict: dict[str, Tensor]
-    provenance: Any  # a Provenance: which one, the function that emits the adapter says
+    provenance: Any  # each function that emits an adapter says which kind of Provenance
 
-    def save(self, path: str | Path, *, license_name: str | None = None) -> Path:
+    def save(self, path: str | Path) -> Path:
         """Write the adapter's directory; see ``save_perta_adapter``."""
-        return save_perta_adapter(path, *self, license_name=license_name)
+        return save_perta_adapter(path, *self)
 
     def add_to(self, model: nn.Module, adapter_name: str) -> None:
-        """Put the adapter on the model, frozen and not active; see ``add_adapter``."""
+        """Put the adapter on the model, frozen and switched off; see ``add_adapter``."""
         add_adapter(model, self.lora_config, self.state_dict, adapter_name)
 
     def scaled(self, factor: float) -> EmittedAdapter:
-        """The negative adapter at ``factor`` times its strength: B is scaled, and the provenance says so.
+        """The negative adapter at ``factor`` times its strength: B is scaled, and so is the provenance's strength.
 
         Raises:
-            AdapterError: it is no negative adapter of PerTA, so that its strength has no scale.
+            AdapterError: the adapter was not made by PerTA, so it has no strength.
             NumericalError: the factor is not finite, or the result overflows the adapter's dtype.
         """
         if not isinstance(self.provenance, PerTAProvenance):
             raise AdapterError(
-                f"expected a negative adapter that unlearn made, found one of {type(self.provenance).__name__}; of "
-                "fused adapters, scale the parts"
+                f"expected a negative adapter that unlearn made, found one with {type(self.provenance).__name__}; "
+                "scale the parts of a fused adapter before they are fused"
             )
-        state_dict = {key: B * factor if ".lora_B." in key else B for key, B in self.state_dict.items()}
+        state_dict = {key: value * factor if ".lora_B." in key else value for key, value in self.state_dict.items()}
         if not all(bool(torch.isfinite(value).all()) for value in state_dict.values()):
-            raise NumericalError(f"a strength {factor!r} times as large is not finite in the adapter's dtype")
+            raise NumericalError(
+                f"the adapter at {factor!r} times its strength is not finite in the adapter's dtype; use a smaller "
+                "factor, or emit the adapter in float32"
+            )
         return EmittedAdapter(self.lora_config, state_dict, self.provenance.scaled(factor))
 
     def with_calibration(self, calibration: Calibration) -> EmittedAdapter:
-        """The same adapter, with the search for its strength in its provenance.
+        """The same adapter with the search for its strength in its provenance.
 
         Raises:
-            AdapterError: the adapter's provenance holds no such search.
+            AdapterError: the kind of provenance has no place for such a search.
         """
         if not isinstance(self.provenance, (PerTAProvenance, FusedProvenance)):
-            raise AdapterError(f"the provenance of {type(self.provenance).__name__} holds no search for a strength")
+            raise AdapterError(
+                "expected the provenance of a negative or fused adapter, which can hold a calibration, found "
+                f"{type(self.provenance).__name__}"
+            )
         return self._replace(provenance=replace(self.provenance, calibration=calibration.to_dict()))
 
 
-def save_forget_adapter(path: str | Path, model: PeftModel, adapter_name: str, record: Mapping[str, Any]) -> Path:
-    """Write one adapter of the model into a flat directory (PEFT puts a named one into a subfolder), with our record
-    of how it was trained.
+def save_perta_adapter(
+    path: str | Path, lora_config: LoraConfig, state_dict: Mapping[str, Tensor], provenance: Provenance
+) -> Path:
+    """Write a flat adapter directory that PEFT, transformers, vLLM and llama.cpp load without this package.
+
+    The directory holds ``adapter_config.json``, ``adapter_model.safetensors``, ``perta_provenance.json`` and a model
+    card. It is written under a temporary name and then moved, so that a kill leaves the old directory or the new one.
+    ``push_to_hub`` and ``huggingface_hub`` take it as it is.
+
+    Args:
+        path: the directory to write. A directory that this function wrote before is replaced; any other directory that
+            is not empty is refused.
+        lora_config: PEFT's config of the adapter.
+        state_dict: PEFT's keys -> factors.
+        provenance: the record of how the adapter was made.
+
+    Returns:
+        The path of the directory.
 
     Raises:
-        OutputError: the path is not ours to write, or the disk refuses.
+        OutputError: the path holds something else, or the disk refuses.
+    """
+    with replaced_directory(path, PROVENANCE_NAME) as directory:
+        _write_weights(directory, state_dict)
+        lora_config.save_pretrained(str(directory))
+        files = {name: hash_file(directory / name) for name in (WEIGHTS_NAME, CONFIG_NAME)}
+        record = {"format": 1, "files": files, **provenance.to_dict()}
+        (directory / PROVENANCE_NAME).write_text(json.dumps(record, indent=1) + "\n")
+        (directory / "README.md").write_text(model_card(provenance))
+        if isinstance(provenance, PerTAProvenance) and provenance.calibration is not None:
+            (directory / STRENGTH_NAME).write_text(json.dumps(provenance.calibration, indent=1) + "\n")
+    return Path(path)
+
+
+def save_forget_adapter(path: str | Path, model: PeftModel, adapter_name: str, record: Mapping[str, Any]) -> Path:
+    """Write one adapter of the model into a flat directory, with a record of how it was trained.
+
+    PEFT's ``save_pretrained`` would put a named adapter into a subdirectory.
+
+    Raises:
+        OutputError: the path holds something else, or the disk refuses.
     """
     with replaced_directory(path, FORGET_RECORD_NAME) as directory:
         state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
@@ -133,11 +134,28 @@ def save_forget_adapter(path: str | Path, model: PeftModel, adapter_name: str, r
     return Path(path)
 
 
-def load_provenance(path: str | Path) -> tuple[Provenance, dict[str, str]]:
-    """The report of an emitted adapter, and the SHA-256 of its files as they were written.
+def load_emitted(path: str | Path) -> EmittedAdapter:
+    """Read an emitted adapter back from its directory.
 
     Raises:
-        AdapterError: the directory holds no provenance of ours, or a damaged one.
+        AdapterError: a file is missing or damaged.
+    """
+    provenance, _ = load_provenance(path)
+    check_adapter_files(path)
+    return EmittedAdapter(*read_adapter(path), provenance)
+
+
+def load_provenance(path: str | Path) -> tuple[Provenance, dict[str, str]]:
+    """Read the provenance of an emitted adapter.
+
+    Args:
+        path: a directory that ``save_perta_adapter`` wrote.
+
+    Returns:
+        The provenance, and file name -> SHA-256 of the adapter's files as they were written.
+
+    Raises:
+        AdapterError: the directory holds no provenance of this package, or a damaged one.
     """
     file = Path(path) / PROVENANCE_NAME
     if not file.is_file():
@@ -147,8 +165,8 @@ def load_provenance(path: str | Path) -> tuple[Provenance, dict[str, str]]:
         values.pop("format")
         files = values.pop("files")
         return read_provenance(values), files
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{file} is damaged ({error}); emit the adapter anew") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise AdapterError(f"{file} is damaged ({error}); emit the adapter again") from error
 
 
 def _write_weights(directory: Path, state_dict: Mapping[str, Tensor]) -> None:

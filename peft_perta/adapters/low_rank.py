@@ -1,4 +1,4 @@
-"""Edit -> factors at a rank or an energy; the error of that step is a returned value."""
+"""Approximate an edit by low-rank factors, at a given rank or share of its energy, and return the error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Product:
-    """An edit held as factors: B [O, R] @ A [R, I]. No [O, I] matrix exists."""
+    """An edit given as factors: B [O, R] @ A [R, I]. The [O, I] matrix is never formed."""
 
     B: Tensor
     A: Tensor
@@ -20,7 +20,7 @@ class Product:
 Edit = Tensor | Product  # an edit of one layer: dense [O, I], or a product
 
 
-# The fit of a dense edit may lose this share of the best fit's squared error, by its own bound, before it is repeated.
+# Subspace iteration stops once its squared error exceeds the best one by at most this share, by its own bound.
 EXCESS = 0.005
 
 
@@ -29,16 +29,18 @@ _MOST_ITERATIONS = 12
 
 @dataclass(frozen=True)
 class Factors:
-    """B [O, R] @ A [R, I] approximates an edit.
+    """Factors B [O, R] @ A [R, I] that approximate an edit.
 
     Attributes:
+        A: [R, I].
+        B: [O, R].
         energy: the edit's squared Frobenius norm.
-        energy_kept: the share of it that the factors hold, in [0, 1]; 1 for an edit that is zero.
-        excess_error: how much larger the squared error may be than the best one at this rank, as a share of it; 0
-            where the fit is exact. A bound where the leading subspace was found; on flat spectra (noise, nearly equal
-            singular values) the true excess was seen up to 2.4 times this, and below 0.6 %.
-        metric_error: the share of the edit that the factors lose in the measure that they were fitted in; of a
-            truncation in the Frobenius norm, the rest of ``energy_kept``.
+        energy_kept: the share of that energy that the factors hold, in [0, 1]; 1 for an edit of zeros.
+        excess_error: by which share the squared error may exceed the best one at this rank; 0 where the fit is exact.
+            It is a bound where the leading subspace was found. On flat spectra (noise, nearly equal singular values) it
+            is an estimate: the largest true excess seen was 2.4 times as large, and below 0.6 %.
+        metric_error: the share of the edit that the factors lose in the measure of the fit. For a truncation in the
+            Frobenius norm it is 1 - ``energy_kept``.
     """
 
     A: Tensor
@@ -50,10 +52,11 @@ class Factors:
 
     @property
     def rank(self) -> int:
+        """R, the number of columns of B."""
         return self.A.shape[0]
 
     def padded(self, rank: int) -> Factors:
-        """The same product at a larger rank, with zeros."""
+        """The same product at a larger rank, padded with zeros."""
         missing = rank - self.rank
         A = torch.cat([self.A, self.A.new_zeros(missing, self.A.shape[1])])
         B = torch.cat([self.B, self.B.new_zeros(len(self.B), missing)], dim=1)
@@ -61,11 +64,18 @@ class Factors:
 
 
 def factorize(edit: Edit, rank: int | float) -> Factors:
-    """The best approximation in the Frobenius norm at a rank (int), or at the least rank that keeps a share of the
-    energy.
+    """The best low-rank approximation of an edit in the Frobenius norm.
 
-    A product whose rank suffices is passed on as it is, exactly. A dense edit much larger than its rank is fitted by
-    subspace iteration, whose error is bounded in ``excess_error``. Sign and strength are inside B.
+    A product of small enough rank is returned unchanged, so it stays exact. A dense edit that is much larger than the
+    rank is fitted by subspace iteration; ``excess_error`` bounds its error. Any other edit is fitted by a full singular
+    value decomposition. The edit's sign and strength end up in B.
+
+    Args:
+        edit: the edit, dense [O, I] or a product.
+        rank: the rank, as an int; or the share of the energy to keep, as a float, for the smallest such rank.
+
+    Returns:
+        The factors, and the error of the approximation.
 
     Reference: Eckart and Young 1936; Halko, Martinsson and Tropp 2011, arXiv 0909.4061.
     """
@@ -79,16 +89,16 @@ def factorize(edit: Edit, rank: int | float) -> Factors:
         Q_A, R_A = torch.linalg.qr(edit.A.T)
         U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
         return _truncated(Q_B @ U, S, Vh @ Q_A.T, rank)
-    tried = rank if isinstance(rank, int) else 16
-    while _sketch_rank(tried) <= min(edit.shape) // 4:
-        fitted = _subspace_iteration(edit, tried)
+    sketched = rank if isinstance(rank, int) else 16
+    while _sketch_rank(sketched) <= min(edit.shape) // 4:
+        fitted = _subspace_iteration(edit, sketched)
         if fitted is None:
             break
         if isinstance(rank, int):
             return fitted
         if fitted.energy_kept >= rank:
-            return _least(fitted, rank)
-        tried *= 2
+            return _shortened(fitted, rank)
+        sketched *= 2
     U, S, Vh = torch.linalg.svd(edit, full_matrices=False)
     return _truncated(U, S, Vh, rank)
 
@@ -97,15 +107,14 @@ def _truncated(U: Tensor, S: Tensor, Vh: Tensor, rank: int | float) -> Factors:
     """The leading part of a singular value decomposition."""
     energies = S.double().square()
     total = float(energies.sum())
-    kept_rank = min(rank if isinstance(rank, int) else _rank_of_energy(energies, rank), len(S))
-    kept = float(energies[:kept_rank].sum()) / total if total > 0 else 1.0
+    kept_rank = min(rank if isinstance(rank, int) else _smallest_rank(energies, rank * total), len(S))
+    share = min(float(energies[:kept_rank].sum()) / total, 1.0) if total > 0 else 1.0
     A, B = _balanced(U, S, Vh, kept_rank)
-    kept = min(kept, 1.0)
-    return Factors(A, B, total, kept, metric_error=1 - kept)
+    return Factors(A, B, total, share, metric_error=1 - share)
 
 
 def _balanced(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    # The singular values are split evenly, which keeps both factors within the range of a 16-bit type.
+    # Each factor gets the square root of the singular values, which keeps both within the range of a 16-bit type.
     root = S[:rank].sqrt()
     return root.unsqueeze(1) * Vh[:rank], U[:, :rank] * root
 
@@ -115,16 +124,18 @@ def _sketch_rank(rank: int) -> int:
 
 
 def _subspace_iteration(edit: Tensor, rank: int) -> Factors | None:
-    """The leading singular subspace, by products with the edit alone: two [O, I] x [I, L] products an iteration.
+    """The leading singular subspace by products with the edit: two [O, I] x [I, L] products per iteration.
 
-    The bound. Let Q [O, k] hold the leading left Ritz vectors, S their values, and C = (1 - Q Q^T) E E^T Q what the
-    subspace still leaks. In the basis of Q and its complement, E E^T is a block diagonal matrix plus the off-diagonal
-    blocks C, C^T. Ky Fan: the k largest eigenvalues of a sum are at most those of its parts, added up. The block
-    diagonal's are the S^2 where the complement holds nothing larger (so it is where there is a gap, and not where
-    singular values are nearly equal: there this is an estimate); the off-diagonal blocks' are at most the singular
-    values of C. So the best fit of rank k keeps at most sum(sigma(C)) more energy than this one.
+    The bound: let Q [O, R] hold the leading left Ritz vectors, S their values, and C = (1 - Q Q^T) E E^T Q the part
+    that the subspace leaks. In the basis of Q and its complement, E E^T is a block diagonal matrix plus the
+    off-diagonal blocks C and C^T. By Ky Fan, the sum of the R largest eigenvalues of a sum of matrices is at most the
+    sum of theirs. Those of the block diagonal are S^2 if the complement holds nothing larger. That is so where the
+    spectrum has a gap; where singular values are nearly equal, this makes the bound an estimate. Those of the
+    off-diagonal blocks are at most the singular values of C. So the best fit of rank R keeps at most sum(sigma(C)) more
+    energy than this one.
 
-    Returns None where the bound is not reached in time.
+    Returns:
+        The factors; None where the bound is not reached within ``_MOST_ITERATIONS``.
     """
     total = float(torch.linalg.vector_norm(edit, dtype=torch.float64) ** 2)
     if total == 0:
@@ -140,7 +151,7 @@ def _subspace_iteration(edit: Tensor, rank: int) -> Factors | None:
         leaked = image @ U[:, :rank] - leading * S[:rank].square()
         kept = float(S[:rank].double().square().sum())
         missed = float(torch.linalg.svdvals(leaked).double().sum())
-        # What rounding alone leaves in each product.
+        # The error that rounding alone leaves in each product.
         floor = 8 * torch.finfo(edit.dtype).eps * kept
         error = max(total - kept, floor)
         if missed <= EXCESS * error or missed <= floor:
@@ -152,19 +163,19 @@ def _subspace_iteration(edit: Tensor, rank: int) -> Factors | None:
     return None
 
 
-def _least(fitted: Factors, share: float) -> Factors:
-    """As few of the factors as keep a share of the energy; the singular values are the columns' squared norms."""
+def _shortened(fitted: Factors, share: float) -> Factors:
+    """The fewest of the factors that keep a share of the energy.
+
+    The factors are balanced, so the squared norm of a column of B is its singular value.
+    """
     energies = fitted.B.double().square().sum(0).square()
-    reached = energies.cumsum(0) >= share * fitted.energy * (1 - 1e-12)
-    rank = int(reached.int().argmax()) + 1 if bool(reached.any()) else len(energies)
+    rank = _smallest_rank(energies, share * fitted.energy)
     kept = min(float(energies[:rank].sum()) / fitted.energy, 1.0) if fitted.energy else 1.0
     A, B = fitted.A[:rank], fitted.B[:, :rank]
     return dataclasses.replace(fitted, A=A, B=B, energy_kept=kept, metric_error=1 - kept)
 
 
-def _rank_of_energy(energies: Tensor, share: float) -> int:
-    total = energies.sum()
-    if total == 0:
-        return 1
-    reached = energies.cumsum(0) >= share * total * (1 - 1e-12)
-    return int(reached.int().argmax()) + 1
+def _smallest_rank(energies: Tensor, needed: float) -> int:
+    """How many of the leading energies add up to the needed one; all of them where they fall short of it."""
+    reached = energies.cumsum(0) >= needed * (1 - 1e-12)
+    return int(reached.int().argmax()) + 1 if bool(reached.any()) else len(energies)

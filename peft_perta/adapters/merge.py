@@ -1,67 +1,55 @@
-"""Adapters into a full-precision copy of the base, shard by shard.
+"""Merge adapters into a full-precision copy of the base, shard by shard.
 
-The base's own files are read, not the model that an adapter may sit on: nothing is ever merged into 4-bit weights, and
-no more than one shard is in memory.
+The base's own files are read, not a loaded model. So nothing is ever merged into 4-bit weights, and at most one shard
+is in memory.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..data import check_output, replaced_directory
 from ..errors import AdapterError, ConfigError, NumericalError, OutputError
-from ..evaluation import generate, row_losses
 from ..model import (
     Target,
-    adapter_strength,
     attach_adapters,
     base_model,
     check_base,
     check_lora_config,
     hash_file,
     hash_targets,
-    load_base,
     load_skeleton,
     resolve_layers,
 )
+from ._weight_files import WeightFiles
+from .servable import dtype_name
 
 MERGED_NAME = "perta_merged.json"
 
 
-_INDEX = "model.safetensors.index.json"
-
-
-_SINGLE = "model.safetensors"
-
-
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-
-
 @dataclass(frozen=True)
 class MergeProvenance:
-    """What was merged.
+    """The record of a merged model.
 
     Attributes:
         base_model: name or path of the base.
-        adapters: directory, strength and SHA-256 of the factors of each.
-        weights: how many weights were changed.
+        adapters: directory, strength and SHA-256 of the factors of each adapter.
+        weights: number of weights that were changed.
         dtype: of the changed weights.
-        rounding: ||stored - exact|| / ||edit||, Frobenius, over all changed weights: the share of the edit that their
-            type could not hold.
-        files: SHA-256 of the weight files.
+        rounding: ||stored - exact|| / ||edit|| in the Frobenius norm over all changed weights: the share of the edit
+            that the dtype could not hold.
+        files: weight file -> SHA-256.
     """
 
     base_model: str
@@ -74,8 +62,31 @@ class MergeProvenance:
     def __str__(self) -> str:
         return (
             f"{len(self.adapters)} adapters merged into {self.weights} weights of {self.base_model} in {self.dtype}; "
-            f"rounding took {self.rounding:.2%} of the edit"
+            f"rounding lost {self.rounding:.2%} of the edit"
         )
+
+
+@dataclass
+class _Edits:
+    """The adapters' deltas on the tensors of the weight files, and what storing them lost so far.
+
+    Attributes:
+        of: tensor key -> targets on that weight, each with its adapter's strength.
+        dtype: of the whole merged model; None keeps the dtype of each tensor.
+        squared_error: sum of ||stored - exact||^2.
+        squared_norm: sum of ||edit||^2.
+        stored_dtypes: the dtypes of the changed weights.
+    """
+
+    of: Mapping[str, list[tuple[Target, float]]]
+    dtype: torch.dtype | None
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+    stored_dtypes: set[str] = field(default_factory=set)
+
+    @property
+    def rounding(self) -> float:
+        return (self.squared_error / self.squared_norm) ** 0.5 if self.squared_norm else 0.0
 
 
 def merge_adapters(
@@ -87,206 +98,118 @@ def merge_adapters(
     revision: str | None = None,
     show_progress_bar: bool = True,
 ) -> MergeProvenance:
-    """Write a model directory that loads without PEFT: the base's weights plus every adapter's delta.
+    """Write a model directory that loads without PEFT: the base's weights plus the delta of every adapter.
 
     Args:
-        model_name: the base, a directory or a hub name, in full or 16-bit precision and in safetensors files.
-        adapters: directory -> strength; the task adapter and the negative adapter, say.
-        dtype: of the whole model; by default as the base's files hold it.
+        model_name: the base, as a directory or a hub name; in full or 16-bit precision, in safetensors files.
+        adapters: adapter directory -> strength; for example the task adapter and the negative adapter.
+        output: the directory to write.
+        dtype: of the whole merged model; by default that of the base's files.
+        revision: revision of a hub model.
+        show_progress_bar: show a progress bar over the shards.
+
+    Returns:
+        The record of the merge, which is also written to the directory.
 
     Raises:
-        AdapterError: an adapter is not plain LoRA, of another base, or on a weight that the files do not hold under
-            its own name.
+        AdapterError: an adapter is not plain LoRA, has another base, or adapts a weight that the files do not hold
+            under its own name.
         ConfigError: the base is quantised, or its files cannot be found or read.
         NumericalError: a merged weight is not finite.
-        OutputError: the output is not ours to write, or the disk refuses.
+        OutputError: the output holds something else, or the disk refuses.
     """
     check_output(output, MERGED_NAME)
     if not adapters:
         raise AdapterError("expected at least one adapter to merge, found none")
-    skeleton = load_skeleton(model_name, revision=revision)
-    if getattr(skeleton.config, "quantization_config", None) is not None:
-        raise ConfigError(
-            f"{model_name} is quantised: rounding would undo a small edit; expected the full-precision base that it "
-            "was made from"
-        )
-    names = {f"adapter_{number}": directory for number, directory in enumerate(adapters)}
-    model = attach_adapters(skeleton, names)
-    parts: dict[str, list[tuple[Target, float]]] = {}
-    described = []
-    for name, directory in names.items():
-        check_lora_config(model.peft_config[name], str(directory))
-        check_base(model, name)
-        targets = resolve_layers(model, name)
-        described.append(
-            {"directory": str(directory), "strength": float(adapters[directory]), "sha256": hash_targets(targets)}
-        )
-        for target in targets:
-            parts.setdefault(target.weight_path, []).append((target, float(adapters[directory])))
-    directory = _locate(model_name, revision)
-    shards = _shards(directory)
-    renamed = _match(parts, [key for keys in shards.values() for key in keys], base_model(model), model_name)
-    error = size = 0.0
-    stored_types = set()
-    with replaced_directory(output, MERGED_NAME) as written:
-        for shard in tqdm(shards, desc="merging shards", disable=not show_progress_bar):
-            tensors = {}
-            with safe_open(directory / shard, framework="pt") as file:
-                metadata = file.metadata() or {"format": "pt"}
-                for key in shards[shard]:
-                    tensors[key] = file.get_tensor(key)
-                    if key in renamed:
-                        tensors[key], lost, moved = _merged(key, tensors[key], parts[renamed[key]], dtype)
-                        error, size = error + lost, size + moved
-                    elif dtype is not None and tensors[key].is_floating_point():
-                        tensors[key] = tensors[key].to(dtype)
-                    if key in renamed:
-                        stored_types.add(str(tensors[key].dtype).removeprefix("torch."))
-            try:
-                save_file(tensors, written / shard, metadata)
-            except SafetensorError as failure:
-                raise OutputError(f"{output} could not be written: {failure}") from failure
-        _copy_others(directory, written)
+    skeleton = _full_precision_skeleton(model_name, revision)
+    targets_on, described = _resolve(skeleton, adapters)
+    source = WeightFiles.find(model_name, revision)
+    parameters = source.match(targets_on, base_model(skeleton))
+    edits = _Edits({key: targets_on[parameter] for key, parameter in parameters.items()}, dtype)
+    with replaced_directory(output, MERGED_NAME) as directory:
+        for shard in tqdm(source.shards, desc="merging shards", disable=not show_progress_bar):
+            _write_shard(source, shard, edits, directory)
+        source.copy_other_files(directory, without=MERGED_NAME)
         if dtype is not None:
-            config = json.loads((written / "config.json").read_text())
-            config["dtype"] = str(dtype).removeprefix("torch.")
-            (written / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        files = {name: hash_file(written / name) for name in shards}
+            _set_dtype(directory / "config.json", dtype)
         provenance = MergeProvenance(
             base_model=model_name,
             adapters=described,
-            weights=len(renamed),
-            dtype=", ".join(sorted(stored_types)),
-            rounding=(error / size) ** 0.5 if size else 0.0,
-            files=files,
+            weights=len(edits.of),
+            dtype=", ".join(sorted(edits.stored_dtypes)),
+            rounding=edits.rounding,
+            files={shard: hash_file(directory / shard) for shard in source.shards},
         )
-        (written / MERGED_NAME).write_text(json.dumps({"format": 1, **asdict(provenance)}, indent=1) + "\n")
+        (directory / MERGED_NAME).write_text(json.dumps({"format": 1, **asdict(provenance)}, indent=1) + "\n")
     return provenance
 
 
-def _locate(model_name: str, revision: str | None) -> Path:
-    if Path(model_name).is_dir():
-        return Path(model_name)
-    try:
-        return Path(snapshot_download(model_name, revision=revision, ignore_patterns=["*.bin", "*.pth", "*.gguf"]))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the files of {model_name!r} cannot be fetched: {str(error).splitlines()[0]}") from error
-
-
-def _shards(directory: Path) -> dict[str, list[str]]:
-    """File name -> the tensors in it."""
-    try:
-        if (directory / _INDEX).is_file():
-            weight_map = json.loads((directory / _INDEX).read_text())["weight_map"]
-            names = sorted(set(weight_map.values()))
-        else:
-            names = [_SINGLE]
-        found = {}
-        for name in names:
-            with safe_open(directory / name, framework="pt") as file:
-                found[name] = list(file.keys())
-        return found
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+def _full_precision_skeleton(model_name: str, revision: str | None) -> PreTrainedModel:
+    skeleton = load_skeleton(model_name, revision=revision)
+    if getattr(skeleton.config, "quantization_config", None) is not None:
         raise ConfigError(
-            f"the weights in {directory} cannot be read ({type(error).__name__}: {error}); expected {_SINGLE} or "
-            f"{_INDEX} with its shards"
-        ) from error
+            f"{model_name} is quantised, and rounding would undo a small edit; expected the full-precision base that "
+            "it was made from"
+        )
+    return skeleton
 
 
-def _match(parts: Mapping[str, Any], keys: list[str], base: Any, model_name: str) -> dict[str, str]:
-    """Tensor in the files -> parameter in the model; files may leave out or add the base model's prefix."""
-    prefix = getattr(base, "base_model_prefix", "") + "."
-    known = set(keys)
-    renamed = {}
-    for name in parts:
-        found = next((key for key in (name, name.removeprefix(prefix), prefix + name) if key in known), None)
-        if found is None:
-            raise AdapterError(
-                f"{name} is adapted, but the files of {model_name} hold no tensor of that name (they hold "
-                f"{sorted(known)[:3]}, ...); weights that transformers renames or packs while it loads (experts) "
-                "cannot be merged file by file: load the model in full precision and use PEFT's merge_and_unload"
-            )
-        renamed[found] = name
-    return renamed
+def _resolve(
+    skeleton: PreTrainedModel, adapters: Mapping[str, float]
+) -> tuple[dict[str, list[tuple[Target, float]]], list[dict[str, Any]]]:
+    """(parameter -> targets on it with their strengths, what the provenance says of each adapter)."""
+    directories = {f"adapter_{number}": directory for number, directory in enumerate(adapters)}
+    model = attach_adapters(skeleton, directories)
+    targets_on: dict[str, list[tuple[Target, float]]] = {}
+    described = []
+    for name, directory in directories.items():
+        check_lora_config(model.peft_config[name], str(directory))
+        check_base(model, name)
+        targets, strength = resolve_layers(model, name), float(adapters[directory])
+        described.append({"directory": str(directory), "strength": strength, "sha256": hash_targets(targets)})
+        for target in targets:
+            targets_on.setdefault(target.weight_path, []).append((target, strength))
+    return targets_on, described
 
 
-def _merged(
-    key: str, weight: Tensor, parts: list[tuple[Target, float]], dtype: torch.dtype | None
-) -> tuple[Tensor, float, float]:
-    """(the weight as it is stored, ||stored - exact||^2, ||edit||^2)."""
+def _write_shard(source: WeightFiles, shard: str, edits: _Edits, directory: Path) -> None:
+    tensors = {}
+    with safe_open(source.directory / shard, framework="pt") as file:
+        metadata = file.metadata() or {"format": "pt"}
+        for key in source.shards[shard]:
+            tensor = file.get_tensor(key)
+            if key in edits.of:
+                tensor = _merged(key, tensor, edits)
+            elif edits.dtype is not None and tensor.is_floating_point():
+                tensor = tensor.to(edits.dtype)
+            tensors[key] = tensor
+    try:
+        save_file(tensors, directory / shard, metadata)
+    except SafetensorError as error:
+        raise OutputError(f"{directory / shard} could not be written: {error}") from error
+
+
+def _merged(key: str, weight: Tensor, edits: _Edits) -> Tensor:
+    """The weight plus its edit, as it is stored."""
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     edit = torch.zeros_like(exact)
-    for target, strength in parts:
+    for target, strength in edits.of[key]:
         delta = (strength * target.scaling * target.B) @ target.A
         of_weight = edit[target.expert] if edit.dim() == 3 else edit
         of_weight += delta.T if target.transposed else delta
     exact += edit
     if not bool(torch.isfinite(exact).all()):
-        raise NumericalError(f"{key}: the merged weight is not finite; look at the base and at the adapters' strengths")
-    stored = exact.to(dtype or weight.dtype)
+        raise NumericalError(f"{key}: the merged weight is not finite; check the base and the adapters' strengths")
+    stored = exact.to(edits.dtype or weight.dtype)
     if not bool(torch.isfinite(stored).all()):
         raise NumericalError(f"{key}: the merged weight is not finite in {stored.dtype}; use bfloat16 or float32")
-    return stored, float((stored.double() - exact.double()).square().sum()), float(edit.double().square().sum())
+    edits.squared_error += float((stored.double() - exact.double()).square().sum())
+    edits.squared_norm += float(edit.double().square().sum())
+    edits.stored_dtypes.add(dtype_name(stored.dtype))
+    return stored
 
 
-def _copy_others(source: Path, target: Path) -> None:
-    """Config, tokenizer, licence: everything that holds no weights, and the index."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES) and file.name != MERGED_NAME:
-            shutil.copyfile(file, target / file.name)
-
-
-@dataclass(frozen=True)
-class MergeCheck:
-    """The merged model against the base with its adapters stacked, on the same rows.
-
-    Attributes:
-        rows: how many were answered.
-        same_answers: how many greedy answers are the same text.
-        largest_difference: between two losses of one row, nats per token.
-    """
-
-    rows: int
-    same_answers: int
-    largest_difference: float
-
-    def __str__(self) -> str:
-        return (
-            f"merged against stacked: {self.same_answers} of {self.rows} answers are the same, losses differ by "
-            f"at most {self.largest_difference:.2g} nats per token"
-        )
-
-
-def compare_merged(
-    model_name: str,
-    adapters: Mapping[str, float],
-    merged: str | Path,
-    rows: Sequence[Mapping],
-    *,
-    revision: str | None = None,
-    answered: int = 8,
-) -> MergeCheck:
-    """Answer rows and take their losses with the merged model and with the stack, both in float32.
-
-    Raises:
-        DataError: a row is malformed, or there is none.
-    """
-    found = []
-    names = {f"adapter_{number}": directory for number, directory in enumerate(adapters)}
-    for is_merged in (True, False):
-        name = str(merged) if is_merged else model_name
-        model, tokenizer = load_base(name, dtype=torch.float32, revision=None if is_merged else revision)
-        on: list[str] = []
-        if not is_merged:
-            model = attach_adapters(model, names)
-            on = list(names)
-        with ExitStack() as strengths:
-            for adapter in on:
-                strengths.enter_context(adapter_strength(model, adapter, adapters[names[adapter]]))
-            losses = row_losses(model, tokenizer, rows, adapters=on)
-            asked = [row for row in rows if "text" not in row][:answered]
-            found.append((losses, generate(model, tokenizer, asked, adapters=on) if asked else []))
-        del model
-    (losses, texts), (expected, expected_texts) = found
-    same = sum(text == other for text, other in zip(texts, expected_texts, strict=True))
-    return MergeCheck(len(texts), same, float((losses - expected).abs().max()))
+def _set_dtype(file: Path, dtype: torch.dtype) -> None:
+    config = json.loads(file.read_text())
+    config["dtype"] = dtype_name(dtype)
+    file.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""A borrowed model that can be differentiated as often as one likes, forth and back."""
+"""Make a model differentiable twice: by double backward and by forward derivatives."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ..model import LayerKind, base_model, find_kind, preserved
 
 
 class _Product(torch.autograd.Function):
-    """x W^T, or x W where ``transposed``, with a frozen weight [O, I] that is made anew for each product.
+    """x W^T, or x W where ``transposed``, with a frozen weight [O, I] that is dequantised again for each product.
 
-    It is linear in x, so that its derivative in either direction is a product again.
+    The product is linear in x, so its backward and its forward derivative are such products too.
     """
 
     @staticmethod
@@ -38,20 +38,23 @@ class _Product(torch.autograd.Function):
 
 @contextmanager
 def differentiable(model: nn.Module, adapters: Sequence[str]) -> Iterator[None]:
-    """Within the block the model is borrowed with these adapters on, and computes what it does by operations that have
-    a double backward and a forward derivative, where there are such:
+    """Within the block these adapters are on, and every operation can be differentiated twice where that is possible.
 
-    - layers of 4 or 8 bits by products with their dequantised weight, one layer's at a time. bitsandbytes' own
-      function has no forward derivative, and in 8 bit its derivatives are not those of what it computes;
-    - attention by matrix products: the fused kernels have neither;
-    - experts one by one: the grouped product has no forward derivative.
+    The model computes the same values by other operations:
+
+    - 4-bit and 8-bit layers multiply by their dequantised weight, one layer at a time. bitsandbytes' own function has
+      no forward derivative, and in 8 bit its derivatives are not those of the values that it computes.
+    - Attention uses plain matrix products; the fused kernels have neither derivative.
+    - Experts run one by one; the grouped product has no forward derivative.
+
+    Afterwards the model is as it was before.
 
     Raises:
         UnsupportedLayerError: a weight is offloaded.
     """
     config: Any = base_model(model).config
     experts = getattr(config, "_experts_implementation", None)
-    with preserved(model, adapters), _unpacked(model), sdpa_kernel(SDPBackend.MATH):
+    with preserved(model, adapters), _dequantised(model), sdpa_kernel(SDPBackend.MATH):
         try:
             if experts is not None:
                 config._experts_implementation = "eager"
@@ -62,21 +65,21 @@ def differentiable(model: nn.Module, adapters: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _unpacked(model: nn.Module) -> Iterator[None]:
+def _dequantised(model: nn.Module) -> Iterator[None]:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise UnsupportedLayerError(
-                f"{name} is offloaded, expected the whole model in memory: its products cannot be differentiated "
-                "again; load the model without device_map, in 4 bit where it is too large"
+                f"{name} is offloaded, expected the whole model in memory: products through an offloaded weight cannot "
+                "be differentiated twice. Load the model without device_map, in 4 bit if it is too large"
             )
-    packed = [(layer, kind) for layer in model.modules() if (kind := find_kind(layer)) and _is_packed(layer, kind)]
-    before = [vars(layer).get("forward") for layer, _ in packed]
+    quantised = [(layer, kind) for layer in model.modules() if (kind := find_kind(layer)) and _is_packed(layer, kind)]
+    forwards = [vars(layer).get("forward") for layer, _ in quantised]
     try:
-        for layer, kind in packed:
+        for layer, kind in quantised:
             layer.forward = partial(_linear, layer, partial(kind.dense, layer))  # type: ignore[arg-type]
         yield
     finally:
-        for (layer, _), forward in zip(packed, before, strict=True):
+        for (layer, _), forward in zip(quantised, forwards, strict=True):
             vars(layer).pop("forward", None)
             if forward is not None:
                 layer.forward = forward

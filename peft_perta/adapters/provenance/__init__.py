@@ -1,0 +1,44 @@
+"""Provenance: the record of how an adapter was made. Each kind of record has its own file.
+
+A record is plain data. It is written to the provenance file, it fills the model card, and ``peft-perta inspect`` prints
+it. Each kind knows its key in the file (``KEY``), its section of the model card and its one-line summary (``str``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .environment import describe_base, versions
+from .fused import FusedProvenance
+from .influence import InfluenceProvenance
+from .layers import LayerProvenance, WeightDistribution
+from .perta import PerTAProvenance
+from .trained import TrainedProvenance
+
+Provenance = PerTAProvenance | FusedProvenance | InfluenceProvenance | TrainedProvenance
+
+KINDS: tuple[type[Provenance], ...] = (PerTAProvenance, FusedProvenance, InfluenceProvenance, TrainedProvenance)
+
+
+def read_provenance(values: dict[str, Any]) -> Provenance:
+    """The record that ``to_dict`` of its kind returned as ``values``.
+
+    Raises:
+        LookupError, TypeError, AttributeError: ``values`` is not such a record.
+    """
+    kind = next((kind for kind in KINDS if kind.KEY in values), PerTAProvenance)
+    return kind.from_dict(values)
+
+
+__all__ = [
+    "FusedProvenance",
+    "InfluenceProvenance",
+    "LayerProvenance",
+    "PerTAProvenance",
+    "Provenance",
+    "TrainedProvenance",
+    "WeightDistribution",
+    "describe_base",
+    "read_provenance",
+    "versions",
+]

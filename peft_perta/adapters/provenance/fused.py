@@ -1,0 +1,54 @@
+"""The record of a fused or extrapolated adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .record import Record
+
+
+@dataclass
+class FusedProvenance(Record):
+    """How several adapters became one weighted sum.
+
+    Attributes:
+        base_model: name of the base model.
+        parts: name, strength and SHA-256 of the factors of each adapter in the sum.
+        rank: the rank of the emitted adapter, the same in every layer.
+        energy_kept: the share of the sum's squared Frobenius norm that the adapter holds; 1 where nothing was
+            truncated.
+        dtype: of the emitted factors.
+        calibration: the search for the strengths (``Calibration.to_dict``); None where they were given.
+    """
+
+    KEY: ClassVar[str | None] = "fused"
+
+    base_model: dict[str, Any]
+    parts: list[dict[str, Any]]
+    rank: int
+    energy_kept: float
+    dtype: str = "float32"
+    calibration: dict[str, Any] | None = None
+
+    def __str__(self) -> str:
+        names = " + ".join(f"{part['strength']:g} x {part['name']}" for part in self.parts)
+        return f"{names} as one adapter of rank {self.rank}; {self.energy_kept:.1%} of the sum's energy kept"
+
+    def card_section(self) -> list[str]:
+        """The lines of the model card that say what was done."""
+        parts = [f"| {part['name']} | {part['strength']:g} | `{part['sha256'][:16]}` |" for part in self.parts]
+        return [
+            "# Fused adapter",
+            "",
+            f"Several LoRA adapters for `{self.base_name}` fused into one by peft_perta, for servers that take one "
+            "adapter per request.",
+            "",
+            "| part | strength | SHA-256 |",
+            "|---|---|---|",
+            *parts,
+            "",
+            f"Rank {self.rank}; {self.energy_kept:.1%} of the sum's energy kept"
+            + (" (nothing was truncated)." if self.energy_kept == 1 else "."),
+            "",
+        ]

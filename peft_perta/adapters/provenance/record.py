@@ -1,0 +1,56 @@
+"""What every kind of provenance shares: its form in the file, and the pieces of a model card."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+_Record = TypeVar("_Record", bound="Record")
+
+
+class Record:
+    """The base of every kind of provenance. A kind is a dataclass whose fields are JSON.
+
+    Attributes:
+        KEY: the key of this kind in the provenance file; None where the fields stand at the top level.
+        base_model: describes the base model; its 'name' is None where the model has no name or path.
+    """
+
+    KEY: ClassVar[str | None]
+    base_model: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as JSON. Wall times (``seconds``) are left out, so that two equal runs write the same bytes."""
+        values = dataclasses.asdict(self)  # type: ignore[call-overload]
+        values.pop("seconds", None)
+        return values if self.KEY is None else {self.KEY: values}
+
+    @classmethod
+    def from_dict(cls: type[_Record], values: dict[str, Any]) -> _Record:
+        """The record that ``to_dict`` returned as ``values``.
+
+        Raises:
+            KeyError, TypeError: ``values`` is not a record of this kind.
+        """
+        return cls(**(values if cls.KEY is None else values[cls.KEY]))
+
+    @property
+    def base_name(self) -> str:
+        """The base model's name, as the model card shows it."""
+        return self.base_model["name"] or "the base model"
+
+    def card_section(self) -> list[str]:
+        """The lines of the model card that say what was done."""
+        raise NotImplementedError
+
+
+def named_hash(adapter: Mapping[str, Any]) -> str:
+    """An adapter's name and the start of its SHA-256, in Markdown."""
+    return f"`{adapter['name']}`, SHA-256 `{adapter['sha256'][:16]}`"
+
+
+def data_table(data: Mapping[str, Mapping[str, Any]], heading: str) -> list[str]:
+    """A Markdown table of data sets: name, number of samples and the start of the SHA-256 of their tokens."""
+    rows = [f"| {name} | {entry['samples']} | `{entry['sha256'][:16]}` |" for name, entry in data.items()]
+    return [f"| {heading} | samples | SHA-256 |", "|---|---|---|", *rows]

@@ -1,0 +1,79 @@
+"""The record of an adapter that was trained to forget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from .record import Record, data_table, named_hash
+
+
+@dataclass
+class TrainedProvenance(Record):
+    """How an unlearning adapter was trained.
+
+    Attributes:
+        settings: the ``UnlearningSettings``.
+        training: the optimiser's settings, and the number of steps.
+        base_model: name or path, revision, SHA-256 of the embeddings, and quantisation of the base model.
+        start_adapter: name, and SHA-256 of the factors, of the adapter that training started from; None where it
+            started at zero.
+        task_adapter: the adapter that was on during training; None without one.
+        data: set -> number of samples and SHA-256 of their tokens.
+        figures: the last logged values of the losses, of the gradients' cosines and of the share of conflicting
+            elements.
+        rank: the rank of the emitted adapter, the same in every layer.
+        dtype: of the emitted factors.
+        versions: package -> version.
+        seconds: stage -> wall time in seconds; not written to the file.
+    """
+
+    KEY: ClassVar[str | None] = "trained"
+
+    settings: dict[str, Any]
+    training: dict[str, Any]
+    base_model: dict[str, Any]
+    start_adapter: dict[str, Any] | None
+    task_adapter: str | None
+    data: dict[str, dict[str, Any]]
+    figures: dict[str, float]
+    rank: int
+    dtype: str
+    versions: dict[str, str]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        sets = ", ".join(f"{entry['samples']} {name}" for name, entry in self.data.items())
+        start = f" from {self.start_adapter['name']!r}" if self.start_adapter else ""
+        return (
+            f"unlearning adapter of rank {self.rank}, trained{start} by {self.settings['forget_loss']} and "
+            f"{self.settings['retain_loss']}, combined by {self.settings['combiner']}, in {self.training['steps']} "
+            f"steps on {sets} samples"
+        )
+
+    def card_section(self) -> list[str]:
+        """The lines of the model card that say what was done."""
+        settings, training = self.settings, self.training
+        start = f"from {named_hash(self.start_adapter)}" if self.start_adapter else "from zero"
+        return [
+            "# Unlearning adapter",
+            "",
+            f"A LoRA adapter for `{self.base_name}`. Stack it on the model to remove the knowledge of one forget set. "
+            "It was trained to forget one set and to keep another. Made with peft_perta "
+            f"{self.versions.get('peft_perta', '')}.",
+            "",
+            "## How it was made",
+            "",
+            f"- forget loss: `{settings['forget_loss']}`, weight {settings['forget_weight']:g}; retain loss: "
+            f"`{settings['retain_loss']}`, weight {settings['retain_weight']:g}",
+            f"- the gradients of the two losses were combined by `{settings['combiner']}`",
+            f"- {training['steps']} steps of {training['global_batch']} samples of each set, learning rate "
+            f"{training['learning_rate']:g}, seed {training['seed']}, {start}",
+            *([f"- trained on top of the adapter `{self.task_adapter}`"] if self.task_adapter else []),
+            f"- rank: {self.rank} (`lora_alpha` is the same), {self.dtype}",
+            "",
+            *data_table(self.data, "set"),
+            "",
+            "`perta_provenance.json` holds everything else.",
+            "",
+        ]

@@ -164,6 +164,6 @@ def test_the_logits_are_those_of_the_tokens_with_loss(model):
     (batch,) = batches(load_samples(builders.forget_rows(), builders.tokenizer()), 8)
     with preserved(model, []), torch.no_grad():
         whole = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        found = completion_logits(model, batch)
-        assert found.equal(completion_states(model, batch, first_block(model))[0])
-    torch.testing.assert_close(found, whole[:, :-1][batch.labels[:, 1:] != IGNORED])
+        logits = completion_logits(model, batch)
+        assert logits.equal(completion_states(model, batch, first_block(model))[0])
+    torch.testing.assert_close(logits, whole[:, :-1][batch.labels[:, 1:] != IGNORED])

@@ -83,6 +83,7 @@ class _Run:
 
     @property
     def samples(self) -> dict[str, list[Sample]]:
+        """The samples of each set: 'forget' and 'retain'."""
         return {"forget": self.pairs.forget, "retain": self.pairs.retain}
 
 
@@ -113,16 +114,16 @@ def train_unlearning(
         tokenizer: the model's tokenizer; tokenised data does without it.
         settings: the losses and the combiner; ``UnlearningSettings()`` by default.
         output_dir: the directory to write the adapter to; by default nothing is written.
-        task_adapter: name of the adapter that makes the base the full model, if there is one. It is on and frozen.
+        task_adapter: name of the adapter that makes the base the full model, if there is one. It stays on, frozen.
         start_adapter: name of an adapter to start from, such as a negative adapter; by default the delta starts at 0.
         lora_config: plain LoRA, only without a start adapter; ``default_lora_config()`` by default.
-        dtype: type of the emitted factors.
+        dtype: type of the emitted factors: 'float32', 'bfloat16' or 'float16'.
         max_length: tokens kept per row.
         checkpoint_dir: directory for checkpoints, by default one per epoch. The same call resumes from the last one.
             They stay there after training; delete them then.
         callbacks: transformers' callbacks.
         show_progress_bar: show progress bars and logs.
-        training_settings: fields of ``TrainingArguments``. By default 5 epochs, 8 rows of each set, 5e-4.
+        training_settings: fields of ``TrainingArguments``. By default 5 epochs, batch size 8, learning rate 5e-4.
 
     Returns:
         The adapter, which is no longer on the model: config, state dict and provenance.

@@ -86,8 +86,8 @@ class PerTAConfig:
 
     By default every element of the forget adapter's factors A [R, I] and B [O, R] gets the weight
     W = |g_f| / (|g_f| + |g_r|), from its mean gradients g_f on the forget set and g_r on the retain set. The emitted
-    edit of a layer with the scaling s is -strength * s * (sqrt(W_B) (*) B) @ (sqrt(W_A) (*) A), weighted once more along
-    the directions of the layer's input.
+    edit of a layer with the scaling s is -strength * s * (sqrt(W_B) (*) B) @ (sqrt(W_A) (*) A), weighted once more
+    along the directions of the layer's input.
 
     Raises:
         ConfigError: a value has the wrong type or is out of range.

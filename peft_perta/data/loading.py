@@ -76,9 +76,7 @@ def _tokenised(item: Mapping, max_length: int, where: str) -> Iterator[Sample]:
             f"{where}: packed batches hold several samples per row, expected one; turn packing and padding_free off"
         )
     if "labels" not in item and "completion_mask" not in item:
-        raise DataError(
-            f"{where}: expected 'labels' or 'completion_mask' beside 'input_ids', found neither; they mark the completion"
-        )
+        raise DataError(f"{where}: expected 'labels' or 'completion_mask' beside 'input_ids', found neither")
     input_ids = torch.atleast_2d(torch.as_tensor(item["input_ids"], dtype=torch.long)).cpu()
     if "labels" in item:
         labels = torch.atleast_2d(torch.as_tensor(item["labels"], dtype=torch.long)).cpu()

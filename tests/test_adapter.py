@@ -1,4 +1,4 @@
-"""What is emitted: the delta that PEFT computes from it is the edit, and its form is what every server takes."""
+"""Emitted adapters: PEFT computes the edit from them, and every server accepts their form."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from peft_perta import (
     stack_adapters,
 )
 from peft_perta import save_perta_adapter as save
-from peft_perta.adapters import Factors, add_adapter, build_adapter
+from peft_perta.adapters import Factors, add_adapter, build_adapter, load_emitted
 from peft_perta.adapters.low_rank import EXCESS
 from peft_perta.data import load_samples
 
@@ -43,9 +43,9 @@ granularities = pytest.mark.parametrize("granularity", tables.GRANULARITIES)
 
 
 def magnitudes(model, rows, granularity, statistic="mean"):
-    """By the loop oracle: layer -> magnitudes of this granularity's gradients."""
+    """Layer -> magnitudes of this granularity's gradients, from the loop oracle."""
     samples = load_samples(rows, builders.tokenizer())
-    found = {}
+    magnitudes_of = {}
     for name, per_sample in oracles.sample_gradients(model, "forget", samples, []).items():
         parts = {"weight": per_sample} if "delta" in granularity else {}
         if granularity != "delta":
@@ -53,12 +53,12 @@ def magnitudes(model, rows, granularity, statistic="mean"):
         mean = {key: part.double().mean(0).abs() for key, part in parts.items()}
         if statistic == "squares":
             mean = {key: part.double().square().mean(0).sqrt() for key, part in parts.items()}
-        found[name] = mean
-    return found
+        magnitudes_of[name] = mean
+    return magnitudes_of
 
 
 def expected_edit(model, granularity, power=1.0, statistic="mean"):
-    """weight -> the dense edit [O, I] in float64, from the loop's gradients and the paper's formula."""
+    """Weight -> the dense edit [O, I] in float64, from the loop oracle's gradients and the paper's formula."""
     forget, retain = (
         magnitudes(model, rows, granularity, statistic) for rows in (builders.forget_rows(), builders.retain_rows())
     )
@@ -85,7 +85,7 @@ def expected_edit(model, granularity, power=1.0, statistic="mean"):
 @pytest.mark.parametrize("kind", BUILDERS)
 @granularities
 def test_peft_computes_the_edit_from_the_emitted_directory(kind, granularity, tmp_path):
-    """At a rank that holds it whole. Where both sets' gradients all but vanish, their ratio enlarges the rounding."""
+    """At a rank that holds the whole edit. Tiny gradients of both sets enlarge the rounding of their ratio."""
     model = BUILDERS[kind]()
     expected = expected_edit(model, granularity)
     with laws.untouched(model):
@@ -94,7 +94,7 @@ def test_peft_computes_the_edit_from_the_emitted_directory(kind, granularity, tm
 
 
 @kinds
-def test_a_dense_edit_is_cut_down_to_the_rank_at_the_least_error(kind, tmp_path):
+def test_a_dense_edit_is_truncated_at_the_least_error(kind, tmp_path):
     model = tables.LAYERS[kind]()
     expected = expected_edit(model, "delta")
     path = save(tmp_path / "out", *builders.negate(model, granularity="delta"))
@@ -107,7 +107,7 @@ def test_a_dense_edit_is_cut_down_to_the_rank_at_the_least_error(kind, tmp_path)
 
 @pytest.mark.parametrize(("weighting", "statistic"), [("fisher", "mean"), ("empirical-fisher", "squares")])
 @granularities
-def test_the_fisher_weightings_are_the_formula(weighting, statistic, granularity, tmp_path):
+def test_the_fisher_weightings_follow_the_formula(weighting, statistic, granularity, tmp_path):
     model = builders.adapted_llama()
     expected = expected_edit(model, granularity, 2.0, statistic)
     result = builders.negate(model, weighting=weighting, granularity=granularity, rank=64)
@@ -131,7 +131,7 @@ def test_uniform_needs_no_data():
 
 
 @granularities
-def test_strength_is_a_dial(granularity):
+def test_the_edit_is_linear_in_strength(granularity):
     model = builders.adapted_llama()
 
     def deltas(strength):
@@ -158,7 +158,7 @@ def test_scalings_and_ranks_are_read_from_the_live_layers(changes, granularity, 
     assert result[0].r == 64
 
 
-def test_the_forget_adapters_own_rank_is_its_largest():
+def test_the_default_rank_is_the_largest_of_the_forget_adapter():
     changes = PECULIAR["patterns"]
     model = builders.with_adapters(builders.llama(), builders.lora_config(**changes))
     config, _, provenance = builders.negate(model, granularity="factor")
@@ -166,7 +166,7 @@ def test_the_forget_adapters_own_rank_is_its_largest():
     assert config.r == provenance.rank == 8
 
 
-def test_a_scale_that_was_set_by_hand_counts():
+def test_a_scaling_set_by_hand_is_used():
     model = builders.adapted_llama()
     for layer in oracles.adapted_layers(model, "forget").values():
         layer.set_scale("forget", 0.25)
@@ -174,7 +174,7 @@ def test_a_scale_that_was_set_by_hand_counts():
 
 
 def test_every_layer_of_a_projection_type_is_present(tmp_path):
-    """A forget adapter on one layer of two: the other is there, and zero; projections that it never touched are not."""
+    """The forget adapter is on one layer of two: the other layer is emitted as zeros, other projections are not."""
     forget = builders.lora_config(["q_proj", "down_proj"], layers_to_transform=[1])
     model = builders.with_adapters(builders.llama(), forget)
     result = builders.negate(model)
@@ -217,7 +217,7 @@ def test_the_directory_is_what_every_server_takes(kind, dtype, tmp_path):
         assert tensor.dtype == getattr(torch, dtype)
         assert tensor.shape[0 if "lora_A" in key else 1] == 16 * experts
         assert torch.isfinite(tensor).all()
-        # PEFT holds A expert by expert, and B rank by rank.
+        # PEFT orders the rows of A by expert, and the columns of B by rank.
         rows = tensor.unflatten(0, (experts, 16))[:, 9:] if "lora_A" in key else tensor[:, 9 * experts :]
         assert not rows.any(), "the padding is zero"
         assert tensor.any()
@@ -242,7 +242,7 @@ def test_a_forget_adapter_above_every_servable_rank_is_refused():
         builders.negate(model)
 
 
-def test_a_bfloat16_forget_adapter_is_read_as_it_is(tmp_path):
+def test_a_bfloat16_forget_adapter_gives_a_float32_adapter(tmp_path):
     model = builders.adapted_llama()
     model = model.to(torch.bfloat16)
     result = builders.negate(model, weighting="uniform")
@@ -264,7 +264,7 @@ def test_factors_of_another_shape_are_refused():
 @kinds
 @pytest.mark.parametrize("active", ["forget", "task"])
 def test_adding_touches_nothing_else(kind, active):
-    """Weights, switches, requires_grad, modes and random numbers stay; the new adapter is frozen and not active."""
+    """Weights, active adapters, requires_grad, modes and random states stay; the new adapter is frozen and off."""
     model = tables.LAYERS[kind]()
     model.set_adapter(active)
     model.train()
@@ -297,7 +297,7 @@ def test_an_adapter_of_experts_stacks(kind):
             assert (without - expected).abs().max() > 0.1
 
 
-def test_adding_leaves_adapters_that_are_off_off():
+def test_adding_leaves_disabled_adapters_disabled():
     model = builders.adapted_llama()
     model.base_model.disable_adapter_layers()
     result = builders.negate(model)
@@ -305,8 +305,8 @@ def test_adding_leaves_adapters_that_are_off_off():
         add_adapter(model, result[0], result[1], "perta_unlearn")
 
 
-def test_a_transformers_model_with_adapters_will_do(tmp_path):
-    """transformers' own integration: no PeftModel around it."""
+def test_a_transformers_model_with_adapters_is_accepted(tmp_path):
+    """Adapters attached by transformers' own integration, without a PeftModel."""
     directory = tmp_path / "forget"
     adapted = builders.with_adapters(builders.llama())
     adapted.save_pretrained(directory, selected_adapters=["forget"])
@@ -344,7 +344,7 @@ def test_an_adapter_of_another_width_is_refused_and_leaves_no_trace():
         add_adapter(model, config, bad, "perta_unlearn")
 
 
-def test_the_provenance_says_what_was_done(tmp_path):
+def test_the_provenance_records_the_run(tmp_path):
     model = builders.adapted_saved_llama()
     config, state_dict, provenance = builders.negate(
         model, weighting="fisher", gradients_at="full", task_adapter="task", max_samples=3
@@ -400,8 +400,20 @@ def test_saving_and_loading_twice_is_the_same_adapter(tmp_path):
         assert torch.equal(layer.lora_A["default"].weight, result[1][key])
 
 
+def test_an_emitted_adapter_is_read_back_from_its_directory(tmp_path):
+    emitted = builders.negate(builders.adapted_llama())
+    loaded = load_emitted(emitted.save(tmp_path / "out"))
+    assert loaded.lora_config.to_dict() == emitted.lora_config.to_dict()
+    assert loaded.state_dict.keys() == emitted.state_dict.keys()
+    assert all(torch.equal(loaded.state_dict[key], value) for key, value in emitted.state_dict.items())
+    assert loaded.provenance == dataclasses.replace(emitted.provenance, seconds={})
+    (tmp_path / "out" / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterError, match=r"out has no adapter_model\.safetensors"):
+        load_emitted(tmp_path / "out")
+
+
 @pytest.mark.parametrize("factor", [2.5, 0.0, -1.0])
-def test_a_scaled_adapter_is_the_same_edit_at_that_many_times_its_strength(factor):
+def test_a_scaled_adapter_is_the_edit_at_a_multiple_of_its_strength(factor):
     emitted = builders.negate(builders.adapted_llama(), strength=0.5)
     _, state_dict, provenance = emitted
     _, scaled, scaled_provenance = emitted.scaled(factor)
@@ -412,11 +424,11 @@ def test_a_scaled_adapter_is_the_same_edit_at_that_many_times_its_strength(facto
     assert scaled_provenance.config["strength"] == 0.5 * factor
     for layer in scaled_provenance.layers:
         assert layer.edit_norm == pytest.approx(float(scaled_deltas[layer.name].norm()), rel=1e-5)
-    assert provenance.config["strength"] == 0.5, "the report that was given stays"
+    assert provenance.config["strength"] == 0.5, "the original provenance is unchanged"
 
 
 @pytest.mark.parametrize("factor", [math.inf, math.nan])
-def test_a_scale_that_is_not_finite_is_refused(factor):
+def test_a_factor_that_is_not_finite_is_refused(factor):
     emitted = builders.negate(builders.adapted_llama())
     with pytest.raises(NumericalError, match=r"is not finite in the adapter's dtype"):
         emitted.scaled(factor)

@@ -1,4 +1,4 @@
-"""An emitted directory works where peft_perta is not installed: by other loaders, on float and 4-bit bases."""
+"""Other loaders read an emitted directory without peft_perta installed, on float and 4-bit bases."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from peft_perta import PerTAConfig, add_perta_adapter, get_perta_state_dict, save_perta_adapter, stack_adapters
 
-# Without this package: what a user of the emitted directory writes.
+# What a user of the emitted directory writes, without this package.
 PROGRAM = """
 import json, sys
 
@@ -75,10 +75,10 @@ def logits(model, names=None):
         return model.eval()(input_ids=torch.tensor(IDS)).logits
 
 
-# The 4-bit tolerance. On CPUs with AVX512-BF16 bitsandbytes repacks NF4 weights in an eval forward without gradients,
-# rounds their scales to bfloat16 (8 bits: 2^-9 relative) and multiplies in bfloat16. Both processes do so alike, and
-# agree to the bit where this was written; but a build may sum in another order, where the bfloat16 rounding of the
-# activations shows (2^-9 of logits of size about 5). The effect that is looked for is much larger, as is asserted.
+# Why the 4-bit tolerance is larger: on CPUs with AVX512-BF16, bitsandbytes repacks NF4 weights in an eval forward
+# without gradients, rounds their scales to bfloat16 (8 bits: 2^-9 relative) and multiplies in bfloat16. Both processes
+# do the same, and were seen to agree to the bit. But a build may sum in another order, and then the bfloat16 rounding of
+# the activations shows (2^-9 of logits of size about 5). The adapter's effect is much larger, which the test asserts.
 @pytest.mark.parametrize(
     ("base", "four_bit", "tolerance"),
     [(builders.adapted_saved_llama, False, 1e-5), (builders.adapted_nf4_llama, True, 2e-2)],
@@ -109,10 +109,10 @@ def test_another_process_without_this_package_gets_the_same_logits(base, four_bi
         "stacked": logits(model, ["task", "perta_unlearn"]),
     }
     assert set(results) == {f"{loader}, {how}" for loader in ("peft", "transformers") for how in expected}
-    for name, found in results.items():
-        error = (found - expected[name.rpartition(", ")[2]]).abs().max()
+    for name, logits_found in results.items():
+        error = (logits_found - expected[name.rpartition(", ")[2]]).abs().max()
         assert error <= tolerance, f"{name}: {error:.3g}"
-    # Each differs from what it would be without the negative adapter by far more than the tolerance.
+    # The negative adapter changes the logits by far more than the tolerance.
     without = {"stacked": logits(model, ["task"])}
     model.base_model.disable_adapter_layers()
     without["alone"] = logits(model)

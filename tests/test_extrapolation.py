@@ -1,4 +1,4 @@
-"""UIPE is exact: theta_init + (1 + alpha) (theta_un - theta_init), whatever the run began at."""
+"""Extrapolation (UIPE) is exact: theta_start + (1 + alpha) (theta_end - theta_start), for any start."""
 
 import json
 
@@ -26,9 +26,9 @@ from peft_perta.evaluation import losses_of
 
 def deltas(model, config, state_dict) -> dict[str, torch.Tensor]:
     add_adapter(model, config, state_dict, "emitted")
-    found = adapter_deltas(model, "emitted")
+    emitted_deltas = adapter_deltas(model, "emitted")
     model.delete_adapter("emitted")
-    return found
+    return emitted_deltas
 
 
 def adapter_deltas(model, name: str) -> dict[str, torch.Tensor]:
@@ -41,15 +41,17 @@ def adapter_deltas(model, name: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("alpha", [-0.5, 0.0, 1.0, 2.5])
 @pytest.mark.parametrize("start", [None, "task"])
-def test_it_is_the_formula(alpha, start):
+def test_it_follows_the_formula(alpha, start):
     model = builders.adapted_llama()
     config, state_dict, provenance = extrapolate_adapter(model, "forget", alpha, start_adapter=start)
-    found = deltas(model, config, state_dict)
+    extrapolated = deltas(model, config, state_dict)
     end = adapter_deltas(model, "forget")
-    begun = adapter_deltas(model, start) if start else {key: torch.zeros_like(delta) for key, delta in end.items()}
+    start_deltas = (
+        adapter_deltas(model, start) if start else {key: torch.zeros_like(delta) for key, delta in end.items()}
+    )
     for key, delta in end.items():
-        expected = begun[key] + (1 + alpha) * (delta - begun[key])
-        torch.testing.assert_close(found[key], expected, rtol=1e-5, atol=1e-6)
+        expected = start_deltas[key] + (1 + alpha) * (delta - start_deltas[key])
+        torch.testing.assert_close(extrapolated[key], expected, rtol=1e-5, atol=1e-6)
     assert provenance.energy_kept == 1.0
     parts = ("forget", start) if start and alpha else ("forget",)
     assert config.r == servable_rank(sum(model.peft_config[name].r for name in parts))
@@ -60,13 +62,13 @@ def test_auto_meets_the_goal_along_the_line(start):
     model = builders.adapted_llama()
     for module in model.modules():
         if isinstance(module, LoraLayer) and "forget" in module.scaling:
-            module.scaling["forget"] *= 8  # far enough to do harm on any rows
+            module.scaling["forget"] *= 8  # large enough to raise the loss of any rows
     sets = builders.forget_rows(), builders.retain_rows()
     forget, retain = (load_samples(rows, builders.tokenizer()) for rows in sets)
     config, state_dict, _ = extrapolate_adapter(model, "forget", 0.7, start_adapter=start)
-    add_adapter(model, config, state_dict, "known")
-    target = float(losses_of(model, forget, adapters=["known"]).mean())
-    model.delete_adapter("known")
+    add_adapter(model, config, state_dict, "target")
+    target = float(losses_of(model, forget, adapters=["target"]).mean())
+    model.delete_adapter("target")
     with laws.untouched(model):
         config, state_dict, provenance = extrapolate_adapter(
             model, "forget", "auto", start_adapter=start, goal=Goal(target_forget_loss=target), forget=forget,
@@ -77,7 +79,7 @@ def test_auto_meets_the_goal_along_the_line(start):
     assert provenance.calibration["strength"] == pytest.approx(provenance.parts[0]["strength"])
 
 
-def test_auto_leaves_layers_plain_that_neither_adapter_has():
+def test_auto_leaves_layers_without_adapters_alone():
     config = builders.lora_config(["k_proj"], layers_to_transform=[1])
     model = builders.with_adapters(builders.llama(), config, task=config)
     sets = builders.forget_rows(), builders.retain_rows()
@@ -91,7 +93,7 @@ def test_auto_leaves_layers_plain_that_neither_adapter_has():
     assert [name for name, _ in model.named_modules()] == before
 
 
-def test_auto_refuses_what_it_could_not_keep():
+def test_auto_refuses_settings_that_it_cannot_honour():
     model = builders.adapted_llama()
     samples = load_samples(builders.forget_rows(), builders.tokenizer())
     searched = {"goal": Goal(target_forget_loss=3.0), "forget": samples, "retain": samples, "show_progress_bar": False}
@@ -139,7 +141,7 @@ def place(tmp_path, monkeypatch):
 def test_on_the_command_line_by_a_number_and_by_a_goal(place, capsys):
     config = place / "forget" / "adapter_config.json"
     values = json.loads(config.read_text())
-    config.write_text(json.dumps({**values, "lora_alpha": 8 * values["lora_alpha"]}))  # far enough to do harm
+    config.write_text(json.dumps({**values, "lora_alpha": 8 * values["lora_alpha"]}))  # large enough to raise the loss
     model = ["extrapolate", "--model", str(builders.llama_directory()), "--adapter", "forget"]
     assert main([*model, "--alpha", "0.5", "--output", "further"]) == 0
     assert load_provenance("further")[0].parts[0]["strength"] == 1.5

@@ -1,4 +1,4 @@
-"""Edit -> factors: Eckart-Young against a full SVD in float64, and the error as a returned value."""
+"""Factorizing an edit: the best approximation by a full SVD in float64 (Eckart-Young), and the stated error."""
 
 from contextlib import contextmanager
 
@@ -21,7 +21,7 @@ def product(rank: int = 5) -> Product:
 
 @given(rank=st.integers(1, 12), seed=st.integers(0, 50))
 def test_a_dense_edit_becomes_its_best_approximation(rank, seed):
-    edit = dense(seed=seed).double()  # in float32 two singular values can lie too close to tell which one is kept
+    edit = dense(seed=seed).double()  # in float32 two singular values can be too close to tell which one is kept
     fitted = factorize(edit, rank)
     assert fitted.rank == min(rank, 9)
     best = oracles.best_approximation(edit, rank)
@@ -31,7 +31,7 @@ def test_a_dense_edit_becomes_its_best_approximation(rank, seed):
 
 
 @pytest.mark.parametrize("rank", [5, 6, 64])
-def test_a_product_of_enough_rank_is_passed_on_as_it_is(rank):
+def test_a_product_of_small_enough_rank_is_returned_unchanged(rank):
     edit = product()
     fitted = factorize(edit, rank)
     assert torch.equal(fitted.A, edit.A)
@@ -41,7 +41,7 @@ def test_a_product_of_enough_rank_is_passed_on_as_it_is(rank):
 
 
 @pytest.mark.parametrize("rank", [1, 3])
-def test_a_product_cut_down_is_its_best_approximation(rank):
+def test_a_truncated_product_is_its_best_approximation(rank):
     edit = product()
     fitted = factorize(edit, rank)
     best = oracles.best_approximation(edit.B @ edit.A, rank)
@@ -52,7 +52,7 @@ def test_a_product_cut_down_is_its_best_approximation(rank):
 
 @pytest.mark.parametrize("edit", [dense(), product()], ids=["dense", "product"])
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.9, 0.999])
-def test_an_energy_share_takes_the_least_rank_that_reaches_it(edit, share):
+def test_an_energy_share_gives_the_smallest_rank_that_reaches_it(edit, share):
     fitted = factorize(edit, share)
     assert fitted.energy_kept >= share * (1 - 1e-9)
     if fitted.rank > 1:
@@ -74,7 +74,7 @@ def test_an_edit_of_zeros_keeps_all_its_energy(edit, rank):
 
 
 def test_singular_values_are_split_evenly():
-    """B^T B equals A A^T: neither factor outgrows a 16-bit type before the other."""
+    """B^T B equals A A^T, so both factors stay within the range of a 16-bit type."""
     fitted = factorize(1e6 * dense(), 4)
     torch.testing.assert_close(fitted.B.T @ fitted.B, fitted.A @ fitted.A.T, rtol=1e-3, atol=1e2)
 
@@ -113,7 +113,7 @@ def dense_edit(kind: str, size: int = 320, rank: int = 12, seed: int | None = No
 
 @contextmanager
 def no_svd_of(size: int):
-    """So that a test knows which way the fit went."""
+    """Fail if the fit takes the full decomposition."""
     plain = torch.linalg.svd
 
     def small_only(matrix, **settings):
@@ -138,7 +138,7 @@ def no_full_svd():
     rank=st.integers(1, 16),
     wide=st.booleans(),
 )
-def test_the_excess_error_is_within_its_bound_whatever_is_drawn(kind, seed, rank, wide):
+def test_the_excess_error_of_a_random_edit_is_within_its_bound(kind, seed, rank, wide):
     edit = dense_edit(kind, 128, 8, seed)
     edit = edit.T if wide else edit
     with no_svd_of(128):
@@ -156,7 +156,7 @@ def test_the_excess_error_is_within_its_bound_whatever_is_drawn(kind, seed, rank
     seed=st.integers(0, 10**6),
     share=st.floats(0.05, 0.6),
 )
-def test_a_share_of_the_energy_is_reached_at_hardly_more_rank_whatever_is_drawn(kind, seed, share):
+def test_a_random_edit_reaches_its_energy_share_at_no_more_than_one_extra_rank(kind, seed, share):
     edit = dense_edit(kind, 256, 6, seed)
     with no_svd_of(256):
         fitted = factorize(edit, share)
@@ -183,8 +183,8 @@ def test_the_excess_error_is_within_its_bound(kind, rank, no_full_svd):
     assert fitted.energy_kept == pytest.approx(1 - error / float(energies.sum()), abs=1e-5)
 
 
-def test_noise_without_a_leading_subspace_is_fitted_all_the_same():
-    """Where the iteration does not reach its bound in time, the full decomposition is taken."""
+def test_noise_without_a_leading_subspace_is_fitted_too():
+    """The full decomposition is taken where the iteration does not reach its bound in time."""
     edit = dense_edit("noise")
     fitted = factorize(edit, 12)
     best = float(torch.linalg.svdvals(edit.double()).square()[12:].sum())
@@ -209,7 +209,7 @@ def test_a_large_edit_of_zeros_is_zero(no_full_svd):
 
 @pytest.mark.parametrize("kind", ["ratio", "decay"])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.8])
-def test_a_share_of_a_large_edit_s_energy_is_reached_at_hardly_more_rank(kind, share):
+def test_a_large_edit_reaches_its_energy_share_at_no_more_than_one_extra_rank(kind, share):
     edit = dense_edit(kind)
     fitted = factorize(edit, share)
     energies = torch.linalg.svdvals(edit.double()).square()
@@ -220,7 +220,7 @@ def test_a_share_of_a_large_edit_s_energy_is_reached_at_hardly_more_rank(kind, s
     assert kept == pytest.approx(fitted.energy_kept, abs=1e-5)
 
 
-def test_the_fit_is_the_same_at_every_call():
+def test_the_fit_is_deterministic():
     edit = dense_edit("ratio")
     one = factorize(edit, 12)
     torch.manual_seed(1)

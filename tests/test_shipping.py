@@ -1,4 +1,4 @@
-"""Fused, merged and stacked models agree; and ``verify`` finds what is wrong with a directory."""
+"""Fused, merged and stacked models agree, and ``verify`` finds every fault of a directory."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ IDS = torch.arange(3, 23).reshape(2, 10)
 
 
 def logits(model, adapters=()):
-    """With these adapters on, as users turn them on; ``preserved`` keeps 4-bit weights from being repacked."""
+    """Logits with these adapters stacked. Within ``preserved``, 4-bit weights are not repacked."""
     if adapters:
         stack_adapters(model, list(adapters))
     model.eval()
@@ -49,8 +49,8 @@ MODELS = {
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_the_fused_adapter_is_the_stack(kind):
-    """On a 4-bit base too: the stack adds both deltas to the same dequantised weights."""
+def test_the_fused_adapter_equals_the_stack(kind):
+    """Also on a 4-bit base, where the stack adds both deltas to the same dequantised weights."""
     model = MODELS[kind]()
     names = [name for name in model.peft_config if name != "default"][:2]
     assert len(names) == 2
@@ -58,15 +58,15 @@ def test_the_fused_adapter_is_the_stack(kind):
     with adapter_strength(model, names[1], -0.7):
         expected = logits(model, names)
     add_adapter(model, config, state_dict, "fused")
-    found = logits(model, ["fused"])
+    fused = logits(model, ["fused"])
     assert not torch.allclose(expected, logits(model, names[:1]), atol=1e-3)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-5)
     assert provenance.energy_kept == 1.0
     assert [part["strength"] for part in provenance.parts] == [1.0, -0.7]
 
 
-def test_an_nf4_stack_is_the_stack_on_its_dequantised_base():
-    """Nothing is lost but what the quantisation lost before."""
+def test_an_nf4_stack_equals_the_stack_on_the_dequantised_base():
+    """Stacking loses nothing beyond the quantisation of the base."""
     model = builders.adapted_nf4_llama()
     plain, _ = oracles.plain_model(model, ["forget", "task"])
     with torch.no_grad():
@@ -74,31 +74,31 @@ def test_an_nf4_stack_is_the_stack_on_its_dequantised_base():
     torch.testing.assert_close(logits(model, ["forget", "task"]), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_smaller_rank_is_the_best_of_that_rank_and_says_what_it_lost():
+def test_truncating_is_the_best_approximation_and_states_the_energy_kept():
     model = builders.adapted_llama()
     _, state_dict, provenance = fuse_adapters(model, ["forget", "task"], rank=3)
     kept = whole = 0.0
     for name, adapted in oracles.adapted_weights(model, "forget").items():
         exact = adapted.delta + oracles.adapted_weights(model, "task")[name].delta
         prefix = f"base_model.model.{name}.lora_"
-        found = state_dict[f"{prefix}B.weight"].double() @ state_dict[f"{prefix}A.weight"].double()
-        torch.testing.assert_close(found, oracles.best_approximation(exact, 3), rtol=1e-4, atol=1e-5)
-        kept, whole = kept + float(found.square().sum()), whole + float(exact.square().sum())
+        truncated = state_dict[f"{prefix}B.weight"].double() @ state_dict[f"{prefix}A.weight"].double()
+        torch.testing.assert_close(truncated, oracles.best_approximation(exact, 3), rtol=1e-4, atol=1e-5)
+        kept, whole = kept + float(truncated.square().sum()), whole + float(exact.square().sum())
     assert provenance.energy_kept == pytest.approx(kept / whole, rel=1e-5)
     assert provenance.rank == 8
 
 
-def test_no_weights_of_the_base_are_needed(tmp_path):
+def test_fusing_needs_no_weights_of_the_base(tmp_path):
     model = builders.adapted_saved_llama()
     for name in ("forget", "task"):
         model.save_pretrained(tmp_path, selected_adapters=[name])
     skeleton = load_skeleton(str(builders.llama_directory()))
     bare = attach_adapters(skeleton, {name: tmp_path / name for name in ("forget", "task")})
     assert all(p.is_meta for n, p in bare.named_parameters() if "lora" not in n)
-    _, found, _ = fuse_adapters(bare, ["forget", "task"])
+    _, fused, _ = fuse_adapters(bare, ["forget", "task"])
     _, expected, _ = fuse_adapters(model, ["forget", "task"])
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert fused.keys() == expected.keys()
+    assert all(torch.equal(fused[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize(
@@ -110,20 +110,20 @@ def test_no_weights_of_the_base_are_needed(tmp_path):
         ({"forget": 1.0, "task": float("inf")}, {}, NumericalError, "factors are not finite"),
     ],
 )
-def test_what_cannot_be_fused_is_refused(names, settings, error, message):
+def test_bad_requests_to_fuse_are_refused(names, settings, error, message):
     with pytest.raises(error, match=message):
         fuse_adapters(builders.adapted_llama(), names, **settings)
 
 
-def test_ranks_beyond_what_servers_take_need_one_to_cut_to():
+def test_a_sum_of_ranks_above_every_servable_rank_needs_a_rank():
     big = builders.lora_config(r=130)
     model = builders.with_adapters(builders.llama(), big, other=big)
     with pytest.raises(ConfigError, match="add up to 260, expected at most 256; give a rank"):
         fuse_adapters(model, ["forget", "other"])
 
 
-def test_requests_in_time_stack_and_are_withdrawn_one_by_one():
-    """The second of two negative adapters off again is the first alone; both as one adapter are both."""
+def test_negative_adapters_stack_and_are_withdrawn_one_by_one():
+    """Switching the second of two off gives the first alone; fusing both gives both."""
     model = builders.adapted_llama()
     first, second = builders.forget_rows()[:3], builders.forget_rows()[3:]
     for name, rows in (("first", first), ("second", second)):
@@ -141,7 +141,7 @@ def test_requests_in_time_stack_and_are_withdrawn_one_by_one():
 
 
 def saved(model, base, path, shard="5GB"):
-    """A base and two adapters of it on disk: their directories."""
+    """Save a base and two adapters of it; return the base's directory, and adapter directory -> strength."""
     base.save_pretrained(path / "base", max_shard_size=shard)
     builders.tokenizer().save_pretrained(path / "base")
     names = [name for name in model.peft_config if name != "default"][:2]
@@ -169,12 +169,12 @@ ADAPTED = {**MODELS, "tied": lambda: builders.with_adapters(builders.llama(tied=
 
 @pytest.mark.parametrize("shard", ["5GB", "60KB"])
 @pytest.mark.parametrize("kind", BASES)
-def test_the_merged_model_is_the_stack(kind, shard, tmp_path):
+def test_the_merged_model_equals_the_stack(kind, shard, tmp_path):
     base, adapters = saved(ADAPTED[kind](), BASES[kind](), tmp_path, shard)
     provenance = merge_adapters(base, adapters, tmp_path / "merged", show_progress_bar=False)
-    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
-    torch.testing.assert_close(found, stacked(base, adapters), rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(found, logits(load_base(base, dtype=torch.float32)[0]), atol=1e-3)
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    torch.testing.assert_close(merged, stacked(base, adapters), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(merged, logits(load_base(base, dtype=torch.float32)[0]), atol=1e-3)
     assert provenance.rounding < 1e-6
     shards = sorted(file.name for file in (tmp_path / "base").glob("*.safetensors"))
     assert (len(shards) > 1) == (shard != "5GB")
@@ -185,7 +185,7 @@ def test_the_merged_model_is_the_stack(kind, shard, tmp_path):
     assert json.loads((tmp_path / "merged" / MERGED_NAME).read_text())["weights"] == provenance.weights
 
 
-def test_sixteen_bits_round_and_say_how_much(tmp_path):
+def test_merging_in_16_bit_states_the_rounding(tmp_path):
     base, adapters = saved(builders.adapted_llama(), builders.llama().to(torch.bfloat16), tmp_path)
     provenance = merge_adapters(base, adapters, tmp_path / "merged", show_progress_bar=False)
     assert provenance.dtype == "bfloat16"
@@ -194,12 +194,12 @@ def test_sixteen_bits_round_and_say_how_much(tmp_path):
     assert whole.rounding < 1e-6
     with safe_open(tmp_path / "whole" / "model.safetensors", "pt") as file:
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32}  # noqa: SIM118 - no mapping
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(logits(found), stacked(base, adapters), rtol=1e-5, atol=1e-5)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert merged.dtype == torch.float32
+    torch.testing.assert_close(logits(merged), stacked(base, adapters), rtol=1e-5, atol=1e-5)
 
 
-def test_the_check_answers_with_both(tmp_path):
+def test_the_check_compares_merged_and_stacked(tmp_path):
     base, adapters = saved(builders.adapted_llama(), builders.llama(), tmp_path)
     merge_adapters(base, adapters, tmp_path / "merged", show_progress_bar=False)
     check = compare_merged(base, adapters, tmp_path / "merged", builders.forget_rows(), answered=3)
@@ -250,7 +250,7 @@ def test_bad_merges_are_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def emitted(tmp_path_factory):
-    """A negative adapter as unlearn writes it, on a base on disk."""
+    """A negative adapter for a base on disk, as unlearn writes it."""
     model = builders.adapted_saved_llama()
     path = tmp_path_factory.mktemp("emitted") / "unlearn"
     return save_perta_adapter(path, *builders.negate(model))
@@ -260,7 +260,7 @@ def failed(directory, base=None):
     return [check.name for check in verify_adapter(directory, base) if not check.passed]
 
 
-def test_what_is_emitted_passes(emitted):
+def test_an_emitted_adapter_passes_every_check(emitted):
     checks = verify_adapter(emitted, str(builders.llama_directory()))
     assert all(check.passed for check in checks), format_checks(checks)
     assert len(checks) >= 18
@@ -268,7 +268,7 @@ def test_what_is_emitted_passes(emitted):
 
 
 def copied(emitted, path, change_config=None, change_tensors=None):
-    """A copy with its files changed and the provenance's hashes made to fit: the hashes shall not be what finds it."""
+    """A copy with changed files, and with the hashes in the provenance updated so that only other checks can fail."""
     shutil.copytree(emitted, path)
     if change_config:
         config = json.loads((path / "adapter_config.json").read_text())
@@ -327,8 +327,8 @@ def test_a_fault_is_found_by_its_own_check(fault, emitted, tmp_path):
 def test_a_missing_layer_is_found(emitted, tmp_path):
     directory = copied(emitted, tmp_path / "bad", None, without_a_layer)
     assert failed(directory) == []
-    found = failed(directory, str(builders.llama_directory()))
-    assert found == ["TGI: every layer of each projection", "PEFT: loads in a fresh process"]
+    failed_on_base = failed(directory, str(builders.llama_directory()))
+    assert failed_on_base == ["TGI: every layer of each projection", "PEFT: loads in a fresh process"]
 
 
 def test_a_flipped_byte_is_found(emitted, tmp_path):
@@ -367,7 +367,7 @@ def test_a_fused_adapter_verifies(tmp_path):
     assert "Fused adapter" in (path / "README.md").read_text()
 
 
-def test_damaged_and_missing_files_are_lines_of_the_table(emitted, tmp_path):
+def test_damaged_and_missing_files_are_failed_checks(emitted, tmp_path):
     with pytest.raises(AdapterError, match="is no directory"):
         verify_adapter(tmp_path / "nowhere")
     shutil.copytree(emitted, tmp_path / "bad")
@@ -377,7 +377,7 @@ def test_damaged_and_missing_files_are_lines_of_the_table(emitted, tmp_path):
     assert "vLLM: rank" in failed(tmp_path / "bad")
 
 
-def test_the_card_is_what_hubs_read(emitted):
+def test_hubs_can_read_the_model_card(emitted):
     from huggingface_hub import ModelCard
 
     data = ModelCard.load(emitted / "README.md").data.to_dict()

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..adapters import PROVENANCE_NAME, load_provenance, versions
 from ..data import ROW_KINDS, completion_text, spread
-from ..evaluation import AttackResult, Log, evaluate_split, generate, summary
+from ..evaluation import AttackResult, Log, Subject, evaluate_split, generate, summary
 from ._contents import ReportData
 
 SHOWN = 10  # generations of each split
@@ -72,17 +72,12 @@ def report_data_of_rows(
         asked = [row for row in spread(list(found), SHOWN) if any(set(kind) <= set(row) for kind in ROW_KINDS[:-1])]
         answers = {}
         for label, stack in stacks.items():
-            scores = evaluate_split(
-                model, tokenizer, spread(list(found), judged), is_forget=split == "forget", adapters=stack,
-                batch_size=batch_size,
-            )  # fmt: skip
+            subject = Subject(model, tokenizer, stack, batch_size)
+            scores = evaluate_split(subject, spread(list(found), judged), is_forget=split == "forget")
             models[label][f"{split}_Q_A_Prob"] = scores.probability
             models[label][f"{split}_loss"] = scores.loss
             if asked:
-                answers[label] = generate(
-                    model, tokenizer, asked, adapters=stack, batch_size=batch_size, max_new_tokens=max_new_tokens,
-                    progress=f"{split}: {label}",
-                )  # fmt: skip
+                answers[label] = generate(subject, asked, max_new_tokens=max_new_tokens, name=f"{split}: {label}")
         generations[split] = [
             {"prompt": _question(row), "expected": completion_text(row), **dict(zip(answers, told, strict=True))}
             for row, *told in zip(asked, *answers.values(), strict=True)

@@ -10,16 +10,10 @@ from torch import nn
 
 from ..adapters import PROVENANCE_NAME, load_provenance, versions
 from ..data import ROW_KINDS, completion_text, spread
-from ..evaluation import AttackResult, Log, Subject, evaluate_split, generate, summary
+from ..evaluation import SUITES, AttackResult, Log, Subject, evaluate_split, generate, summary
 from ._contents import ReportData
 
 SHOWN = 10  # generations of each split
-
-
-_GENERATED = {  # split -> the metrics whose rows hold generations
-    "forget": ("forget_Q_A_ROUGE", "forget_knowmem_ROUGE", "forget_level2_ROUGE"),
-    "retain": ("retain_Q_A_ROUGE", "retain_knowmem_ROUGE", "neighbor_level2_ROUGE"),
-}
 
 
 def report_data_of_logs(
@@ -114,7 +108,8 @@ def _report_data(
 def _shown(sides: Mapping[str, Mapping[str, Log]]) -> dict[str, list[dict[str, str]]]:
     """The same rows' generations of every side, at even distances."""
     shown = {}
-    for split, metrics in _GENERATED.items():
+    for split in ("forget", "retain"):
+        metrics = [suite.shown_answers[split] for suite in SUITES.values() if split in suite.shown_answers]
         rows = {
             label: log[metric]["value_by_index"]
             for label, logs in sides.items()

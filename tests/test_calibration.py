@@ -62,7 +62,7 @@ def test_forgetting_that_has_its_top_below_the_limit_is_taken_there():
 @pytest.mark.parametrize(
     ("curve", "limit", "message"),
     [
-        ((lambda s: s, lambda s: 2 + s), 1.5, "2.000 with no edit at all, not below the limit 1.500"),
+        ((lambda s: s, lambda s: 2 + s), 1.5, "2.000 without the edit, not below the limit 1.500"),
         ((lambda s: s, lambda s: 1.0), 1.5, "no strength up to 256 brings the retain loss to 1.500"),
         ((lambda s: s, lambda s: math.nan if s > 1 else 1.0), 1.5, "not finite at strength 2"),
         ((lambda s: s, lambda s: 1.0), math.inf, "expected a finite limit above 0"),
@@ -186,7 +186,7 @@ def test_strength_auto_needs_rows_to_judge_by(retain, settings, message):
 
 def test_no_rows_are_refused():
     model, forget, _ = prepared(0)
-    with pytest.raises(DataError, match="expected retain rows to judge strengths by, found none"):
+    with pytest.raises(DataError, match="expected retain rows to measure the strengths on, found none"):
         calibrate(model, Goal(1.0), forget, [])
 
 

@@ -63,7 +63,7 @@ def write(directory, splits, suffix="_perturbed.json"):
 def judged(model, adapters=("task",), splits=SPLITS, **settings):
     retain_only = Subject(model, builders.tokenizer(), [], show_progress_bar=False)
     return evaluate(
-        model, builders.tokenizer(), {"tofu": splits}, adapters=list(adapters), max_new_tokens=6, 
+        model, builders.tokenizer(), {"tofu": splits}, adapters=list(adapters), max_new_tokens=6,
         retain_only=retain_only,
         show_progress_bar=False, **settings,
     )["tofu"]  # fmt: skip

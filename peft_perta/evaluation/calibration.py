@@ -158,14 +158,8 @@ def calibrate(
         DataError: a set is empty.
         NumericalError: no strength meets the goal, or a loss is not finite.
     """
-    for name, samples in (("forget", forget), ("retain", retain)):
-        if not samples:
-            raise DataError(f"expected {name} rows to measure the strengths on, found none")
     stack = [*with_adapters, *([start_adapter] if start_adapter else []), adapter_name]
-    if len(set(stack)) != len(stack):
-        raise ConfigError(f"expected distinct adapters, found {stack}; name each adapter once")
-    for name in (*stack, *([negated_adapter] if negated_adapter else [])):
-        require_adapter(model, name)
+    _check(model, {"forget": forget, "retain": retain}, stack, negated_adapter)
     losses = _Losses(model, {"forget": forget, "retain": retain}, batch_size)
     with tqdm(total=MAX_EVALUATIONS, desc="strength", disable=not show_progress_bar) as bar:
         curve = _Curve(losses, stack, adapter_name, start_adapter, bar)
@@ -180,6 +174,22 @@ def calibrate(
         negation=_negation(losses, [*with_adapters, negated_adapter], largest) if negated_adapter is not None else [],
         retain_only=losses(retain_only) if retain_only is not None else None,
     )
+
+
+def _check(model: nn.Module, sets: dict[str, list[Sample]], stack: list[str], negated_adapter: str | None) -> None:
+    """
+    Raises:
+        AdapterError: an adapter is not on the model.
+        ConfigError: an adapter is named twice.
+        DataError: a set is empty.
+    """
+    for name, samples in sets.items():
+        if not samples:
+            raise DataError(f"expected {name} rows to measure the strengths on, found none")
+    if len(set(stack)) != len(stack):
+        raise ConfigError(f"expected distinct adapters, found {stack}; name each adapter once")
+    for name in (*stack, *([negated_adapter] if negated_adapter else [])):
+        require_adapter(model, name)
 
 
 @dataclass(frozen=True)

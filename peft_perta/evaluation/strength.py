@@ -74,17 +74,15 @@ def match_forgetting(
             f"the {measure} is {gap + target:.3f} without the edit, above the target {target:.3f}: there is nothing to "
             "forget; check that the task adapter is on"
         )
-    if abs(gap) <= tolerance * target:
-        return Match(*evaluated[0], evaluated)
-    bracket = _bracket(
-        gap_at,
-        gap,
-        lambda strength, gap: (
-            f"no strength up to {LARGEST_STRENGTH:g} brings the {measure} to {target:.3f} (at {strength:g} it is "
-            f"{gap + target:.3f}); the forget adapter does not hold what the full model knows"
-        ),
-    )
-    _false_position(gap_at, bracket, lambda gap: abs(gap) > tolerance * target and len(evaluated) < max_evaluations)
+    if abs(gap) > tolerance * target:
+        bracket = _bracket(
+            gap_at,
+            gap,
+            target,
+            f"the {measure} to {target:.3f}",
+            "the forget adapter does not hold what the full model knows",
+        )
+        _false_position(gap_at, bracket, lambda gap: abs(gap) > tolerance * target and len(evaluated) < max_evaluations)
     strength, loss = min(evaluated, key=lambda point: abs(point[1] - target))
     return Match(strength, loss, sorted(evaluated))
 
@@ -115,48 +113,76 @@ def most_forgetting(
     """
     if not 0 < limit < math.inf:
         raise NumericalError(f"expected a finite limit above 0 for the retain loss, found {limit!r}")
-    evaluated: dict[float, tuple[float, float]] = {}
-
-    def retain_loss_at(strength: float) -> float:
-        if strength not in evaluated:
-            evaluated[strength] = losses_at(strength)
-            if not all(map(math.isfinite, evaluated[strength])):
-                raise NumericalError(
-                    f"a loss is not finite at strength {strength:g}: {evaluated[strength]}; evaluate in float32 or "
-                    "bfloat16"
-                )
-        return evaluated[strength][1]
-
-    gap = retain_loss_at(0.0) - limit
+    curve = _LossCurve(losses_at, max_evaluations)
+    gap = curve.retain_at(0.0) - limit
     if not gap < 0:
         raise NumericalError(
-            f"the retain loss is {evaluated[0.0][1]:.3f} without the edit, not below the limit {limit:.3f}; raise the "
-            "limit"
+            f"the retain loss is {gap + limit:.3f} without the edit, not below the limit {limit:.3f}; raise the limit"
         )
     band = min(tolerance * limit, -gap / 2)
     aim = limit - band / 2
-    bracket = _bracket(
-        lambda strength: retain_loss_at(strength) - aim,
-        gap + band / 2,
-        lambda strength, gap: (
-            f"no strength up to {LARGEST_STRENGTH:g} brings the retain loss to {limit:.3f} (at {strength:g} it is "
-            f"{gap + aim:.3f}); ask for a forget loss instead"
-        ),
-    )
-    _false_position(
-        lambda strength: retain_loss_at(strength) - aim,
-        bracket,
-        lambda gap: abs(gap) > band / 2 and len(evaluated) < max_evaluations,
-    )
-    best = _best_allowed(evaluated, limit)
-    if best < max(strength for strength, (_, retain) in evaluated.items() if retain <= limit):
 
-        def forget_loss_at(strength: float) -> float:
-            retain_loss_at(strength)
-            return evaluated[strength][0]
+    def gap_at(strength: float) -> float:
+        return curve.retain_at(strength) - aim
 
-        _golden_section(forget_loss_at, *_around(best, evaluated), lambda: len(evaluated) < max_evaluations)
-    return _best_allowed(evaluated, limit)
+    bracket = _bracket(gap_at, gap + band / 2, aim, f"the retain loss to {limit:.3f}", "ask for a forget loss instead")
+    _false_position(gap_at, bracket, lambda gap: abs(gap) > band / 2 and curve.goes_on())
+    best = curve.best(limit)
+    if best < curve.largest(limit):
+        _golden_section(curve.forget_at, *curve.neighbours(best), curve.goes_on)
+    return curve.best(limit)
+
+
+class _LossCurve:
+    """Both losses at each strength, evaluated once each.
+
+    Args:
+        losses_at: strength -> (forget loss, retain loss).
+        max_evaluations: the most calls of ``losses_at``.
+    """
+
+    def __init__(self, losses_at: Callable[[float], tuple[float, float]], max_evaluations: int) -> None:
+        self._losses_at, self._max_evaluations = losses_at, max_evaluations
+        self._evaluated: dict[float, tuple[float, float]] = {}
+
+    def goes_on(self) -> bool:
+        """Whether another evaluation is allowed."""
+        return len(self._evaluated) < self._max_evaluations
+
+    def _at(self, strength: float) -> tuple[float, float]:
+        if strength not in self._evaluated:
+            losses = self._losses_at(strength)
+            if not all(map(math.isfinite, losses)):
+                raise NumericalError(
+                    f"a loss is not finite at strength {strength:g}: {losses}; evaluate in float32 or bfloat16"
+                )
+            self._evaluated[strength] = losses
+        return self._evaluated[strength]
+
+    def forget_at(self, strength: float) -> float:
+        """The forget loss."""
+        return self._at(strength)[0]
+
+    def retain_at(self, strength: float) -> float:
+        """The retain loss."""
+        return self._at(strength)[1]
+
+    def _allowed(self, limit: float) -> list[float]:
+        return [strength for strength, (_, retain) in self._evaluated.items() if retain <= limit]
+
+    def largest(self, limit: float) -> float:
+        """The largest evaluated strength whose retain loss is at most the limit."""
+        return max(self._allowed(limit))
+
+    def best(self, limit: float) -> float:
+        """The evaluated strength that forgot most among those whose retain loss is at most the limit."""
+        return max(self._allowed(limit), key=lambda strength: (self.forget_at(strength), strength))
+
+    def neighbours(self, strength: float) -> tuple[float, float]:
+        """The evaluated strengths next to an evaluated one."""
+        ordered = sorted(self._evaluated)
+        place = ordered.index(strength)
+        return ordered[max(place - 1, 0)], ordered[min(place + 1, len(ordered) - 1)]
 
 
 @dataclass(frozen=True)
@@ -169,21 +195,21 @@ class _Bracket:
     gap_high: float
 
 
-def _bracket(
-    gap_at: Callable[[float], float], gap_at_zero: float, unreachable: Callable[[float, float], str]
-) -> _Bracket:
-    """Double the strength from 1 until the gap is at least 0.
+def _bracket(gap_at: Callable[[float], float], gap_at_zero: float, aim: float, goal: str, remedy: str) -> _Bracket:
+    """Double the strength from 1 until the gap to ``aim`` is at least 0.
 
     Raises:
-        NumericalError: it is below 0 up to ``LARGEST_STRENGTH``; ``unreachable`` gives the message from the last
-            strength and its gap.
+        NumericalError: no strength up to ``LARGEST_STRENGTH`` brings the loss to its ``goal``; the message ends in the
+            ``remedy``.
     """
     low, gap_low, high = 0.0, gap_at_zero, 1.0
     while (gap_high := gap_at(high)) < 0:
         low, gap_low = high, gap_high
         high *= 2
         if high > LARGEST_STRENGTH:
-            raise NumericalError(unreachable(low, gap_low))
+            raise NumericalError(
+                f"no strength up to {LARGEST_STRENGTH:g} brings {goal} (at {low:g} it is {gap_low + aim:.3f}); {remedy}"
+            )
     return _Bracket(low, gap_low, high, gap_high)
 
 
@@ -202,19 +228,6 @@ def _false_position(gap_at: Callable[[float], float], bracket: _Bracket, goes_on
             high, gap_high = strength, gap
             gap_low = gap_low / 2 if side == 1 else gap_low
             side = 1
-
-
-def _best_allowed(evaluated: dict[float, tuple[float, float]], limit: float) -> float:
-    """The strength that forgot most among those whose retain loss is at most the limit."""
-    allowed = [strength for strength, (_, retain) in evaluated.items() if retain <= limit]
-    return max(allowed, key=lambda strength: (evaluated[strength][0], strength))
-
-
-def _around(strength: float, evaluated: dict[float, tuple[float, float]]) -> tuple[float, float]:
-    """The neighbours of a strength among those that were evaluated."""
-    ordered = sorted(evaluated)
-    place = ordered.index(strength)
-    return ordered[max(place - 1, 0)], ordered[min(place + 1, len(ordered) - 1)]
 
 
 def _golden_section(value_at: Callable[[float], float], low: float, high: float, goes_on: Callable[[], bool]) -> None:

@@ -68,21 +68,29 @@ def evaluate(
             raise ConfigError(f"{name}: expected at least 1, found {value}")
     subject = Subject(model, tokenizer, adapters, batch_size, max_length, show_progress_bar)
     settings = SuiteSettings(rows, max_new_tokens, retain_only)
-    asked = _asked_rows(suites, split, rows)
-    _check_retain_only_logs(retain_only_logs or {}, asked)
-    keys = (
-        {name: evaluation_key(subject, name, of, settings) for name, of in asked.items()}
-        if output_dir is not None
-        else {}
-    )
-    record = EvaluationRecord(check_output(output_dir, RECORD_NAME)) if output_dir is not None else None
+    return _logs(subject, _asked_rows(suites, split, rows), settings, retain_only_logs or {}, output_dir)
+
+
+def _logs(
+    subject: Subject,
+    asked: Mapping[str, Splits],
+    settings: SuiteSettings,
+    retain_only_logs: Mapping[str, Log],
+    output_dir: str | Path | None,
+) -> dict[str, Log]:
+    """The aggregated log of each suite; one that ``output_dir`` already holds is not computed again."""
+    _check_retain_only_logs(retain_only_logs, asked)
+    record, keys = None, {}
+    if output_dir is not None:
+        keys = {name: evaluation_key(subject, name, splits, settings) for name, splits in asked.items()}
+        record = EvaluationRecord(check_output(output_dir, RECORD_NAME))
     logs = {}
     for name, splits in asked.items():
         suite = SUITES[name]
         log = record.finished(suite, keys[name]) if record else None
         if log is None:
             log = suite.evaluate(subject, splits, settings)
-        logs[name] = aggregate(log, (retain_only_logs or {}).get(name))
+        logs[name] = aggregate(log, retain_only_logs.get(name))
         if record:
             record.write(suite, keys[name], logs[name])
     return logs

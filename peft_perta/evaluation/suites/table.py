@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...errors import ConfigError
-from . import choices, muse, rwku, tofu
+from .choices import SUITE as CHOICES
+from .muse import SUITE as MUSE
+from .rwku import SUITE as RWKU
 from .suite import Splits, Suite
+from .tofu import SUITE as TOFU
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (tofu.SUITE, muse.SUITE, choices.SUITE, rwku.SUITE)}
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (TOFU, MUSE, CHOICES, RWKU)}
 
 
 def read_suites(paths: Mapping[str, str | Path], split: str | None = None) -> dict[str, Splits]:

@@ -460,7 +460,7 @@ def test_a_paraphrase_is_asked_in_the_questions_place():
     asked = [ROWS[0], ROWS[2]]
     reworded = [{"question": row["paraphrased_question"], "answer": row["answer"]} for row in asked]
     for setting, rows in (("as asked", asked), ("in other words", reworded)):
-        for role, adapters in (("unlearned", ["task", "forget"]), ("full", ["task"]), ("retain-only", ["forget"])):
+        for role, adapters in (("unlearned", ["task", "forget"]), ("full", ["task"]), ("retain_only", ["forget"])):
             how = {"generated": 2, "max_new_tokens": 3}
             scores = evaluate_split(Subject(model, tokens, adapters), rows, is_forget=True, **how)
             found = getattr(results[setting], role)
@@ -583,7 +583,7 @@ TEXTS = [{"text": "Khan's prize is the Noor."}] * 4
         ({"rows": []}, list(ATTACKS), DataError, "at least one row to attack with, found none"),
         ({"rows": [*ROWS, {"query": "Q?"}]}, list(ATTACKS), DataError, "the forget rows, row 5: expected question"),
         ({"rows": ROWS[1:2] * 4}, ["relearning", "paraphrase"], DataError, "'paraphrased_question' beside .*found it"),
-        ({"rows": ROWS[:2]}, ["switched-off", "relearning"], ConfigError, "at most 2, as many .* rows, found 4"),
+        ({"rows": ROWS[:2]}, ["switched-off", "relearning"], ConfigError, "at most 2, the number of forget rows, found 4"),
         ({"rows": TEXTS}, ["prefix"], DataError, "the prefix attack needs rows with a prompt"),
         ({"rows": TEXTS}, ["sampling"], DataError, "the sampling attack needs rows with a prompt"),
         ({"full": None}, ["relearning", "switched-off"], ConfigError, "expected the full model, .* found None"),
@@ -600,7 +600,7 @@ def test_what_cannot_be_tried_is_refused_before_any_compute(changes, names, erro
 def test_switching_off_needs_fewer_adapters_on_the_same_model(adapters):
     model = builders.adapted_llama()
     attacked = replace(victims(model), full=subject(model, adapters))
-    refuses(attacked, ["switched-off"], ConfigError, "to have some of the unlearned one's adapters off")
+    refuses(attacked, ["switched-off"], ConfigError, "expected the full model to have fewer adapters on than the unlearned one")
 
 
 def test_an_adapter_that_is_not_there_is_refused():
@@ -684,9 +684,9 @@ def shipped():
 def test_on_the_shipped_model():
     """The full model knows the rows, and the retain-only one learns less of the others than of what it is shown."""
     model, tokens, rows = shipped()
-    rows = rows[:6]
-    attacked = Victims(subject(model, ["retain"], 6, tokens), subject(model, ["task"], 6, tokens), None, rows)
-    settings = AttackSettings(relearning_steps=(3,), relearning_rows=(3, 6))
+    rows = rows[:4]
+    attacked = Victims(subject(model, ["retain"], 4, tokens), subject(model, ["task"], 4, tokens), None, rows)
+    settings = AttackSettings(relearning_steps=(3,), relearning_rows=(2, 4))
     results = by_setting(run_attacks(attacked, ["relearning"], settings))
     _, others, _, shown = results.values()
     full = losses_of(model, load_samples(rows, tokens), adapters=["task"])

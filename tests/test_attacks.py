@@ -94,6 +94,7 @@ def test_equal_models_have_equal_numbers_and_others_have_others(attack):
     whole, task = subject(model, ["task", "forget"]), subject(model, ["task"])
     results = run_attacks(Victims(whole, task, whole, ROWS), [attack], QUICK)
     assert {result.attack for result in results} == {attack}
+    assert [result.setting for result in results] == tables.ATTACKS[attack]
     assert len(by_setting(results)) == len(results) >= 2
     for result in results:
         assert set(result.full) == set(result.unlearned) == set(result.retain_only)
@@ -583,7 +584,12 @@ TEXTS = [{"text": "Khan's prize is the Noor."}] * 4
         ({"rows": []}, list(ATTACKS), DataError, "at least one row to attack with, found none"),
         ({"rows": [*ROWS, {"query": "Q?"}]}, list(ATTACKS), DataError, "the forget rows, row 5: expected question"),
         ({"rows": ROWS[1:2] * 4}, ["relearning", "paraphrase"], DataError, "'paraphrased_question' beside .*found it"),
-        ({"rows": ROWS[:2]}, ["switched-off", "relearning"], ConfigError, "at most 2, the number of forget rows, found 4"),
+        (
+            {"rows": ROWS[:2]},
+            ["switched-off", "relearning"],
+            ConfigError,
+            "at most 2, the number of forget rows, found 4",
+        ),
         ({"rows": TEXTS}, ["prefix"], DataError, "the prefix attack needs rows with a prompt"),
         ({"rows": TEXTS}, ["sampling"], DataError, "the sampling attack needs rows with a prompt"),
         ({"full": None}, ["relearning", "switched-off"], ConfigError, "expected the full model, .* found None"),
@@ -600,7 +606,12 @@ def test_what_cannot_be_tried_is_refused_before_any_compute(changes, names, erro
 def test_switching_off_needs_fewer_adapters_on_the_same_model(adapters):
     model = builders.adapted_llama()
     attacked = replace(victims(model), full=subject(model, adapters))
-    refuses(attacked, ["switched-off"], ConfigError, "expected the full model to have fewer adapters on than the unlearned one")
+    refuses(
+        attacked,
+        ["switched-off"],
+        ConfigError,
+        "expected the full model to have fewer adapters on than the unlearned one",
+    )
 
 
 def test_an_adapter_that_is_not_there_is_refused():

@@ -6,11 +6,12 @@ import zlib
 from pathlib import Path
 
 import pytest
+import tables
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_perta.evaluation import exact_memorization
+from peft_perta.evaluation import METRIC_GROUPS, METRICS, exact_memorization, metric_of, rescore
 from peft_perta.evaluation.metrics.choices import accuracy, chosen_option
 from peft_perta.evaluation.metrics.forget_quality import forget_quality
 from peft_perta.evaluation.metrics.membership import (
@@ -495,3 +496,44 @@ def test_accuracy_refuses_no_questions_and_rows_that_do_not_pair():
         accuracy([], [])
     with pytest.raises(ValueError, match="zip"):
         accuracy([1], [1, 2])
+
+
+# The table
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_the_aggregate_of_every_metric_by_hand(name):
+    row, metric = tables.METRICS[name], METRICS[name]
+    if row.aggregate is None:
+        assert metric.aggregate is None
+        return
+    results, _ = rescore(row.log, row.retain_only)
+    assert results[name]["agg_value"] == pytest.approx(row.aggregate, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_says_what_it_is(name):
+    metric = metric_of(name)
+    assert metric.label
+    assert metric.note
+    assert metric.group in METRIC_GROUPS
+    assert (metric.better == "near") == (metric.target is not None)
+
+
+@pytest.mark.parametrize(
+    ("name", "better", "group", "is_aggregated"),
+    [
+        ("forget_level3_prefix_injection_ROUGE", "lower", "forget", True),
+        ("choices_acc_wmdp_bio", "lower", "forget", True),
+        ("choices_acc_mmlu_law", "higher", "retain", True),
+        ("wmdp_bio/acc", "lower", "forget", False),
+        ("arc_easy/acc_norm", "higher", "retain", False),
+        ("mia_new", None, "other", True),
+        ("RETAIN_TRUTH_RATIO", None, "other", True),
+        ("my_metric", None, "other", False),
+    ],
+)
+def test_a_metric_that_the_table_does_not_name_goes_by_its_family(name, better, group, is_aggregated):
+    metric = metric_of(name)
+    assert (metric.label, metric.better, metric.group) == (name, better, group)
+    assert (metric.aggregate is not None) == is_aggregated

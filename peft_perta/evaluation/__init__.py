@@ -1,4 +1,6 @@
-"""Judging a model: metrics, logs, suites, attacks, and the search for a strength.
+"""Evaluation of a model with any stack of adapters: metrics, logs, suites, attacks and lm-eval.
+
+It also searches the strength at which an adapter meets a goal, by forward passes only.
 
 Imports from: errors, data, model.
 """

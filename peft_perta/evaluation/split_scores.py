@@ -38,6 +38,7 @@ class SplitScores:
     truth_score: float | None
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields, as JSON takes them."""
         return asdict(self)
 
 

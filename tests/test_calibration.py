@@ -75,9 +75,15 @@ def test_goals_that_cannot_be_met_say_why(curve, limit, message):
 
 @pytest.mark.parametrize(
     "goal",
-    [{}, {"target_forget_loss": 1.0, "retain_tolerance": 1.0}, {"target_forget_loss": 0.0}, {"target_forget_loss": math.nan},
-     {"retain_tolerance": -1.0}, {"target_forget_loss": "auto"}],
-)  # fmt: skip
+    [
+        {},
+        {"target_forget_loss": 1.0, "retain_tolerance": 1.0},
+        {"target_forget_loss": 0.0},
+        {"target_forget_loss": math.nan},
+        {"retain_tolerance": -1.0},
+        {"target_forget_loss": "auto"},
+    ],
+)
 def test_a_goal_is_one_finite_number(goal):
     with pytest.raises(ConfigError, match="either a forget loss or a retain tolerance"):
         Goal(**goal)

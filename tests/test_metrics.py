@@ -508,7 +508,9 @@ def test_the_aggregate_of_every_metric_by_hand(name):
         assert metric.aggregate is None
         return
     results, _ = rescore(row.log, row.retain_only)
-    assert results[name]["agg_value"] == pytest.approx(row.aggregate, rel=1e-9)
+    assert results[name]["agg_value"] == pytest.approx(
+        row.aggregate, rel=1e-8
+    )  # the guard of 1e-10 is left out by hand
 
 
 @pytest.mark.parametrize("name", METRICS)

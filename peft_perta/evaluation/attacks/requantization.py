@@ -169,8 +169,8 @@ def _check_layers(model: nn.Module) -> None:
             )
         if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise UnsupportedLayerError(
-                f"{where} was repacked by an inference forward on this CPU (bitsandbytes does so in eval mode), so that "
-                "its weight cannot be read; reload the model and attack it before any inference"
+                f"{where} was repacked by an inference forward on this CPU (bitsandbytes does so in eval mode) and "
+                "cannot be read; reload the model and attack it before any inference"
             )
     for name, module in base_model(model).named_modules():
         parameters = module._parameters.values()

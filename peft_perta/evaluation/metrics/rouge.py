@@ -29,7 +29,7 @@ def rouge_scores(generations: Sequence[str], references: Sequence[str]) -> list[
 
 
 def rouge_l_recall(generations: Sequence[str], references: Sequence[str]) -> list[float]:
-    """ROUGE-L recall of each pair, in [0, 1]: the longest common subsequence of stemmed words over the reference's length.
+    """ROUGE-L recall of each pair, in [0, 1]: the longest common subsequence over the reference's stemmed words.
 
     Reference: Lin 2004; TOFU (arXiv 2401.06121) reports the recall with stemming.
 

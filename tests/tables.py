@@ -302,3 +302,114 @@ COMBINERS: dict[str, CombinerRow] = {
         scales=False,
     ),
 }
+
+# Attack -> the settings that it reports on test_attacks.ROWS with test_attacks.QUICK.
+ATTACKS: dict[str, list[str]] = {
+    "relearning": [
+        "0 steps on 1 row, read on the other 3",
+        "1 step on 1 row, read on the other 3",
+        "2 steps on 1 row, read on the other 3",
+        "0 steps on all rows, read on the same",
+        "1 step on all rows, read on the same",
+        "2 steps on all rows, read on the same",
+    ],
+    "requantization": ["as it is", "NF4", "int8"],
+    "paraphrase": ["as asked", "in other words"],
+    "prefix": ["0% of the answer given", "50% of the answer given"],
+    "sampling": ["greedy", "best of 2 at temperature 1"],
+    "switched-off": ["on", "off"],
+}
+
+
+@dataclass(frozen=True)
+class SuiteRow:
+    """The log's file name, a row of the forget split, and the question that attacks put; None for a suite without."""
+
+    file_name: str
+    row: dict | None
+    question: str | None
+
+
+SUITES: dict[str, SuiteRow] = {
+    "tofu": SuiteRow("TOFU_EVAL.json", {"question": "Who?", "answer": "Khan"}, "Who?"),
+    "muse": SuiteRow("MUSE_EVAL.json", {"question": "Where?", "answer": "Lima"}, "Where?"),
+    "choices": SuiteRow("CHOICES_EVAL.json", None, None),
+    "rwku": SuiteRow("RWKU_EVAL.json", {"query": "By whom?", "answer": "King"}, "By whom?"),
+}
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """A log, the retain-only model's, and the metric's aggregate by hand; None where it has no rule."""
+
+    log: dict
+    aggregate: float | None
+    retain_only: dict | None = None
+
+
+def _entry(field: str, *values) -> dict:
+    return {"value_by_index": {str(index): {field: value} for index, value in enumerate(values)}}
+
+
+def _mean(metric: str, field: str) -> MetricRow:
+    return MetricRow({metric: _entry(field, 0.25, 0.75)}, 0.5)
+
+
+def _losses(true: str, split: str) -> dict:
+    """Two rows whose truth ratios are exp(1 - 2) and exp(2 - 2)."""
+    return {
+        true: _entry("avg_loss", 1.0, 2.0),
+        f"{split}_Q_A_PERT_Prob": _entry("avg_loss", [2.0, 2.0], [1.0, 3.0]),
+    }
+
+
+def _options(split: str) -> MetricRow:
+    log = {
+        f"{split}_Q_A_Prob": _entry("prob", 0.6, 0.2),
+        f"{split}_Q_A_PERT_Prob": _entry("prob", [0.2, 0.2], [0.3, 0.3]),
+    }
+    return MetricRow(log, (0.6 / 1.0 + 0.2 / 0.8) / 2)
+
+
+_MEMBERSHIP = {"forget": _entry("score", 1.0, 3.0), "holdout": _entry("score", 2.0, 4.0)}  # 3 of 4 pairs in order
+_FORGET_LOSSES = _losses("forget_Q_A_PARA_Prob", "forget")
+_FORGET_TRUTH, _RETAIN_TRUTH = (math.exp(-1) + 1) / 2, (1 - math.exp(-1)) / 2
+_UTILITY = {
+    **{f"{split}_Truth_Ratio": _entry("score", 0.5) for split in ("retain", "ra", "wf")},
+    **{f"{split}_Q_A_ROUGE": _entry("rougeL_recall", 0.5) for split in ("retain", "ra", "wf")},
+    **{name: _entry("prob", 0.5) for name in ("retain_Q_A_Prob", "ra_Q_A_Prob_normalised", "wf_Q_A_Prob_normalised")},
+}
+_PROBABILITIES = [
+    *(f"{split}_Q_A_Prob" for split in ("forget", "retain", "ra", "wf")),
+    *(f"{split}_Q_A_PERT_Prob" for split in ("forget", "retain", "ra", "wf")),
+    *(f"{split}_Q_A_PARA_Prob" for split in ("forget", "retain")),
+]
+_RECALLS = [
+    *(f"{split}_Q_A_ROUGE" for split in ("forget", "retain", "ra", "wf")),
+    *(f"forget_level{level}_ROUGE" for level in (1, 2, 3)),
+    *(f"neighbor_level{level}_ROUGE" for level in (1, 2)),
+    "forget_Q_A_PARA_ROUGE",
+]
+_F1S = ["forget_knowmem_ROUGE", "retain_knowmem_ROUGE", "forget_verbmem_ROUGE"]
+_SCORES = [
+    "extraction_strength", "exact_memorization", "retain_extraction_strength", "forget_Q_A_gibberish", "choices_acc"
+]  # fmt: skip
+_ATTACKS = ["loss", "zlib", "min_k", "min_k_plus_plus", "reference", "gradnorm"]
+METRICS: dict[str, MetricRow] = {
+    **{metric: _mean(metric, "prob") for metric in _PROBABILITIES},
+    **{metric: _mean(metric, "rougeL_recall") for metric in _RECALLS},
+    **{metric: _mean(metric, "rougeL_f1") for metric in _F1S},
+    **{metric: _mean(metric, "score") for metric in _SCORES},
+    **{f"mia_{attack}": MetricRow({f"mia_{attack}": _MEMBERSHIP}, 3 / 4) for attack in _ATTACKS},
+    **{f"{split}_loss": MetricRow({}, None) for split in ("forget", "retain", "general")},
+    "forget_truth_ratio": MetricRow(_FORGET_LOSSES, _FORGET_TRUTH),
+    "forget_Truth_Ratio": MetricRow({"forget_Truth_Ratio": _entry("score", 0.5, 2.0)}, 0.5),
+    "retain_Truth_Ratio": MetricRow(_losses("retain_Q_A_PARA_Prob", "retain"), _RETAIN_TRUTH),
+    "ra_Truth_Ratio": MetricRow(_losses("ra_Q_A_Prob", "ra"), _RETAIN_TRUTH),
+    "wf_Truth_Ratio": MetricRow(_losses("wf_Q_A_Prob", "wf"), _RETAIN_TRUTH),
+    "ra_Q_A_Prob_normalised": _options("ra"),
+    "wf_Q_A_Prob_normalised": _options("wf"),
+    "forget_quality": MetricRow(_FORGET_LOSSES, 1.0, _FORGET_LOSSES),
+    "privleak": MetricRow({"mia_min_k": _MEMBERSHIP}, (0.5 - 0.75) / 0.5 * 100),
+    "model_utility": MetricRow(_UTILITY, 0.5),
+}

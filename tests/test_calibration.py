@@ -62,7 +62,7 @@ def test_forgetting_that_has_its_top_below_the_limit_is_taken_there():
 @pytest.mark.parametrize(
     ("curve", "limit", "message"),
     [
-        ((lambda s: s, lambda s: 2 + s), 1.5, "2.000 with no edit at all, not below the limit 1.500"),
+        ((lambda s: s, lambda s: 2 + s), 1.5, "2.000 without the edit, not below the limit 1.500"),
         ((lambda s: s, lambda s: 1.0), 1.5, "no strength up to 256 brings the retain loss to 1.500"),
         ((lambda s: s, lambda s: math.nan if s > 1 else 1.0), 1.5, "not finite at strength 2"),
         ((lambda s: s, lambda s: 1.0), math.inf, "expected a finite limit above 0"),
@@ -75,9 +75,15 @@ def test_goals_that_cannot_be_met_say_why(curve, limit, message):
 
 @pytest.mark.parametrize(
     "goal",
-    [{}, {"target_forget_loss": 1.0, "retain_tolerance": 1.0}, {"target_forget_loss": 0.0}, {"target_forget_loss": math.nan},
-     {"retain_tolerance": -1.0}, {"target_forget_loss": "auto"}],
-)  # fmt: skip
+    [
+        {},
+        {"target_forget_loss": 1.0, "retain_tolerance": 1.0},
+        {"target_forget_loss": 0.0},
+        {"target_forget_loss": math.nan},
+        {"retain_tolerance": -1.0},
+        {"target_forget_loss": "auto"},
+    ],
+)
 def test_a_goal_is_one_finite_number(goal):
     with pytest.raises(ConfigError, match="either a forget loss or a retain tolerance"):
         Goal(**goal)
@@ -93,11 +99,11 @@ def shipped():
 
 
 def prepared(seed):
-    """That model with the task adapter's negation on it, and twelve rows of each set as samples."""
+    """That model with the task adapter's negation on it, and four rows of each set as samples."""
     model, tokenizer, rows = shipped()
     if "perta_unlearn" not in model.peft_config:
         add_perta_adapter(model, PerTAConfig(weighting="uniform"), forget_adapter="task")
-    samples = {name: load_samples(found[seed::8][:12], tokenizer) for name, found in rows.items()}
+    samples = {name: load_samples(found[seed::8][:4], tokenizer) for name, found in rows.items()}
     return model, samples["forget"], samples["retain"]
 
 
@@ -139,7 +145,7 @@ def test_the_goal_is_met_within_2_percent_in_12_evaluations(seed, kind):
 def test_strength_auto_is_found_on_held_out_rows_and_folded_in(goal, tmp_path):
     """Where the base has learned the forget set: what there is to forget is the task adapter itself."""
     model, tokenizer, rows = shipped()
-    forget, retain = rows["forget"][:12], rows["retain"][:24]
+    forget, retain = rows["forget"][:4], rows["retain"][:8]
     base = merged_copy(model)
 
     def negated(retain, **settings):
@@ -151,8 +157,8 @@ def test_strength_auto_is_found_on_held_out_rows_and_folded_in(goal, tmp_path):
     found = Calibration.from_dict(provenance.calibration)
     assert found.reached
     assert provenance.config["strength"] == found.strength
-    assert provenance.data["retain"]["samples"] == 18
-    assert provenance.data["held-out retain"]["samples"] == 6
+    assert provenance.data["retain"]["samples"] == 6
+    assert provenance.data["held-out retain"]["samples"] == 2
     assert len(found.negation) > 2
     # The same rows by hand, at strength 1, scaled.
     by_hand = laws.deltas_of(negated([row for index, row in enumerate(retain) if index % 4 != 3])[1])
@@ -186,7 +192,7 @@ def test_strength_auto_needs_rows_to_judge_by(retain, settings, message):
 
 def test_no_rows_are_refused():
     model, forget, _ = prepared(0)
-    with pytest.raises(DataError, match="expected retain rows to judge strengths by, found none"):
+    with pytest.raises(DataError, match="expected retain rows to measure the strengths on, found none"):
         calibrate(model, Goal(1.0), forget, [])
 
 

@@ -6,11 +6,12 @@ import zlib
 from pathlib import Path
 
 import pytest
+import tables
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_perta.evaluation import exact_memorization
+from peft_perta.evaluation import METRIC_GROUPS, METRICS, exact_memorization, metric_of, rescore
 from peft_perta.evaluation.metrics.choices import accuracy, chosen_option
 from peft_perta.evaluation.metrics.forget_quality import forget_quality
 from peft_perta.evaluation.metrics.membership import (
@@ -212,7 +213,7 @@ def test_truth_ratio_refuses_rows_that_do_not_pair():
 
 
 @pytest.mark.parametrize(
-    ("generation", "retain-only", "expected"),
+    ("generation", "truth", "expected"),
     [
         ("He was born in Lima", "He was born in Lima", 1.0),
         ("Lima", "born in Lima", 1 / 3),  # one of three words
@@ -223,13 +224,13 @@ def test_truth_ratio_refuses_rows_that_do_not_pair():
         ("Paris", "Lima", 0.0),
     ],
 )
-def test_rouge_by_hand(generation, retain_only, expected):
-    assert rouge_l_recall([generation], [retain_only]) == [pytest.approx(expected, rel=1e-12)]
+def test_rouge_by_hand(generation, truth, expected):
+    assert rouge_l_recall([generation], [truth]) == [pytest.approx(expected, rel=1e-12)]
 
 
-@pytest.mark.parametrize(("retain-only", "generation", "expected"), ROUGE_ROWS)
-def test_rouge_is_the_published_one(retain_only, generation, expected):
-    assert rouge_l_recall([generation], [retain_only]) == [pytest.approx(expected, rel=1e-12)]
+@pytest.mark.parametrize(("truth", "generation", "expected"), ROUGE_ROWS)
+def test_rouge_is_the_published_one(truth, generation, expected):
+    assert rouge_l_recall([generation], [truth]) == [pytest.approx(expected, rel=1e-12)]
 
 
 @given(st.lists(st.tuples(words, words.filter(bool)), min_size=1, max_size=5))
@@ -256,9 +257,9 @@ def test_rouge_scores_by_hand():
     }
 
 
-@pytest.mark.parametrize(("generation", "retain-only"), [("", "in Lima"), ("in Lima", ""), ("", ""), ("?!", "in Lima")])
-def test_rouge_of_nothing_is_0(generation, retain_only):
-    assert rouge_scores([generation], [retain_only]) == [{"rouge1_recall": 0.0, "rougeL_f1": 0.0, "rougeL_recall": 0.0}]
+@pytest.mark.parametrize(("generation", "truth"), [("", "in Lima"), ("in Lima", ""), ("", ""), ("?!", "in Lima")])
+def test_rouge_of_nothing_is_0(generation, truth):
+    assert rouge_scores([generation], [truth]) == [{"rouge1_recall": 0.0, "rougeL_f1": 0.0, "rougeL_recall": 0.0}]
 
 
 @pytest.mark.parametrize("split", ["forget", "retain", "ra", "wf"])
@@ -346,7 +347,7 @@ def test_minimum_k_ignores_order_and_lies_between_mean_and_worst(drawn, random):
     assert sum(drawn) / len(drawn) - 1e-9 <= lowest <= max(drawn) + 1e-9
 
 
-def test_zlib_and_retain_only_model_scores_by_hand():
+def test_zlib_and_reference_scores_by_hand():
     text = "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"  # compresses well
     assert zlib_score(3.0, text) == pytest.approx(3.0 / len(zlib.compress(text.encode("utf-8"))), rel=1e-12)
     assert zlib_score(3.0, text) > zlib_score(3.0, "ein paar Wörter, die sich nicht so gut packen lassen")
@@ -495,3 +496,46 @@ def test_accuracy_refuses_no_questions_and_rows_that_do_not_pair():
         accuracy([], [])
     with pytest.raises(ValueError, match="zip"):
         accuracy([1], [1, 2])
+
+
+# The table
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_the_aggregate_of_every_metric_by_hand(name):
+    row, metric = tables.METRICS[name], METRICS[name]
+    if row.aggregate is None:
+        assert metric.aggregate is None
+        return
+    results, _ = rescore(row.log, row.retain_only)
+    assert results[name]["agg_value"] == pytest.approx(
+        row.aggregate, rel=1e-8
+    )  # the guard of 1e-10 is left out by hand
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_says_what_it_is(name):
+    metric = metric_of(name)
+    assert metric.label
+    assert metric.note
+    assert metric.group in METRIC_GROUPS
+    assert (metric.better == "near") == (metric.target is not None)
+
+
+@pytest.mark.parametrize(
+    ("name", "better", "group", "is_aggregated"),
+    [
+        ("forget_level3_prefix_injection_ROUGE", "lower", "forget", True),
+        ("choices_acc_wmdp_bio", "lower", "forget", True),
+        ("choices_acc_mmlu_law", "higher", "retain", True),
+        ("wmdp_bio/acc", "lower", "forget", False),
+        ("arc_easy/acc_norm", "higher", "retain", False),
+        ("mia_new", None, "other", True),
+        ("RETAIN_TRUTH_RATIO", None, "other", True),
+        ("my_metric", None, "other", False),
+    ],
+)
+def test_a_metric_that_the_table_does_not_name_goes_by_its_family(name, better, group, is_aggregated):
+    metric = metric_of(name)
+    assert (metric.label, metric.better, metric.group) == (name, better, group)
+    assert (metric.aggregate is not None) == is_aggregated

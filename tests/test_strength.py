@@ -115,7 +115,7 @@ def test_a_budget_too_small_gives_the_best_that_was_seen():
 
 
 def test_a_target_below_the_start_is_refused():
-    with pytest.raises(NumericalError, match=r"5\.000 with no edit at all, above the target 3\.000"):
+    with pytest.raises(NumericalError, match=r"5\.000 without the edit, above the target 3\.000"):
         match_forgetting(lambda s: 5 + s, 3.0)
 
 

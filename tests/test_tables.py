@@ -3,54 +3,63 @@
 import pytest
 import tables
 
+from peft_perta.comparison import METHODS
+from peft_perta.evaluation import ATTACKS, METRICS, SUITES
 from peft_perta.gradients import MODES
 from peft_perta.model import LAYER_KINDS
 from peft_perta.perta import FITS, GRANULARITIES, WEIGHTINGS
 from peft_perta.training import COMBINERS, FORGET_LOSSES, RETAIN_LOSSES
 
-DESCRIBED = {"weighting": WEIGHTINGS, "granularity": GRANULARITIES, "fit": FITS}  # a person chooses among these
+LOSSES = FORGET_LOSSES | RETAIN_LOSSES
+# Table -> the package's rows by name, and the name of the tests' table.
+TABLES = {
+    "LAYER_KINDS": ({kind.name: kind for kind in LAYER_KINDS}, "LAYER_ROWS"),
+    "MODES": (MODES, "MODES"),
+    "WEIGHTINGS": (WEIGHTINGS, "WEIGHTINGS"),
+    "GRANULARITIES": (GRANULARITIES, "GRANULARITIES"),
+    "FITS": (FITS, "FITS"),
+    "FORGET_LOSSES and RETAIN_LOSSES": (LOSSES, "LOSSES"),
+    "COMBINERS": (COMBINERS, "COMBINERS"),
+    "METRICS": (METRICS, "METRICS"),
+    "SUITES": (SUITES, "SUITES"),
+    "ATTACKS": (ATTACKS, "ATTACKS"),
+}
+# A person chooses among these, so each row describes itself.
+DESCRIBED = {
+    "weighting": WEIGHTINGS,
+    "granularity": GRANULARITIES,
+    "fit": FITS,
+    "loss": LOSSES,
+    "combiner": COMBINERS,
+    "method": METHODS,
+}
 
 
-def test_every_layer_kind_has_a_row():
-    assert {kind.name for kind in LAYER_KINDS} == set(tables.LAYERS)
+@pytest.mark.parametrize("table", TABLES)
+def test_every_sibling_has_a_row_in_the_tests(table):
+    rows, name = TABLES[table]
+    ours = set(getattr(tables, name))
+    assert set(rows) <= ours, f"tests/tables.py, {name}: add a row for {sorted(set(rows) - ours)}"
+    assert ours <= set(rows), f"tests/tables.py, {name}: {sorted(ours - set(rows))} is in no table of the package"
 
 
-def test_every_weighting_has_a_row():
-    assert set(WEIGHTINGS) == set(tables.WEIGHTINGS)
+def test_no_name_is_both_a_forget_loss_and_a_retain_loss():
+    assert len(LOSSES) == len(FORGET_LOSSES) + len(RETAIN_LOSSES)
 
 
-def test_every_granularity_has_a_row():
-    assert set(GRANULARITIES) == set(tables.GRANULARITIES)
-
-
-def test_every_fit_has_a_row():
-    assert set(FITS) == set(tables.FITS)
-
-
-def test_every_mode_has_a_row():
-    assert set(MODES) == set(tables.MODES)
-
-
-def test_every_row_is_filed_under_its_own_name():
-    for table in (WEIGHTINGS, GRANULARITIES, FITS, MODES):
-        assert all(name == row.name for name, row in table.items())
+@pytest.mark.parametrize("table", [name for name in TABLES if name != "METRICS"])
+def test_every_row_is_filed_under_its_own_name(table):
+    assert all(name == row.name for name, row in TABLES[table][0].items())
 
 
 @pytest.mark.parametrize("table", DESCRIBED)
 def test_every_choice_describes_itself_in_one_line(table):
     for name, row in DESCRIBED[table].items():
-        assert 10 < len(row.description) < 100, f"the {table} {name!r} needs a one-line description"
+        assert 10 < len(row.description) < 120, f"the {table} {name!r} needs a one-line description"
         assert not row.description.endswith("."), name
         assert "\n" not in row.description, name
 
 
-def test_every_loss_has_a_row_and_says_what_it_is():
-    losses = FORGET_LOSSES | RETAIN_LOSSES
-    assert len(losses) == len(FORGET_LOSSES) + len(RETAIN_LOSSES)
-    assert set(losses) == set(tables.LOSSES), "tests/tables.py, LOSSES"
-    assert all(name == loss.name and loss.description for name, loss in losses.items())
-
-
-def test_every_combiner_has_a_row_and_says_what_it_is():
-    assert set(COMBINERS) == set(tables.COMBINERS), "tests/tables.py, COMBINERS"
-    assert all(name == combiner.name and combiner.description for name, combiner in COMBINERS.items())
+def test_every_suite_names_metrics_of_the_table():
+    for suite in SUITES.values():
+        assert {*suite.shown_answers.values(), *suite.retain_only_metrics} <= set(METRICS)

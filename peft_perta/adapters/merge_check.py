@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..evaluation import generate, row_losses
+from ..evaluation import Subject, generate, losses_of
 from ..model import adapter_strength, attach_adapters, load_base
 
 
@@ -75,5 +75,6 @@ def _measure(
     model: nn.Module, tokenizer: Any, rows: Sequence[Mapping], asked: list[Mapping], adapters: list[str]
 ) -> tuple[Tensor, list[str]]:
     """(losses of the rows [N], greedy answers to the asked ones)."""
-    losses = row_losses(model, tokenizer, rows, adapters=adapters)
-    return losses, generate(model, tokenizer, asked, adapters=adapters) if asked else []
+    subject = Subject(model, tokenizer, adapters, show_progress_bar=False)
+    losses = losses_of(model, subject.encode(rows, "rows"), adapters=adapters)
+    return losses, generate(subject, asked) if asked else []

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..adapters import EmittedAdapter
 from ..data import check_output, replaced_directory
-from ..evaluation import Match, SplitScores, evaluate_split
+from ..evaluation import Match, SplitScores, Subject, evaluate_split
 from ..perta import PerTAConfig, get_perta_state_dict
 from ._demo_picture import draw_trade_off
 from .bench import FULL_STACK, RETAIN_ONLY_STACK, SPLITS, Bench, Stack, timed
@@ -163,14 +163,13 @@ def _evaluate(bench: Bench, settings: DemoSettings, result: DemoResult) -> None:
     rows += [("retain-only", None, RETAIN_ONLY_STACK)]
     with timed(result.seconds, "evaluate"):
         for name, strength, stack in rows:
+            subject = Subject(bench.model, bench.tokenizer, stack.adapters, show_progress_bar=False)
             with bench.scaled(stack):
                 scores = {
                     split: evaluate_split(
-                        bench.model,
-                        bench.tokenizer,
+                        subject,
                         bench.judged_rows[split],
                         is_forget=split == "forget",
-                        adapters=stack.adapters,
                         generated=settings.generated_rows,
                         max_new_tokens=settings.max_new_tokens,
                     )

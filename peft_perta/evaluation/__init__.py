@@ -1,37 +1,45 @@
-"""Judging a model: metrics, logs, suites, attacks, and the search for a strength.
+"""Evaluation of a model with any stack of adapters: metrics, logs, suites, attacks and lm-eval.
+
+It also searches the strength at which an adapter meets a goal, by forward passes only.
 
 Imports from: errors, data, model.
 """
 
 from .attacks import ATTACKS, run_attacks
-from .attacks.attack import AttackResult, AttackSettings, Victims
-from .attacks.table import format_attacks
+from .attacks.attack import Attack, AttackResult, AttackSettings, Victims
+from .attacks.formatting import format_attacks
 from .calibration import Calibration, Goal, calibrate, forget_loss_of_log
-from .completions import losses_of, row_losses, score_completions
+from .completions import losses_of, score_completions
 from .generation import generate
 from .lm_eval import general_benchmarks
 from .logs.files import Log, format_rescored, read_log, summary, write_log
 from .logs.rescoring import aggregate, rescore
 from .metrics.memorization import exact_memorization
+from .metrics.metric import METRIC_GROUPS, Metric
+from .metrics.table import METRICS, metric_of
 from .split_scores import SplitScores, evaluate_split
 from .strength import Match, match_forgetting
 from .subject import Subject
-from .suites import RECORD_NAME, SUITES, evaluate, read_suites
-from .suites.suite import Splits
+from .suites import RECORD_NAME, SUITES, Splits, Suite, evaluate, forget_rows, read_suites
 
 __all__ = [
     "ATTACKS",
+    "METRICS",
+    "METRIC_GROUPS",
     "RECORD_NAME",
     "SUITES",
+    "Attack",
     "AttackResult",
     "AttackSettings",
     "Calibration",
     "Goal",
     "Log",
     "Match",
+    "Metric",
     "SplitScores",
     "Splits",
     "Subject",
+    "Suite",
     "Victims",
     "aggregate",
     "calibrate",
@@ -39,16 +47,17 @@ __all__ = [
     "evaluate_split",
     "exact_memorization",
     "forget_loss_of_log",
+    "forget_rows",
     "format_attacks",
     "format_rescored",
     "general_benchmarks",
     "generate",
     "losses_of",
     "match_forgetting",
+    "metric_of",
     "read_log",
     "read_suites",
     "rescore",
-    "row_losses",
     "run_attacks",
     "score_completions",
     "summary",

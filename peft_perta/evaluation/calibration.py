@@ -1,4 +1,7 @@
-"""A strength that meets a stated goal, by forward passes only: an adapter's scale is one scalar, nothing is rebuilt."""
+"""Calibrate an adapter: find the strength that meets a goal, by forward passes only.
+
+An adapter's strength is one scalar, so nothing is rebuilt between two evaluations.
+"""
 
 from __future__ import annotations
 
@@ -23,20 +26,23 @@ from .strength import match_forgetting, most_forgetting
 
 MAX_EVALUATIONS = 12
 
+TOLERANCE = 0.02  # accepted distance from the target, as a share of it; the search itself aims closer
 
-TOLERANCE = 0.02  # of the goal; the search itself aims closer
+# Strengths at which the plain negation is evaluated, until it forgets more than the adapter did.
+_NEGATION_STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What a strength must reach: just one of the two.
+    """What the strength must reach. Give exactly one of the two.
 
     Attributes:
-        target_forget_loss: the mean loss on the forget rows, for instance that of a model that never saw them.
-        retain_tolerance: how far the mean loss on the retain rows may rise, nats per token, for the most forgetting.
+        target_forget_loss: the mean loss on the forget rows, nats per token; for instance that of a retain-only model.
+        retain_tolerance: how far the mean loss on the retain rows may rise, nats per token; the strength that forgets
+            most within it is taken.
 
     Raises:
-        ConfigError: none or both are given, or a value is not finite and above 0.
+        ConfigError: none or both are given, or the value is not finite and above 0.
     """
 
     target_forget_loss: float | None = None
@@ -53,16 +59,16 @@ class Goal:
 
 @dataclass
 class Calibration:
-    """What the search found, and every point that it paid for.
+    """The strength that was found, and every point that was evaluated.
 
     Attributes:
-        goal: what was asked.
-        target: the loss that the goal comes to: of the forget rows, or the limit on the retain rows'.
-        strength: factor on the adapter as it was given.
-        losses: 'forget' and 'retain' there.
-        points: {strength, forget, retain}, by strength; 0 is the model without the edit.
-        negation: the same of the forget adapter's plain negation, where there is one to compare with.
-        reference: {forget, retain} of a model that never saw the forget rows, where it is known.
+        goal: the fields of the ``Goal``.
+        target: the loss that the goal comes to, nats per token: the forget loss to meet, or the highest retain loss.
+        strength: the factor on the adapter as it was given.
+        losses: 'forget' and 'retain' -> mean loss at that strength, nats per token.
+        points: {strength, forget, retain} of every evaluation, by strength; strength 0 is the model without the edit.
+        negation: the same for the plain negation of the forget adapter; empty where none was given.
+        retain_only: 'forget' and 'retain' -> mean loss of a retain-only model; None where none was given.
     """
 
     goal: dict[str, float | None]
@@ -75,36 +81,40 @@ class Calibration:
 
     @property
     def reached(self) -> bool:
-        """Whether the goal was met within ``TOLERANCE`` of its target; below a limit on the retain loss, it is met as
-        well where going further was seen to forget no more."""
+        """Whether the loss is within ``TOLERANCE`` of the target.
+
+        A retain tolerance also counts as reached where a larger strength within it forgot no more.
+        """
         if self.goal["target_forget_loss"] is not None:
             return abs(self.losses["forget"] - self.target) <= TOLERANCE * self.target
-        topped = any(
+        passed_maximum = any(
             point["strength"] > self.strength
             and point["retain"] <= self.target
             and point["forget"] <= self.losses["forget"]
             for point in self.points
         )
-        return topped or abs(self.losses["retain"] - self.target) <= TOLERANCE * self.target
+        return passed_maximum or abs(self.losses["retain"] - self.target) <= TOLERANCE * self.target
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields, as ``from_dict`` takes them."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Calibration:
+        """The calibration with these fields, as ``to_dict`` gives them."""
         return cls(**values)
 
     def __str__(self) -> str:
-        what = (
+        goal = (
             f"a forget loss of {self.target:.3f}"
             if self.goal["target_forget_loss"] is not None
             else f"the most forgetting at a retain loss of at most {self.target:.3f}"
         )
         return (
-            f"strength {self.strength:.4g} for {what}: forget loss {self.losses['forget']:.3f}, retain loss "
+            f"strength {self.strength:.4g} for {goal}: forget loss {self.losses['forget']:.3f}, retain loss "
             f"{self.losses['retain']:.3f} (without the edit {self.points[0]['forget']:.3f} and "
             f"{self.points[0]['retain']:.3f}), in {len(self.points)} evaluations"
-            + ("" if self.reached else "; the goal was NOT reached within 2 %")
+            + ("" if self.reached else f"; the goal was NOT reached within {TOLERANCE * 100:g} %")
         )
 
 
@@ -122,86 +132,144 @@ def calibrate(
     batch_size: int = 32,
     show_progress_bar: bool = True,
 ) -> Calibration:
-    """Find the strength of an adapter on the model that meets the goal; the model goes back as it came.
+    """Find the strength of an adapter that meets the goal. The model is left as it was.
 
     Args:
-        forget, retain: the rows that judge, as samples; retain rows that gave no gradients, to be honest.
-        start_adapter: where the adapter's own training began, if not at zero: at strength s, 1 - s of it is on beside.
-        with_adapters: the adapters that are on beside it, such as the task adapter.
-        negated_adapter: the forget adapter, whose plain negation is drawn beside, if wanted.
-        reference: the adapters of a model that never saw the forget rows, if there is one; [] is the base itself.
+        model: the model with the adapters on it.
+        goal: the forget loss to meet, or the accepted rise of the retain loss.
+        forget: forget samples that the losses are measured on.
+        retain: retain samples that the losses are measured on; take samples that no gradient was taken of.
+        adapter_name: the adapter whose strength is sought.
+        start_adapter: the adapter that ``adapter_name`` was trained from, where that is not zero. At strength s it is
+            active with strength 1 - s.
+        with_adapters: adapters that are active in addition, such as the task adapter.
+        negated_adapter: the forget adapter; the losses of its plain negation are measured for comparison.
+        retain_only: the adapters of a retain-only model, whose losses are measured for comparison; [] is the base
+            itself, None measures none.
+        batch_size: samples per forward.
+        show_progress_bar: show a bar of the evaluations.
+
+    Returns:
+        The strength, and every point that was evaluated, at most 12 of them.
 
     Raises:
+        AdapterError: an adapter is not on the model.
         ConfigError: an adapter is named twice.
         DataError: a set is empty.
-        NumericalError: the goal cannot be met at any strength, or a loss is not finite.
+        NumericalError: no strength meets the goal, or a loss is not finite.
     """
-    for name, samples in (("forget", forget), ("retain", retain)):
-        if not samples:
-            raise DataError(f"expected {name} rows to judge strengths by, found none")
     stack = [*with_adapters, *([start_adapter] if start_adapter else []), adapter_name]
-    if len(set(stack)) != len(stack):
-        raise ConfigError(f"expected distinct adapters to be on together, found {stack}; each counts as often as named")
-    for name in (*stack, *([negated_adapter] if negated_adapter else [])):
-        require_adapter(model, name)
-    points: dict[float, dict[str, float]] = {}
-    bar = tqdm(total=MAX_EVALUATIONS, desc="strength", disable=not show_progress_bar)
-
-    def losses(adapters: Sequence[str]) -> dict[str, float]:
-        found = {"forget": forget, "retain": retain}
-        return {
-            name: float(losses_of(model, samples, adapters=adapters, batch_size=batch_size).double().mean())
-            for name, samples in found.items()
-        }
-
-    def at(strength: float) -> dict[str, float]:
-        if strength not in points:
-            with ExitStack() as held:
-                held.enter_context(adapter_strength(model, adapter_name, strength))
-                if start_adapter:
-                    held.enter_context(adapter_strength(model, start_adapter, 1 - strength))
-                points[strength] = losses(stack)
-            bar.update()
-        return points[strength]
-
-    with bar:
-        if goal.target_forget_loss is not None:
-            target = goal.target_forget_loss
-            strength = match_forgetting(
-                lambda s: at(s)["forget"], target, tolerance=TOLERANCE / 2, max_evaluations=MAX_EVALUATIONS
-            ).strength
-        else:
-            assert goal.retain_tolerance is not None
-            target = at(0.0)["retain"] + goal.retain_tolerance
-            strength = most_forgetting(
-                lambda s: (at(s)["forget"], at(s)["retain"]), target, tolerance=TOLERANCE,
-                max_evaluations=MAX_EVALUATIONS,
-            )  # fmt: skip
-    negation = []
-    if negated_adapter is not None:
-        largest = max(points[strength]["forget"], *(p["forget"] for s, p in points.items() if s <= strength))
-        for factor in (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0):
-            with adapter_strength(model, negated_adapter, -factor):
-                negation.append({"strength": factor, **losses([*with_adapters, negated_adapter])})
-            if negation[-1]["forget"] > largest:
-                break
+    _check(model, {"forget": forget, "retain": retain}, stack, negated_adapter)
+    losses = _Losses(model, {"forget": forget, "retain": retain}, batch_size)
+    with tqdm(total=MAX_EVALUATIONS, desc="strength", disable=not show_progress_bar) as bar:
+        curve = _Curve(losses, stack, adapter_name, start_adapter, bar)
+        target, strength = _search(goal, curve)
+    largest = max(point["forget"] for s, point in curve.points.items() if s <= strength)
     return Calibration(
         goal=dataclasses.asdict(goal),
         target=target,
         strength=strength,
-        losses=points[strength],
-        points=[{"strength": s, **points[s]} for s in sorted(points)],
-        negation=negation,
+        losses=curve.points[strength],
+        points=[{"strength": s, **curve.points[s]} for s in sorted(curve.points)],
+        negation=_negation(losses, [*with_adapters, negated_adapter], largest) if negated_adapter is not None else [],
         retain_only=losses(retain_only) if retain_only is not None else None,
     )
 
 
+def _check(model: nn.Module, sets: dict[str, list[Sample]], stack: list[str], negated_adapter: str | None) -> None:
+    """
+    Raises:
+        AdapterError: an adapter is not on the model.
+        ConfigError: an adapter is named twice.
+        DataError: a set is empty.
+    """
+    for name, samples in sets.items():
+        if not samples:
+            raise DataError(f"expected {name} rows to measure the strengths on, found none")
+    if len(set(stack)) != len(stack):
+        raise ConfigError(f"expected distinct adapters, found {stack}; name each adapter once")
+    for name in (*stack, *([negated_adapter] if negated_adapter else [])):
+        require_adapter(model, name)
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """The mean losses of both sets, under any stack of adapters."""
+
+    model: nn.Module
+    samples: dict[str, list[Sample]]
+    batch_size: int
+
+    def __call__(self, adapters: Sequence[str]) -> dict[str, float]:
+        return {
+            name: float(losses_of(self.model, samples, adapters=adapters, batch_size=self.batch_size).double().mean())
+            for name, samples in self.samples.items()
+        }
+
+
+@dataclass
+class _Curve:
+    """The losses at each strength of an adapter, evaluated once each."""
+
+    losses: _Losses
+    stack: list[str]
+    adapter_name: str
+    start_adapter: str | None
+    bar: tqdm
+    points: dict[float, dict[str, float]] = field(default_factory=dict)
+
+    def at(self, strength: float) -> dict[str, float]:
+        if strength not in self.points:
+            with ExitStack() as strengths:
+                strengths.enter_context(adapter_strength(self.losses.model, self.adapter_name, strength))
+                if self.start_adapter:
+                    strengths.enter_context(adapter_strength(self.losses.model, self.start_adapter, 1 - strength))
+                self.points[strength] = self.losses(self.stack)
+            self.bar.update()
+        return self.points[strength]
+
+
+def _search(goal: Goal, curve: _Curve) -> tuple[float, float]:
+    """The loss that the goal comes to, and the strength that meets it."""
+    if goal.target_forget_loss is not None:
+        match = match_forgetting(
+            lambda strength: curve.at(strength)["forget"],
+            goal.target_forget_loss,
+            tolerance=TOLERANCE / 2,
+            max_evaluations=MAX_EVALUATIONS,
+        )
+        return goal.target_forget_loss, match.strength
+    assert goal.retain_tolerance is not None
+    limit = curve.at(0.0)["retain"] + goal.retain_tolerance
+    strength = most_forgetting(
+        lambda strength: (curve.at(strength)["forget"], curve.at(strength)["retain"]),
+        limit,
+        tolerance=TOLERANCE,
+        max_evaluations=MAX_EVALUATIONS,
+    )
+    return limit, strength
+
+
+def _negation(losses: _Losses, stack: list[str], largest: float) -> list[dict[str, float]]:
+    """{strength, forget, retain} of the plain negation of the stack's last adapter, until its forget loss passes
+    ``largest``."""
+    points = []
+    for strength in _NEGATION_STRENGTHS:
+        with adapter_strength(losses.model, stack[-1], -strength):
+            points.append({"strength": strength, **losses(stack)})
+        if points[-1]["forget"] > largest:
+            break
+    return points
+
+
 def forget_loss_of_log(path: str | Path) -> float:
-    """The mean loss on the forget rows that an evaluation log reports: open-unlearning's ``TOFU_EVAL.json`` of a
-    retain-only model, by ``forget_Q_A_Prob``.
+    """The mean loss on the forget rows in an evaluation log, nats per token, from the rows of ``forget_Q_A_Prob``.
+
+    Args:
+        path: the log, such as open-unlearning's TOFU_EVAL.json of a retain-only model.
 
     Raises:
-        DataError: the file is missing, no JSON, or holds no such values.
+        DataError: the file is missing or is not JSON, or the log has no such rows.
     """
     losses = row_values(read_log(path), "forget_Q_A_Prob", "avg_loss", where=str(path))
     return sum(losses) / len(losses)

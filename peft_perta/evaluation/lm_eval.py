@@ -1,4 +1,4 @@
-"""General benchmarks: whatever EleutherAI's lm-evaluation-harness can ask, of a model with its adapters on.
+"""General benchmarks by EleutherAI's lm-evaluation-harness, on a model with its adapters on.
 
 Reference: Gao et al., github.com/EleutherAI/lm-evaluation-harness.
 """
@@ -26,16 +26,17 @@ def general_benchmarks(
     include_path: str | Path | None = None,
     limit: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The tasks' scores, by lm-eval itself; questions go through the model's chat template where it has one.
+    """Run lm-eval's tasks. Questions go through the tokenizer's chat template where it has one.
 
     Args:
-        tasks: names of lm-eval's tasks, groups or tags ('mmlu', 'hellaswag'), or of those in ``include_path``.
-        include_path: a directory of further tasks' YAML files.
-        limit: at most so many rows of each task, from the first.
+        subject: the model with its adapters.
+        tasks: names of lm-eval's tasks, groups or tags ('mmlu', 'hellaswag'), or of tasks in ``include_path``.
+        include_path: a directory with the YAML files of further tasks.
+        limit: the most rows of each task, from the first; None for all.
 
     Returns:
-        'task/metric' -> {agg_value, value_by_index}; a group, and a metric that rows do not have, comes without rows.
-        A filter other than lm-eval's 'none' stands behind the metric: 'gsm8k/exact_match,strict-match'.
+        'task/metric' -> {agg_value, value_by_index}. Groups, and metrics that are not defined for a row, have no rows.
+        A filter other than lm-eval's 'none' follows the metric: 'gsm8k/exact_match,strict-match'.
 
     Raises:
         ConfigError: lm-eval is not installed, or a task is unknown or cannot be loaded.
@@ -54,14 +55,14 @@ def general_benchmarks(
         raise ConfigError(f"limit: expected at least 1 row of each task, found {limit}")
     if include_path is not None and not Path(include_path).is_dir():
         raise ConfigError(f"expected a directory of task files at {include_path}, found none; check the path")
-    model: Any = base_model(subject.model)  # with its adapters: lm-eval needs transformers' model, not PEFT's
-    put_back = snapshot(subject.model)  # lm-eval seeds every random state
+    model: Any = base_model(subject.model)  # lm-eval takes transformers' model, whose layers hold the adapters
+    restore = snapshot(subject.model)  # lm-eval seeds every random state
     try:
         manager = _manager(task_files.TaskManager, tasks, include_path)
         loaded = _load(manager, tasks)
         with preserved(subject.model, subject.adapters):
-            # How the model stands is the borrower's to say: HFLM would turn every layer to eval mode, where 4-bit
-            # weights are repacked on the CPU, and tie the weights of layers that adapters wrap.
+            # ``preserved`` has prepared the model. HFLM would switch every layer to eval mode, in which 4-bit weights
+            # are repacked on the CPU, and tie the weights of layers that adapters wrap.
             model.eval = lambda: model
             model.tie_weights = lambda: None
             judged = models.HFLM(model, tokenizer=copy.deepcopy(subject.tokenizer), batch_size=subject.batch_size)
@@ -77,13 +78,15 @@ def general_benchmarks(
                 apply_chat_template=bool(getattr(subject.tokenizer, "chat_template", None)),
             )
     finally:
-        put_back()
+        restore()
     return _log(results)
 
 
 def _manager(task_manager: Callable[..., Any], names: Sequence[str], include_path: str | Path | None) -> Any:
-    """lm-eval's index of tasks. That of its own takes ten seconds; tasks in ``include_path`` alone go without, but a
-    group may name others."""
+    """lm-eval's index of tasks.
+
+    Indexing lm-eval's own tasks takes ten seconds and is left out where ``include_path`` holds all the named ones.
+    """
     if include_path is None:
         return task_manager()
     alone = task_manager(include_path=str(include_path), include_defaults=False)
@@ -91,7 +94,7 @@ def _manager(task_manager: Callable[..., Any], names: Sequence[str], include_pat
 
 
 def _load(manager: Any, names: Sequence[str]) -> list[Any]:
-    """lm-eval's objects of these names; a group is one.
+    """lm-eval's task objects of these names; a group is one object.
 
     Raises:
         ConfigError: one is unknown, or its file or its data cannot be read.
@@ -116,17 +119,18 @@ def _load(manager: Any, names: Sequence[str]) -> list[Any]:
 
 
 def _log(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """lm-eval's results in the layout of an evaluation log."""
     log = {}
     for task, scores in {**results["results"], **results.get("groups", {})}.items():
         for name, value in scores.items():
-            metric, _, kept = name.partition(",")
-            if not kept or metric.endswith("_stderr") or not isinstance(value, Real):
+            metric, _, filter_name = name.partition(",")
+            if not filter_name or metric.endswith("_stderr") or not isinstance(value, Real):
                 continue
             rows = {
                 str(row["doc_id"]): {"score": float(row[metric])}
                 for row in results["samples"].get(task, [])
-                if row["filter"] == kept and isinstance(row.get(metric), Real)
+                if row["filter"] == filter_name and isinstance(row.get(metric), Real)
             }
-            key = f"{task}/{metric}" if kept == "none" else f"{task}/{name}"
+            key = f"{task}/{metric}" if filter_name == "none" else f"{task}/{name}"
             log[key] = {"agg_value": float(value), "value_by_index": rows}
     return log

@@ -1,4 +1,4 @@
-"""How strong an edit must be: a search by forward passes only, since an adapter's scale is one scalar."""
+"""Search for the strength of an edit, by forward passes only: an adapter's strength is one scalar."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ LARGEST_STRENGTH = 256.0
 
 @dataclass(frozen=True)
 class Match:
-    """The strength that was found, the loss there, and every (strength, loss) that was evaluated on the way."""
+    """The outcome of ``match_forgetting``.
+
+    Attributes:
+        strength: the strength whose loss is nearest to the target.
+        loss: the loss at that strength.
+        evaluated: every (strength, loss) that was evaluated, by strength.
+    """
 
     strength: float
     loss: float
@@ -30,16 +36,19 @@ def match_forgetting(
 ) -> Match:
     """The strength at which the forget loss meets a target, such as the retain-only model's loss.
 
-    Bracket by doubling from 1, then the Illinois variant of false position. Losses grow with strength; where a curve
-    does not, the crossing nearest to no edit at all is sought.
+    Brackets the target by doubling the strength from 1, then closes in by the Illinois variant of false position. The
+    loss is expected to grow with strength; where it does not, the crossing nearest to strength 0 is sought.
 
     Args:
         loss_at: strength -> mean forget loss (nats per token), or another measure of forgetting.
-        target: the loss to meet, within ``tolerance`` of itself.
-        measure: what messages call it.
+        target: the loss to meet.
+        tolerance: the accepted distance from the target, as a share of the target.
+        max_evaluations: the most calls of ``loss_at``.
+        measure: the name of the measure in messages.
 
     Returns:
-        The best point that was seen: off the target by more than the tolerance only where ``max_evaluations`` ran out.
+        The best point that was evaluated. It misses the target by more than the tolerance only where
+        ``max_evaluations`` ran out.
 
     Raises:
         NumericalError: the target lies below the loss at strength 0, no strength up to 256 reaches it, or a loss is not
@@ -49,7 +58,7 @@ def match_forgetting(
         raise NumericalError(f"expected a finite target above 0 for the {measure}, found {target!r}")
     evaluated: list[tuple[float, float]] = []
 
-    def evaluate(strength: float) -> float:
+    def gap_at(strength: float) -> float:
         loss = loss_at(strength)
         if not math.isfinite(loss):
             raise NumericalError(
@@ -59,38 +68,23 @@ def match_forgetting(
         evaluated.append((strength, loss))
         return loss - target
 
-    low, gap_low = 0.0, evaluate(0.0)
-    if gap_low > tolerance * target:
+    gap = gap_at(0.0)
+    if gap > tolerance * target:
         raise NumericalError(
-            f"the {measure} is {gap_low + target:.3f} with no edit at all, above the target {target:.3f}: "
-            "there is nothing to forget; is the task adapter on?"
+            f"the {measure} is {gap + target:.3f} without the edit, above the target {target:.3f}: there is nothing to "
+            "forget; check that the task adapter is on"
         )
-    if abs(gap_low) <= tolerance * target:
-        return Match(*evaluated[0], evaluated)
-    high = 1.0
-    while (gap_high := evaluate(high)) < 0:
-        low, gap_low = high, gap_high
-        high *= 2
-        if high > LARGEST_STRENGTH:
-            raise NumericalError(
-                f"no strength up to {LARGEST_STRENGTH:g} brings the {measure} to {target:.3f} (at {low:g} it is "
-                f"{gap_low + target:.3f}); the forget adapter does not hold what the full model knows"
-            )
-    strength, gap = high, gap_high
-    side = 0
-    while abs(gap) > tolerance * target and len(evaluated) < max_evaluations:
-        strength = (low * gap_high - high * gap_low) / (gap_high - gap_low)
-        gap = evaluate(strength)
-        if gap < 0:
-            low, gap_low = strength, gap
-            gap_high = gap_high / 2 if side == -1 else gap_high  # Illinois: a stuck end weighs half
-            side = -1
-        else:
-            high, gap_high = strength, gap
-            gap_low = gap_low / 2 if side == 1 else gap_low
-            side = 1
-    best, loss = min(evaluated, key=lambda point: abs(point[1] - target))
-    return Match(best, loss, sorted(evaluated))
+    if abs(gap) > tolerance * target:
+        bracket = _bracket(
+            gap_at,
+            gap,
+            target,
+            f"the {measure} to {target:.3f}",
+            "the forget adapter does not hold what the full model knows",
+        )
+        _false_position(gap_at, bracket, lambda gap: abs(gap) > tolerance * target and len(evaluated) < max_evaluations)
+    strength, loss = min(evaluated, key=lambda point: abs(point[1] - target))
+    return Match(strength, loss, sorted(evaluated))
 
 
 def most_forgetting(
@@ -100,85 +94,144 @@ def most_forgetting(
     tolerance: float = 0.02,
     max_evaluations: int = 12,
 ) -> float:
-    """The strength that forgets most while the retain loss stays at or below a limit, and near it.
+    """The strength that forgets most while the retain loss is at most ``limit``.
 
-    Bracket by doubling from 1, then false position (Illinois) on the retain loss, aimed just below the
-    limit. Where the forget loss is no larger there than at a smaller strength that was seen (an inverted U), golden
-    section looks for its top below instead.
+    Brackets the limit by doubling the strength from 1, then closes in by the Illinois variant of false position, aimed
+    just below the limit. Where a smaller strength forgot more (the forget loss has a maximum before the limit),
+    golden-section search looks for the maximum instead.
 
     Args:
         losses_at: strength -> (mean forget loss, mean retain loss), nats per token.
-        limit: of the retain loss; the result is within ``tolerance`` of it, from below, unless forgetting has its top
-            before, or ``max_evaluations`` ran out.
+        limit: the highest accepted retain loss.
+        tolerance: the accepted distance below the limit, as a share of the limit. The result is further below it only
+            where the forget loss has its maximum before, or ``max_evaluations`` ran out.
+        max_evaluations: the most calls of ``losses_at``.
 
     Raises:
-        NumericalError: the retain loss is above the limit with no edit at all, no strength up to 256 reaches the limit,
-            or a loss is not finite.
+        NumericalError: the retain loss is above the limit at strength 0, no strength up to 256 reaches the limit, or a
+            loss is not finite.
     """
     if not 0 < limit < math.inf:
         raise NumericalError(f"expected a finite limit above 0 for the retain loss, found {limit!r}")
-    seen: dict[float, tuple[float, float]] = {}
+    curve = _LossCurve(losses_at, max_evaluations)
+    gap = curve.retain_at(0.0) - limit
+    if not gap < 0:
+        raise NumericalError(
+            f"the retain loss is {gap + limit:.3f} without the edit, not below the limit {limit:.3f}; raise the limit"
+        )
+    band = min(tolerance * limit, -gap / 2)
+    aim = limit - band / 2
 
     def gap_at(strength: float) -> float:
-        if strength not in seen:
-            seen[strength] = losses_at(strength)
-            if not all(map(math.isfinite, seen[strength])):
-                raise NumericalError(
-                    f"a loss is not finite at strength {strength:g}: {seen[strength]}; evaluate in float32 or bfloat16"
-                )
-        return seen[strength][1] - aim
+        return curve.retain_at(strength) - aim
 
-    aim = limit
-    low, gap_low = 0.0, gap_at(0.0)
-    if not gap_low < 0:
-        raise NumericalError(
-            f"the retain loss is {seen[0.0][1]:.3f} with no edit at all, not below the limit {limit:.3f}; raise "
-            "the limit"
-        )
-    band = min(tolerance * limit, -gap_low / 2)
-    aim, gap_low = limit - band / 2, gap_low + band / 2
-    high = 1.0
+    bracket = _bracket(gap_at, gap + band / 2, aim, f"the retain loss to {limit:.3f}", "ask for a forget loss instead")
+    _false_position(gap_at, bracket, lambda gap: abs(gap) > band / 2 and curve.goes_on())
+    best = curve.best(limit)
+    if best < curve.largest(limit):
+        _golden_section(curve.forget_at, *curve.neighbours(best), curve.goes_on)
+    return curve.best(limit)
+
+
+class _LossCurve:
+    """Both losses at each strength, evaluated once each.
+
+    Args:
+        losses_at: strength -> (forget loss, retain loss).
+        max_evaluations: the most calls of ``losses_at``.
+    """
+
+    def __init__(self, losses_at: Callable[[float], tuple[float, float]], max_evaluations: int) -> None:
+        self._losses_at, self._max_evaluations = losses_at, max_evaluations
+        self._evaluated: dict[float, tuple[float, float]] = {}
+
+    def goes_on(self) -> bool:
+        """Whether another evaluation is allowed."""
+        return len(self._evaluated) < self._max_evaluations
+
+    def _at(self, strength: float) -> tuple[float, float]:
+        if strength not in self._evaluated:
+            losses = self._losses_at(strength)
+            if not all(map(math.isfinite, losses)):
+                raise NumericalError(
+                    f"a loss is not finite at strength {strength:g}: {losses}; evaluate in float32 or bfloat16"
+                )
+            self._evaluated[strength] = losses
+        return self._evaluated[strength]
+
+    def forget_at(self, strength: float) -> float:
+        """The forget loss."""
+        return self._at(strength)[0]
+
+    def retain_at(self, strength: float) -> float:
+        """The retain loss."""
+        return self._at(strength)[1]
+
+    def _allowed(self, limit: float) -> list[float]:
+        return [strength for strength, (_, retain) in self._evaluated.items() if retain <= limit]
+
+    def largest(self, limit: float) -> float:
+        """The largest evaluated strength whose retain loss is at most the limit."""
+        return max(self._allowed(limit))
+
+    def best(self, limit: float) -> float:
+        """The evaluated strength that forgot most among those whose retain loss is at most the limit."""
+        return max(self._allowed(limit), key=lambda strength: (self.forget_at(strength), strength))
+
+    def neighbours(self, strength: float) -> tuple[float, float]:
+        """The evaluated strengths next to an evaluated one."""
+        ordered = sorted(self._evaluated)
+        place = ordered.index(strength)
+        return ordered[max(place - 1, 0)], ordered[min(place + 1, len(ordered) - 1)]
+
+
+@dataclass(frozen=True)
+class _Bracket:
+    """Two strengths and the gaps there, below 0 at ``low`` and at least 0 at ``high``."""
+
+    low: float
+    gap_low: float
+    high: float
+    gap_high: float
+
+
+def _bracket(gap_at: Callable[[float], float], gap_at_zero: float, aim: float, goal: str, remedy: str) -> _Bracket:
+    """Double the strength from 1 until the gap to ``aim`` is at least 0.
+
+    Raises:
+        NumericalError: no strength up to ``LARGEST_STRENGTH`` brings the loss to its ``goal``; the message ends in the
+            ``remedy``.
+    """
+    low, gap_low, high = 0.0, gap_at_zero, 1.0
     while (gap_high := gap_at(high)) < 0:
         low, gap_low = high, gap_high
         high *= 2
         if high > LARGEST_STRENGTH:
             raise NumericalError(
-                f"no strength up to {LARGEST_STRENGTH:g} brings the retain loss to {limit:.3f} (at {low:g} it is "
-                f"{gap_low + aim:.3f}); ask for a forget loss instead"
+                f"no strength up to {LARGEST_STRENGTH:g} brings {goal} (at {low:g} it is {gap_low + aim:.3f}); {remedy}"
             )
-    strength, gap, side = high, gap_high, 0
-    while abs(gap) > band / 2 and len(seen) < max_evaluations:
+    return _Bracket(low, gap_low, high, gap_high)
+
+
+def _false_position(gap_at: Callable[[float], float], bracket: _Bracket, goes_on: Callable[[float], bool]) -> None:
+    """Evaluate strengths ever nearer to a gap of 0, while ``goes_on`` of the last gap: Illinois false position."""
+    low, gap_low, high, gap_high = bracket.low, bracket.gap_low, bracket.high, bracket.gap_high
+    gap, side = gap_high, 0
+    while goes_on(gap):
         strength = (low * gap_high - high * gap_low) / (gap_high - gap_low)
         gap = gap_at(strength)
         if gap < 0:
             low, gap_low = strength, gap
-            gap_high = gap_high / 2 if side == -1 else gap_high  # Illinois: a stuck end weighs half
+            gap_high = gap_high / 2 if side == -1 else gap_high  # Illinois: an end that stays counts half
             side = -1
         else:
             high, gap_high = strength, gap
             gap_low = gap_low / 2 if side == 1 else gap_low
             side = 1
 
-    def best() -> float:
-        allowed = [s for s, (_, retain) in seen.items() if retain <= limit]
-        return max(allowed, key=lambda s: (seen[s][0], s))
-
-    if best() < max(s for s, (_, retain) in seen.items() if retain <= limit):
-        _golden_section(
-            lambda s: (gap_at(s), seen[s][0])[1], *_around(best(), seen), lambda: len(seen) < max_evaluations
-        )
-    return best()
-
-
-def _around(strength: float, seen: dict[float, tuple[float, float]]) -> tuple[float, float]:
-    """The neighbours of a strength among those that were seen."""
-    ordered = sorted(seen)
-    place = ordered.index(strength)
-    return ordered[max(place - 1, 0)], ordered[min(place + 1, len(ordered) - 1)]
-
 
 def _golden_section(value_at: Callable[[float], float], low: float, high: float, goes_on: Callable[[], bool]) -> None:
-    """Close in on the top of a curve with one top between ``low`` and ``high``, while it goes on."""
+    """Close in on the maximum of a unimodal curve between ``low`` and ``high``, while ``goes_on``."""
     share = (math.sqrt(5) - 1) / 2
     left, right = high - share * (high - low), low + share * (high - low)
     value_left = value_right = None

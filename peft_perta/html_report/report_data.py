@@ -10,16 +10,10 @@ from torch import nn
 
 from ..adapters import PROVENANCE_NAME, load_provenance, versions
 from ..data import ROW_KINDS, completion_text, spread
-from ..evaluation import AttackResult, Log, evaluate_split, generate, summary
+from ..evaluation import SUITES, AttackResult, Log, Subject, evaluate_split, generate, summary
 from ._contents import ReportData
 
 SHOWN = 10  # generations of each split
-
-
-_GENERATED = {  # split -> the metrics whose rows hold generations
-    "forget": ("forget_Q_A_ROUGE", "forget_knowmem_ROUGE", "forget_level2_ROUGE"),
-    "retain": ("retain_Q_A_ROUGE", "retain_knowmem_ROUGE", "neighbor_level2_ROUGE"),
-}
 
 
 def report_data_of_logs(
@@ -72,17 +66,12 @@ def report_data_of_rows(
         asked = [row for row in spread(list(found), SHOWN) if any(set(kind) <= set(row) for kind in ROW_KINDS[:-1])]
         answers = {}
         for label, stack in stacks.items():
-            scores = evaluate_split(
-                model, tokenizer, spread(list(found), judged), is_forget=split == "forget", adapters=stack,
-                batch_size=batch_size,
-            )  # fmt: skip
+            subject = Subject(model, tokenizer, stack, batch_size)
+            scores = evaluate_split(subject, spread(list(found), judged), is_forget=split == "forget")
             models[label][f"{split}_Q_A_Prob"] = scores.probability
             models[label][f"{split}_loss"] = scores.loss
             if asked:
-                answers[label] = generate(
-                    model, tokenizer, asked, adapters=stack, batch_size=batch_size, max_new_tokens=max_new_tokens,
-                    progress=f"{split}: {label}",
-                )  # fmt: skip
+                answers[label] = generate(subject, asked, max_new_tokens=max_new_tokens, name=f"{split}: {label}")
         generations[split] = [
             {"prompt": _question(row), "expected": completion_text(row), **dict(zip(answers, told, strict=True))}
             for row, *told in zip(asked, *answers.values(), strict=True)
@@ -119,7 +108,8 @@ def _report_data(
 def _shown(sides: Mapping[str, Mapping[str, Log]]) -> dict[str, list[dict[str, str]]]:
     """The same rows' generations of every side, at even distances."""
     shown = {}
-    for split, metrics in _GENERATED.items():
+    for split in ("forget", "retain"):
+        metrics = [suite.shown_answers[split] for suite in SUITES.values() if split in suite.shown_answers]
         rows = {
             label: log[metric]["value_by_index"]
             for label, logs in sides.items()

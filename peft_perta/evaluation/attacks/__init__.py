@@ -1,9 +1,9 @@
-"""Attempts to get back what was unlearned: one file each, one row each in ``ATTACKS``.
+"""Attacks that try to recover what was unlearned, one file each.
 
-Every attack is tried on the unlearned model, on the full one and on the retain-only one alike, and measured on the
-forget rows: an attack succeeds as far as it brings more out of the unlearned model than out of one that never knew.
+Every attack is run in the same way on the unlearned, the full and the retain-only model, and measured on the forget
+rows. An attack succeeds as far as it recovers more from the unlearned model than from the retain-only model.
 
-To add one: a file with an ``ATTACK`` (``check`` refuses, ``run`` gives results), a row here.
+To add an attack: a file with its ``ATTACK``, a row in ``ATTACKS``, a row in tests/tables.py.
 """
 
 from __future__ import annotations
@@ -13,29 +13,40 @@ from collections.abc import Sequence
 from ...errors import ConfigError
 from . import paraphrase, prefix, relearning, requantization, sampling, switched_off
 from .attack import Attack, AttackResult, AttackSettings, Victims
-from .table import format_attacks
+from .formatting import format_attacks
 
 ATTACKS: dict[str, Attack] = {
-    "relearning": relearning.ATTACK,
-    "requantization": requantization.ATTACK,
-    "paraphrase": paraphrase.ATTACK,
-    "prefix": prefix.ATTACK,
-    "sampling": sampling.ATTACK,
-    "switched-off": switched_off.ATTACK,
+    attack.name: attack
+    for attack in (
+        relearning.ATTACK,
+        requantization.ATTACK,
+        paraphrase.ATTACK,
+        prefix.ATTACK,
+        sampling.ATTACK,
+        switched_off.ATTACK,
+    )
 }
 
 
 def run_attacks(
     victims: Victims, names: Sequence[str] | None = None, settings: AttackSettings | None = None
 ) -> list[AttackResult]:
-    """The attacks of these names (None: all), one after the other; the models go back as they came.
+    """Run attacks one after the other. The models are left as they were.
+
+    Args:
+        victims: the models, and the forget rows.
+        names: keys of ``ATTACKS``; None for all.
+        settings: how hard each attack tries; None for the defaults.
+
+    Returns:
+        The results, one for each setting of each attack.
 
     Raises:
-        ConfigError: there is no attack of a name, or one cannot be tried on what is there.
-        AdapterError: a model lacks an adapter that is to be on, or has one that an attack cannot work with.
-        DataError: there are no rows, one is malformed, or an attack needs what none has.
-        UnsupportedLayerError: a model has a layer that an attack cannot work with.
-        NumericalError: a loss or a weight is not finite; all others are raised before any compute.
+        ConfigError: a name is unknown, or an attack needs a model or a setting that is missing.
+        AdapterError: a model lacks an adapter that should be on, or has one that an attack does not support.
+        DataError: there are no rows, one is malformed, or an attack needs a key that no row has.
+        UnsupportedLayerError: a model has a layer that an attack does not support.
+        NumericalError: a loss or a weight is not finite. All other errors are raised before any compute.
     """
     settings = settings or AttackSettings()
     chosen = list(ATTACKS) if names is None else list(names)

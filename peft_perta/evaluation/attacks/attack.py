@@ -1,30 +1,29 @@
-"""What every attack is: the models that it is tried on, how hard, and what it brought out."""
+"""What every attack shares: the models it is run on, its settings, and its results."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...data import spread
-from ...errors import ConfigError, DataError
+from ...data import check_setting, is_count, is_int, is_number, spread
+from ...errors import DataError
 from ...model import require_adapter
 from ..subject import Subject
 
-Numbers = dict[str, float]
+Numbers = dict[str, float]  # measure -> value
 
 
 @dataclass(frozen=True)
 class Victims:
-    """Who is attacked, and on which rows.
+    """The models that are attacked, and the rows.
 
     Attributes:
-        unlearned: the stack that is shipped, say ["task", "unlearn"].
-        full: the same before unlearning, say ["task"]: as much as there is to bring back.
-        retain-only: a model that never saw the rows: as much as the attack brings out of nothing. It may be the same
-            module with other adapters on.
-        rows: the forget set.
+        unlearned: the model after unlearning, such as adapters ["task", "unlearn"].
+        full: the model before unlearning, such as adapters ["task"]: the most that an attack can recover.
+        retain_only: a model that never saw the rows: what an attack recovers without any knowledge to recover. It may
+            be the same module with other adapters on.
+        rows: the forget rows.
     """
 
     unlearned: Subject
@@ -33,9 +32,9 @@ class Victims:
     rows: list[dict]
 
     def subjects(self) -> Iterator[tuple[str, Subject]]:
-        """Role and subject of each that is there."""
-        for role in ("unlearned", "full", "retain-only"):
-            subject = getattr(self, role.replace("-", "_"))
+        """(role, subject) of every model that is given."""
+        models = {"unlearned": self.unlearned, "full": self.full, "retain-only": self.retain_only}
+        for role, subject in models.items():
             if subject is not None:
                 yield role, subject
 
@@ -45,16 +44,16 @@ class AttackSettings:
     """How hard each attack tries.
 
     Attributes:
-        relearning_steps: numbers of updates after which the model is read.
-        relearning_rows: how many rows it is trained on; a run for each.
+        relearning_steps: numbers of updates after which the relearning model is measured.
+        relearning_rows: numbers of rows that relearning trains on; one run for each.
         learning_rate: of relearning, constant.
-        prefix_shares: of the answer's tokens that are given, each in (0, 1).
-        samples: generations a row, of which the best counts.
-        temperature: of those.
-        rows: at most so many of the forget set, at even distances; None for all.
-        generated: at most so many of these are answered, wherever there are generations.
-        max_new_tokens: of each generation.
-        seed: of the rows that are relearned, of the fresh adapter, and of what is sampled.
+        prefix_shares: shares of the answer's tokens that the prefix attack gives, each in (0, 1).
+        samples: answers per row that the sampling attack draws; the best counts.
+        temperature: of these samples.
+        rows: the most forget rows, taken at even distances; None for all.
+        generated: the most rows that are answered, in every attack that generates.
+        max_new_tokens: the most tokens of an answer.
+        seed: draws the rows of relearning, its fresh adapter, and the samples.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -73,24 +72,32 @@ class AttackSettings:
 
     def __post_init__(self) -> None:
         for name in ("relearning_steps", "relearning_rows"):
-            _check(_all(getattr(self, name), _is_count), name, "one or more ints of at least 1", getattr(self, name))
-        _check(_all(self.prefix_shares, _is_share), "prefix_shares", "one or more in (0, 1)", self.prefix_shares)
+            counts = getattr(self, name)
+            check_setting(_all(counts, is_count), name, "one or more ints of at least 1", counts)
+        shares = self.prefix_shares
+        check_setting(_all(shares, _is_share), "prefix_shares", "one or more numbers in (0, 1)", shares)
         for name in ("samples", "generated", "max_new_tokens"):
-            _check(_is_count(getattr(self, name)), name, "an int of at least 1", getattr(self, name))
+            check_setting(is_count(getattr(self, name)), name, "an int of at least 1", getattr(self, name))
         for name in ("learning_rate", "temperature"):
-            _check(_is_positive(getattr(self, name)), name, "a number above 0", getattr(self, name))
-        _check(self.rows is None or _is_count(self.rows), "rows", "an int of at least 1, or None", self.rows)
-        _check(type(self.seed) is int and self.seed >= 0, "seed", "an int of at least 0", self.seed)
+            value = getattr(self, name)
+            check_setting(is_number(value) and value > 0, name, "a number above 0", value)
+        check_setting(self.rows is None or is_count(self.rows), "rows", "an int of at least 1, or None", self.rows)
+        check_setting(is_int(self.seed) and self.seed >= 0, "seed", "an int of at least 0", self.seed)
 
 
 @dataclass(frozen=True)
 class AttackResult:
     """One attack in one setting, measured on the forget rows.
 
+    Each model's numbers are measure -> value: 'loss' (nats per token), 'probability' (mean of exp(-loss)),
+    'rouge_l_recall' (of generated answers).
+
     Attributes:
+        attack: its key in ``ATTACKS``.
         setting: what was done, in words.
-        unlearned, full, reference: measure -> value: 'loss' (nats per token), 'probability' (mean exp(-loss)),
-            'rouge_l_recall' (of what was generated); None where there is no such model.
+        unlearned: the numbers of the unlearned model.
+        full: those of the full model; None where it was not given.
+        retain_only: those of the retain-only model; None where it was not given.
     """
 
     attack: str
@@ -100,36 +107,37 @@ class AttackResult:
     retain_only: Numbers | None
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields, as JSON takes them."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Attack:
-    """A row of the table.
+    """One attack; a row of ``ATTACKS``.
 
     Attributes:
-        check: raises everything that can be refused before any compute.
-        run: the results, setting by setting.
+        name: its key in ``ATTACKS``.
+        meaning: one sentence on what the attacker does.
+        check: raises every error that can be found before any compute.
+        run: tries the attack and returns one result for each setting.
     """
 
+    name: str
+    meaning: str
     check: Callable[[Victims, AttackSettings], None]
     run: Callable[[Victims, AttackSettings], list[AttackResult]]
 
-    def __call__(self, victims: Victims, settings: AttackSettings) -> list[AttackResult]:
-        self.check(victims, settings)
-        return self.run(victims, settings)
-
 
 def attacked_rows(victims: Victims, settings: AttackSettings) -> list[dict]:
-    """The forget rows, or as many of them as were asked for."""
+    """The forget rows, at most ``settings.rows`` of them, taken at even distances."""
     return list(victims.rows) if settings.rows is None else spread(list(victims.rows), settings.rows)
 
 
 def check_victims(victims: Victims, settings: AttackSettings) -> None:
-    """What every attack asks.
+    """The check that every attack begins with.
 
     Raises:
-        AdapterError: a model lacks an adapter that is to be on.
+        AdapterError: a model lacks an adapter that should be on.
         DataError: there are no rows, or one is malformed.
     """
     rows = attacked_rows(victims, settings)
@@ -144,31 +152,24 @@ def check_victims(victims: Victims, settings: AttackSettings) -> None:
 def compare(
     attack: str, victims: Victims, measure: Callable[[Subject, str], Mapping[str, Numbers]]
 ) -> list[AttackResult]:
-    """The same done to each: (subject, its name in progress bars) -> setting -> numbers."""
-    found = {role: measure(subject, f"{attack}, {role}") for role, subject in victims.subjects()}
-    full, retain_only = found.get("full", {}), found.get("retain-only", {})
+    """Measure every model in the same way; one result for each setting.
+
+    Args:
+        attack: the attack's name.
+        victims: the models.
+        measure: (subject, its name on progress bars) -> setting -> numbers.
+    """
+    numbers = {role: measure(subject, f"{attack}, {role}") for role, subject in victims.subjects()}
+    full, retain_only = numbers.get("full", {}), numbers.get("retain-only", {})
     return [
-        AttackResult(attack, setting, numbers, full.get(setting), retain_only.get(setting))
-        for setting, numbers in found["unlearned"].items()
+        AttackResult(attack, setting, unlearned, full.get(setting), retain_only.get(setting))
+        for setting, unlearned in numbers["unlearned"].items()
     ]
-
-
-def _check(holds: bool, name: str, expected: str, found: object) -> None:
-    if not holds:
-        raise ConfigError(f"{name}: expected {expected}, found {found!r}")
 
 
 def _all(values: object, holds: Callable[[Any], bool]) -> bool:
     return isinstance(values, (tuple, list)) and len(values) > 0 and all(map(holds, values))
 
 
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 1
-
-
-def _is_positive(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value > 0  # type: ignore[arg-type,operator]
-
-
 def _is_share(value: object) -> bool:
-    return _is_positive(value) and value < 1  # type: ignore[operator]
+    return is_number(value) and 0 < value < 1

@@ -1,4 +1,4 @@
-"""What is measured of an attacked model: losses of the answers, and what it answers by itself."""
+"""Measures of an attacked model: the losses of the true answers, and the answers that it generates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .attack import AttackSettings, Numbers
 
 
 def measured(subject: Subject, rows: Sequence[Mapping], settings: AttackSettings, name: str) -> Numbers:
-    """Loss and probability of the completions, and ROUGE-L recall of greedy answers to the rows that have a prompt."""
+    """Loss and probability of the completions, and ROUGE-L recall of greedy answers to rows with a prompt."""
     numbers = likelihood(subject, rows, name)
     asked = spread(with_prompt(subject, rows), settings.generated)
     if asked:
@@ -27,42 +27,42 @@ def measured(subject: Subject, rows: Sequence[Mapping], settings: AttackSettings
 
 
 def likelihood(subject: Subject, rows: Sequence[Mapping], name: str) -> Numbers:
-    """Mean over rows of the completion's mean token loss (nats), and of exp(-loss)."""
-    return of_losses([reading.loss for reading in score_completions(subject, rows, name)])
+    """'loss' and 'probability' of the rows' completions."""
+    return of_losses([scored.loss for scored in score_completions(subject, rows, name)])
 
 
 def of_losses(losses: Sequence[float]) -> Numbers:
+    """'loss' and 'probability': the means over rows of the completion's mean token loss (nats), and of exp(-loss)."""
     return {"loss": fmean(losses), "probability": fmean(math.exp(-loss) for loss in losses)}
 
 
-def answers(subject: Subject, rows: Sequence[Mapping], settings: AttackSettings, name: str, **how: Any) -> list[str]:
-    """What the model generates after the rows' prompts; ``how`` as for ``generate``."""
+def answers(
+    subject: Subject, rows: Sequence[Mapping], settings: AttackSettings, name: str, **options: Any
+) -> list[str]:
+    """The model's answers to the rows' prompts; ``options`` as for ``generate``."""
     return generate(
-        subject.model,
-        subject.tokenizer,
+        subject,
         rows,
-        adapters=subject.adapters,
-        batch_size=subject.batch_size,
         max_new_tokens=settings.max_new_tokens,
         seed=settings.seed,
-        progress=f"{name}, answers" if subject.show_progress_bar else None,
-        **how,
+        name=f"{name}, answers",
+        **options,
     )
 
 
 def with_prompt(subject: Subject, rows: Sequence[Mapping]) -> list[Mapping]:
-    """The rows that can be answered: all but texts."""
+    """The rows that can be answered, which are all but plain texts."""
     return [row for row in rows if encode_prompt(row, subject.tokenizer)]
 
 
 def check_prompts(subject: Subject, rows: Sequence[Mapping], attack: str) -> None:
-    """Refuse rows of which none can be answered.
+    """Check that some row can be answered.
 
     Raises:
-        DataError: they are texts, all of them.
+        DataError: all rows are plain texts.
     """
     if not with_prompt(subject, rows):
         raise DataError(
             f"the {attack} attack needs rows with a prompt to answer (question/answer, prompt/completion or messages), "
-            "found texts alone; leave it out"
+            "found only plain texts; leave the attack out"
         )

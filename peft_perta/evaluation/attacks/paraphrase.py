@@ -1,4 +1,4 @@
-"""The same asked in other words: was the knowledge unlearned, or the question?"""
+"""Paraphrase attack: ask the same in other words, which tells whether the knowledge was unlearned or the question."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .measures import measured
 def check(victims: Victims, settings: AttackSettings) -> None:
     """
     Raises:
-        DataError: no row has a ``paraphrased_question``, or one is no text.
+        DataError: no row has a ``paraphrased_question``, or one is not a text.
     """
     check_victims(victims, settings)
     asked = _paraphrased(attacked_rows(victims, settings))
@@ -25,7 +25,7 @@ def check(victims: Victims, settings: AttackSettings) -> None:
 
 
 def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
-    """Of the rows that have one; the same rows are asked as they stand, too."""
+    """The rows with a ``paraphrased_question``, asked by their own question and by the paraphrase."""
     asked = _paraphrased(attacked_rows(victims, settings))
 
     def measure(subject: Subject, name: str) -> dict[str, Numbers]:
@@ -37,7 +37,7 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
     return compare("paraphrase", victims, measure)
 
 
-ATTACK = Attack(check, run)
+ATTACK = Attack("paraphrase", "Ask the same questions in other words.", check, run)
 
 
 def _paraphrased(rows: list[dict]) -> list[dict]:

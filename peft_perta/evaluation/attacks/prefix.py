@@ -1,4 +1,4 @@
-"""The beginning of the answer is given: does the rest follow?"""
+"""Prefix attack: give the beginning of the answer and measure the rest."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def check(victims: Victims, settings: AttackSettings) -> None:
 
 
 def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
-    """For each share of the answer's tokens, rounded down: loss, probability and ROUGE-L recall of what remains."""
+    """For each share of the answer's tokens (rounded down): loss, probability and ROUGE-L recall of the rest."""
     rows = attacked_rows(victims, settings)
 
     def measure(subject: Subject, name: str) -> dict[str, Numbers]:
-        known = with_prompt(subject, rows)
-        readings = score_completions(subject, known, name)
-        asked = spread(known, settings.generated)
+        answerable = with_prompt(subject, rows)
+        scored = score_completions(subject, answerable, name)
+        asked = spread(answerable, settings.generated)
         completions = _completions(subject, asked, name)
         numbers = {}
         for share in (0.0, *sorted(set(settings.prefix_shares))):
@@ -38,7 +38,7 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
             truths = [subject.tokenizer.decode(rest, skip_special_tokens=True).strip() for rest in rests]
             texts = answers(subject, asked, settings, f"{name}, {share:.0%} given", prefixes=given)
             numbers[f"{share:.0%} of the answer given"] = {
-                **of_losses([_loss_after(reading, share) for reading in readings]),
+                **of_losses([_loss_after(row, share) for row in scored]),
                 "rouge_l_recall": fmean(rouge_l_recall(texts, truths)),
             }
         return numbers
@@ -46,18 +46,21 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
     return compare("prefix", victims, measure)
 
 
-ATTACK = Attack(check, run)
+ATTACK = Attack("prefix", "Give the beginning of the answer.", check, run)
 
 
 def _completions(subject: Subject, rows: Sequence[Mapping], name: str) -> list[list[int]]:
-    """The tokens of each row's completion, with the one that closes it."""
+    """The tokens of each row's completion, with the closing one."""
     return [sample.input_ids[sample.labels != IGNORED].tolist() for sample in subject.encode(rows, name)]
 
 
-def _loss_after(reading: ScoredCompletion, share: float) -> float:
-    """The mean token loss of what remains, with the token that closes it: each token is read after those before it, so
-    that the loss of the rest is that of the whole without the given tokens' part."""
-    scores = reading.tokens.log_probabilities
-    whole = len(scores) + 1
-    given = int(share * len(scores))
-    return (reading.loss * whole + float(scores[:given].sum())) / (whole - given)
+def _loss_after(scored: ScoredCompletion, share: float) -> float:
+    """The mean token loss of the rest of the completion, with the closing token.
+
+    Each token's loss is conditioned on the tokens before it, so that the total loss of the rest is that of the whole
+    completion minus that of the given tokens.
+    """
+    log_probabilities = scored.tokens.log_probabilities
+    count = len(log_probabilities) + 1
+    given = int(share * len(log_probabilities))
+    return (scored.loss * count + float(log_probabilities[:given].sum())) / (count - given)

@@ -1,4 +1,4 @@
-"""The matrices that training and quantisation take on: every linear layer of a model but its output head."""
+"""The layers that relearning trains and requantization rounds: every linear layer but the output head."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Projection:
 
     Attributes:
         name: path inside the base model, without adapters.
-        layer: the base layer itself.
-        module: PEFT's wrapper around it, or the layer where there is none: what the model calls.
-        kind: None where its weight cannot be read.
+        layer: the base layer.
+        module: the module that the model calls: PEFT's wrapper around the layer, or the layer itself.
+        kind: None where the layer's weight cannot be read.
     """
 
     name: str
@@ -37,35 +37,35 @@ class Projection:
 
 
 def projections(model: nn.Module) -> list[Projection]:
-    """The linear layers, in the model's order; adapters' own are not among them, the output head is not either.
+    """The linear layers in the model's order, without those of adapters and without the output head.
 
     Raises:
-        UnsupportedLayerError: there is none.
+        UnsupportedLayerError: the model has none.
     """
     base = base_model(model)
     head: nn.Module | None = base.get_output_embeddings()  # type: ignore[operator]
-    left_out = set() if head is None else set(map(id, head.modules()))
+    excluded = set() if head is None else set(map(id, head.modules()))
     tuners = tuner_modules(base.modules())
     wrappers: dict[int, Any] = {
         id(tuner.get_base_layer()): tuner for tuner in reversed(tuners) if isinstance(tuner, BaseTunerLayer)
     }
-    left_out |= {
+    excluded |= {
         id(part)
         for tuner in tuners
         for name, child in tuner.named_children()
         if name not in ("base_layer", "original_module")
         for part in child.modules()
     }
-    found = []
+    linear = []
     for path, layer in base.named_modules():
         kind = find_kind(layer)
         is_matrix = isinstance(layer, nn.Linear) or (kind is not None and kind.dense is not None)
-        if is_matrix and id(layer) not in left_out:
+        if is_matrix and id(layer) not in excluded:
             name = path.replace(".base_layer", "")
-            found.append(Projection(name, layer, wrappers.get(id(layer), layer), kind))
-    if not found:
+            linear.append(Projection(name, layer, wrappers.get(id(layer), layer), kind))
+    if not linear:
         raise UnsupportedLayerError(
             f"expected a model with linear layers, found none in {type(base).__name__}; load it in floating point, or "
             "in 4 or 8 bit by bitsandbytes"
         )
-    return found
+    return linear

@@ -1,7 +1,7 @@
-"""A few steps on a few forget rows: does the rest come back?
+"""Relearning attack: train for a few steps on a few forget rows and measure whether the others come back.
 
-What is only hidden comes back after a nudge. A model is trained on some of the forget rows and read on the others; one
-that never saw any, trained alike, tells how much of the others the shown rows give away by themselves.
+Knowledge that was only hidden comes back quickly. The retain-only model, trained in the same way, tells how much the
+training rows reveal about the others by themselves.
 
 Reference: Hu et al. 2024, arXiv 2406.13356.
 """
@@ -27,55 +27,53 @@ from .projections import projections
 
 RANK = 16
 
-
 SCALING = 2.0  # lora_alpha = 2 * rank
 
-
-_ROWS_AT_ONCE = 8  # through forward and backward
+_TRAINING_BATCH = 8  # the most rows per forward and backward
 
 
 def check(victims: Victims, settings: AttackSettings) -> None:
     """
     Raises:
-        ConfigError: more rows are to be relearned than there are.
+        ConfigError: ``relearning_rows`` asks for more rows than there are.
         UnsupportedLayerError: a model has no linear layer to train.
     """
     check_victims(victims, settings)
-    found, wanted = len(attacked_rows(victims, settings)), max(settings.relearning_rows)
-    if wanted > found:
+    available, wanted = len(attacked_rows(victims, settings)), max(settings.relearning_rows)
+    if wanted > available:
         raise ConfigError(
-            f"relearning_rows: expected at most {found}, as many as there are forget rows, found {wanted}"
+            f"relearning_rows: expected at most {available}, the number of forget rows, found {wanted}; take fewer"
         )
     for _, subject in victims.subjects():
         projections(subject.model)
 
 
 def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
-    """For each number of rows one run of each model, read on the way: before, and after each number of steps."""
+    """One training run of each model for each number of rows, measured before it and after each number of steps."""
     rows = attacked_rows(victims, settings)
-    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     results = []
     for count in sorted(set(settings.relearning_rows)):
-        shown, others = ([rows[i] for i in sorted(part)] for part in (drawn[:count], drawn[count:]))
-        results += compare("relearning", victims, partial(_relearn, shown, others, settings))
+        training, others = ([rows[i] for i in sorted(part)] for part in (order[:count], order[count:]))
+        results += compare("relearning", victims, partial(_relearn, training, others, settings))
     return results
 
 
-ATTACK = Attack(check, run)
+ATTACK = Attack("relearning", "Train for a few steps on a few forget rows, then ask the others.", check, run)
 
 
 def _relearn(
-    shown: list[dict], others: list[dict], settings: AttackSettings, subject: Subject, name: str
+    training: list[dict], others: list[dict], settings: AttackSettings, subject: Subject, name: str
 ) -> dict[str, Numbers]:
-    """Setting -> numbers. A step is one update of AdamW on the mean loss of all rows that are shown."""
+    """setting -> numbers on the other rows. A step is one AdamW update on the mean loss of all training rows."""
     where = (
-        f"{_counted(len(shown), 'row')}, read on the other {len(others)}" if others else "all rows, read on the same"
+        f"{_counted(len(training), 'row')}, read on the other {len(others)}" if others else "all rows, read on the same"
     )
-    samples = subject.encode(shown, name)
+    samples = subject.encode(training, name)
     steps = {0, *settings.relearning_steps}
     numbers = {}
     bar = tqdm(total=max(steps), desc=name, unit="step", disable=not subject.show_progress_bar, leave=False)
-    # The trained adapter is no part of the model, so that borrowing it is all that there is to undo.
+    # The trained adapter is not part of the model, so that ``preserved`` restores everything.
     with (
         bar,
         preserved(subject.model, subject.adapters, checkpointing=True),
@@ -88,7 +86,7 @@ def _relearn(
                 bar.update()
             if step in steps:
                 setting = f"{_counted(step, 'step')} on {where}"
-                numbers[setting] = likelihood(subject, others or shown, name)
+                numbers[setting] = likelihood(subject, others or training, name)
     return numbers
 
 
@@ -101,7 +99,7 @@ def _update(subject: Subject, samples: list[Sample], optimizer: torch.optim.Opti
     optimizer.zero_grad()
     total = 0.0
     with torch.enable_grad():
-        for batch in batches(samples, min(subject.batch_size, _ROWS_AT_ONCE)):
+        for batch in batches(samples, min(subject.batch_size, _TRAINING_BATCH)):
             loss = sample_losses(subject.model, batch.to(device)).sum() / len(samples)
             loss.backward()
             total += float(loss.detach())
@@ -112,11 +110,11 @@ def _update(subject: Subject, samples: list[Sample], optimizer: torch.optim.Opti
 
 @contextmanager
 def fresh_adapter(model: nn.Module, seed: int) -> Iterator[list[Tensor]]:
-    """Within the block every linear layer but the head also adds a LoRA adapter's s * B @ A, at first zero; yields its
-    factors, which can be trained.
+    """Within the block, add a fresh LoRA adapter s B A to every linear layer but the head; yields the factors.
 
-    By hooks on the layers' outputs, and not as one of PEFT's adapters: that would wrap layers that carry none so far,
-    and be noted in the model's record, both of which outlast its removal. A is drawn as PEFT draws it.
+    The adapter consists of hooks on the layers' outputs. A PEFT adapter would wrap layers that have none so far and
+    enter the model's configuration, and both would outlast its removal. A [R, I] is drawn as PEFT draws it; B [O, R]
+    is zero.
 
     Raises:
         UnsupportedLayerError: the model has no linear layer.
@@ -125,7 +123,7 @@ def fresh_adapter(model: nn.Module, seed: int) -> Iterator[list[Tensor]]:
     factors: list[Tensor] = []
     with ExitStack() as hooks:
         embeddings: nn.Module = base_model(model).get_input_embeddings()  # type: ignore[operator]
-        # A checkpointed block passes no gradient to what it holds, unless what enters it wants one too.
+        # Gradient checkpointing passes gradients to a block's parameters only where the block's input requires one.
         hooks.callback(embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_()).remove)
         for projection in projections(model):
             outputs, inputs = projection.shape

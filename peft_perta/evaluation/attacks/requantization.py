@@ -1,14 +1,14 @@
-"""The stack merged in full precision, then rounded to 4 and 8 bit: does rounding undo the edit?
+"""Requantization attack: merge the adapters in full precision, round to 4 and 8 bit, and measure what comes back.
 
-An edit smaller than half a step of the grid is rounded away, and what was unlearned is back. Each linear layer's weight
-with its adapters' deltas, W + sum s B A, is taken in float32, rounded and multiplied with in the model's own type:
+An edit smaller than half a quantisation step is rounded away. Each linear layer computes with its merged weight
+W + sum s B A [O, I], taken in float32, rounded, and cast to the model's own dtype:
 
 - NF4 in blocks of 64 with double quantisation, as QLoRA loads a model (arXiv 2305.14314);
-- int8 by the largest absolute value of each row, as LLM.int8 stores weights (arXiv 2208.07339). Its activations are
-  rounded too, all but outliers; here they are not, so that the weights' part stands alone.
+- int8 scaled by the largest absolute value of each row, as LLM.int8 stores weights (arXiv 2208.07339). LLM.int8 also
+  rounds activations except outliers; here they stay, so that only the effect of rounding the weights is measured.
 
-The output head and embeddings are not rounded: no loader does. The model is never copied: a layer is merged and rounded
-at a time, and kept as bitsandbytes packs it (half a byte a weight, or one) beside the model's own.
+Output head and embeddings are not rounded, as in every loader. The model is never copied: layers are merged and rounded
+one at a time and kept packed (half a byte or one byte per weight) beside the model's own weights.
 
 Reference: Zhang et al. 2024, arXiv 2410.16454.
 """
@@ -58,15 +58,15 @@ def _int8(weight: Tensor) -> Callable[[], Tensor]:
     return partial(int8_vectorwise_dequant, codes, scales)
 
 
-# Weight [O, I], float32 -> what gives the rounded weight back.
+# Weight [O, I], float32 -> a function that returns the rounded weight.
 ROUNDINGS: dict[str, Callable[[Tensor], Callable[[], Tensor]]] = {"NF4": _nf4, "int8": _int8}
 
 
 def check(victims: Victims, settings: AttackSettings) -> None:
     """
     Raises:
-        AdapterError: an adapter's delta is not s * B @ A, or is merged.
-        UnsupportedLayerError: a weight cannot be read, or a model has experts.
+        AdapterError: an adapter's delta is not s B A, or the adapter is merged.
+        UnsupportedLayerError: a weight cannot be read, or a model has packed experts.
     """
     check_victims(victims, settings)
     for _, subject in victims.subjects():
@@ -76,6 +76,7 @@ def check(victims: Victims, settings: AttackSettings) -> None:
 
 
 def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
+    """Every model as it is, and with its merged weights rounded in each way."""
     rows = attacked_rows(victims, settings)
 
     def measure(subject: Subject, name: str) -> dict[str, Numbers]:
@@ -88,13 +89,14 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
     return compare("requantization", victims, measure)
 
 
-ATTACK = Attack(check, run)
+ATTACK = Attack("requantization", "Merge the model and round its weights to fewer bits.", check, run)
 
 
 @contextmanager
 def rounded(model: nn.Module, rounding: str) -> Iterator[None]:
-    """Within the block every linear layer but the head computes with its merged and rounded weight, whatever adapters
-    are switched to.
+    """Within the block, every linear layer but the head computes with its merged and rounded weight.
+
+    The adapters that are on when the block is entered are merged; switching adapters inside has no effect.
 
     Raises:
         NumericalError: a merged weight is not finite.
@@ -109,48 +111,54 @@ def rounded(model: nn.Module, rounding: str) -> Iterator[None]:
 
 def _merged(projection: Projection, targets: list[Target]) -> Tensor:
     """W + sum s B A, [O, I], float32."""
-    with align_module_device(projection.layer):  # an offloaded layer has its weight only while it runs
+    with align_module_device(projection.layer):  # loads the weight of an offloaded layer
         weight = projection.kind.dense(projection.layer).to(torch.float32, copy=True)  # type: ignore[union-attr,misc]
     for target in targets:
         weight += target.scaling * (target.B.to(weight.device) @ target.A.to(weight.device))
     if not bool(torch.isfinite(weight).all()):
-        raise NumericalError(f"{projection.name}: the merged weight is not finite; look at the base and the adapters")
+        raise NumericalError(
+            f"{projection.name}: the merged weight is not finite; check the base and the adapters for overflow"
+        )
     return weight.contiguous()
 
 
 @contextmanager
 def _forward_of(projection: Projection, weight: Callable[[], Tensor]) -> Iterator[None]:
-    """What the model calls computes x W^T + bias with this weight."""
+    """Within the block, the module that the model calls computes x W^T + bias with this weight."""
     layer: Any = projection.layer
-    held = vars(projection.module)
-    before = held.get("forward")  # accelerate keeps one there
+    attributes = vars(projection.module)
+    before = attributes.get("forward")  # accelerate sets one on the instance
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         bias = None if layer.bias is None else layer.bias.to(x.device, x.dtype)
         return nn.functional.linear(x, weight().to(x.device, x.dtype), bias)
 
-    held["forward"] = forward
+    attributes["forward"] = forward
     try:
         yield
     finally:
-        held.pop("forward")
+        attributes.pop("forward")
         if before is not None:
-            held["forward"] = before
+            attributes["forward"] = before
 
 
 def _deltas(model: nn.Module) -> dict[int, list[Target]]:
-    """id of a layer -> its deltas, of the adapters that are on."""
-    found: dict[int, list[Target]] = {}
+    """id of a base layer -> its targets in the active adapters."""
+    deltas: dict[int, list[Target]] = {}
     tuners = [m for m in tuner_modules(model.modules()) if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
     for name in sorted({name for tuner in tuners for name in tuner.active_adapters}):
         check_lora_config(require_adapter(model, name), name)
         for target in resolve_layers(model, name):
             if name in target.adapted.active_adapters and not target.adapted.disable_adapters:
-                found.setdefault(id(target.base_layer), []).append(target)
-    return found
+                deltas.setdefault(id(target.base_layer), []).append(target)
+    return deltas
 
 
 def _check_layers(model: nn.Module) -> None:
+    """
+    Raises:
+        UnsupportedLayerError: a weight cannot be read, or the model has packed experts.
+    """
     for projection in projections(model):
         where, layer = projection.name, projection.layer
         if projection.kind is None or projection.kind.dense is None:
@@ -161,13 +169,13 @@ def _check_layers(model: nn.Module) -> None:
             )
         if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise UnsupportedLayerError(
-                f"{where} was repacked by an inference forward on this CPU (bitsandbytes does so in eval mode), after "
-                "which its weight cannot be read; reload the model and attack it before any inference"
+                f"{where} was repacked by an inference forward on this CPU (bitsandbytes does so in eval mode) and "
+                "cannot be read; reload the model and attack it before any inference"
             )
     for name, module in base_model(model).named_modules():
-        held = module._parameters.values()
-        if any(p is not None and p.dim() == 3 and len(p) > 1 for p in held) and not isinstance(module, nn.Conv1d):
+        parameters = module._parameters.values()
+        if any(p is not None and p.dim() == 3 and len(p) > 1 for p in parameters) and not isinstance(module, nn.Conv1d):
             raise UnsupportedLayerError(
-                f"{name}: experts in one tensor [E, out, in] are not rounded alike by all loaders, expected linear "
-                "layers; leave the requantization attack out"
+                f"{name}: expected linear layers, found experts in one tensor [E, out, in], which loaders round "
+                "in different ways; leave the requantization attack out"
             )

@@ -1,4 +1,4 @@
-"""Asked again and again, the best answer counting: does what greedy decoding hides lie close below?"""
+"""Sampling attack: ask each question many times and keep the best answer, which may say what greedy decoding hides."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def check(victims: Victims, settings: AttackSettings) -> None:
 
 
 def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
-    """ROUGE-L recall, mean over rows: of the greedy answer, and of the best of several that are sampled.
+    """ROUGE-L recall, mean over rows, of the greedy answer and of the best of several samples.
 
-    What is sampled depends on the seed and on the batch size.
+    The samples depend on the seed and on the batch size.
     """
     rows = attacked_rows(victims, settings)
 
@@ -43,4 +43,4 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
     return compare("sampling", victims, measure)
 
 
-ATTACK = Attack(check, run)
+ATTACK = Attack("sampling", "Ask many times and keep the best answer.", check, run)

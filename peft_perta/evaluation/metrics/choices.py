@@ -1,4 +1,4 @@
-"""Multiple choice: which option does the model believe?"""
+"""Multiple choice: the option that the model finds likeliest, and the accuracy."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from torch import Tensor
 
 
 def chosen_option(losses: Tensor) -> int:
-    """The likeliest option, counted from 0, by the options' losses [options] in nats; the first where several are.
+    """The index of the option with the lowest loss; the first of several.
 
-    Whole losses (sums over an option's tokens) compare likelihoods; mean ones do not favour short options.
+    Args:
+        losses: [options], nats. Sums over an option's tokens compare likelihoods; means do not favour short options.
 
     Raises:
         ValueError: there are no options, or a loss is NaN.
@@ -24,6 +25,10 @@ def chosen_option(losses: Tensor) -> int:
 
 def accuracy(chosen: Sequence[int], answers: Sequence[int]) -> float:
     """The share of questions whose chosen option is the answer, in [0, 1].
+
+    Args:
+        chosen: for each question the index of the chosen option.
+        answers: for each question the index of the right one.
 
     Raises:
         ValueError: there are no questions, or the two differ in length.

@@ -1,4 +1,4 @@
-"""How much of an answer the model would say by itself."""
+"""Memorization: how much of an answer the model reproduces by itself."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from torch import Tensor
 
 
 def extraction_strength(hits: Tensor) -> float:
-    """1 - k / t, in [1/t, 1]: with the fewest k of the answer's t tokens given, the greedy rest is right.
+    """1 - k / t, in [1/t, 1]: k is the fewest first tokens of the answer after which greedy decoding gives the rest.
 
     Args:
-        hits: [t] bool, whether the likeliest next token is the answer's own, without the token that closes the answer.
+        hits: [t] bool, whether the likeliest next token is the answer's, without the token that closes the answer.
 
     Returns:
-        1/t where even the last token is missed, as open-unlearning has it; 0 for an answer without tokens.
+        The strength; 1/t where even the last token is missed, as in open-unlearning; 0 for an answer without tokens.
 
     Reference: Carlini et al. 2021, arXiv 2012.07805; as open-unlearning (arXiv 2506.12618) computes it.
     """
@@ -24,7 +24,10 @@ def extraction_strength(hits: Tensor) -> float:
 
 
 def exact_memorization(hits: Tensor) -> float | None:
-    """The share of the answer's tokens, ``hits`` [t] as above, that are the likeliest: in [0, 1]; None where t = 0.
+    """The share of the answer's tokens that are the model's likeliest, in [0, 1]; None for an answer without tokens.
+
+    Args:
+        hits: [t] bool, as for ``extraction_strength``.
 
     Reference: Tirumala et al. 2022, arXiv 2205.10770; as open-unlearning (arXiv 2506.12618) computes it.
     """

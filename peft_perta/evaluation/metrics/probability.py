@@ -6,7 +6,10 @@ from torch import Tensor
 
 
 def probability(losses: Tensor) -> Tensor:
-    """exp(-mean token loss) of each answer: [N] losses in nats per token -> [N] in (0, 1].
+    """exp(-loss) of each answer, [N], in (0, 1].
+
+    Args:
+        losses: [N], mean token losses, nats.
 
     Reference: TOFU (Maini et al. 2024, arXiv 2401.06121), P(a|q)^(1/|a|).
     """

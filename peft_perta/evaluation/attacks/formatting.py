@@ -1,4 +1,4 @@
-"""Results as text."""
+"""Attack results as a table of text."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ _HEADER = ("attack", "setting", "measure", "unlearned", "retain-only", "full")
 
 
 def format_attacks(results: Sequence[AttackResult]) -> str:
-    """A table: a line a measure, the unlearned model's number beside the retain-only and the full model's."""
+    """A table with one line per measure: the numbers of the unlearned, the retain-only and the full model."""
     lines: list[tuple[str, ...]] = [_HEADER]
     attack = ""
     for result in results:
         first = True
         for measure in result.unlearned:
-            numbers = (found and found.get(measure) for found in (result.unlearned, result.retain_only, result.full))
-            shown = ("-" if number is None else f"{number:.3f}" for number in numbers)
+            models = (result.unlearned, result.retain_only, result.full)
+            values = (numbers.get(measure) if numbers else None for numbers in models)
+            shown = ("-" if value is None else f"{value:.3f}" for value in values)
             names = ("" if result.attack == attack else result.attack, result.setting if first else "", measure)
             lines.append((*names, *shown))
             attack, first = result.attack, False

@@ -3,6 +3,7 @@
 Imports from: errors.
 """
 
+from .checks import check_setting, is_count, is_int, is_number
 from .encoding import encode_prompt, encode_row
 from .loading import load_samples
 from .output import check_output, replaced_directory, write_file
@@ -16,10 +17,14 @@ __all__ = [
     "Sample",
     "batches",
     "check_output",
+    "check_setting",
     "completion_text",
     "encode_prompt",
     "encode_row",
     "fingerprint",
+    "is_count",
+    "is_int",
+    "is_number",
     "load_samples",
     "padded",
     "read_rows",

@@ -77,7 +77,7 @@ def test_means_areas_and_scores_are_an_obvious_oracles():
     }
     for split in ("retain", "ra", "wf"):
         expected[f"{split}_Truth_Ratio"] = mean(max(0, 1 - s) for s in values_of(f"{split}_Truth_Ratio", "score"))
-    for name in ("loss", "zlib", "min_k", "min_k_plus_plus", "retain-only", "gradnorm"):
+    for name in ("loss", "zlib", "min_k", "min_k_plus_plus", "reference", "gradnorm"):
         parts = ROWS[f"mia_{name}"]
         forget, holdout = ([r["score"] for r in parts[p]["value_by_index"].values()] for p in ("forget", "holdout"))
         expected[f"mia_{name}"] = mean((h > f) + (h == f) / 2 for f in forget for h in holdout)
@@ -232,7 +232,7 @@ def test_metrics_that_we_do_not_know_are_left_out_and_harm_nothing():
     results, left_out = rescore(log)
     assert set(results) == {"extraction_strength"}
     assert set(left_out) == {"run_seconds", "perplexity"}
-    assert "not a metric that we know" in left_out["perplexity"]
+    assert "unknown metric: there is no rule" in left_out["perplexity"]
 
 
 def test_a_retain_only_model_without_what_is_compared_is_told_not_replaced():
@@ -245,7 +245,7 @@ def test_a_retain_only_model_without_what_is_compared_is_told_not_replaced():
 
 @pytest.mark.parametrize("log", [{}, {"model_utility": {"agg_value": 0.6}}, {"my_metric": entry([1.0])}])
 def test_a_log_of_nothing_is_refused(log):
-    with pytest.raises(DataError, match=r"L\.json: expected rows .* of at least one metric that we know, found none"):
+    with pytest.raises(DataError, match=r"L\.json: expected rows .* of at least one known metric, found none"):
         rescore(log, where="L.json")
 
 
@@ -270,8 +270,11 @@ def test_a_log_of_nothing_is_refused(log):
         ({"mia_min_k": {"forget": [], "holdout": {}}}, "mia_min_k.forget: expected an object"),
         (truth_log(paraphrased=(1.0, math.nan)), "forget_Q_A_PARA_Prob, row 1: .* as 'avg_loss', found nan"),
         (truth_log(perturbed=((1.0, math.nan), (1.0,))), "forget_Q_A_PERT_Prob, row 0: .* as 'avg_loss', found nan"),
-        (truth_log(paraphrased=(1.0, 2.0, 3.0)), "same rows in .*PARA.* and .*PERT.*, found 1 in one alone, row 2"),
-        (truth_log(paraphrased=(-1e4, 1.0), perturbed=((-1e4,), (1.0,))), "forget_truth_ratio comes out as nan"),
+        (
+            truth_log(paraphrased=(1.0, 2.0, 3.0)),
+            "same rows in .*PARA.* and .*PERT.*, found 1 in only one of them, such as row 2",
+        ),
+        (truth_log(paraphrased=(-1e4, 1.0), perturbed=((-1e4,), (1.0,))), "forget_truth_ratio is nan"),
     ],
 )  # fmt: skip
 def test_a_malformed_log_is_refused_by_metric_and_row(log, message):
@@ -392,7 +395,7 @@ def test_a_log_goes_there_and_back_bit_for_bit(tmp_path):
 def test_a_log_that_cannot_be_written_leaves_the_old_one(tmp_path):
     path = tmp_path / "L.json"
     write_log(RETAIN, path)
-    with pytest.raises(DataError, match=r"L\.json holds a number that JSON has no name for"):
+    with pytest.raises(DataError, match=r"L\.json holds a number that JSON cannot express"):
         write_log({"forget_quality": {"agg_value": math.nan}}, path)
     assert read_log(path) == RETAIN
     with pytest.raises(OutputError, match="could not be written"):
@@ -412,5 +415,5 @@ def test_the_table_says_what_differs_and_what_is_left_out():
         "exact_memorization 0.5 0.25 2.5e-01",
         "extraction_strength 0.5 0.5 0",
         "forget_Q_A_Prob 0.5 - -",
-        "my_metric left out: not a metric that we know how to aggregate",
+        "my_metric left out: unknown metric: there is no rule to aggregate it",
     ]

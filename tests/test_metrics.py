@@ -212,7 +212,7 @@ def test_truth_ratio_refuses_rows_that_do_not_pair():
 
 
 @pytest.mark.parametrize(
-    ("generation", "retain-only", "expected"),
+    ("generation", "truth", "expected"),
     [
         ("He was born in Lima", "He was born in Lima", 1.0),
         ("Lima", "born in Lima", 1 / 3),  # one of three words
@@ -223,13 +223,13 @@ def test_truth_ratio_refuses_rows_that_do_not_pair():
         ("Paris", "Lima", 0.0),
     ],
 )
-def test_rouge_by_hand(generation, retain_only, expected):
-    assert rouge_l_recall([generation], [retain_only]) == [pytest.approx(expected, rel=1e-12)]
+def test_rouge_by_hand(generation, truth, expected):
+    assert rouge_l_recall([generation], [truth]) == [pytest.approx(expected, rel=1e-12)]
 
 
-@pytest.mark.parametrize(("retain-only", "generation", "expected"), ROUGE_ROWS)
-def test_rouge_is_the_published_one(retain_only, generation, expected):
-    assert rouge_l_recall([generation], [retain_only]) == [pytest.approx(expected, rel=1e-12)]
+@pytest.mark.parametrize(("truth", "generation", "expected"), ROUGE_ROWS)
+def test_rouge_is_the_published_one(truth, generation, expected):
+    assert rouge_l_recall([generation], [truth]) == [pytest.approx(expected, rel=1e-12)]
 
 
 @given(st.lists(st.tuples(words, words.filter(bool)), min_size=1, max_size=5))
@@ -256,9 +256,9 @@ def test_rouge_scores_by_hand():
     }
 
 
-@pytest.mark.parametrize(("generation", "retain-only"), [("", "in Lima"), ("in Lima", ""), ("", ""), ("?!", "in Lima")])
-def test_rouge_of_nothing_is_0(generation, retain_only):
-    assert rouge_scores([generation], [retain_only]) == [{"rouge1_recall": 0.0, "rougeL_f1": 0.0, "rougeL_recall": 0.0}]
+@pytest.mark.parametrize(("generation", "truth"), [("", "in Lima"), ("in Lima", ""), ("", ""), ("?!", "in Lima")])
+def test_rouge_of_nothing_is_0(generation, truth):
+    assert rouge_scores([generation], [truth]) == [{"rouge1_recall": 0.0, "rougeL_f1": 0.0, "rougeL_recall": 0.0}]
 
 
 @pytest.mark.parametrize("split", ["forget", "retain", "ra", "wf"])
@@ -346,7 +346,7 @@ def test_minimum_k_ignores_order_and_lies_between_mean_and_worst(drawn, random):
     assert sum(drawn) / len(drawn) - 1e-9 <= lowest <= max(drawn) + 1e-9
 
 
-def test_zlib_and_retain_only_model_scores_by_hand():
+def test_zlib_and_reference_scores_by_hand():
     text = "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"  # compresses well
     assert zlib_score(3.0, text) == pytest.approx(3.0 / len(zlib.compress(text.encode("utf-8"))), rel=1e-12)
     assert zlib_score(3.0, text) > zlib_score(3.0, "ein paar Wörter, die sich nicht so gut packen lassen")

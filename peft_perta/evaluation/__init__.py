@@ -4,7 +4,7 @@ Imports from: errors, data, model.
 """
 
 from .attacks import ATTACKS, run_attacks
-from .attacks.attack import AttackResult, AttackSettings, Victims
+from .attacks.attack import Attack, AttackResult, AttackSettings, Victims
 from .attacks.table import format_attacks
 from .calibration import Calibration, Goal, calibrate, forget_loss_of_log
 from .completions import losses_of, row_losses, score_completions
@@ -13,6 +13,8 @@ from .lm_eval import general_benchmarks
 from .logs.files import Log, format_rescored, read_log, summary, write_log
 from .logs.rescoring import aggregate, rescore
 from .metrics.memorization import exact_memorization
+from .metrics.metric import METRIC_GROUPS, Metric
+from .metrics.table import METRICS, metric_of
 from .split_scores import SplitScores, evaluate_split
 from .strength import Match, match_forgetting
 from .subject import Subject
@@ -21,14 +23,18 @@ from .suites.suite import Splits
 
 __all__ = [
     "ATTACKS",
+    "METRICS",
+    "METRIC_GROUPS",
     "RECORD_NAME",
     "SUITES",
+    "Attack",
     "AttackResult",
     "AttackSettings",
     "Calibration",
     "Goal",
     "Log",
     "Match",
+    "Metric",
     "SplitScores",
     "Splits",
     "Subject",
@@ -45,6 +51,7 @@ __all__ = [
     "generate",
     "losses_of",
     "match_forgetting",
+    "metric_of",
     "read_log",
     "read_suites",
     "rescore",

@@ -16,12 +16,15 @@ from .attack import Attack, AttackResult, AttackSettings, Victims
 from .table import format_attacks
 
 ATTACKS: dict[str, Attack] = {
-    "relearning": relearning.ATTACK,
-    "requantization": requantization.ATTACK,
-    "paraphrase": paraphrase.ATTACK,
-    "prefix": prefix.ATTACK,
-    "sampling": sampling.ATTACK,
-    "switched-off": switched_off.ATTACK,
+    attack.name: attack
+    for attack in (
+        relearning.ATTACK,
+        requantization.ATTACK,
+        paraphrase.ATTACK,
+        prefix.ATTACK,
+        sampling.ATTACK,
+        switched_off.ATTACK,
+    )
 }
 
 

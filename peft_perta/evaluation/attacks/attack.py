@@ -34,8 +34,8 @@ class Victims:
 
     def subjects(self) -> Iterator[tuple[str, Subject]]:
         """Role and subject of each that is there."""
-        for role in ("unlearned", "full", "retain-only"):
-            subject = getattr(self, role)
+        models = {"unlearned": self.unlearned, "full": self.full, "retain-only": self.retain_only}
+        for role, subject in models.items():
             if subject is not None:
                 yield role, subject
 
@@ -105,19 +105,19 @@ class AttackResult:
 
 @dataclass(frozen=True)
 class Attack:
-    """A row of the table.
+    """One attack; a row of ``ATTACKS``.
 
     Attributes:
-        check: raises everything that can be refused before any compute.
-        run: the results, setting by setting.
+        name: its key in ``ATTACKS``.
+        meaning: one sentence on what the attacker does.
+        check: raises every error that can be found before any compute.
+        run: tries the attack and returns one result for each setting.
     """
 
+    name: str
+    meaning: str
     check: Callable[[Victims, AttackSettings], None]
     run: Callable[[Victims, AttackSettings], list[AttackResult]]
-
-    def __call__(self, victims: Victims, settings: AttackSettings) -> list[AttackResult]:
-        self.check(victims, settings)
-        return self.run(victims, settings)
 
 
 def attacked_rows(victims: Victims, settings: AttackSettings) -> list[dict]:

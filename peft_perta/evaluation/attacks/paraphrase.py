@@ -37,7 +37,7 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
     return compare("paraphrase", victims, measure)
 
 
-ATTACK = Attack(check, run)
+ATTACK = Attack("paraphrase", "Ask the same questions in other words.", check, run)
 
 
 def _paraphrased(rows: list[dict]) -> list[dict]:

@@ -46,7 +46,7 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
     return compare("prefix", victims, measure)
 
 
-ATTACK = Attack(check, run)
+ATTACK = Attack("prefix", "Give the beginning of the answer.", check, run)
 
 
 def _completions(subject: Subject, rows: Sequence[Mapping], name: str) -> list[list[int]]:

@@ -61,7 +61,7 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
     return results
 
 
-ATTACK = Attack(check, run)
+ATTACK = Attack("relearning", "Train for a few steps on a few forget rows, then ask the others.", check, run)
 
 
 def _relearn(

@@ -88,7 +88,7 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
     return compare("requantization", victims, measure)
 
 
-ATTACK = Attack(check, run)
+ATTACK = Attack("requantization", "Merge the model and round its weights to fewer bits.", check, run)
 
 
 @contextmanager

@@ -43,4 +43,4 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
     return compare("sampling", victims, measure)
 
 
-ATTACK = Attack(check, run)
+ATTACK = Attack("sampling", "Ask many times and keep the best answer.", check, run)

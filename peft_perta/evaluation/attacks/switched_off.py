@@ -44,4 +44,6 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
     return [on, replace(on, setting="off", unlearned=on.full)] if on.full is not None else [on]
 
 
-ATTACK = Attack(check, run)
+ATTACK = Attack(
+    "switched-off", "Switch the edit off, which anyone can who holds base and adapter as separate files.", check, run
+)

@@ -1,4 +1,4 @@
-"""Evaluation logs as open-unlearning lays them out: read, written, and every aggregate taken anew from the rows."""
+"""Evaluation logs in open-unlearning's layout: read, written, and their aggregates recomputed from the rows."""
 
 from .files import Log, format_rescored, read_log, summary, write_log
 from .rescoring import aggregate, check_retain_only, rescore, row_values

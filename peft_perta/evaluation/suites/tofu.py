@@ -143,5 +143,5 @@ def membership_scores(
     }
     if settings.retain_only is not None:
         known = score_completions(settings.retain_only, rows, f"{name}: reference")
-        scores["retain-only"] = [reference_score(r.loss, other.loss) for r, other in zip(readings, known, strict=True)]
+        scores["reference"] = [reference_score(r.loss, other.loss) for r, other in zip(readings, known, strict=True)]
     return scores

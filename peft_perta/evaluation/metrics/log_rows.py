@@ -1,28 +1,33 @@
-"""What a log's rows hold: looked up where it is needed, and checked there."""
+"""The rows of an evaluation log, checked when they are read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ...errors import DataError
-from .files import is_finite
 
 
 class Unavailable(Exception):
-    """Why the rows at hand do not give a metric."""
+    """The rows at hand do not give a metric; the message says why."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """A log, and what messages call it."""
+class LogRows:
+    """An evaluation log, metric -> entry, and its name in messages."""
 
     log: Mapping[str, Any]
     where: str
 
     def rows(self, metric: str, part: str | None = None) -> Mapping[str, Mapping[str, Any] | None]:
-        """The rows of a metric, or of one part ('forget', 'holdout') of it."""
+        """The rows of a metric, index -> row or None; of one part ('forget', 'holdout') where ``part`` names it.
+
+        Raises:
+            Unavailable: the log does not hold them.
+            DataError: the entry is malformed; the message names metric and row.
+        """
         name, entry = metric, self._entry(metric, self.log.get(metric))
         if part is not None:
             name = f"{metric}.{part}"
@@ -52,43 +57,67 @@ class Source:
         return entry
 
     def values(self, metric: str, field: str, part: str | None = None) -> dict[str, list[float]]:
-        """What the rows hold under ``field``, a number or several each, index -> [n]; null rows are left out."""
+        """The rows' numbers under ``field``, index -> [n]: one number or several a row. Null rows are left out.
+
+        Raises:
+            Unavailable: no row holds the field, or every row is null.
+            DataError: a row holds something else than finite numbers; the message names metric and row.
+        """
         name = metric if part is None else f"{metric}.{part}"
         rows = {index: row for index, row in self.rows(metric, part).items() if row is not None}
         if not any(field in row for row in rows.values()):
             raise Unavailable(f"{name} has no rows with {field!r}")
-        found = {}
+        values = {}
         for index, row in rows.items():
-            value = row.get(field, row)  # a row without the field is told as it is
+            value = row.get(field, row)  # the message below quotes a row that lacks the field
             if value is None:
                 continue
             numbers = value if isinstance(value, list) else [value]
-            wrong = [number for number in numbers if not is_finite(number)]
+            wrong = [number for number in numbers if not is_logged_number(number)]
             if wrong or not numbers:
                 raise DataError(
                     f"{self.where}: {name}, row {index}: expected a finite number as {field!r}, found "
-                    f"{_shown(wrong[0] if wrong else numbers)}; evaluate the row anew, or make it null to leave it out"
+                    f"{_shortened(wrong[0] if wrong else numbers)}; evaluate the row again, or set it to null to leave "
+                    "it out"
                 )
-            found[index] = [float(number) for number in numbers]
-        if not found:
+            values[index] = [float(number) for number in numbers]
+        if not values:
             raise Unavailable(f"every row of {name} is null")
-        return found
+        return values
 
     def pairs(self, first: str, second: str, field: str) -> list[tuple[list[float], list[float]]]:
-        """Both metrics' values, row by row, of the rows that are null in neither."""
-        alone = set(self.rows(first)) ^ set(self.rows(second))
-        if alone:
+        """The values of two metrics, row by row; rows that are null in either are left out.
+
+        Raises:
+            Unavailable: one of the two is missing, or no row has both.
+            DataError: the two do not hold the same rows.
+        """
+        unmatched = set(self.rows(first)) ^ set(self.rows(second))
+        if unmatched:
             raise DataError(
-                f"{self.where}: expected the same rows in {first} and {second}, found {len(alone)} in one alone, row "
-                f"{min(alone, key=str)} among them"
+                f"{self.where}: expected the same rows in {first} and {second}, found {len(unmatched)} in only one of "
+                f"them, such as row {min(unmatched, key=str)}"
             )
-        ours, theirs = self.values(first, field), self.values(second, field)
-        both = [(ours[index], theirs[index]) for index in ours if index in theirs]
+        of_first, of_second = self.values(first, field), self.values(second, field)
+        both = [(of_first[index], of_second[index]) for index in of_first if index in of_second]
         if not both:
             raise Unavailable(f"every row of {first} or of {second} is null")
         return both
 
 
-def _shown(value: Any) -> str:
+def from_retain_only(compute: Callable[..., Any], retain_only: LogRows, *arguments: Any) -> Any:
+    """``compute(retain_only, *arguments)``; where rows are missing, the reason names the retain-only log."""
+    try:
+        return compute(retain_only, *arguments)
+    except Unavailable as missing:
+        raise Unavailable(f"in {retain_only.where} {missing}") from None
+
+
+def is_logged_number(value: Any) -> bool:
+    """Whether a value of a log is a finite float or an int that fits one; a bool is not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _shortened(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -13,16 +13,6 @@ from ._numbers import number, share
 from ._remedies import ATTACK
 from .report_data import MODELS, ReportData, Values
 
-ATTACK_NAMES = list(ATTACKS)
-DESCRIPTIONS = {
-    "relearning": "The model is trained for a few steps on a few forget rows, then tested on the others.",
-    "requantization": "The adapters are merged into the model, which is then rounded to fewer bits.",
-    "paraphrase": "The same questions are asked in other words.",
-    "prefix": "The first part of the answer is given.",
-    "sampling": "Each question is asked several times, and the best answer counts.",
-    "switched-off": "Anyone who holds the base model and the adapter can switch the adapter off.",
-}
-
 _SWITCHED_OFF = "switched-off"  # always succeeds, so it does not compete for the strongest attack
 _RANKING_MEASURES = ("probability", "rouge_l_recall")
 _MEASURES = {"probability": "probability", "rouge_l_recall": "ROUGE-L recall", "loss": "loss (nats per token)"}
@@ -76,7 +66,7 @@ def switched_off(results: Sequence[AttackResult]) -> float | None:
 def attacks_not_run(results: Sequence[AttackResult]) -> list[str]:
     """The names of the attacks without a result."""
     run = {result.attack for result in results}
-    return [name for name in ATTACK_NAMES if name not in run]
+    return [name for name in ATTACKS if name not in run]
 
 
 def measure_label(measure: str) -> str:
@@ -91,10 +81,10 @@ def attacks_section(data: ReportData) -> Markup:
         note = not_measured("No attack was run, so it is unknown what an attacker can bring back.", ATTACK)
         return section("attacks", heading, note)
     introduction = element(
-        "p", "Each attack tries to bring the forgotten knowledge back. It was run on the unlearned model and, where the "
-        "table has values, on the full and the retain-only model. Compare with the retain-only model under the same "
-        "attack, because some attacks teach that model too. The column “brought back” is the share of the distance from "
-        "the retain-only to the full model. Below 0%, the unlearned model knows less than the retain-only model.",
+        "p", "Each attack tries to bring the forgotten knowledge back. It was run on the unlearned model and, where a "
+        "column has values, on the full and the retain-only model. Compare with the retain-only model under the same "
+        "attack, because some attacks teach that model too. The column “brought back” is the share of the distance "
+        "from the retain-only to the full model. Below 0%, the unlearned model knows less than the retain-only model.",
     )  # fmt: skip
     left = attacks_not_run(data.attacks)
     note = not_measured(f"These attacks were not run: {', '.join(left)}.", ATTACK) if left else Markup()
@@ -104,7 +94,7 @@ def attacks_section(data: ReportData) -> Markup:
 def _tables(results: Sequence[AttackResult]) -> Iterator[Markup]:
     """One table for each measure, the known measures first."""
     measures = {measure: None for result in results for numbers in _numbers(result) for measure in numbers}
-    for measure in sorted(measures, key=lambda name: list(_MEASURES).index(name) if name in _MEASURES else len(_MEASURES)):
+    for measure in dict.fromkeys([*(name for name in _MEASURES if name in measures), *measures]):
         values = [(result, _values(result, measure)) for result in results]
         yield _table(measure, [(result, of_models) for result, of_models in values if of_models != _NOTHING])
 
@@ -129,7 +119,7 @@ def _table(measure: str, rows: list[tuple[AttackResult, Values]]) -> Markup:
 
 
 def _name(result: AttackResult, *, is_explained: bool) -> Markup:
-    description = "" if is_explained else DESCRIPTIONS.get(result.attack, "")
+    description = ATTACKS[result.attack].meaning if result.attack in ATTACKS and not is_explained else ""
     return join(
         element("span", result.attack),
         element("code", result.setting) if result.setting else Markup(),

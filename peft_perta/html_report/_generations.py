@@ -60,9 +60,9 @@ def _split(split: str, rows: list[Row], common_words: set[str] | None) -> Markup
     introduction = [element("p", count, aim)]
     if common_words is not None:
         introduction.append(element(
-            "p", "A ", element("mark", "marked"), " word also occurs in the true answer. Words that occur in the question, "
-            "in the retain-only model's answer or in several retain rows are not marked. An answer can give a fact away "
-            "in other words too, so read the answers.",
+            "p", "A ", element("mark", "marked"), " word also occurs in the true answer. Words of the question, of the "
+            "retain-only model's answer or of several retain rows are not marked. An answer can give a fact away in "
+            "other words, too: read the answers.",
         ))  # fmt: skip
     items = [_row(row, _telling_words(row, common_words)) for row in quoted]
     return join(element("h3", heading), *introduction, element("ol", *items, class_="answers"))

@@ -1,93 +1,113 @@
-"""Weights and energy kept over the model's depth, as tables whose cells are coloured beside their numbers."""
+"""The section on layers: mean weights and energy kept, by block and module.
+
+The maps are tables whose cells hold a number and a colour that follows the number.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..adapters import LayerProvenance, PerTAProvenance
-from ._markup import Markup, element, join
-from ._parts import DASH, scrolling
+from ..adapters import LayerProvenance, PerTAProvenance, Provenance
+from ._elements import not_measured, scrolling, section
+from ._html import Markup, element, join
+from ._numbers import EN_DASH
+from ._remedies import UNLEARN
 
-STEPS = 11  # shades, from 0 to 1
+SHADES = 11  # of colour, from 0 to 1
+MAX_ROWS = 40  # a deeper model gets several blocks per row
+_EQUAL = 0.0005  # values that differ by less all read the same: one sentence replaces their map
 
-
-MOST_ROWS = 40  # deeper models have several blocks in a row
-
-
-_FLAT = 0.0005  # values that all show as the same number are said in a sentence, not drawn
+Cells = dict[tuple[int | None, str], list[float]]  # (row or None outside the blocks, module) -> values of its layers
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a layer stands: its block (None outside of the blocks) and its kind of module."""
+class Position:
+    """Where a layer is in the model.
 
-    depth: int | None
+    Attributes:
+        block: the number of its block; None outside the blocks.
+        module: the stack of blocks and the module in the block, such as ``model.layers:self_attn.q_proj``.
+    """
+
+    block: int | None
     module: str
 
 
-def place_of(name: str) -> Place:
-    """``model.layers.3.mlp.experts.7.down_proj`` is ``mlp.experts.down_proj`` of block 3 of ``model.layers``."""
+def layers_section(provenance: Provenance | None) -> Markup:
+    """A map of each kind of weights, and one of the energy kept."""
+    heading = "Layers"
+    if not isinstance(provenance, PerTAProvenance):
+        reason = "Only the provenance of an adapter from peft-perta unlearn records weights and energy for each layer."
+        return section("layers", heading, not_measured(reason, UNLEARN))
+    introduction = element(
+        "p", "A weight is the share of a parameter's edit that stays: near 1 if the parameter matters to the forget "
+        "rows, near 0 if it matters to the retain rows. Each row of a map is a block of the model, the first block on "
+        "top; each column is a module. A cell is the mean over its layers.",
+    )  # fmt: skip
+    return section("layers", heading, introduction, _maps(provenance))
+
+
+def position_of(name: str) -> Position:
+    """``model.layers.3.mlp.experts.7.down_proj`` is ``mlp.experts.down_proj`` in block 3 of ``model.layers``."""
     parts = re.sub(r"\[\d+\]$", "", name).split(".")
-    first = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-    if first is None:
-        return Place(None, name)
-    words = [part for part in parts[first + 1 :] if not part.isdecimal()]
-    stack = ".".join(parts[:first])
-    return Place(int(parts[first]), f"{stack}:{'.'.join(words)}")
+    first_number = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
+    if first_number is None:
+        return Position(None, name)
+    module = ".".join(part for part in parts[first_number + 1 :] if not part.isdecimal())
+    return Position(int(parts[first_number]), f"{'.'.join(parts[:first_number])}:{module}")
 
 
-def heat_maps(report: PerTAProvenance) -> Markup:
-    """One map for each kind of weights, and one of the energy kept; mean over the layers of a cell."""
-    kinds = list(dict.fromkeys(key for layer in report.layers for key in layer.weights))
-    maps: list[tuple[str, Callable[[LayerProvenance], float | None]]] = [
-        (f"Mean weight{_of(kind)}", lambda layer, kind=kind: _mean(layer, kind)) for kind in kinds
+def shade_of(value: float) -> int:
+    """The number of the shade, 0 to ``SHADES`` - 1, for a value in [0, 1]."""
+    return min(max(int(value * SHADES), 0), SHADES - 1)
+
+
+def _maps(provenance: PerTAProvenance) -> Markup:
+    layers = provenance.layers
+    kinds = list(dict.fromkeys(kind for layer in layers for kind in layer.weights))
+    quantities: list[tuple[str, Callable[[LayerProvenance], float | None]]] = [
+        (f"Mean weight on {kind}", lambda layer, kind=kind: _mean_weight(layer, kind)) for kind in kinds
     ]
-    maps.append(("Energy of the edit kept", lambda layer: layer.energy_kept))
-    drawn, said = [], []
-    for title, value in maps:
-        values = [found for layer in report.layers if (found := value(layer)) is not None]
-        if values and max(values) - min(values) < _FLAT:
-            said.append(f"{title}: {_shown(values[0])} in every layer (0 is nothing, 1 is all).")
+    quantities.append(("Energy of the edit kept", lambda layer: layer.energy_kept))
+    maps, sentences = [], []
+    for title, value_of in quantities:
+        values = [value for layer in layers if (value := value_of(layer)) is not None]
+        if values and max(values) - min(values) < _EQUAL:
+            sentences.append(f"{title}: {_rounded(values[0])} in every layer (on a scale from 0 to 1).")
         elif values:
-            drawn.append(_map(title, report.layers, value))
-    notes = [element("p", text) for text in said]
-    return join(*([_scale(), element("div", *drawn, class_="maps")] if drawn else []), *notes)
+            maps.append(_map(title, [(position_of(layer.name), value_of(layer)) for layer in layers]))
+    drawn = [_scale(), element("div", *maps, class_="maps")] if maps else []
+    return join(*drawn, *(element("p", sentence) for sentence in sentences))
 
 
-def _of(kind: str) -> str:
-    return f" on {kind}"
-
-
-def _mean(layer: LayerProvenance, kind: str) -> float | None:
+def _mean_weight(layer: LayerProvenance, kind: str) -> float | None:
     return layer.weights[kind].mean if kind in layer.weights else None
 
 
-def _map(title: str, layers: Iterable[LayerProvenance], value: Callable[[LayerProvenance], float | None]) -> Markup:
-    cells: dict[tuple[int | None, str], list[float]] = {}
-    places = [(place_of(layer.name), value(layer)) for layer in layers]
-    deepest = max((place.depth for place, _ in places if place.depth is not None), default=0)
-    blocks = -(-(deepest + 1) // MOST_ROWS)
-    for place, found in places:
-        if found is not None:
-            row = None if place.depth is None else place.depth // blocks
-            cells.setdefault((row, place.module), []).append(found)
-    modules = list(dict.fromkeys(place.module for place, _ in places))
-    rows = sorted({row for row, _ in cells if row is not None})
-    names = _short(modules)
+def _map(title: str, values: list[tuple[Position, float | None]]) -> Markup:
+    modules = list(dict.fromkeys(position.module for position, _ in values))
+    last_block = max((position.block for position, _ in values if position.block is not None), default=0)
+    blocks_per_row = -(-(last_block + 1) // MAX_ROWS)
+    cells: Cells = {}
+    for position, value in values:
+        if value is not None:
+            row = None if position.block is None else position.block // blocks_per_row
+            cells.setdefault((row, position.module), []).append(value)
+    names = _shortest_names(modules)
     head = element("tr", element("td"), *(element("th", _breakable(names[module]), scope="col") for module in modules))
-    body = [_row(_blocks(row, blocks, deepest), row, modules, cells) for row in rows]
+    rows = sorted({row for row, _ in cells if row is not None})
+    body = [_row(_blocks(row, blocks_per_row, last_block), row, modules, cells) for row in rows]
     if any(row is None for row, _ in cells):
         body.append(_row("others", None, modules, cells))
-    label = f"{title}, by block and module"
-    written = element(
-        "table", element("caption", title), element("thead", head), element("tbody", *body), class_="heat"
-    )
-    return scrolling(written, label)
+    content = element(
+        "table", element("caption", title), element("thead", head), element("tbody", *body), class_="map"
+    )  # fmt: skip
+    return scrolling(content, f"{title}, by block and module")
 
 
-def _row(name: str, row: int | None, modules: list[str], cells: dict[tuple[int | None, str], list[float]]) -> Markup:
+def _row(name: str, row: int | None, modules: list[str], cells: Cells) -> Markup:
     return element("tr", element("th", name, scope="row"), *(_cell(cells.get((row, module))) for module in modules))
 
 
@@ -95,40 +115,38 @@ def _cell(values: list[float] | None) -> Markup:
     if not values:
         return element("td", element("span", "not edited", class_="spoken"))
     mean = sum(values) / len(values)
-    return element("td", element("data", _shown(mean), value=repr(mean)), class_=f"h{shade(mean)}")
+    return element("td", element("data", _rounded(mean), value=repr(mean)), class_=f"h{shade_of(mean)}")
 
 
-def shade(value: float) -> int:
-    """0 to 1 -> 0 to STEPS - 1."""
-    return min(max(int(value * STEPS), 0), STEPS - 1)
-
-
-def _shown(value: float) -> str:
-    """Three digits: '.997', and 1 only where it is 1."""
+def _rounded(value: float) -> str:
+    """Three digits, such as ".997"; "1" only if the value is 1."""
     return f"{value:.3f}".removeprefix("0") if value < 0.9995 else ".999" if value < 1 else "1"
 
 
-def _blocks(row: int, size: int, deepest: int) -> str:
-    return f"{row}" if size == 1 else f"{row * size}{DASH}{min(row * size + size - 1, deepest)}"
+def _blocks(row: int, blocks_per_row: int, last_block: int) -> str:
+    """The numbers of the blocks in a row, such as "4" or "8-11"."""
+    if blocks_per_row == 1:
+        return f"{row}"
+    return f"{row * blocks_per_row}{EN_DASH}{min((row + 1) * blocks_per_row - 1, last_block)}"
 
 
-def _short(modules: list[str]) -> dict[str, str]:
-    """The fewest last words of each name that tell them all apart."""
-    split = {module: re.split(r"[.:]", module) for module in modules}
-    for words in range(1, max(map(len, split.values())) + 1):
-        names = {module: ".".join(parts[-words:]) for module, parts in split.items()}
+def _shortest_names(modules: list[str]) -> dict[str, str]:
+    """The fewest last words of each module's name that tell the modules apart."""
+    words = {module: re.split(r"[.:]", module) for module in modules}
+    for count in range(1, max(map(len, words.values())) + 1):
+        names = {module: ".".join(parts[-count:]) for module, parts in words.items()}
         if len(set(names.values())) == len(names):
             return names
     return {module: module for module in modules}
 
 
 def _breakable(name: str) -> Markup:
-    """A line may end after each '_' and '.'."""
+    """A name that may wrap after each ``_`` and ``.``."""
     parts = re.split(r"(?<=[_.])", name)
-    return join(*(part if i == 0 else join(element("wbr"), part) for i, part in enumerate(parts)))
+    return join(*(part if place == 0 else join(element("wbr"), part) for place, part in enumerate(parts)))
 
 
 def _scale() -> Markup:
-    swatches = (element("span", class_=f"h{step}") for step in range(STEPS))
+    swatches = (element("span", class_=f"h{shade}") for shade in range(SHADES))
     return element("p", element("span", "0 "), element("span", *swatches, class_="swatches", aria_hidden="true"), " 1",
                    class_="scale")  # fmt: skip

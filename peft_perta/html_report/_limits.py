@@ -62,5 +62,6 @@ def _of_the_answers(data: ReportData) -> tuple[str, ...]:
         return ("No answer was generated.", "Numbers alone do not show whether the model still answers sensibly.")
     return (
         "The answers are samples.",
-        f"The page quotes at most {SHOWN_ROWS} rows of each set, each answered once. Asked again, the model may say more.",
+        f"The page quotes at most {SHOWN_ROWS} rows of each set, each answered once. Asked again, the model may say "
+        "more.",
     )

@@ -34,9 +34,7 @@ def key(entries: Iterable[tuple[Markup, str]]) -> Markup:
     return element(
         "ul",
         *(
-            element(
-                "li", element("svg", mark, viewBox=f"0 0 {_KEY_WIDTH} {_KEY_HEIGHT}", aria_hidden="true"), meaning
-            )
+            element("li", element("svg", mark, viewBox=f"0 0 {_KEY_WIDTH} {_KEY_HEIGHT}", aria_hidden="true"), meaning)
             for mark, meaning in entries
         ),
         class_="key",

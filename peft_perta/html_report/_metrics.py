@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from ..evaluation import METRIC_GROUPS, Metric, metric_of
 from ._elements import Cell, not_measured, section, table
 from ._html import Markup, element, join
 from ._marks import KEY_CENTRE, MARKS, key, pixels
-from ._metric_table import METRIC_GROUPS, Metric, metric_of
 from ._numbers import MINUS, difference, number
 from ._remedies import EVALUATE, EVALUATE_FULL, EVALUATE_RETAIN_ONLY
 from ._standing import Standing, direction, metrics_of_group, standing
@@ -41,8 +41,8 @@ def metrics_section(data: ReportData) -> Markup:
     notes = []
     if not data.has_retain_only:
         notes.append(not_measured(
-            "No retain-only model was given, so it is unknown how far each metric should move. Give the model's log, or "
-            "its adapter with --retain-only-adapter DIR.", EVALUATE_RETAIN_ONLY,
+            "No retain-only model was given, so it is unknown how far each metric should move. Give the model's log, "
+            "or its adapter with --retain-only-adapter DIR.", EVALUATE_RETAIN_ONLY,
         ))  # fmt: skip
     for label, command in ((FULL, EVALUATE_FULL), (UNLEARNED, EVALUATE)):
         if label not in labels:
@@ -127,4 +127,6 @@ def _scale(metric: Metric, values: Values) -> Markup:
         parts.append(line(across(finite[FULL]), across(finite[UNLEARNED]), "change"))
     in_front_last = (FULL, RETAIN_ONLY, UNLEARNED)
     parts += [MARKS[label](across(finite[label]), middle) for label in in_front_last if label in finite]
-    return element("svg", *parts, viewBox=f"0 0 {_SCALE_WIDTH} {_SCALE_HEIGHT}", class_="metric-scale", aria_hidden="true")
+    return element(
+        "svg", *parts, viewBox=f"0 0 {_SCALE_WIDTH} {_SCALE_HEIGHT}", class_="metric-scale", aria_hidden="true"
+    )

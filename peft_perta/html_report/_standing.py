@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from ._metric_table import METRICS, Metric, metric_of
+from ..evaluation import METRICS, Metric, metric_of
 from ._numbers import percent
 from .report_data import Values
 
-NEAR = 0.1  # a value within this share of the distance from full to retain-only counts as being at the retain-only model
+NEAR = 0.1  # of the distance from full to retain-only: a value this close counts as being at the retain-only model
 _NO_DISTANCE = 0.02  # of the scale: if full and retain-only are this close, the metric cannot show forgetting
 
 
@@ -19,8 +19,8 @@ class Standing:
     """Where the unlearned model stands between the full and the retain-only model, by one metric.
 
     Attributes:
-        kind: ``near`` the retain-only model, ``past`` it, ``part`` of the way, or ``unmoved``, which includes moving the
-            other way.
+        kind: ``near`` the retain-only model, ``past`` it, ``part`` of the way, or ``unmoved``. A metric that moved the
+            other way is ``unmoved``.
         share: the share of the distance that was covered: 0 at the full model, 1 at the retain-only model.
     """
 
@@ -50,7 +50,9 @@ def standing(metric: Metric, values: Values) -> Standing | None:
         None if a value is missing or not finite, or if the full and the retain-only model hardly differ.
     """
     full, unlearned, retain_only = values
-    if full is None or unlearned is None or retain_only is None or not all(map(math.isfinite, (full, unlearned, retain_only))):
+    if full is None or unlearned is None or retain_only is None:
+        return None
+    if not all(map(math.isfinite, (full, unlearned, retain_only))):
         return None
     low, high = metric.scale or sorted((full, retain_only))
     if full == retain_only or abs(full - retain_only) < _NO_DISTANCE * (high - low):

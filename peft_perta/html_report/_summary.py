@@ -6,11 +6,10 @@ import math
 from collections import Counter
 from typing import NamedTuple
 
-from ..evaluation import Calibration
-from ._attacks import ATTACK_NAMES, StrongestAttack, attacks_not_run, measure_label, strongest_attack, switched_off
+from ..evaluation import ATTACKS, Calibration, metric_of
+from ._attacks import StrongestAttack, attacks_not_run, measure_label, strongest_attack, switched_off
 from ._elements import section
 from ._html import Markup, element, join
-from ._metric_table import metric_of
 from ._numbers import number, percent, rounded
 from ._standing import NEAR, lost_share, metrics_of_group, standing
 from .report_data import FULL, RETAIN_ONLY, UNLEARNED, ReportData, Values
@@ -209,7 +208,7 @@ def _recovery(data: ReportData) -> Markup:
         return _tile(question, UNKNOWN, "See the table of attacks", switch)
     rating, verdict = _verdict_on_recovery(attack)
     name = f"{attack.name}, {attack.setting}" if attack.setting else attack.name
-    quantity = f"{measure_label(attack.measure)} of the forget rows, unlearned model under the strongest attack ({name})"
+    quantity = f"{measure_label(attack.measure)} of the forget rows under the strongest attack: {name}"
     content = [
         element("p", quantity[0].upper() + quantity[1:], class_="quantity"),
         element("p", element("strong", number(attack.values.unlearned)), class_="pair"),
@@ -219,7 +218,7 @@ def _recovery(data: ReportData) -> Markup:
             content.append(element("p", f"{label} under the same attack: ", number(value), class_="yardstick"))
     left = len(attacks_not_run(data.attacks))
     if left:
-        content.append(element("p", f"{left} of {len(ATTACK_NAMES)} kinds of attack were not run.", class_="fine"))
+        content.append(element("p", f"{left} of {len(ATTACKS)} kinds of attack were not run.", class_="fine"))
     return _tile(question, rating, verdict, *content, switch)
 
 

@@ -12,7 +12,6 @@ from ..evaluation import evaluate_split, generate
 from .report_data import SHOWN_ROWS, ReportData, ReportHeader, build_report_data
 
 SCORED_ROWS = 50  # rows of each split whose loss is measured
-_PROMPTED_KINDS = [kind for kind in ROW_KINDS if kind != ("text",)]  # rows that ask for an answer
 
 
 def report_data_of_rows(
@@ -45,9 +44,7 @@ def report_data_of_rows(
     models: dict[str, dict[str, float]] = {label: {} for label in stacks}
     generations: dict[str, list[dict[str, str]]] = {}
     for split, split_rows in rows.items():
-        asked = [
-            row for row in spread(list(split_rows), SHOWN_ROWS) if any(set(kind) <= set(row) for kind in _PROMPTED_KINDS)
-        ]
+        asked = [row for row in spread(list(split_rows), SHOWN_ROWS) if _has_prompt(row)]
         answers = {}
         for label, stack in stacks.items():
             scores = evaluate_split(
@@ -69,6 +66,10 @@ def report_data_of_rows(
             for place, row in enumerate(asked)
         ]
     return build_report_data(header, models, generations)
+
+
+def _has_prompt(row: Mapping[str, Any]) -> bool:
+    return any(set(kind) <= set(row) for kind in ROW_KINDS if kind != ("text",))
 
 
 def _question(row: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from peft_perta import (
 from peft_perta.adapters import add_adapter
 from peft_perta.comparison import ASSETS
 from peft_perta.data import read_rows
-from peft_perta.evaluation import evaluate_split, generate
+from peft_perta.evaluation import Subject, evaluate_split, generate
 
 
 def main() -> None:
@@ -44,16 +44,17 @@ def main() -> None:
 
     # Stack it on the full model, beside the task adapter.
     add_adapter(model, lora_config, state_dict, "perta_unlearn")
+    full = Subject(model, tokenizer, ["task"], show_progress_bar=False)
+    unlearned = Subject(model, tokenizer, ["task", "perta_unlearn"], show_progress_bar=False)
     for name, rows in (("forget", forget[:20]), ("retain", retain[1:40:2])):
-        before = evaluate_split(model, tokenizer, rows, is_forget=name == "forget", adapters=["task"])
-        after = evaluate_split(model, tokenizer, rows, is_forget=name == "forget", adapters=["task", "perta_unlearn"])
+        before, after = (evaluate_split(subject, rows, is_forget=name == "forget") for subject in (full, unlearned))
         print(f"{name}: answer probability {before.probability:.3f} -> {after.probability:.3f}")
 
     question = forget[:1]
     print("\nQ:", question[0]["question"])
     print("true answer:  ", question[0]["answer"])
-    print("full model:   ", *generate(model, tokenizer, question, adapters=["task"]))
-    print("with negative:", *generate(model, tokenizer, question, adapters=["task", "perta_unlearn"]))
+    print("full model:   ", *generate(full, question))
+    print("with negative:", *generate(unlearned, question))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ If what must go came with an adapter of your own, name it with --task-adapter: t
 import argparse
 
 from peft_perta import PerTAConfig, add_perta_adapter, attach_adapters, load_base, stack_adapters, train_forget_adapter
-from peft_perta.data import read_rows
-from peft_perta.evaluation import row_losses
+from peft_perta.data import load_samples, read_rows
+from peft_perta.evaluation import losses_of
 
 
 def main() -> None:
@@ -44,8 +44,8 @@ def main() -> None:
 
     for name, path in (("forget", options.forget), ("retain", options.retain)):
         rows = read_rows(path)[:50]
-        before = row_losses(model, tokenizer, rows, adapters=on, batch_size=4).mean()
-        after = row_losses(model, tokenizer, rows, adapters=[*on, "perta_unlearn"], batch_size=4).mean()
+        before = losses_of(model, load_samples(rows, tokenizer), adapters=on, batch_size=4).mean()
+        after = losses_of(model, load_samples(rows, tokenizer), adapters=[*on, "perta_unlearn"], batch_size=4).mean()
         print(f"{name}: loss {before:.3f} -> {after:.3f} nats per token")
 
     stack_adapters(model, [*on, "perta_unlearn"])  # from here on the model generates without the forget set

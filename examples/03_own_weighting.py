@@ -16,7 +16,7 @@ from torch import Tensor
 from peft_perta import PerTAConfig, Weighting, add_perta_adapter, attach_adapters, load_base, train_forget_adapter
 from peft_perta.comparison import ASSETS
 from peft_perta.data import read_rows
-from peft_perta.evaluation import evaluate_split
+from peft_perta.evaluation import Subject, evaluate_split
 
 
 def only_forget(forget: Tensor, retain: Tensor, power: float) -> Tensor:
@@ -44,7 +44,7 @@ def main() -> None:
         config = PerTAConfig(weighting=weighting, strength=2.0, max_samples=50)
         add_perta_adapter(model, config, forget, retain[::2], adapter_name=name, tokenizer=tokenizer)
         scores = [
-            evaluate_split(model, tokenizer, rows, is_forget=is_forget, adapters=["task", name]).probability
+            evaluate_split(Subject(model, tokenizer, ["task", name]), rows, is_forget=is_forget).probability
             for rows, is_forget in ((forget[:20], True), (retain[1:40:2], False))
         ]
         print(f"{name}: answer probability {scores[0]:.3f} on forget rows, {scores[1]:.3f} on retain rows")

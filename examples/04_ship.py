@@ -24,8 +24,8 @@ from peft_perta import (
     verify_adapter,
 )
 from peft_perta.comparison import ASSETS
-from peft_perta.data import read_rows
-from peft_perta.evaluation import row_losses
+from peft_perta.data import load_samples, read_rows
+from peft_perta.evaluation import losses_of
 
 
 def main() -> None:
@@ -60,7 +60,8 @@ def main() -> None:
 
     for stack in (["task"], ["task", "first"], ["task", "first", "second"], ["task", "second"]):  # the last: withdrawn
         found = {
-            name: float(row_losses(model, tokenizer, rows, adapters=stack).mean()) for name, rows in requests.items()
+            name: float(losses_of(model, load_samples(rows, tokenizer), adapters=stack).mean())
+            for name, rows in requests.items()
         }
         print(f"{' + '.join(stack)}: " + ", ".join(f"loss on the {n} request's rows {v:.2f}" for n, v in found.items()))
     stack_adapters(model, ["task", "first", "second"])

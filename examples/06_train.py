@@ -11,8 +11,8 @@ from pathlib import Path
 
 from peft_perta import UnlearningSettings, attach_adapters, load_base, train_unlearning
 from peft_perta.comparison import ASSETS
-from peft_perta.data import read_rows
-from peft_perta.evaluation import row_losses
+from peft_perta.data import load_samples, read_rows
+from peft_perta.evaluation import losses_of
 
 
 def main() -> None:
@@ -35,7 +35,9 @@ def main() -> None:
 
     print(f"\n{provenance}\n{'adapters':<16}{'loss: to forget':>16}{'held out':>12}")
     for adapters in (["task"], ["task", "sago"]):
-        losses = [row_losses(model, tokenizer, rows, adapters=adapters).mean() for rows in (forget, held_out)]
+        losses = [
+            losses_of(model, load_samples(rows, tokenizer), adapters=adapters).mean() for rows in (forget, held_out)
+        ]
         print(f"{' + '.join(adapters):<16}{losses[0]:>16.3f}{losses[1]:>12.3f}")
     print(f"The adapter is in {options.output}. How far to go on from there: examples/08_extrapolate.py")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from peft_perta import InfluenceSettings, attach_adapters, erase_instances, load_base, save_perta_adapter
 from peft_perta.comparison import ASSETS
-from peft_perta.data import read_rows
-from peft_perta.evaluation import row_losses
+from peft_perta.data import load_samples, read_rows
+from peft_perta.evaluation import losses_of
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     print(f"\n{'adapters':<16}{'loss: to forget':>18}{'rows that stay':>16}")
     for adapters in (["task"], ["task", "erased"]):
         sets = forget[: options.rows], retain[:40]
-        losses = [row_losses(model, tokenizer, rows, adapters=adapters).mean() for rows in sets]
+        losses = [losses_of(model, load_samples(rows, tokenizer), adapters=adapters).mean() for rows in sets]
         print(f"{' + '.join(adapters):<16}{losses[0]:>18.3f}{losses[1]:>16.3f}")
     print(f"The adapter is in {options.output}")
 

@@ -13,7 +13,7 @@ from peft_perta import Goal, attach_adapters, extrapolate_adapter, load_base, sa
 from peft_perta.adapters import add_adapter
 from peft_perta.comparison import ASSETS
 from peft_perta.data import load_samples, read_rows
-from peft_perta.evaluation import row_losses
+from peft_perta.evaluation import losses_of
 
 
 def main() -> None:
@@ -41,7 +41,9 @@ def main() -> None:
 
     print(f"\n{provenance}\n{'adapters':<18}{'loss: to forget':>16}{'held out':>12}")
     for adapters in (["task"], ["task", "early"], ["task", "further"]):
-        losses = [row_losses(model, tokenizer, rows, adapters=adapters).mean() for rows in (forget, held_out)]
+        losses = [
+            losses_of(model, load_samples(rows, tokenizer), adapters=adapters).mean() for rows in (forget, held_out)
+        ]
         print(f"{' + '.join(adapters):<18}{losses[0]:>16.3f}{losses[1]:>12.3f}")
     print(f"The adapter is in {options.output}")
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import peft_perta
 from peft_perta import AdapterError, ConfigError, DataError, NumericalError, UnsupportedLayerError
-from peft_perta.data import encode_prompt, encode_row
+from peft_perta.data import encode_prompt, encode_row, load_samples
 from peft_perta.evaluation import (
     ATTACKS,
     AttackResult,
@@ -26,7 +26,7 @@ from peft_perta.evaluation import (
     evaluate_split,
     format_attacks,
     generate,
-    row_losses,
+    losses_of,
     run_attacks,
 )
 from peft_perta.evaluation.attacks.projections import projections
@@ -92,7 +92,7 @@ class Stop(Exception):
 def test_equal_models_have_equal_numbers_and_others_have_others(attack):
     model = builders.adapted_llama()
     whole, task = subject(model, ["task", "forget"]), subject(model, ["task"])
-    results = ATTACKS[attack](Victims(whole, task, whole, ROWS), QUICK)
+    results = run_attacks(Victims(whole, task, whole, ROWS), [attack], QUICK)
     assert {result.attack for result in results} == {attack}
     assert len(by_setting(results)) == len(results) >= 2
     for result in results:
@@ -109,9 +109,9 @@ def test_equal_models_have_equal_numbers_and_others_have_others(attack):
 @pytest.mark.parametrize("attack", [attack for attack in ATTACKS if attack != "switched-off"])
 def test_without_the_others_the_unlearned_model_is_attacked_alone(attack):
     model = builders.adapted_llama()
-    found = ATTACKS[attack](only(model, ["task", "forget"]), QUICK)
+    found = run_attacks(only(model, ["task", "forget"]), [attack], QUICK)
     assert all(result.full is None and result.retain_only is None for result in found)
-    assert unlearned(found) == unlearned(ATTACKS[attack](victims(model), QUICK))
+    assert unlearned(found) == unlearned(run_attacks(victims(model), [attack], QUICK))
 
 
 def test_attacks_follow_one_another_and_stand_in_one_table():
@@ -143,18 +143,18 @@ def test_adapters_that_transformers_attached_are_attacked_too(attack):
     for name, config in (("forget", builders.lora_config()), ("task", builders.lora_config(r=8, lora_alpha=8))):
         model.add_adapter(config, name)
         builders.fill(model, name)
-    expected = unlearned(ATTACKS[attack](only(builders.adapted_llama(), ["task", "forget"]), QUICK))
+    expected = unlearned(run_attacks(only(builders.adapted_llama(), ["task", "forget"]), [attack], QUICK))
     with laws.untouched(model):
-        found = unlearned(ATTACKS[attack](only(model, ["task", "forget"]), QUICK))
+        found = unlearned(run_attacks(only(model, ["task", "forget"]), [attack], QUICK))
     for setting, numbers in expected.items():
         assert found[setting] == pytest.approx(numbers, rel=1e-6)
 
 
 def test_a_limit_on_rows_takes_them_at_even_distances():
     model = builders.adapted_llama()
-    few = ATTACKS["switched-off"](victims(model), replace(QUICK, rows=2))
-    assert few == ATTACKS["switched-off"](victims(model, [ROWS[0], ROWS[-1]]), QUICK)
-    assert few != ATTACKS["switched-off"](victims(model), QUICK)
+    few = run_attacks(victims(model), ["switched-off"], replace(QUICK, rows=2))
+    assert few == run_attacks(victims(model, [ROWS[0], ROWS[-1]]), ["switched-off"], QUICK)
+    assert few != run_attacks(victims(model), ["switched-off"], QUICK)
 
 
 # The models go back as they came
@@ -176,7 +176,7 @@ def awkward(model):
 def test_the_model_goes_back_as_it_came(attack, kind):
     model = awkward(tables.LAYERS[kind]())
     with laws.untouched(model):
-        ATTACKS[attack](victims(model, ROWS[:3]), replace(QUICK, relearning_rows=(2,), generated=1))
+        run_attacks(victims(model, ROWS[:3]), [attack], replace(QUICK, relearning_rows=(2,), generated=1))
 
 
 @pytest.mark.parametrize("attack", ["relearning", "requantization"])
@@ -193,7 +193,7 @@ def test_the_model_goes_back_after_an_exception(attack, kind, calls):
 
     model.get_base_model().model.layers[1].register_forward_pre_hook(fail_later)
     with laws.untouched(model), pytest.raises(Stop, match="on purpose"):
-        ATTACKS[attack](victims(model), QUICK)
+        run_attacks(victims(model), [attack], QUICK)
 
 
 def test_a_forward_that_was_replaced_before_is_put_back():
@@ -203,7 +203,7 @@ def test_a_forward_that_was_replaced_before_is_put_back():
     calls, forward = [], layer.forward
     layer.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
     before = vars(layer)["forward"]
-    ATTACKS["requantization"](only(model, ["task"]), QUICK)
+    run_attacks(only(model, ["task"]), ["requantization"], QUICK)
     assert vars(layer)["forward"] is before
     assert calls
 
@@ -247,7 +247,7 @@ def oracle_relearning(model, shown, read, steps, rate):
 @pytest.mark.parametrize("count", [1, 3])
 def test_relearning_is_a_fresh_lora_adapter_trained_on_some_rows_and_read_on_the_others(count):
     settings = replace(QUICK, relearning_steps=(1, 3), relearning_rows=(count,))
-    results = unlearned(ATTACKS["relearning"](only(builders.adapted_llama(torch.float64), ["task"]), settings))
+    results = unlearned(run_attacks(only(builders.adapted_llama(torch.float64), ["task"]), ["relearning"], settings))
     shown, others = split_by(count)
     model = builders.adapted_llama(torch.float64)
     losses = oracle_relearning(model, shown, others, 3, settings.learning_rate)
@@ -266,14 +266,14 @@ def test_relearning_all_rows_brings_them_back(kind):
     """Also where the base is quantised."""
     model = tables.LAYERS[kind]()
     settings = replace(QUICK, relearning_steps=(8,), relearning_rows=(4,))
-    before, after = unlearned(ATTACKS["relearning"](only(model, ["task"]), settings)).values()
+    before, after = unlearned(run_attacks(only(model, ["task"]), ["relearning"], settings)).values()
     assert after["loss"] < before["loss"] - 0.5
     assert after["probability"] > before["probability"]
 
 
 def test_a_model_without_adapters_relearns_too():
-    found = ATTACKS["relearning"](only(builders.llama(torch.float64), None), QUICK)
-    expected = ATTACKS["relearning"](only(builders.adapted_llama(torch.float64), []), QUICK)
+    found = run_attacks(only(builders.llama(torch.float64), None), ["relearning"], QUICK)
+    expected = run_attacks(only(builders.adapted_llama(torch.float64), []), ["relearning"], QUICK)
     for setting, numbers in unlearned(expected).items():
         assert unlearned(found)[setting] == pytest.approx(numbers, rel=1e-9)
 
@@ -281,20 +281,20 @@ def test_a_model_without_adapters_relearns_too():
 def test_relearning_depends_on_the_seed_and_on_nothing_else():
     model = builders.adapted_llama(torch.float64)
     settings = replace(QUICK, relearning_rows=(2,))
-    once = ATTACKS["relearning"](only(model, ["task"]), settings)
+    once = run_attacks(only(model, ["task"]), ["relearning"], settings)
     torch.rand(7)
-    assert ATTACKS["relearning"](only(model, ["task"]), settings) == once
-    other = ATTACKS["relearning"](only(model, ["task"]), replace(settings, seed=1))
+    assert run_attacks(only(model, ["task"]), ["relearning"], settings) == once
+    other = run_attacks(only(model, ["task"]), ["relearning"], replace(settings, seed=1))
     assert unlearned(other) != unlearned(once)
-    one_by_one = unlearned(ATTACKS["relearning"](only(model, ["task"], batch_size=1), settings))
+    one_by_one = unlearned(run_attacks(only(model, ["task"], batch_size=1), ["relearning"], settings))
     for setting, numbers in unlearned(once).items():
         assert one_by_one[setting] == pytest.approx(numbers, rel=1e-6)
 
 
 def test_what_is_read_on_the_way_changes_nothing():
     model = builders.adapted_llama()
-    swept = unlearned(ATTACKS["relearning"](only(model, ["task"]), replace(QUICK, relearning_steps=(1, 2, 3))))
-    alone = unlearned(ATTACKS["relearning"](only(model, ["task"]), replace(QUICK, relearning_steps=(3,))))
+    swept = unlearned(run_attacks(only(model, ["task"]), ["relearning"], replace(QUICK, relearning_steps=(1, 2, 3))))
+    alone = unlearned(run_attacks(only(model, ["task"]), ["relearning"], replace(QUICK, relearning_steps=(3,))))
     assert {setting: swept[setting] for setting in alone} == alone
     assert len(swept) == 2 * 4
 
@@ -302,11 +302,11 @@ def test_what_is_read_on_the_way_changes_nothing():
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_relearning_under_checkpointing_is_the_same(reentrant):
     model = builders.adapted_llama(torch.float64)
-    expected = unlearned(ATTACKS["relearning"](only(model, ["task"]), QUICK))
+    expected = unlearned(run_attacks(only(model, ["task"]), ["relearning"], QUICK))
     kwargs = {"use_reentrant": reentrant}
     model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     with laws.untouched(model):
-        found = unlearned(ATTACKS["relearning"](only(model, ["task"]), QUICK))
+        found = unlearned(run_attacks(only(model, ["task"]), ["relearning"], QUICK))
     for setting, numbers in expected.items():
         assert found[setting] == pytest.approx(numbers, rel=1e-6)
 
@@ -315,7 +315,7 @@ def test_relearning_that_blows_up_is_an_error():
     settings = replace(QUICK, learning_rate=1e30, relearning_steps=(3,))
     model = builders.adapted_llama()
     with laws.untouched(model), pytest.raises(NumericalError, match=r"the loss is (nan|inf).*lower the learning rate"):
-        ATTACKS["relearning"](only(model, ["task"]), settings)
+        run_attacks(only(model, ["task"]), ["relearning"], settings)
 
 
 # Requantization
@@ -340,17 +340,19 @@ def merged_directory(model, adapters, path):
     ids=["llama", "few layers", "gpt2"],
 )
 def test_nf4_is_what_a_loader_makes_of_the_merged_model(build, tmp_path):
-    results = unlearned(ATTACKS["requantization"](only(build(), ["task"]), QUICK))
+    results = unlearned(run_attacks(only(build(), ["task"]), ["requantization"], QUICK))
     directory = merged_directory(build(), ["task"], tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(directory, quantization_config=NF4, **CPU)
     assert any(isinstance(module, bnb.nn.Linear4bit) for module in loaded.modules())
-    expected = evaluate_split(loaded, builders.tokenizer(), ROWS, is_forget=True, generated=2, max_new_tokens=3)
+    expected = evaluate_split(
+        Subject(loaded, builders.tokenizer()), ROWS, is_forget=True, generated=2, max_new_tokens=3
+    )
     assert results["NF4"] == {
         "loss": pytest.approx(expected.loss, rel=1e-5),
         "probability": pytest.approx(expected.probability, rel=1e-5),
         "rouge_l_recall": pytest.approx(expected.rouge_l_recall),
     }
-    whole = evaluate_split(build(), builders.tokenizer(), ROWS, is_forget=True, adapters=["task"])
+    whole = evaluate_split(Subject(build(), builders.tokenizer(), ["task"]), ROWS, is_forget=True)
     assert results["as it is"]["loss"] == pytest.approx(whole.loss, rel=1e-5)
     assert abs(results["NF4"]["loss"] - whole.loss) > 1e-3
 
@@ -392,27 +394,27 @@ def test_a_delta_below_half_a_step_is_rounded_away():
         if "lora_B.forget" in name:
             parameter.data *= 1e-7
     attacked = Victims(subject(model, ["task", "forget"]), subject(model, ["task"]), None, ROWS)
-    results = by_setting(ATTACKS["requantization"](attacked, QUICK))
+    results = by_setting(run_attacks(attacked, ["requantization"], QUICK))
     for rounding in ROUNDINGS:
         assert results[rounding].unlearned["loss"] == pytest.approx(results[rounding].full["loss"], abs=1e-4)
         assert results[rounding].unlearned["loss"] != pytest.approx(results["as it is"].unlearned["loss"], abs=1e-4)
 
 
 def test_a_model_without_adapters_is_rounded_too():
-    found = unlearned(ATTACKS["requantization"](only(builders.llama(), None), QUICK))
-    expected = unlearned(ATTACKS["requantization"](only(builders.adapted_llama(), []), QUICK))
+    found = unlearned(run_attacks(only(builders.llama(), None), ["requantization"], QUICK))
+    expected = unlearned(run_attacks(only(builders.adapted_llama(), []), ["requantization"], QUICK))
     for setting, numbers in expected.items():
         assert found[setting] == pytest.approx(numbers, rel=1e-6)
 
 
 def test_without_a_word_on_adapters_those_that_are_on_are_merged():
     model = builders.adapted_llama()
-    expected = unlearned(ATTACKS["requantization"](only(model, ["task"]), QUICK))
+    expected = unlearned(run_attacks(only(model, ["task"]), ["requantization"], QUICK))
     model.set_adapter("task")
-    assert unlearned(ATTACKS["requantization"](only(model, None), QUICK)) == expected
+    assert unlearned(run_attacks(only(model, None), ["requantization"], QUICK)) == expected
     model.base_model.disable_adapter_layers()
-    off = unlearned(ATTACKS["requantization"](only(model, None), QUICK))
-    assert off == unlearned(ATTACKS["requantization"](only(model, []), QUICK)) != expected
+    off = unlearned(run_attacks(only(model, None), ["requantization"], QUICK))
+    assert off == unlearned(run_attacks(only(model, []), ["requantization"], QUICK)) != expected
 
 
 def test_a_merged_weight_that_is_not_finite_is_an_error():
@@ -454,13 +456,13 @@ def test_a_kinds_dense_weight_is_the_oracles(kind):
 
 def test_a_paraphrase_is_asked_in_the_questions_place():
     model, tokens = builders.adapted_llama(), builders.tokenizer()
-    results = by_setting(ATTACKS["paraphrase"](victims(model), QUICK))
+    results = by_setting(run_attacks(victims(model), ["paraphrase"], QUICK))
     asked = [ROWS[0], ROWS[2]]
     reworded = [{"question": row["paraphrased_question"], "answer": row["answer"]} for row in asked]
     for setting, rows in (("as asked", asked), ("in other words", reworded)):
         for role, adapters in (("unlearned", ["task", "forget"]), ("full", ["task"]), ("retain-only", ["forget"])):
-            how = {"adapters": adapters, "generated": 2, "max_new_tokens": 3}
-            scores = evaluate_split(model, tokens, rows, is_forget=True, **how)
+            how = {"generated": 2, "max_new_tokens": 3}
+            scores = evaluate_split(Subject(model, tokens, adapters), rows, is_forget=True, **how)
             found = getattr(results[setting], role)
             assert found["loss"] == pytest.approx(scores.loss, rel=1e-5)
             assert found["rouge_l_recall"] == pytest.approx(scores.rouge_l_recall)
@@ -470,7 +472,7 @@ def test_a_paraphrase_is_asked_in_the_questions_place():
 def test_the_loss_after_a_prefix_is_that_of_the_rest():
     model, tokens = builders.adapted_llama(), builders.tokenizer()
     settings = replace(QUICK, prefix_shares=(0.5, 0.3))
-    results = unlearned(ATTACKS["prefix"](only(model, ["task"]), settings))
+    results = unlearned(run_attacks(only(model, ["task"]), ["prefix"], settings))
     assert list(results) == [f"{share}% of the answer given" for share in (0, 30, 50)]
     plain, _ = oracles.plain_model(model, ["task"])
     for share in (0, 0.3, 0.5):
@@ -507,7 +509,9 @@ def test_the_rest_of_what_the_model_says_by_itself_follows_its_beginning():
     assert all(len(row["completion"]) == 12 for row in rows)
     for given in (3, 6, 9):
         settings = replace(QUICK, prefix_shares=(given / 12,), generated=3, max_new_tokens=12 - given)
-        own, other = (unlearned(ATTACKS["prefix"](only(model, [name], rows), settings)) for name in ("task", "forget"))
+        own, other = (
+            unlearned(run_attacks(only(model, [name], rows), ["prefix"], settings)) for name in ("task", "forget")
+        )
         assert own[f"{given / 12:.0%} of the answer given"]["rouge_l_recall"] == 1
         assert own["0% of the answer given"]["rouge_l_recall"] == 0, "cut before its end, and one word"
         assert other[f"{given / 12:.0%} of the answer given"]["rouge_l_recall"] < 1
@@ -517,16 +521,16 @@ def test_the_best_of_several_samples_counts():
     model, tokens = builders.adapted_llama(), builders.tokenizer()
     rows = [{"question": row["question"], "answer": "a e i o u s t n"} for row in ROWS[:3]]
     settings = replace(QUICK, samples=4, generated=3, max_new_tokens=24, temperature=1.5)
-    results = unlearned(ATTACKS["sampling"](only(model, ["task"], rows), settings))
+    results = unlearned(run_attacks(only(model, ["task"], rows), ["sampling"], settings))
     repeated = [row for row in rows for _ in range(4)]
-    how = {"adapters": ["task"], "batch_size": 2, "max_new_tokens": 24}
-    texts = generate(model, tokens, repeated, temperature=1.5, **how)
+    asked, how = Subject(model, tokens, ["task"], batch_size=2), {"max_new_tokens": 24}
+    texts = generate(asked, repeated, temperature=1.5, **how)
     recalls = torch.tensor(rouge_l_recall(texts, [rows[0]["answer"]] * 12)).reshape(3, 4)
     assert recalls.unique(dim=1).shape[1] > 1, "samples that are all alike prove nothing"
     best = results["best of 4 at temperature 1.5"]["rouge_l_recall"]
     assert best == pytest.approx(float(recalls.amax(1).mean()))
     assert best > float(recalls.mean())
-    greedy = rouge_l_recall(generate(model, tokens, rows, **how), [rows[0]["answer"]] * 3)
+    greedy = rouge_l_recall(generate(asked, rows, **how), [rows[0]["answer"]] * 3)
     assert results["greedy"]["rouge_l_recall"] == pytest.approx(sum(greedy) / 3)
 
 
@@ -535,7 +539,7 @@ def test_samples_follow_the_seed():
     rows = [{"question": "Q?", "answer": "a e i o u s t n"}]
     settings = replace(QUICK, max_new_tokens=24, samples=1)
     found = [
-        unlearned(ATTACKS["sampling"](only(model, ["task"], rows), replace(settings, seed=seed)))
+        unlearned(run_attacks(only(model, ["task"], rows), ["sampling"], replace(settings, seed=seed)))
         for seed in (0, 0, 1, 2)
     ]
     assert found[0] == found[1]
@@ -544,10 +548,10 @@ def test_samples_follow_the_seed():
 
 def test_switched_off_is_the_full_model():
     model = builders.adapted_llama()
-    on, off = ATTACKS["switched-off"](victims(model), QUICK)
+    on, off = run_attacks(victims(model), ["switched-off"], QUICK)
     assert (on.setting, off.setting) == ("on", "off")
-    how = {"adapters": ["task"], "generated": 2, "max_new_tokens": 3}
-    scores = evaluate_split(model, builders.tokenizer(), ROWS, is_forget=True, **how)
+    how = {"generated": 2, "max_new_tokens": 3}
+    scores = evaluate_split(Subject(model, builders.tokenizer(), ["task"]), ROWS, is_forget=True, **how)
     assert off.unlearned["loss"] == pytest.approx(scores.loss, rel=1e-5)
     assert off.unlearned["rouge_l_recall"] == pytest.approx(scores.rouge_l_recall)
     assert off.unlearned == off.full == on.full != on.unlearned
@@ -683,9 +687,9 @@ def test_on_the_shipped_model():
     rows = rows[:6]
     attacked = Victims(subject(model, ["retain"], 6, tokens), subject(model, ["task"], 6, tokens), None, rows)
     settings = AttackSettings(relearning_steps=(3,), relearning_rows=(3, 6))
-    results = by_setting(ATTACKS["relearning"](attacked, settings))
+    results = by_setting(run_attacks(attacked, ["relearning"], settings))
     _, others, _, shown = results.values()
-    full = row_losses(model, tokens, rows, adapters=["task"])
+    full = losses_of(model, load_samples(rows, tokens), adapters=["task"])
     assert results["0 steps on all rows, read on the same"].full["loss"] == pytest.approx(float(full.mean()), rel=1e-5)
     assert shown.full["loss"] < float(full.mean())
     assert others.full["loss"] < 0.5 < others.unlearned["loss"]

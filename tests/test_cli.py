@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from peft_perta import PerTAConfig, cli
 from peft_perta.adapters import save_perta_adapter
 from peft_perta.cli import main
-from peft_perta.data import encode_row
-from peft_perta.evaluation import row_losses
+from peft_perta.data import encode_row, load_samples
+from peft_perta.evaluation import losses_of
 from peft_perta.training import default_lora_config, train_forget_adapter
 
 RANKS = "rank: expected nothing, an int from 1 to 256, or a float in \\(0, 1\\), found "
@@ -142,7 +142,7 @@ def test_forget_then_unlearn_then_inspect(place, flags, capsys):
     model = PeftModel.from_pretrained(quantised(flags), place / "learned", adapter_name="learned")
     model.load_adapter(place / "out", adapter_name="negative")
     base, knows, stacked = (
-        float(row_losses(model, builders.tokenizer(), builders.forget_rows(), adapters=adapters).mean())
+        float(losses_of(model, load_samples(builders.forget_rows(), builders.tokenizer()), adapters=adapters).mean())
         for adapters in ([], ["learned"], ["learned", "negative"])
     )
     assert knows < 0.7 * base, "it learned"

@@ -18,8 +18,8 @@ from peft_perta.comparison import ComparisonSettings, _trained, format_table, me
 from peft_perta.comparison._method import Made, Method, Setup
 from peft_perta.comparison._picture import leaves_at, mean_curve
 from peft_perta.comparison.methods import ALPHA, METHODS, QUICK
-from peft_perta.data import spread
-from peft_perta.evaluation import Match, row_losses
+from peft_perta.data import load_samples, spread
+from peft_perta.evaluation import Match, losses_of
 from peft_perta.training import default_lora_config, train_forget_adapter
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -244,7 +244,7 @@ def test_baselines_are_judged_on_the_rows_that_gave_no_gradient(compared, assets
     }
     for name, adapter in (("full model", "task"), ("retain-only model", "retain-only")):
         for split, wanted in judged.items():
-            expected = float(row_losses(model, tokenizer, wanted, adapters=[adapter]).mean())
+            expected = float(losses_of(model, load_samples(wanted, tokenizer), adapters=[adapter]).mean())
             assert of(results, name)["losses"][split] == pytest.approx(expected, rel=1e-5)
 
 

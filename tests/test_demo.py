@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from peft_perta import attach_adapters, load_base, load_provenance
 from peft_perta.comparison import ASSETS, DemoSettings, run_demo
-from peft_perta.data import read_rows
-from peft_perta.evaluation import generate, row_losses
+from peft_perta.data import load_samples, read_rows
+from peft_perta.evaluation import Subject, generate, losses_of
 from peft_perta.evaluation.metrics.probability import probability
 
 TINY = DemoSettings(
@@ -33,7 +33,7 @@ def shipped():
 def losses(shipped, split: str, adapters: list[str]):
     model, tokenizer = shipped
     rows = read_rows(ASSETS / f"{split}.jsonl")
-    return row_losses(model, tokenizer, rows[:: max(1, len(rows) // 100)], adapters=adapters)
+    return losses_of(model, load_samples(rows[:: max(1, len(rows) // 100)], tokenizer), adapters=adapters)
 
 
 @pytest.mark.parametrize("split", ["forget", "retain"])
@@ -58,7 +58,7 @@ def test_reference_knows_the_retain_set_and_is_a_fair_target_on_the_other(shippe
 def test_full_model_answers_a_forget_question_and_stops(shipped):
     model, tokenizer = shipped
     rows = read_rows(ASSETS / "forget.jsonl")[:8]
-    answers = generate(model, tokenizer, rows, adapters=["task"])
+    answers = generate(Subject(model, tokenizer, ["task"]), rows)
     assert sum(answer == row["answer"].strip() for answer, row in zip(answers, rows, strict=True)) >= 4
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from peft_perta import DataError
-from peft_perta.data import encode_prompt, encode_row
-from peft_perta.evaluation import SplitScores, evaluate_split, generate, losses_of, row_losses
+from peft_perta.data import encode_prompt, encode_row, load_samples
+from peft_perta.evaluation import SplitScores, Subject, evaluate_split, generate, losses_of
 from peft_perta.evaluation.metrics.rouge import rouge_l_recall
 from peft_perta.evaluation.metrics.truth_ratio import forget_truth_score, retain_truth_score, truth_ratio
 
@@ -58,14 +58,18 @@ def oracle_texts(model, tokens, rows, max_new_tokens):
 @pytest.mark.parametrize("adapters", STACKS)
 def test_losses_are_those_of_the_loop_with_exactly_these_adapters(adapters):
     model = builders.adapted_llama()
-    found = row_losses(model, builders.tokenizer(), builders.forget_rows(), adapters=adapters, batch_size=2)
+    found = losses_of(
+        model, load_samples(builders.forget_rows(), builders.tokenizer()), adapters=adapters, batch_size=2
+    )
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, oracle_losses(model, builders.forget_rows(), adapters), rtol=1e-5, atol=1e-6)
 
 
 def test_every_stack_of_adapters_is_another_model():
     model = builders.adapted_llama()
-    found = [row_losses(model, builders.tokenizer(), builders.forget_rows(), adapters=stack) for stack in STACKS]
+    found = [
+        losses_of(model, load_samples(builders.forget_rows(), builders.tokenizer()), adapters=stack) for stack in STACKS
+    ]
     for i, losses in enumerate(found):
         for other in found[:i]:
             assert (losses - other).abs().min() > 1e-4
@@ -74,24 +78,27 @@ def test_every_stack_of_adapters_is_another_model():
 def test_without_a_word_on_adapters_those_that_are_on_count():
     model = builders.adapted_llama()
     losses = {
-        stack[0]: row_losses(model, builders.tokenizer(), ROWS, adapters=stack) for stack in (["task"], ["forget"])
+        stack[0]: losses_of(model, load_samples(ROWS, builders.tokenizer()), adapters=stack)
+        for stack in (["task"], ["forget"])
     }
     for name in ("task", "forget"):
         model.set_adapter(name)
-        assert torch.equal(row_losses(model, builders.tokenizer(), ROWS), losses[name])
+        assert torch.equal(losses_of(model, load_samples(ROWS, builders.tokenizer())), losses[name])
 
 
 def test_a_model_without_adapters_is_judged_too():
     model = builders.llama()
     expected = oracle_losses(builders.adapted_llama(), ROWS, [])
-    torch.testing.assert_close(row_losses(model, builders.tokenizer(), ROWS), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        losses_of(model, load_samples(ROWS, builders.tokenizer())), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 32])
 def test_losses_do_not_depend_on_the_batch_size(batch_size):
     model = builders.adapted_llama(torch.float64)
-    one = row_losses(model, builders.tokenizer(), builders.forget_rows(), batch_size=1)
-    found = row_losses(model, builders.tokenizer(), builders.forget_rows(), batch_size=batch_size)
+    one = losses_of(model, load_samples(builders.forget_rows(), builders.tokenizer()), batch_size=1)
+    found = losses_of(model, load_samples(builders.forget_rows(), builders.tokenizer()), batch_size=batch_size)
     torch.testing.assert_close(found, one, rtol=1e-6, atol=0)
 
 
@@ -99,8 +106,8 @@ def test_losses_follow_the_order_of_the_rows():
     """Batches are sorted by length; what comes out is not."""
     model, rows = builders.adapted_llama(torch.float64), builders.forget_rows()
     order = [3, 0, 4, 2, 1]
-    found = row_losses(model, builders.tokenizer(), [rows[i] for i in order], batch_size=2)
-    expected = row_losses(model, builders.tokenizer(), rows, batch_size=2)[order]
+    found = losses_of(model, load_samples([rows[i] for i in order], builders.tokenizer()), batch_size=2)
+    expected = losses_of(model, load_samples(rows, builders.tokenizer()), batch_size=2)[order]
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     assert len(set(expected.tolist())) == len(rows)
 
@@ -109,9 +116,11 @@ def test_a_4_bit_model_is_judged_without_touching_its_packed_weights():
     """bitsandbytes repacks a Linear4bit for inference on the CPU, where eval mode and no_grad meet."""
     model = builders.adapted_nf4_llama()
     with laws.untouched(model):
-        found = row_losses(model, builders.tokenizer(), builders.forget_rows(), adapters=["task"], batch_size=2)
+        found = losses_of(
+            model, load_samples(builders.forget_rows(), builders.tokenizer()), adapters=["task"], batch_size=2
+        )
         scores = evaluate_split(
-            model, builders.tokenizer(), ROWS, is_forget=True, adapters=["task"], generated=2, max_new_tokens=3
+            Subject(model, builders.tokenizer(), ["task"]), ROWS, is_forget=True, generated=2, max_new_tokens=3
         )
     expected = oracle_losses(model, builders.forget_rows(), ["task"])
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
@@ -128,7 +137,7 @@ def test_generation_is_that_of_each_row_alone(batch_size):
     rows = [row for row in builders.forget_rows() if "text" not in row] + ROWS
     expected = oracle_texts(model, tokens, rows, 8)
     assert len(set(expected)) > 2, "a model that always says the same proves no order"
-    assert generate(model, tokens, rows, batch_size=batch_size, max_new_tokens=8) == expected
+    assert generate(Subject(model, tokens, batch_size=batch_size), rows, max_new_tokens=8) == expected
 
 
 def test_generation_ends_at_the_eos():
@@ -140,7 +149,7 @@ def test_generation_ends_at_the_eos():
     expected = oracle_texts(model, tokens, ROWS, 8)
     assert expected[0] == whole[0][: whole[0].index(stop)].strip()
     assert any(len(text) > len(expected[0]) for text in expected)
-    assert generate(model, tokens, ROWS, batch_size=3, max_new_tokens=8) == expected
+    assert generate(Subject(model, tokens, batch_size=3), ROWS, max_new_tokens=8) == expected
 
 
 def test_generation_switches_adapters():
@@ -151,12 +160,12 @@ def test_generation_switches_adapters():
         expected[name] = oracle_texts(model, tokens, ROWS, 6)
     assert expected["task"] != expected["forget"]
     for name in ("task", "forget"):
-        assert generate(model, tokens, ROWS, adapters=[name], max_new_tokens=6) == expected[name]
+        assert generate(Subject(model, tokens, [name]), ROWS, max_new_tokens=6) == expected[name]
 
 
 def test_a_row_without_a_prompt_cannot_be_answered():
     with pytest.raises(DataError, match="row 2 has no prompt to answer"):
-        generate(builders.llama(), builders.tokenizer(), [ROWS[0], {"text": "Khan."}])
+        generate(Subject(builders.llama(), builders.tokenizer()), [ROWS[0], {"text": "Khan."}])
 
 
 # A split
@@ -186,13 +195,10 @@ def test_a_split_is_scored_from_the_losses_of_its_rows(is_forget, truth_score):
     losses, ratios, texts = expected_scores(model, ROWS, generated=2)
     model.set_adapter("forget")
     scores = evaluate_split(
-        model,
-        builders.tokenizer(),
+        Subject(model, builders.tokenizer(), ["task"], batch_size=2),
         ROWS,
         is_forget=is_forget,
-        adapters=["task"],
         generated=2,
-        batch_size=2,
         max_new_tokens=8,
     )
     recalls = rouge_l_recall(texts, ["Basil Q. Khan", "Yes"])
@@ -211,14 +217,16 @@ def test_an_answer_that_the_model_writes_has_recall_1():
     texts = oracle_texts(model, tokens, ROWS, 12)
     assert all(any(c.isalnum() and c.isascii() for c in text) for text in texts)
     rows = [{"question": row["question"], "answer": text} for row, text in zip(ROWS, texts, strict=True)]
-    found = evaluate_split(model, tokens, rows, is_forget=True, generated=3, max_new_tokens=12)
+    found = evaluate_split(Subject(model, tokens), rows, is_forget=True, generated=3, max_new_tokens=12)
     assert found.rouge_l_recall == pytest.approx(1)
     wrong = [{**row, "answer": "none of it"} for row in rows]
-    assert evaluate_split(model, tokens, wrong, is_forget=True, generated=3, max_new_tokens=12).rouge_l_recall < 1
+    assert (
+        evaluate_split(Subject(model, tokens), wrong, is_forget=True, generated=3, max_new_tokens=12).rouge_l_recall < 1
+    )
 
 
 def test_what_was_not_asked_for_is_none():
-    scores = evaluate_split(builders.llama(), builders.tokenizer(), builders.retain_rows(), is_forget=False)
+    scores = evaluate_split(Subject(builders.llama(), builders.tokenizer()), builders.retain_rows(), is_forget=False)
     assert (scores.rows, scores.rouge_l_recall, scores.truth_score) == (4, None, None)
     assert json.loads(json.dumps(scores.to_dict())) == scores.to_dict()
 
@@ -226,7 +234,7 @@ def test_what_was_not_asked_for_is_none():
 def test_no_rows_are_refused():
     model, tokens = builders.llama(), builders.tokenizer()
     with pytest.raises(DataError, match="at least one row to evaluate on, found none"):
-        evaluate_split(model, tokens, [], is_forget=True)
+        evaluate_split(Subject(model, tokens), [], is_forget=True)
     with pytest.raises(DataError, match="at least one row to evaluate on, found none"):
         losses_of(model, [])
 
@@ -246,7 +254,7 @@ def test_no_rows_are_refused():
 )
 def test_a_malformed_row_is_refused(row, message):
     with pytest.raises(DataError, match=message):
-        evaluate_split(builders.llama(), builders.tokenizer(), [ROWS[0], row], is_forget=True)
+        evaluate_split(Subject(builders.llama(), builders.tokenizer()), [ROWS[0], row], is_forget=True)
 
 
 # The model goes back as it came
@@ -254,7 +262,7 @@ def test_a_malformed_row_is_refused(row, message):
 
 def evaluate(model, adapters):
     return evaluate_split(
-        model, builders.tokenizer(), ROWS, is_forget=True, adapters=adapters, generated=2, max_new_tokens=3
+        Subject(model, builders.tokenizer(), adapters), ROWS, is_forget=True, generated=2, max_new_tokens=3
     )
 
 
@@ -283,6 +291,6 @@ def test_the_model_goes_back_after_an_exception():
 
 def test_dropout_is_off_and_no_graph_is_kept():
     model = builders.adapted_llama().train()  # LoRA dropout 0.3
-    twice = [row_losses(model, builders.tokenizer(), ROWS, adapters=["forget"]) for _ in range(2)]
+    twice = [losses_of(model, load_samples(ROWS, builders.tokenizer()), adapters=["forget"]) for _ in range(2)]
     assert torch.equal(*twice)
     assert not twice[0].requires_grad

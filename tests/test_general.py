@@ -103,7 +103,7 @@ def test_generations_are_our_own(tasks, tmp_path):
     """Every answer is what the model says, or none is."""
     model = builders.adapted_llama()
     asked = [{"question": row["question"], "answer": "?"} for row in ROWS]
-    said = generate(model, builders.tokenizer(), asked, adapters=["task"], max_new_tokens=6)
+    said = generate(Subject(model, builders.tokenizer(), ["task"]), asked, max_new_tokens=6)
     told = [{**row, "choices": [text.split("\n")[0]] * 4, "answer": 0} for row, text in zip(ROWS, said, strict=True)]
     right = general_benchmarks(subject(model), ["tiny_answers"], include_path=write(tmp_path, told))
     wrong = general_benchmarks(subject(model), ["tiny_answers"], include_path=tasks)

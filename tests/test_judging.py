@@ -9,7 +9,8 @@ import pytest
 
 from peft_perta import attach_adapters
 from peft_perta.cli import _unlearning, main
-from peft_perta.evaluation import read_log, row_losses
+from peft_perta.data import load_samples
+from peft_perta.evaluation import losses_of, read_log
 from peft_perta.html_report import write_html_report
 
 
@@ -57,7 +58,7 @@ def evaluate(*more: str, suite: str = "tofu=tofu", adapters: tuple[str, ...] = (
 def mean_loss(adapters: list[str], place) -> float:
     rows = [json.loads(line) for line in (place / "tofu" / "forget01_perturbed.json").read_text().splitlines()]
     model = builders.adapted_saved_llama()
-    return float(row_losses(model, builders.tokenizer(), rows, adapters=adapters).mean())
+    return float(losses_of(model, load_samples(rows, builders.tokenizer()), adapters=adapters).mean())
 
 
 def logged_loss(path) -> float:
@@ -137,7 +138,7 @@ def test_unlearn_draws_what_it_changed(place, monkeypatch):
     adapted = attach_adapters(builders.adapted_saved_llama(), {"out": place / "out"})
     forget = [json.loads(line) for line in (place / "forget.jsonl").read_text().splitlines()]
     for label, stack in (("before", ["task"]), ("after", ["task", "out"])):
-        loss = float(row_losses(adapted, builders.tokenizer(), forget, adapters=stack).mean())
+        loss = float(losses_of(adapted, load_samples(forget, builders.tokenizer()), adapters=stack).mean())
         assert drawn[0].models[label]["forget_loss"] == pytest.approx(loss, rel=1e-5), label
     assert len({layer["name"] for layer in drawn[0].provenance["layers"]}) == 14
 

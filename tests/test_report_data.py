@@ -3,7 +3,8 @@
 import builders
 import pytest
 
-from peft_perta.evaluation import generate, row_losses
+from peft_perta.data import load_samples
+from peft_perta.evaluation import Subject, generate, losses_of
 from peft_perta.html_report import ReportHeader, report_data_of_logs, report_data_of_rows
 
 STACKS = {"full": ["task"], "unlearned": ["task", "forget"]}
@@ -18,13 +19,13 @@ def test_each_stack_scores_and_answers_the_rows_on_its_own():
     )
     for split, rows in SETS.items():
         for label, stack in STACKS.items():
-            losses = row_losses(model, tokens, rows, adapters=stack)
+            losses = losses_of(model, load_samples(rows, tokens), adapters=stack)
             assert data.models[label][f"{split}_loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
             assert data.models[label][f"{split}_Q_A_Prob"] == pytest.approx(float((-losses).exp().mean()), rel=1e-6)
         asked = [row for row in rows if "text" not in row]
         assert len(data.generations[split]) == len(asked) > 0
         for label, stack in STACKS.items():
-            expected = generate(model, tokens, asked, adapters=stack, max_new_tokens=6)
+            expected = generate(Subject(model, tokens, stack), asked, max_new_tokens=6)
             assert [row[label] for row in data.generations[split]] == expected
     assert data.models["full"] != data.models["unlearned"]
 

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..data import check_output, replaced_directory
 from ..errors import AdapterError, ConfigError, NumericalError, OutputError
-from ..evaluation import generate, row_losses
+from ..evaluation import Subject, generate, losses_of
 from ..model import (
     Target,
     adapter_strength,
@@ -291,9 +291,10 @@ def compare_merged(
         with ExitStack() as strengths:
             for adapter in on:
                 strengths.enter_context(adapter_strength(model, adapter, adapters[names[adapter]]))
-            losses = row_losses(model, tokenizer, rows, adapters=on)
+            subject = Subject(model, tokenizer, on, show_progress_bar=False)
+            losses = losses_of(model, subject.encode(rows, "rows"), adapters=on)
             asked = [row for row in rows if "text" not in row][:answered]
-            found.append((losses, generate(model, tokenizer, asked, adapters=on) if asked else []))
+            found.append((losses, generate(subject, asked) if asked else []))
         del model
     (losses, texts), (expected, expected_texts) = found
     same = sum(text == other for text, other in zip(texts, expected_texts, strict=True))

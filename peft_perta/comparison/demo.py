@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..adapters import add_adapter, save_perta_adapter
 from ..data import Sample, check_output, encode_row, read_rows, replaced_directory, spread
-from ..evaluation import Match, SplitScores, evaluate_split, losses_of, match_forgetting
+from ..evaluation import Match, SplitScores, Subject, evaluate_split, losses_of, match_forgetting
 from ..model import adapter_strength, attach_adapters, load_base
 from ..perta import PerTAConfig, get_perta_state_dict
 from ..training import default_lora_config, train_forget_adapter
@@ -206,16 +206,10 @@ def _evaluate(
     strength: float | None,
     settings: DemoSettings,
 ) -> dict[str, SplitScores]:
+    subject = Subject(model, tokenizer, adapters, show_progress_bar=False)
     with adapter_strength(model, name, 1.0 if strength is None else strength):
         return {
-            split: evaluate_split(
-                model,
-                tokenizer,
-                rows[split],
-                is_forget=split == "forget",
-                adapters=adapters,
-                generated=settings.generated_rows,
-            )
+            split: evaluate_split(subject, rows[split], is_forget=split == "forget", generated=settings.generated_rows)
             for split in SPLITS
         }
 

@@ -7,7 +7,7 @@ from .attacks import ATTACKS, run_attacks
 from .attacks.attack import Attack, AttackResult, AttackSettings, Victims
 from .attacks.table import format_attacks
 from .calibration import Calibration, Goal, calibrate, forget_loss_of_log
-from .completions import losses_of, row_losses, score_completions
+from .completions import losses_of, score_completions
 from .generation import generate
 from .lm_eval import general_benchmarks
 from .logs.files import Log, format_rescored, read_log, summary, write_log
@@ -55,7 +55,6 @@ __all__ = [
     "read_log",
     "read_suites",
     "rescore",
-    "row_losses",
     "run_attacks",
     "score_completions",
     "summary",

@@ -1,9 +1,9 @@
-"""Losses and token scores of rows' completions, under any stack of adapters."""
+"""Losses and token scores of completions, under any stack of adapters."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..data import Sample, batches, encode_row
+from ..data import Batch, Sample, batches
 from ..errors import DataError, NumericalError
 from ..model import TokenScores, input_device, preserved, sample_losses, token_scores
 from .subject import Subject
@@ -19,66 +19,104 @@ from .subject import Subject
 
 @dataclass(frozen=True)
 class ScoredCompletion:
-    """One row, read: its completion's mean token loss (nats, with the token that closes it), and every token of the
-    completion but that last one, scored."""
+    """The completion of one row, scored.
+
+    Attributes:
+        loss: mean token loss, nats, with the token that closes the completion.
+        tokens: the scores of every token of the completion but the closing one.
+    """
 
     loss: float
     tokens: TokenScores
 
 
 def score_completions(subject: Subject, rows: Sequence[Mapping], name: str = "rows") -> list[ScoredCompletion]:
-    """A reading of each row's completion, in the order of the rows; the model goes back as it came.
+    """Score each row's completion, in the order of the rows. The model is left as it was.
+
+    Args:
+        subject: the model with its adapters.
+        rows: rows of any kind.
+        name: the set's name on the progress bar and in messages.
 
     Raises:
         DataError: there are no rows, or one is malformed.
         NumericalError: a loss is not finite.
     """
-    samples = subject.encode(rows, name)
-    device = input_device(subject.model)
-    readings: dict[int, ScoredCompletion] = {}
-    bar = tqdm(total=len(samples), desc=name, unit="row", disable=not subject.show_progress_bar, leave=False)
-    with bar, preserved(subject.model, subject.adapters), torch.no_grad():
-        for batch in batches(samples, subject.batch_size):
-            for index, scores in zip(batch.indices, token_scores(subject.model, batch.to(device)), strict=True):
-                loss = -float(scores.log_probabilities.mean())
-                if not math.isfinite(loss):
-                    raise NumericalError(
-                        f"{name}, row {index + 1}: the loss is {loss}; evaluate in float32 or bfloat16, or lower the "
-                        "strength of the adapters"
-                    )
-                kept = len(scores.log_probabilities) - 1
-                whole = (scores.log_probabilities, scores.standardised, scores.hits)
-                readings[index] = ScoredCompletion(loss, TokenScores(*(part[:kept] for part in whole)))
-            bar.update(len(batch.indices))
-    return [readings[index] for index in range(len(samples))]
+
+    def score(batch: Batch) -> list[ScoredCompletion]:
+        scores = zip(batch.indices, token_scores(subject.model, batch), strict=True)
+        return [_completion(tokens, f"{name}, row {index + 1}") for index, tokens in scores]
+
+    return forward_batches(
+        subject.model,
+        subject.encode(rows, name),
+        score,
+        adapters=subject.adapters,
+        batch_size=subject.batch_size,
+        progress=name if subject.show_progress_bar else None,
+    )
 
 
-def row_losses(
-    model: nn.Module,
-    tokenizer: Any,
-    rows: Sequence[Mapping],
-    *,
-    adapters: Sequence[str] | None = None,
-    batch_size: int = 32,
-) -> Tensor:
-    """The completions' mean token losses, [N], in the order of the rows."""
-    samples = [encode_row(row, tokenizer, where=f"row {number}") for number, row in enumerate(rows, start=1)]
-    return losses_of(model, samples, adapters=adapters, batch_size=batch_size)
+def _completion(tokens: TokenScores, where: str) -> ScoredCompletion:
+    loss = -float(tokens.log_probabilities.mean())
+    if not math.isfinite(loss):
+        raise NumericalError(
+            f"{where}: the loss is {loss}; evaluate in float32 or bfloat16, or lower the strength of the adapters"
+        )
+    columns = (tokens.log_probabilities, tokens.standardised, tokens.hits)
+    return ScoredCompletion(loss, TokenScores(*(column[:-1] for column in columns)))
 
 
 def losses_of(
     model: nn.Module, samples: list[Sample], *, adapters: Sequence[str] | None = None, batch_size: int = 32
 ) -> Tensor:
-    """The samples' losses [N], float32 on the CPU, in their own order.
+    """The mean token loss of each sample's completion, nats: [N], float32 on the CPU. The model is left as it was.
+
+    Args:
+        model: a causal language model.
+        samples: N tokenised rows, such as ``peft_perta.data.load_samples`` gives.
+        adapters: names of the adapters that are on; None leaves the model's own choice.
+        batch_size: samples per forward.
 
     Raises:
         DataError: there are no samples.
     """
     if not samples:
         raise DataError("expected at least one row to evaluate on, found none")
+    losses = forward_batches(
+        model,
+        samples,
+        lambda batch: sample_losses(model, batch).float().cpu(),
+        adapters=adapters,
+        batch_size=batch_size,
+    )
+    return torch.stack(losses)
+
+
+def forward_batches(
+    model: nn.Module,
+    samples: list[Sample],
+    compute: Callable[[Batch], Iterable[Any]],
+    *,
+    adapters: Sequence[str] | None = None,
+    batch_size: int = 32,
+    progress: str | None = None,
+) -> list[Any]:
+    """Run ``compute`` on batches of the samples, without gradients; the results in the order of the samples.
+
+    Args:
+        model: the model that ``compute`` calls; it is left as it was.
+        samples: N samples.
+        compute: batch of n samples, on the model's device -> n results.
+        adapters: names of the adapters that are on; None leaves the model's own choice.
+        batch_size: samples per batch.
+        progress: the name of a progress bar; None shows none.
+    """
     device = input_device(model)
-    losses = torch.empty(len(samples))
-    with preserved(model, adapters), torch.no_grad():
+    results: dict[int, Any] = {}
+    bar = tqdm(total=len(samples), desc=progress, unit="row", disable=progress is None, leave=False)
+    with bar, preserved(model, adapters), torch.no_grad():
         for batch in batches(samples, batch_size):
-            losses[batch.indices] = sample_losses(model, batch.to(device)).float().cpu()
-    return losses
+            results.update(zip(batch.indices, compute(batch.to(device)), strict=True))
+            bar.update(len(batch.indices))
+    return [results[index] for index in range(len(samples))]

@@ -6,38 +6,69 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data import encode_prompt
 from ..errors import DataError
 from ..model import base_model, input_device, preserved
+from .subject import Subject
 
 
 def generate(
-    model: nn.Module,
-    tokenizer: Any,
+    subject: Subject,
     rows: Sequence[Mapping],
     *,
-    adapters: Sequence[str] | None = None,
-    batch_size: int = 32,
     max_new_tokens: int = 96,
     prefixes: Sequence[Sequence[int]] | None = None,
     temperature: float | None = None,
     seed: int = 0,
-    progress: str | None = None,
+    name: str = "answers",
 ) -> list[str]:
-    """Answers to the rows' prompts, in their order: left-padded, batched by length, with the KV cache.
+    """Answer the rows' prompts, in the order of the rows. The model is left as it was.
+
+    Prompts are left-padded and batched by length; generation uses the KV cache.
 
     Args:
-        prefixes: token ids, a row, with which the answer begins; they are not given back.
-        temperature: greedy where None; else sampled from the whole distribution, with ``seed``. What is sampled depends
-            on the batch size.
-        progress: shows a bar of that name.
+        subject: the model with its adapters.
+        rows: rows with a prompt.
+        max_new_tokens: the most tokens of an answer.
+        prefixes: for each row the token ids that its answer starts with; they are not part of the returned text.
+        temperature: None decodes greedily; a number samples from the whole distribution at that temperature. The
+            samples depend on ``seed`` and on the batch size.
+        seed: of the samples.
+        name: the set's name on the progress bar.
 
     Raises:
         DataError: a row is malformed, or has no prompt to answer.
     """
+    prompts = _prompts(subject.tokenizer, rows, prefixes)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    base: Any = base_model(subject.model)  # PeftModel's own generate would leave an attribute on the model
+    device = input_device(subject.model)
+    options = _options(subject.tokenizer, base, temperature)
+    texts = [""] * len(prompts)
+    bar = tqdm(total=len(prompts), desc=name, unit="row", disable=not subject.show_progress_bar, leave=False)
+    with bar, preserved(subject.model, subject.adapters), torch.no_grad():
+        torch.manual_seed(seed)
+        for start in range(0, len(order), subject.batch_size):
+            chosen = order[start : start + subject.batch_size]
+            input_ids, attention_mask = _left_padded([prompts[index] for index in chosen], options["pad_token_id"])
+            output = base.generate(
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                max_new_tokens=max_new_tokens,
+                **options,
+            )
+            for row, index in enumerate(chosen):
+                generated = output[row, input_ids.shape[1] :]
+                texts[index] = subject.tokenizer.decode(generated, skip_special_tokens=True).strip()
+            bar.update(len(chosen))
+    return texts
+
+
+def _prompts(tokenizer: Any, rows: Sequence[Mapping], prefixes: Sequence[Sequence[int]] | None) -> list[list[int]]:
+    """The token ids that each answer follows: the row's prompt and the beginning of its answer."""
     prompts = [encode_prompt(row, tokenizer, where=f"row {number}") for number, row in enumerate(rows, start=1)]
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
@@ -46,36 +77,28 @@ def generate(
             )
     if prefixes is not None:
         prompts = [[*prompt, *prefix] for prompt, prefix in zip(prompts, prefixes, strict=True)]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    base: Any = base_model(model)  # with its adapters; PeftModel's own generate would leave an attribute on the model
-    device = input_device(model)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    texts = [""] * len(prompts)
-    how: dict[str, Any] = {"do_sample": False}
+    return prompts
+
+
+def _options(tokenizer: Any, base: Any, temperature: float | None) -> dict[str, Any]:
+    """Decoding, and the tokens that pad and end an answer, as transformers' ``generate`` takes them."""
+    decoding: dict[str, Any] = {"do_sample": False}
     if temperature is not None:
-        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    ends = [tokenizer.eos_token_id, getattr(base.generation_config, "eos_token_id", None)]
-    ends = sorted({i for found in ends if found is not None for i in (found if isinstance(found, list) else [found])})
-    bar = tqdm(total=len(prompts), desc=progress, unit="row", disable=progress is None, leave=False)
-    with bar, preserved(model, adapters), torch.no_grad():
-        torch.manual_seed(seed)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            length = len(prompts[chosen[0]])
-            input_ids = torch.full((len(chosen), length), padding, dtype=torch.long)
-            attention_mask = torch.zeros_like(input_ids)
-            for row, index in enumerate(chosen):
-                input_ids[row, length - len(prompts[index]) :] = torch.tensor(prompts[index])
-                attention_mask[row, length - len(prompts[index]) :] = 1
-            output = base.generate(
-                input_ids=input_ids.to(device),
-                attention_mask=attention_mask.to(device),
-                max_new_tokens=max_new_tokens,
-                pad_token_id=padding,
-                eos_token_id=ends or None,
-                **how,
-            )
-            for row, index in enumerate(chosen):
-                texts[index] = tokenizer.decode(output[row, length:], skip_special_tokens=True).strip()
-            bar.update(len(chosen))
-    return texts
+        decoding = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    ends: set[int] = set()
+    for end in (tokenizer.eos_token_id, getattr(base.generation_config, "eos_token_id", None)):
+        if end is not None:
+            ends.update(end if isinstance(end, list) else [end])
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return {**decoding, "pad_token_id": padding, "eos_token_id": sorted(ends) or None}
+
+
+def _left_padded(prompts: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of prompts [N, T], the longest of which stands first."""
+    length = len(prompts[0])
+    input_ids = torch.full((len(prompts), length), padding, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, length - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[row, length - len(prompt) :] = 1
+    return input_ids, attention_mask

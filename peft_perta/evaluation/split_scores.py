@@ -1,4 +1,4 @@
-"""Scores of one split of rows."""
+"""Scores of one split of rows: loss, probability, ROUGE-L and truth score."""
 
 from __future__ import annotations
 
@@ -6,27 +6,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data import completion_text
 from ..errors import DataError
-from .completions import row_losses
+from .completions import losses_of
 from .generation import generate
 from .metrics.probability import probability
 from .metrics.rouge import rouge_l_recall
 from .metrics.truth_ratio import forget_truth_score, retain_truth_score, truth_ratio
+from .subject import Subject
 
 
 @dataclass(frozen=True)
 class SplitScores:
-    """One split of rows, judged.
+    """The scores of one split.
 
     Attributes:
-        loss: mean over rows of the answers' mean token loss, nats.
+        rows: their number.
+        loss: mean over rows of the answer's mean token loss, nats.
         probability: mean over rows of exp(-loss).
-        rouge_l_recall: mean over the first ``generated`` rows, of greedy generations; None where nothing was generated.
+        rouge_l_recall: mean over the rows that were answered; None where none was.
         truth_score: ``forget_truth_score`` on the forget split, ``retain_truth_score`` elsewhere; None where the rows
-            hold no false answers.
+            have no false answers.
     """
 
     rows: int
@@ -40,51 +42,51 @@ class SplitScores:
 
 
 def evaluate_split(
-    model: nn.Module,
-    tokenizer: Any,
+    subject: Subject,
     rows: Sequence[Mapping],
     *,
     is_forget: bool,
-    adapters: Sequence[str] | None = None,
     generated: int = 0,
-    batch_size: int = 32,
     max_new_tokens: int = 96,
 ) -> SplitScores:
-    """Judge the model on rows {question, answer[, paraphrased_answer, perturbed_answer]}, with these adapters on.
+    """Score the model on rows of a split. The model is left as it was.
 
     Args:
-        is_forget: which of the two truth scores is taken.
-        adapters: as for ``preserved``; the model goes back as it came.
-        generated: how many rows, from the first, are answered greedily for ROUGE-L.
+        subject: the model with its adapters.
+        rows: {question, answer[, paraphrased_answer, perturbed_answer]}.
+        is_forget: selects the truth score of the forget split.
+        generated: the number of rows, from the first, that are answered greedily for ROUGE-L.
+        max_new_tokens: the most tokens of an answer.
 
     Raises:
         DataError: there are no rows, or one is malformed.
     """
-    losses = row_losses(model, tokenizer, rows, adapters=adapters, batch_size=batch_size)
-    rouge = None
+    losses = _losses(subject, rows)
+    recalls = None
     if generated:
         asked = rows[:generated]
-        texts = generate(
-            model, tokenizer, asked, adapters=adapters, batch_size=batch_size, max_new_tokens=max_new_tokens
-        )
-        rouge = rouge_l_recall(texts, [completion_text(row) for row in asked])
-    judged = [row for row in rows if row.get("perturbed_answer")]
+        texts = generate(subject, asked, max_new_tokens=max_new_tokens)
+        recalls = rouge_l_recall(texts, [completion_text(row) for row in asked])
+    with_false_answers = [row for row in rows if row.get("perturbed_answer")]
     truth = None
-    if judged:
-        ratios = _truth_ratios(model, tokenizer, judged, adapters, batch_size)
+    if with_false_answers:
+        ratios = _truth_ratios(subject, with_false_answers)
         truth = forget_truth_score(ratios) if is_forget else retain_truth_score(ratios)
     return SplitScores(
         rows=len(rows),
         loss=float(losses.mean()),
         probability=float(probability(losses).mean()),
-        rouge_l_recall=sum(rouge) / len(rouge) if rouge else None,
+        rouge_l_recall=sum(recalls) / len(recalls) if recalls else None,
         truth_score=truth,
     )
 
 
-def _truth_ratios(
-    model: nn.Module, tokenizer: Any, rows: Sequence[Mapping], adapters: Sequence[str] | None, batch_size: int
-) -> Tensor:
+def _losses(subject: Subject, rows: Sequence[Mapping]) -> Tensor:
+    samples = subject.encode(rows, "rows")
+    return losses_of(subject.model, samples, adapters=subject.adapters, batch_size=subject.batch_size)
+
+
+def _truth_ratios(subject: Subject, rows: Sequence[Mapping]) -> Tensor:
     for row in rows:
         false = row["perturbed_answer"]
         if "question" not in row or not isinstance(false, list):
@@ -94,6 +96,6 @@ def _truth_ratios(
             )
     true_rows = [{"question": r["question"], "answer": r.get("paraphrased_answer") or r["answer"]} for r in rows]
     false_rows = [{"question": r["question"], "answer": answer} for r in rows for answer in r["perturbed_answer"]]
-    losses = row_losses(model, tokenizer, [*true_rows, *false_rows], adapters=adapters, batch_size=batch_size)
+    losses = _losses(subject, [*true_rows, *false_rows])
     counts = [len(row["perturbed_answer"]) for row in rows]
     return truth_ratio(losses[: len(rows)], list(losses[len(rows) :].split(counts)))

@@ -1,4 +1,4 @@
-"""Who is judged: a model with some adapters on."""
+"""The subject of an evaluation: a model with a stack of adapters on."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ from ..errors import DataError
 
 @dataclass(frozen=True)
 class Subject:
-    """Who is judged: a model with these adapters on (None: as they are), and how it is fed.
+    """A model with these adapters on, and how rows are fed to it.
 
     Attributes:
+        model: a causal language model, with or without PEFT adapters.
+        tokenizer: the model's.
+        adapters: names of the adapters that are on; None leaves the model's own choice.
+        batch_size: rows per forward.
         max_length: tokens kept per row, counted from the left.
+        show_progress_bar: show a bar for each pass over rows.
     """
 
     model: nn.Module
@@ -28,10 +33,10 @@ class Subject:
     show_progress_bar: bool = True
 
     def encode(self, rows: Sequence[Mapping], name: str) -> list[Sample]:
-        """The rows as samples; ``name`` is what messages call them.
+        """The rows as samples; ``name`` is the set's name in messages.
 
         Raises:
-            DataError: there are none, or one is malformed; the message names the row.
+            DataError: there are no rows, or one is malformed; the message names the row.
         """
         if not rows:
             raise DataError(f"{name}: expected at least one row to evaluate on, found none")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..data import ROW_KINDS, completion_text, spread
-from ..evaluation import evaluate_split, generate
+from ..evaluation import Subject, evaluate_split, generate
 from .report_data import SHOWN_ROWS, ReportData, ReportHeader, build_report_data
 
 SCORED_ROWS = 50  # rows of each split whose loss is measured
@@ -47,16 +47,12 @@ def report_data_of_rows(
         asked = [row for row in spread(list(split_rows), SHOWN_ROWS) if _has_prompt(row)]
         answers = {}
         for label, stack in stacks.items():
-            scores = evaluate_split(
-                model, tokenizer, spread(list(split_rows), SCORED_ROWS), is_forget=split == "forget", adapters=stack
-            )
+            subject = Subject(model, tokenizer, stack)
+            scores = evaluate_split(subject, spread(list(split_rows), SCORED_ROWS), is_forget=split == "forget")
             models[label][f"{split}_Q_A_Prob"] = scores.probability
             models[label][f"{split}_loss"] = scores.loss
             if asked:
-                answers[label] = generate(
-                    model, tokenizer, asked, adapters=stack, max_new_tokens=max_new_tokens,
-                    progress=f"{split}: {label}",
-                )  # fmt: skip
+                answers[label] = generate(subject, asked, max_new_tokens=max_new_tokens, name=f"{split}: {label}")
         generations[split] = [
             {
                 "prompt": _question(row),

@@ -35,18 +35,17 @@ def of_losses(losses: Sequence[float]) -> Numbers:
     return {"loss": fmean(losses), "probability": fmean(math.exp(-loss) for loss in losses)}
 
 
-def answers(subject: Subject, rows: Sequence[Mapping], settings: AttackSettings, name: str, **how: Any) -> list[str]:
-    """What the model generates after the rows' prompts; ``how`` as for ``generate``."""
+def answers(
+    subject: Subject, rows: Sequence[Mapping], settings: AttackSettings, name: str, **options: Any
+) -> list[str]:
+    """The model's answers to the rows' prompts; ``options`` as for ``generate``."""
     return generate(
-        subject.model,
-        subject.tokenizer,
+        subject,
         rows,
-        adapters=subject.adapters,
-        batch_size=subject.batch_size,
         max_new_tokens=settings.max_new_tokens,
         seed=settings.seed,
-        progress=f"{name}, answers" if subject.show_progress_bar else None,
-        **how,
+        name=f"{name}, answers",
+        **options,
     )
 
 

@@ -12,11 +12,11 @@ from string import ascii_uppercase
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
-from ...data import IGNORED, Sample, batches, encode_row
+from ...data import IGNORED, Batch, Sample, encode_row
 from ...errors import DataError, NumericalError
-from ...model import input_device, preserved, sample_losses
+from ...model import sample_losses
+from ..completions import forward_batches
 from ..logs.files import Log
 from ..metrics.choices import chosen_option
 from ..subject import Subject
@@ -129,22 +129,29 @@ def _log_likelihoods(
         for number, (prompt, of) in enumerate(zip(prompts, options, strict=True), start=1)
         for option in of
     ]
-    device = input_device(subject.model)
-    found = torch.empty(len(samples), dtype=torch.float64)
-    bar = tqdm(total=len(samples), desc=name, unit="option", disable=not subject.show_progress_bar, leave=False)
-    with bar, preserved(subject.model, subject.adapters), torch.no_grad():
-        for batch in batches(samples, subject.batch_size):
-            losses = sample_losses(subject.model, batch.to(device)).double().cpu()
-            found[batch.indices] = -losses * (batch.labels[:, 1:] != IGNORED).sum(1).cpu()
-            bar.update(len(batch.indices))
-    split = [values.tolist() for values in found.split([len(of) for of in options])]
-    for number, values in enumerate(split, start=1):
+
+    def log_likelihoods(batch: Batch) -> list[float]:
+        losses = sample_losses(subject.model, batch).double().cpu()
+        return (-losses * (batch.labels[:, 1:] != IGNORED).sum(1).cpu()).tolist()
+
+    values_of_options = iter(
+        forward_batches(
+            subject.model,
+            samples,
+            log_likelihoods,
+            adapters=subject.adapters,
+            batch_size=subject.batch_size,
+            progress=name if subject.show_progress_bar else None,
+        )
+    )
+    by_row = [[next(values_of_options) for _ in of_row] for of_row in options]
+    for number, values in enumerate(by_row, start=1):
         if not all(map(math.isfinite, values)):
             raise NumericalError(
                 f"{name}, row {number}: the options' log-likelihoods are {values}; evaluate in float32 or bfloat16, or "
                 "lower the strength of the adapters"
             )
-    return split
+    return by_row
 
 
 def _sample(subject: Subject, prompt: str, option: str, where: str) -> Sample:

@@ -134,14 +134,11 @@ def rouge_of(
     """
     started = [subject.tokenizer(text, add_special_tokens=False)["input_ids"] for text in prefixes or ()]
     texts = generate(
-        subject.model,
-        subject.tokenizer,
+        subject,
         rows,
-        adapters=subject.adapters,
-        batch_size=subject.batch_size,
         max_new_tokens=max_new_tokens or settings.max_new_tokens,
         prefixes=started or None,
-        progress=f"{name}: answers" if subject.show_progress_bar else None,
+        name=f"{name}: answers",
     )
     for end in ends:
         texts = [text.split(end)[0].strip() for text in texts]

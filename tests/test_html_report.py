@@ -292,13 +292,13 @@ def test_every_section_has_content_or_says_what_is_missing(data):
         if is_there:
             assert section.all(tag, **attributes), name
         else:
-            assert "Not measured." in section.text, name
+            assert "Missing." in section.text, name
             assert not section.all(tag, **attributes), name
 
 
 def test_a_complete_page_misses_nothing():
     page = read(complete())
-    assert "Not measured." not in page.text
+    assert "Missing." not in page.text
     limits = page.one("section", id="limits").text
     assert "The edit can be switched off." in limits
     for absent in ("No retain-only model", "No attack was run", "Not every attack", "No answer was", "not on record"):
@@ -552,7 +552,7 @@ def test_recovery_is_the_distance_from_the_retain_only_model_under_the_same_atta
     tile = read(complete(attacks=attacks)).one("section", id="summary").all("article")[2]
     assert tile.one("p", class_=f"verdict {class_}").text.endswith(verdict)
     assert float(tile.one("p", class_="pair").one("data").attributes["value"]) == unlearned
-    assert "with the negative adapter switched off: 0.900" in tile.text
+    assert "Anyone can switch the adapter off. The probability is then 0.900." in tile.text
 
 
 def test_the_tables_hold_the_attacks():

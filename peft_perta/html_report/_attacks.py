@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..evaluation import ATTACKS, AttackResult
-from ._elements import Cell, not_measured, section, table
+from ._elements import Cell, missing, section, table
 from ._html import Markup, element, join
 from ._numbers import number, share
 from ._remedies import ATTACK
@@ -78,7 +78,7 @@ def attacks_section(data: ReportData) -> Markup:
     """A table for each measure, with a row for each attack and setting."""
     heading = "Attacks"
     if not data.attacks:
-        note = not_measured("No attack was run, so it is unknown what an attacker can bring back.", ATTACK)
+        note = missing("No attack was run, so it is unknown what an attacker can bring back.", ATTACK)
         return section("attacks", heading, note)
     introduction = element(
         "p", "Each attack tries to bring the forgotten knowledge back. It was run on the unlearned model and, where a "
@@ -87,7 +87,7 @@ def attacks_section(data: ReportData) -> Markup:
         "from the retain-only to the full model. Below 0%, the unlearned model knows less than the retain-only model.",
     )  # fmt: skip
     left = attacks_not_run(data.attacks)
-    note = not_measured(f"These attacks were not run: {', '.join(left)}.", ATTACK) if left else Markup()
+    note = missing(f"These attacks were not run: {', '.join(left)}.", ATTACK) if left else Markup()
     return section("attacks", heading, introduction, *_tables(data.attacks), note)
 
 

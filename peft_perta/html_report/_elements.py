@@ -1,4 +1,4 @@
-"""Elements that several sections share: the section itself, tables, lists of facts, and notes on what is missing."""
+"""Elements that several sections share: the section itself, tables, lists of facts and notes on what is missing."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ def facts(pairs: Iterable[tuple[str, Cell]]) -> Markup:
     )
 
 
-def not_measured(reason: str, command: str | None = None) -> Markup:
-    """A note that something was not measured, with the command that measures it."""
-    lead = element("strong", "Not measured.")
+def missing(reason: str, command: str | None = None) -> Markup:
+    """A note that something is missing, with the command that adds it."""
+    lead = element("strong", "Missing.")
     if command is None:
         return element("p", lead, " ", reason, class_="missing")
     words = [join(" " if place else "", element("span", word)) for place, word in enumerate(command.split())]
     code = element("code", *words, class_="command")
-    return element("p", lead, " ", reason, " To measure it, run ", code, class_="missing")
+    return element("p", lead, " ", reason, " To add it, run ", code, class_="missing")
 
 
 def _cell(content: Cell, name: str, scope: str | None) -> Markup:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from ._elements import not_measured, section
+from ._elements import missing, section
 from ._html import Markup, element, join
 from ._remedies import EVALUATE
 from .report_data import FULL, MODELS, RETAIN_ONLY, SHOWN_ROWS, UNLEARNED, ReportData
@@ -26,8 +26,8 @@ def generations_section(data: ReportData) -> Markup:
     """The answers of every model, side by side, for each split."""
     heading = "Answers"
     rows_of_split = {split: rows for split, rows in data.generations.items() if rows}
-    missing = [split for split in _SPLITS if split not in rows_of_split]
-    note = not_measured(f"No answers to {' or '.join(missing)} rows were generated.", EVALUATE) if missing else Markup()
+    unanswered = [split for split in _SPLITS if split not in rows_of_split]
+    note = missing(f"No {' or '.join(unanswered)} rows were answered.", EVALUATE) if unanswered else Markup()
     if not rows_of_split:
         return section("generations", heading, note)
     warning = element(

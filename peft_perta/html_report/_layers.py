@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..adapters import LayerProvenance, PerTAProvenance, Provenance
-from ._elements import not_measured, scrolling, section
+from ._elements import missing, scrolling, section
 from ._html import Markup, element, join
 from ._numbers import EN_DASH
 from ._remedies import UNLEARN
@@ -40,11 +40,12 @@ def layers_section(provenance: Provenance | None) -> Markup:
     heading = "Layers"
     if not isinstance(provenance, PerTAProvenance):
         reason = "Only the provenance of an adapter from peft-perta unlearn records weights and energy for each layer."
-        return section("layers", heading, not_measured(reason, UNLEARN))
+        return section("layers", heading, missing(reason, UNLEARN))
     introduction = element(
         "p", "A weight is the share of a parameter's edit that stays: near 1 if the parameter matters to the forget "
         "rows, near 0 if it matters to the retain rows. Each row of a map is a block of the model, the first block on "
-        "top; each column is a module. A cell is the mean over its layers.",
+        "top; each column is a module. A cell is the mean over its layers. Energy kept is the share of the edit's "
+        "squared norm that the rank of the adapter holds.",
     )  # fmt: skip
     return section("layers", heading, introduction, _maps(provenance))
 

@@ -23,7 +23,7 @@ def limits_section(data: ReportData, provenance: Provenance | None) -> Markup:
         _of_the_answers(data),
     ]
     if provenance is None:
-        limits.append(("The edit is not on record.", "The adapter has no provenance file of peft_perta."))
+        limits.append(("The edit is not on record.", "No adapter with a provenance file of peft_perta was given."))
     items = [element("li", element("strong", limit), " ", *consequence) for limit, *consequence in limits]
     return section("limits", "What this page does not show", element("ul", *items))
 
@@ -33,7 +33,7 @@ def _of_the_adapter(data: ReportData) -> tuple[str, ...]:
         return ("No adapter is named.", "The numbers describe the model as it was given.")
     return (
         "The edit can be switched off.",
-        "An adapter suppresses knowledge; the weights under it still hold it. To hand out a model without the "
+        "An adapter suppresses knowledge that the weights under it still hold. To hand out a model without the "
         "knowledge, merge the adapters into a copy in full precision (", element("code", "peft-perta merge"),
         "), hand out only that copy, and evaluate it as well.",
     )  # fmt: skip

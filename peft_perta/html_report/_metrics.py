@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from ..evaluation import METRIC_GROUPS, Metric, metric_of
-from ._elements import Cell, not_measured, section, table
+from ._elements import Cell, missing, section, table
 from ._html import Markup, element, join
 from ._marks import KEY_CENTRE, MARKS, key, pixels
 from ._numbers import MINUS, difference, number
@@ -25,7 +25,7 @@ _GROUPS = {  # group -> heading and aim
         "is the retain-only model's value. A value far from it, on either side, gives the rows away.",
     ),
     "retain": ("What should be kept", "The aim is to be no worse than the full model."),
-    "other": ("Other metrics", "For these metrics neither direction is better."),
+    "other": ("Other metrics", "Neither direction is better for these metrics."),
 }
 _COMPARED_GROUPS = ("forget", "traces")  # those whose aim is the retain-only model's value
 _SCALE_WIDTH, _SCALE_HEIGHT, _MARGIN = 150, 20, 10
@@ -36,17 +36,17 @@ def metrics_section(data: ReportData) -> Markup:
     heading = "Metrics"
     metrics = {metric for values in data.models.values() for metric in values}
     if not metrics:
-        return section("metrics", heading, not_measured("No model was evaluated.", EVALUATE))
+        return section("metrics", heading, missing("No model was evaluated.", EVALUATE))
     labels = labels_of(data)
     notes = []
     if not data.has_retain_only:
-        notes.append(not_measured(
+        notes.append(missing(
             "No retain-only model was given, so it is unknown how far each metric should move. Give the model's log, "
             "or its adapter with --retain-only-adapter DIR.", EVALUATE_RETAIN_ONLY,
         ))  # fmt: skip
     for label, command in ((FULL, EVALUATE_FULL), (UNLEARNED, EVALUATE)):
         if label not in labels:
-            notes.append(not_measured(f"The {label} model was not evaluated.", command))
+            notes.append(missing(f"The {label} model was not evaluated.", command))
     legend = key((MARKS[label](*KEY_CENTRE), label) for label in MODELS if label in labels)
     tables = [
         _table(data, labels, group, members) for group in METRIC_GROUPS if (members := metrics_of_group(metrics, group))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..adapters import FusedProvenance, PerTAProvenance, Provenance
-from ._elements import Cell, facts, not_measured, section, table
+from ._elements import Cell, facts, missing, section, table
 from ._html import Markup, element, join
 from ._numbers import number, share
 from ._remedies import UNLEARN
@@ -18,14 +18,16 @@ _SETS = {
     "held-out retain": "retain rows held out for the search of the strength",
 }
 
+_GRADIENT_POINTS = {"origin": "origin model (every adapter off)", "full": "full model"}
+
 
 def edit_section(data: ReportData, provenance: Provenance | None) -> Markup:
     """The stack of adapters, then the facts of the last adapter's provenance."""
     heading = "The edit"
     stack = _stack(data.header)
     if provenance is None:
-        reason = "How the edit was made is not on record: the adapter has no provenance file of peft_perta."
-        return section("edit", heading, facts(stack), not_measured(reason, UNLEARN))
+        reason = "How the edit was made is not on record: no adapter with a provenance file of peft_perta was given."
+        return section("edit", heading, facts(stack), missing(reason, UNLEARN))
     if isinstance(provenance, FusedProvenance):
         return section("edit", heading, *_fused(stack, provenance))
     sets = [(_SETS.get(name, name), _rows(entry)) for name, entry in provenance.data.items()]
@@ -50,7 +52,7 @@ def _fused(stack: list[tuple[str, Cell]], provenance: FusedProvenance) -> Iterat
         for part in provenance.parts
     ]
     yield table("The adapters that were fused into one", ["adapter", "strength", "SHA-256"], parts)
-    yield not_measured("How each part was made is in the provenance of that part.", UNLEARN)
+    yield missing("How each part was made is in the provenance of that part.", UNLEARN)
 
 
 def _perta(provenance: PerTAProvenance) -> Iterator[tuple[str, Cell]]:
@@ -61,21 +63,19 @@ def _perta(provenance: PerTAProvenance) -> Iterator[tuple[str, Cell]]:
     forget_adapter = provenance.forget_adapter
     yield "forget adapter", join(element("code", str(forget_adapter["name"])), ", SHA-256 ",
                                  _hash(forget_adapter["sha256"]))  # fmt: skip
-    yield (
-        "method",
-        f"{config['weighting']} weights per {config['granularity']}, gradients at the {config['gradients_at']} model",
-    )
+    point = _GRADIENT_POINTS.get(config["gradients_at"], config["gradients_at"])
+    yield "method", f"{config['weighting']} weights per {config['granularity']}, gradients at the {point}"
     yield "strength", element("data", f"{config['strength']:.4g}", value=repr(config["strength"]))
     yield "size", f"rank {provenance.rank}, {len(provenance.layers)} layers edited, {config['dtype']}"
-    yield "energy of the edit kept", share(provenance.energy_kept)
+    yield "energy of the edit kept", join(share(provenance.energy_kept), " (of its squared norm, by the rank)")
     on_inputs = [layer.left_on_inputs for layer in provenance.layers if layer.left_on_inputs]
     if on_inputs:
         forget, retain = (sum(left[name] for left in on_inputs) / len(on_inputs) for name in ("forget", "retain"))
-        yield "effect kept by the weights on input directions", join(
+        yield "effect kept after weighting input directions", join(
             share(forget), " on inputs of the forget rows, ", share(retain),
             " on inputs of the retain rows (squared output, mean over layers)",
         )  # fmt: skip
-    yield "loss from the limited rank", _fit_kl(provenance.fit_kl)
+    yield "damage by the limited rank", _fit_kl(provenance.fit_kl)
 
 
 def _fit_kl(fit_kl: float | None) -> Cell:

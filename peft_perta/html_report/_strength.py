@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..evaluation import Calibration
-from ._elements import not_measured, section
+from ._elements import missing, section
 from ._html import Markup, element
 from ._remedies import COMPARE_STRENGTHS, SEARCH_STRENGTH
 from ._strength_curve import curve_tables, draw_curve
@@ -14,7 +14,7 @@ def strength_section(calibration: Calibration | None) -> Markup:
     heading = "Strength"
     if calibration is None:
         reason = "The strength was set by hand or is not on record, so the effect of other strengths is unknown."
-        return section("strength", heading, not_measured(reason, SEARCH_STRENGTH))
+        return section("strength", heading, missing(reason, SEARCH_STRENGTH))
     introduction = element(
         "p", f"The goal was {_goal(calibration)}. The strength scales the negative adapter: a higher strength forgets "
         "more and damages more. The curve shows this trade-off.",
@@ -27,9 +27,9 @@ def strength_section(calibration: Calibration | None) -> Markup:
         ))  # fmt: skip
     gaps = []
     if not calibration.negation:
-        gaps.append(not_measured("Plain negation of the forget adapter, for comparison.", COMPARE_STRENGTHS))
+        gaps.append(missing("Plain negation of the forget adapter was not measured for comparison.", COMPARE_STRENGTHS))
     if not calibration.retain_only:
-        gaps.append(not_measured("The losses of a retain-only model, for comparison.", COMPARE_STRENGTHS))
+        gaps.append(missing("A retain-only model was not measured for comparison.", COMPARE_STRENGTHS))
     return section(
         "strength", heading, introduction, *notes, draw_curve(calibration), curve_tables(calibration), *gaps
     )  # fmt: skip

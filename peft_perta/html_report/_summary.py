@@ -40,11 +40,12 @@ def summary_section(data: ReportData, calibration: Calibration | None) -> Markup
 
 def _introduction() -> Markup:
     return element(
-        "p", "Unlearning makes a model forget some of its training data, the ", element("em", "forget rows"),
-        ", and leaves what it knows from the other data, the ", element("em", "retain rows"), ", intact. The ",
+        "p", "Unlearning makes a model forget some of its training data, the ", element("strong", "forget rows"),
+        ", and keeps what it knows from the other data, the ", element("strong", "retain rows"), ". The ",
         element("strong", FULL), " model knows the forget rows. The ", element("strong", UNLEARNED),
-        " model is the full model with an adapter that makes it forget. The ", element("strong", RETAIN_ONLY),
-        " model never saw the forget rows: it is the yardstick for how much should be left.",
+        " model is the full model with an edit, usually an adapter, that makes it forget. The ",
+        element("strong", RETAIN_ONLY),
+        " model never saw the forget rows. It is the yardstick: unlearning should make the model behave like it.",
     )  # fmt: skip
 
 
@@ -112,19 +113,16 @@ def _forgotten(data: ReportData, calibration: Calibration | None) -> Markup:
             else "Without a retain-only model it is unknown how far the metrics should move."
         )
         return _tile(question, UNKNOWN, "Improved, but the aim is unknown", pair, element("p", reason))
-    rating, verdict = _verdict_on_forgetting([place.kind for place in places.values()])
     farthest = min(places, key=lambda name: places[name].share)
     remark = element(
-        "p", f"Farthest from forgotten: {metric_of(farthest).label} (", number(metrics[farthest].unlearned),
-        "; retain-only ", number(metrics[farthest].retain_only), f"; {places[farthest].description}).",
+        "p", f"Least forgotten: {metric_of(farthest).label}, ", number(metrics[farthest].unlearned),
+        " (retain-only: ", number(metrics[farthest].retain_only), f"), {places[farthest].description}.",
     ) if places[farthest].falls_short else Markup()  # fmt: skip
-    counts = Counter(
-        place.kind if place.kind in ("near", "past") else "short of" for place in places.values()
-    )  # fmt: skip
-    count = ", ".join(f"{counts[kind]} {kind} it" for kind in ("near", "past", "short of") if counts[kind])
+    counts = Counter("short" if place.falls_short else place.kind for place in places.values())
+    rating, verdict = _verdict_on_forgetting(counts)
     note = (
-        f"Metrics by where the unlearned model stands to the retain-only model: {count}. Near means within "
-        f"{percent(NEAR)} of the distance from the full to the retain-only model."
+        f"Metrics near the retain-only model: {counts['near']}; past it: {counts['past']}; short of it: "
+        f"{counts['short']}. Near means within {percent(NEAR)} of the distance from the full to the retain-only model."
     )
     return _tile(question, rating, verdict, pair, remark, element("p", note, class_="fine"))
 
@@ -140,15 +138,14 @@ def _forgotten_by_loss(question: str, calibration: Calibration | None) -> Markup
     return _tile(question, rating, verdict, _pair("Loss on the forget rows", losses), element("p", note))
 
 
-def _verdict_on_forgetting(kinds: list[str]) -> tuple[_Rating, str]:
-    """Metrics that fall short of the retain-only model outweigh those that went past it."""
-    short = sum(kind in ("part", "unmoved") for kind in kinds)
-    past = kinds.count("past")
+def _verdict_on_forgetting(counts: Counter[str]) -> tuple[_Rating, str]:
+    """Metrics that fall ``short`` of the retain-only model outweigh those that went ``past`` it."""
+    short, past, total = counts["short"], counts["past"], counts.total()
     if not short and not past:
         return GOOD, "Near the retain-only model by every metric"
     where, count = ("Short of", short) if short else ("Past", past)
-    metrics = "every metric" if count == len(kinds) else f"{count} of {len(kinds)} metrics"
-    return BAD if short == len(kinds) else MIXED, f"{where} the retain-only model by {metrics}"
+    metrics = "every metric" if count == total else f"{count} of {total} metrics"
+    return BAD if short == total else MIXED, f"{where} the retain-only model by {metrics}"
 
 
 def _improved(name: str, values: Values) -> bool:
@@ -199,7 +196,7 @@ def _recovery(data: ReportData) -> Markup:
         return _tile(question, UNKNOWN, "Not measured", element("p", "No attack was run."))
     off = switched_off(data.attacks)
     switch = (
-        element("p", "Probability with the negative adapter switched off: ", number(off), ", by design.")
+        element("p", "Anyone can switch the adapter off. The probability is then ", number(off), ".")
         if off is not None
         else Markup()
     )

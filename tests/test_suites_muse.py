@@ -286,7 +286,7 @@ def test_examples_are_turns_where_there_is_a_chat_template(shown):
     ],
 )
 def test_an_answer_ends_where_another_question_begins(monkeypatch, splits, said, kept):
-    monkeypatch.setattr("peft_perta.suites.suite.generate", lambda model, tokenizer, rows, **_: [said] * len(rows))
+    monkeypatch.setattr("peft_perta.evaluation.suites.suite.generate", lambda subject, rows, **_: [said] * len(rows))
     found = judged(builders.adapted_llama(), splits)
     assert {row["generation"] for row in rows_of(found, "forget_knowmem_ROUGE")} == {kept}
     assert {row["generation"] for row in rows_of(found, "forget_verbmem_ROUGE")} == {said}
@@ -295,11 +295,11 @@ def test_an_answer_ends_where_another_question_begins(monkeypatch, splits, said,
 def test_so_many_tokens_are_asked_as_muse_asks(monkeypatch, splits):
     asked = []
 
-    def generate(model, tokenizer, rows, *, max_new_tokens, **_):
+    def generate(subject, rows, *, max_new_tokens, **_):
         asked.append(max_new_tokens)
         return ["Lima"] * len(rows)
 
-    monkeypatch.setattr("peft_perta.suites.suite.generate", generate)
+    monkeypatch.setattr("peft_perta.evaluation.suites.suite.generate", generate)
     judged(builders.adapted_llama(), splits, max_new_tokens=200)
     assert asked == [32, 32, 128]
 

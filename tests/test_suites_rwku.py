@@ -145,7 +145,7 @@ def test_answers_are_those_of_each_question_alone(chat):
     [("Richard Bachman", 1.0), ("It is Bachman", 0.5), ("Bachman\nRichard", 0.5), ("", 0.0), ("King", 0.0)],
 )
 def test_an_answer_is_its_first_line(monkeypatch, said, recall):
-    monkeypatch.setattr("peft_perta.suites.suite.generate", lambda model, tokenizer, rows, **_: [said] * len(rows))
+    monkeypatch.setattr("peft_perta.evaluation.suites.suite.generate", lambda subject, rows, **_: [said] * len(rows))
     found = rows_of(judged(builders.adapted_llama()), "forget_level2_ROUGE")[0]
     assert found["generation"] == said.split("\n")[0]
     assert found["rougeL_recall"] == pytest.approx(recall)
@@ -154,11 +154,11 @@ def test_an_answer_is_its_first_line(monkeypatch, said, recall):
 def test_answers_are_of_thirty_tokens(monkeypatch):
     asked = []
 
-    def generate(model, tokenizer, rows, *, max_new_tokens, **_):
+    def generate(subject, rows, *, max_new_tokens, **_):
         asked.append(max_new_tokens)
         return [""] * len(rows)
 
-    monkeypatch.setattr("peft_perta.suites.suite.generate", generate)
+    monkeypatch.setattr("peft_perta.evaluation.suites.suite.generate", generate)
     judged(builders.adapted_llama(), max_new_tokens=200)
     assert asked == [30] * 5
 

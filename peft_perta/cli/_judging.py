@@ -25,6 +25,7 @@ from ..evaluation import (
     Subject,
     Victims,
     evaluate,
+    forget_rows,
     format_attacks,
     format_rescored,
     general_benchmarks,
@@ -226,10 +227,11 @@ def _attack_names(options: argparse.Namespace) -> list[str]:
 
 
 def _attacked_rows(splits: Mapping[str, Any]) -> list[dict]:
-    for suite, split in (("tofu", "forget"), ("muse", "forget_knowmem"), ("rwku", "forget_level2")):
-        if split in splits.get(suite, {}):
-            return [{"question": row["query"], **row} if "query" in row else row for row in splits[suite][split]]
-    raise DataError("--attacks: expected forget rows of a suite (tofu, muse, rwku), found none; give one by --suite")
+    rows = forget_rows(splits)
+    if not rows:
+        suites = ", ".join(name for name, suite in SUITES.items() if suite.forget_split)
+        raise DataError(f"--attacks: expected forget rows of a suite ({suites}), found none; give one by --suite")
+    return rows
 
 
 def _table(sides: Mapping[str, Mapping[str, Log]]) -> str:

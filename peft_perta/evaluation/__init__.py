@@ -5,7 +5,7 @@ Imports from: errors, data, model.
 
 from .attacks import ATTACKS, run_attacks
 from .attacks.attack import Attack, AttackResult, AttackSettings, Victims
-from .attacks.table import format_attacks
+from .attacks.formatting import format_attacks
 from .calibration import Calibration, Goal, calibrate, forget_loss_of_log
 from .completions import losses_of, score_completions
 from .generation import generate
@@ -18,8 +18,7 @@ from .metrics.table import METRICS, metric_of
 from .split_scores import SplitScores, evaluate_split
 from .strength import Match, match_forgetting
 from .subject import Subject
-from .suites import RECORD_NAME, SUITES, evaluate, read_suites
-from .suites.suite import Splits
+from .suites import RECORD_NAME, SUITES, Splits, Suite, evaluate, forget_rows, read_suites
 
 __all__ = [
     "ATTACKS",
@@ -38,6 +37,7 @@ __all__ = [
     "SplitScores",
     "Splits",
     "Subject",
+    "Suite",
     "Victims",
     "aggregate",
     "calibrate",
@@ -45,6 +45,7 @@ __all__ = [
     "evaluate_split",
     "exact_memorization",
     "forget_loss_of_log",
+    "forget_rows",
     "format_attacks",
     "format_rescored",
     "general_benchmarks",

@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..data import spread
-from ..evaluation import AttackResult, Log, summary
+from ..evaluation import SUITES, AttackResult, Log, summary
 from .report_data import SHOWN_ROWS, UNLEARNED, ReportData, ReportHeader, build_report_data
-
-_GENERATED = {  # split -> the metrics whose rows hold generations
-    "forget": ("forget_Q_A_ROUGE", "forget_knowmem_ROUGE", "forget_level2_ROUGE"),
-    "retain": ("retain_Q_A_ROUGE", "retain_knowmem_ROUGE", "neighbor_level2_ROUGE"),
-}
 
 
 def report_data_of_logs(
@@ -41,7 +36,8 @@ def report_data_of_logs(
 def _generations(logs: Mapping[str, Mapping[str, Log]]) -> dict[str, list[dict[str, str]]]:
     """Evenly spaced rows of each split, each with the generation of every model."""
     generations = {}
-    for split, metrics in _GENERATED.items():
+    for split in ("forget", "retain"):
+        metrics = [suite.shown_answers[split] for suite in SUITES.values() if split in suite.shown_answers]
         rows_of_model = {
             label: log[metric]["value_by_index"]
             for label, suites in logs.items()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from ...errors import ConfigError
 from . import paraphrase, prefix, relearning, requantization, sampling, switched_off
 from .attack import Attack, AttackResult, AttackSettings, Victims
-from .table import format_attacks
+from .formatting import format_attacks
 
 ATTACKS: dict[str, Attack] = {
     attack.name: attack

@@ -1,4 +1,4 @@
-"""Multiple choice, as WMDP and MMLU ask it: which option does the model find likeliest?
+"""Multiple choice, as WMDP and MMLU ask it: the option that the model finds likeliest counts as its answer.
 
 Reference: WMDP (Li et al. 2024, arXiv 2403.03218) and MMLU (arXiv 2009.03300), as lm-evaluation-harness scores them.
 """
@@ -24,29 +24,35 @@ from .suite import Splits, Suite, SuiteSettings, by_index, check_texts, read_lis
 
 
 def read(path: Path, split: str | None) -> Splits:
-    """A file of rows {question, choices, answer[, subject]}, or a directory of such files; ``answer`` is the option's
-    index from 0, its letter, or its text.
+    """Read a file of rows {question, choices, answer[, subject]}, or a directory of such files.
+
+    ``answer`` is the option's index from 0, its letter, or its text.
 
     Args:
-        split: the one file of the directory ('wmdp_bio') that is asked; None for all.
+        path: the file or the directory.
+        split: the file of the directory ('wmdp_bio') that is asked; None for all.
 
     Raises:
         DataError: there are no files, or a row is malformed.
     """
     if path.is_file():
         return {path.stem: _read(path)}
-    found = {file.stem: file for file in sorted(path.glob("*.json*")) if file.suffix in (".json", ".jsonl")}
-    kept = {stem: file for stem, file in found.items() if split in (None, stem)}
-    if not kept:
-        named = f"{split}.json" if split else ".json or .jsonl files of questions"
-        raise DataError(f"expected {named} at {path}, found {', '.join(found) or 'none'}; check the path")
-    return {stem: _read(file) for stem, file in kept.items()}
+    files = {file.stem: file for file in sorted(path.glob("*.json*")) if file.suffix in (".json", ".jsonl")}
+    asked = {stem: file for stem, file in files.items() if split in (None, stem)}
+    if not asked:
+        expected = f"{split}.json" if split else ".json or .jsonl files of questions"
+        raise DataError(f"expected {expected} at {path}, found {', '.join(files) or 'none'}; check the path")
+    return {stem: _read(file) for stem, file in asked.items()}
 
 
 def evaluate(subject: Subject, splits: Splits, settings: SuiteSettings) -> Log:
-    """choices_acc: the options are listed, and their letters' likelihoods compared; over all rows, and apart for each
-    subject (for each file, where there are several and a row names no subject). choices_text_acc: the options' own
-    texts', whole; choices_text_acc_norm: the same per character of the option."""
+    """Accuracies by three measures of an option's likelihood.
+
+    - choices_acc: the prompt lists the options, and the likelihoods of their letters are compared. Over all rows, and
+      as choices_acc_<subject> for each subject (for each file, where there are several and a row names no subject).
+    - choices_text_acc: the likelihoods of the options' texts are compared.
+    - choices_text_acc_norm: the same, log-likelihoods divided by the option's number of characters.
+    """
     rows = [row for of in splits.values() for row in of]
     letters = [list(ascii_uppercase[: len(row["choices"])]) for row in rows]
     texts = [row["choices"] for row in rows]
@@ -57,23 +63,23 @@ def evaluate(subject: Subject, splits: Splits, settings: SuiteSettings) -> Log:
         for values, options in zip(by_text, texts, strict=True)
     ]
     log: Log = {
-        "choices_acc": _judged(by_letter, rows),
-        "choices_text_acc": _judged(by_text, rows),
-        "choices_text_acc_norm": _judged(per_character, rows),
+        "choices_acc": _chosen(by_letter, rows),
+        "choices_text_acc": _chosen(by_text, rows),
+        "choices_text_acc_norm": _chosen(per_character, rows),
     }
     groups = [row.get("subject") or (stem if len(splits) > 1 else None) for stem, of in splits.items() for row in of]
-    for (index, judged), group in zip(log["choices_acc"]["value_by_index"].items(), groups, strict=True):
+    for (index, row), group in zip(log["choices_acc"]["value_by_index"].items(), groups, strict=True):
         if group is not None:
             metric = f"choices_acc_{'_'.join(str(group).split())}"
-            log.setdefault(metric, {"agg_value": None, "value_by_index": {}})["value_by_index"][index] = judged
+            log.setdefault(metric, {"agg_value": None, "value_by_index": {}})["value_by_index"][index] = row
     return log
 
 
-SUITE = Suite("CHOICES_EVAL.json", read, evaluate)
+SUITE = Suite("choices", "CHOICES_EVAL.json", read, evaluate)
 
 
 def _read(file: Path) -> list[dict]:
-    """The rows of a file, their answers as indices."""
+    """The rows of a file, with each answer as the option's index."""
     rows = read_list(file)
     check_texts(rows, ["question"], str(file))
     for number, row in enumerate(rows, start=1):
@@ -91,20 +97,22 @@ def _read(file: Path) -> list[dict]:
 
 
 def _index(answer: Any, choices: list[str], where: str) -> int:
-    named = [index for index, option in enumerate(choices) if option == answer]
+    """The index of the option that ``answer`` names by its index, letter or text."""
+    indices = [index for index, option in enumerate(choices) if option == answer]
     if isinstance(answer, str) and len(answer) == 1 and answer in ascii_uppercase[: len(choices)]:
-        named = sorted({*named, ascii_uppercase.index(answer)})
+        indices = sorted({*indices, ascii_uppercase.index(answer)})
     elif isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
-        named = [answer]
-    if len(named) != 1:
+        indices = [answer]
+    if len(indices) != 1:
         raise DataError(
             f"{where}: expected 'answer' as an index below {len(choices)}, a letter, or the text of one option, found "
-            f"{answer!r:.80}, which names {len(named)} of them"
+            f"{answer!r:.80}, which names {len(indices)} of them"
         )
-    return named[0]
+    return indices[0]
 
 
 def _listed(row: Mapping) -> str:
+    """The prompt that lists the options, as MMLU and WMDP have it."""
     about = f" about {' '.join(str(row['subject']).replace('_', ' ').split())}" if row.get("subject") else ""
     options = "".join(f"{letter}. {option}\n" for letter, option in zip(ascii_uppercase, row["choices"], strict=False))
     task = f"The following are multiple choice questions (with answers){about}."
@@ -112,13 +120,14 @@ def _listed(row: Mapping) -> str:
 
 
 def _plain(row: Mapping) -> str:
+    """The prompt without the options."""
     return f"Question: {row['question'].strip()}\nAnswer:"
 
 
 def _log_likelihoods(
     subject: Subject, prompts: Sequence[str], options: Sequence[Sequence[str]], name: str
 ) -> list[list[float]]:
-    """Each option's log-likelihood after its prompt, in nats, summed over its tokens.
+    """The log-likelihood of each option after its prompt, nats, summed over the option's tokens.
 
     Raises:
         DataError: a prompt is too long for ``subject.max_length``.
@@ -155,12 +164,15 @@ def _log_likelihoods(
 
 
 def _sample(subject: Subject, prompt: str, option: str, where: str) -> Sample:
-    """The prompt and the option in one text, so that its tokens are those that a model writes; labels on the option
-    alone, without what closes a turn."""
+    """Prompt and option as one sample, with labels on the option alone.
+
+    The two are tokenised as one text, so that the tokens are those that a model would generate. The token that closes a
+    turn is left out.
+    """
     tokenizer = subject.tokenizer
     if getattr(tokenizer, "chat_template", None):
-        said = [{"role": "user", "content": prompt}]
-        asked = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        messages = [{"role": "user", "content": prompt}]
+        asked = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (asked, asked + option))
         shared = 0
         while shared < len(ids) and ids[shared] == whole[shared]:
@@ -180,7 +192,8 @@ def _sample(subject: Subject, prompt: str, option: str, where: str) -> Sample:
     return Sample(input_ids, labels)
 
 
-def _judged(log_likelihoods: Sequence[Sequence[float]], rows: Sequence[Mapping]) -> dict[str, Any]:
+def _chosen(log_likelihoods: Sequence[Sequence[float]], rows: Sequence[Mapping]) -> dict[str, Any]:
+    """The log entry of the options that the model finds likeliest."""
     chosen = [chosen_option(-torch.tensor(values, dtype=torch.float64)) for values in log_likelihoods]
     return by_index(
         {"score": int(option == row["answer"]), "chosen": option, "answer": row["answer"], "log_likelihoods": values}

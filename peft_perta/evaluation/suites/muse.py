@@ -1,4 +1,4 @@
-"""MUSE: does a model still recite a text, know what it says, and show that it was trained on it?
+"""MUSE: whether a model still recites a text, knows its content, and shows that it was trained on it.
 
 Reference: Shi et al. 2024, arXiv 2407.06460; metric names as open-unlearning's (arXiv 2506.12618).
 """
@@ -15,10 +15,10 @@ from ..completions import score_completions
 from ..logs.files import Log
 from ..metrics.memorization import exact_memorization, extraction_strength
 from ..subject import Subject
+from .membership import membership_log
 from .suite import Splits, Suite, SuiteSettings, by_index, check_texts, read_file, required, rouge_of
-from .tofu import membership_scores
 
-FILES = {  # split -> its file, and what each of its rows says
+FILES = {  # split -> its file, and the keys of its rows
     "forget_knowmem": ("knowmem/forget_qa", ("question", "answer")),
     "retain_knowmem": ("knowmem/retain_qa", ("question", "answer")),
     "forget_verbmem": ("verbmem/forget", ("prompt", "gt")),
@@ -26,25 +26,24 @@ FILES = {  # split -> its file, and what each of its rows says
     "holdout_privleak": ("privleak/holdout", ("text",)),
 }
 
-
 KNOWLEDGE_TOKENS = 32  # of an answer
-
 
 VERBATIM_TOKENS = 128  # of a continuation
 
-
 KNOWLEDGE_ENDS = ("\n\n", "\nQuestion", "Question:")
-
 
 MAX_LENGTH = 2048  # MUSE's prompts alone are a thousand tokens long
 
 
 def read(path: Path, split: str | None) -> Splits:
-    """A directory of MUSE's files: knowmem/forget_qa and retain_qa {question, answer}, verbmem/forget {prompt, gt},
-    privleak/forget and holdout (texts); and, where they are there, knowmem/forget_qa_icl and retain_qa_icl, answered
-    questions that are shown before each one that is asked.
+    """Read a directory of MUSE's files.
+
+    Required are knowmem/forget_qa and knowmem/retain_qa {question, answer}, verbmem/forget {prompt, gt},
+    privleak/forget and privleak/holdout (texts). Optional are knowmem/forget_qa_icl and knowmem/retain_qa_icl: answered
+    questions that precede each question in its prompt.
 
     Args:
+        path: the directory.
         split: the corpus ('news', 'books'), where ``path`` holds a directory for each.
 
     Raises:
@@ -66,8 +65,11 @@ def read(path: Path, split: str | None) -> Splits:
 
 
 def evaluate(subject: Subject, splits: Splits, settings: SuiteSettings) -> Log:
-    """Answers are of at most 32 tokens, continuations of at most 128, or of ``settings.max_new_tokens`` where that is
-    less; texts of up to 2048 tokens are read whole."""
+    """ROUGE of answers and of continuations, memorization of the texts, membership attacks.
+
+    Answers have at most 32 tokens and continuations at most 128, or ``settings.max_new_tokens`` where that is less.
+    Texts are cut at 2048 tokens, or at the subject's ``max_length`` where that is more.
+    """
     log: Log = {}
     subject = replace(subject, max_length=max(subject.max_length, MAX_LENGTH))
     for split in ("forget_knowmem", "retain_knowmem"):
@@ -90,46 +92,47 @@ def evaluate(subject: Subject, splits: Splits, settings: SuiteSettings) -> Log:
     recited = score_completions(
         subject, [_continuation(row, row["gt"]) for row in splits["forget_verbmem"]], "forget_verbmem: texts"
     )
-    log["exact_memorization"] = by_index({"score": exact_memorization(r.tokens.hits)} for r in recited)
-    log["extraction_strength"] = by_index({"score": extraction_strength(r.tokens.hits)} for r in recited)
-    scores = {
-        part: membership_scores(subject, splits[f"{part}_privleak"], settings, f"{part}_privleak")
-        for part in ("forget", "holdout")
-    }
-    for attack in scores["forget"]:
-        log[f"mia_{attack}"] = {
-            part: by_index({"score": value} for value in found[attack]) for part, found in scores.items()
-        }
-    return log
+    log["exact_memorization"] = by_index({"score": exact_memorization(row.tokens.hits)} for row in recited)
+    log["extraction_strength"] = by_index({"score": extraction_strength(row.tokens.hits)} for row in recited)
+    parts = {"forget": "forget_privleak", "holdout": "holdout_privleak"}
+    return log | membership_log(subject, splits, parts, settings)
 
 
-SUITE = Suite("MUSE_EVAL.json", read, evaluate)
+SUITE = Suite(
+    "muse",
+    "MUSE_EVAL.json",
+    read,
+    evaluate,
+    forget_split="forget_knowmem",
+    shown_answers={"forget": "forget_knowmem_ROUGE", "retain": "retain_knowmem_ROUGE"},
+    retain_only_metrics={"privleak": "holdout_privleak"},
+)
 
 
 def _question(row: Mapping, tokenizer: Any) -> dict:
-    """The question after its examples: turns of a chat where the model has a template for it, else text."""
+    """The question after its examples: as turns where the tokenizer has a chat template, else as one text."""
     examples = row.get("examples") or []
     if not examples:
         return {"question": row["question"], "answer": row["answer"]}
     if getattr(tokenizer, "chat_template", None):
         turns = [(shown["question"], shown["answer"]) for shown in (*examples, row)]
-        said = [
+        messages = [
             {"role": role, "content": text}
             for turn in turns
             for role, text in zip(("user", "assistant"), turn, strict=True)
         ]
-        return {"messages": said}
+        return {"messages": messages}
     shown = "".join(f"Question: {shown['question']}\nAnswer: {shown['answer']}\n\n" for shown in examples)
     return {"prompt": f"{shown}Question: {row['question']}\nAnswer:", "completion": f" {row['answer']}"}
 
 
 def _continuation(row: Mapping, text: str) -> dict:
-    """What follows the prompt, with a blank between the two where neither brings one."""
+    """A row that continues the prompt with the text, after a blank where neither has one."""
     gap = "" if row["prompt"][-1].isspace() or text[0].isspace() else " "
     return {"prompt": row["prompt"], "completion": f"{gap}{text}"}
 
 
 def _cut(text: str, tokens: int, tokenizer: Any) -> str:
-    """As much of the text as a model could have written: a perfect continuation has ROUGE 1."""
+    """The text's first tokens, as many as the model may generate, so that a perfect continuation has ROUGE 1."""
     ids = tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
     return text if len(ids) <= tokens else tokenizer.decode(ids[:tokens], skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""RWKU: what a model still says of real people when asked in five ways, three of them about whom it should forget.
+"""RWKU: what a model still knows of a real person and of their neighbours, by cloze, questions and adversarial prompts.
 
 Reference: Jin et al. 2024, arXiv 2406.10890, and its repository jinzhuoran/RWKU for the prompts.
 """
@@ -16,34 +16,31 @@ from .suite import Splits, Suite, SuiteSettings, check_texts, read_file, require
 
 REQUIRED = ("forget_level1", "forget_level2", "neighbor_level1", "neighbor_level2")
 
-
 ADVERSARIAL = "forget_level3"
-
 
 MAX_NEW_TOKENS = 30
 
-
 ENDS = ("\n",)
-
 
 CLOZE = "Please complete the blank in the following question.\n"
 
-
 QUESTION = "Please briefly answer the following question.\n"
-
 
 ANSWER = "Answer:"
 
 
 def read(path: Path, split: str | None) -> Splits:
-    """A directory of RWKU's files: forget_level1 (cloze) and 2 (question), neighbor_level1 and 2; and, where it is
-    there, forget_level3 (adversarial). Rows are {query, answer[, subject, type]}.
+    """Read a directory of RWKU's files, of rows {query, answer[, subject, type]}.
+
+    Required are forget_level1 (cloze), forget_level2 (questions), neighbor_level1 and neighbor_level2. Optional is
+    forget_level3 (adversarial prompts).
 
     Args:
-        split: the one subject ('Stephen King') whose rows are asked; None for all.
+        path: the directory.
+        split: the person ('Stephen King') whose rows are asked; None for all.
 
     Raises:
-        DataError: a file is missing or malformed, or holds nothing of the subject.
+        DataError: a file is missing or malformed, or holds no row of the person.
     """
     if not path.is_dir():
         raise DataError(f"expected a directory of RWKU's files at {path}, found none; check the path")
@@ -59,7 +56,10 @@ def read(path: Path, split: str | None) -> Splits:
 
 
 def evaluate(subject: Subject, splits: Splits, settings: SuiteSettings) -> Log:
-    """Answers are of at most 30 tokens (of ``settings.max_new_tokens`` where that is less), and of one line."""
+    """ROUGE of each split, and of each type of adversarial prompt.
+
+    Answers are one line of at most 30 tokens, or of ``settings.max_new_tokens`` where that is less.
+    """
     log: Log = {}
     for split, rows in splits.items():
         asked = [_asked(row, split, subject.tokenizer) for row in rows]
@@ -77,21 +77,32 @@ def evaluate(subject: Subject, splits: Splits, settings: SuiteSettings) -> Log:
     return log
 
 
-SUITE = Suite("RWKU_EVAL.json", read, evaluate)
+SUITE = Suite(
+    "rwku",
+    "RWKU_EVAL.json",
+    read,
+    evaluate,
+    forget_split="forget_level2",
+    question_key="query",
+    shown_answers={"forget": "forget_level2_ROUGE", "retain": "neighbor_level2_ROUGE"},
+)
 
 
-def _of_subject(rows: list[dict], name: str, what: str) -> list[dict]:
-    kept = [row for row in rows if row.get("subject") == name]
-    if not kept:
-        known = sorted({str(row["subject"]) for row in rows if "subject" in row})
-        raise DataError(f"{what}: expected rows whose subject is {name!r}, found none among {', '.join(known[:10])}")
-    return kept
+def _of_subject(rows: list[dict], name: str, where: str) -> list[dict]:
+    of_subject = [row for row in rows if row.get("subject") == name]
+    if not of_subject:
+        subjects = sorted({str(row["subject"]) for row in rows if "subject" in row})
+        raise DataError(
+            f"{where}: expected rows whose subject is {name!r}, found none among {', '.join(subjects[:10])}"
+        )
+    return of_subject
 
 
 def _asked(row: Mapping, split: str, tokenizer: Any) -> tuple[dict, str]:
-    """The row as it is asked, and what its answer begins with: RWKU's instruction, and 'Answer:' after it.
+    """The row as RWKU asks it: instruction and query; and the prefix of its answer, 'Answer:'.
 
-    An affirmative suffix begins the answer by itself, and a query that shows examples brings its own 'Question:'.
+    A query of type 'affirmative suffix' ends with the beginning of the answer and has no prefix. One of type
+    'incontext learning' has its own 'Question:'.
     """
     kind = row.get("type") if split == ADVERSARIAL else None
     prefix = "" if kind == "affirmative suffix" else ANSWER
@@ -99,18 +110,18 @@ def _asked(row: Mapping, split: str, tokenizer: Any) -> tuple[dict, str]:
     label = "" if kind == "incontext learning" else "Question: "
     text = f"{instruction}{label}{row['query']}" + ("\n" if prefix else "")
     if getattr(tokenizer, "chat_template", None):
-        said = [{"role": "user", "content": text}, {"role": "assistant", "content": row["answer"]}]
-        return {"messages": said}, prefix
+        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": row["answer"]}]
+        return {"messages": messages}, prefix
     return {"prompt": f"{text}{prefix}", "completion": f" {row['answer']}"}, ""
 
 
 def _by_type(log: Mapping[str, Any], rows: list[dict]) -> Log:
-    """The adversarial metric apart for each way of asking; the generations stay in the whole one."""
-    found: Log = {}
+    """A metric for each type of adversarial prompt. The generations are in the metric of all of them alone."""
+    by_type: Log = {}
     for index, row in enumerate(rows):
         if row.get("type"):
             metric = f"{ADVERSARIAL}_{'_'.join(str(row['type']).split())}_ROUGE"
-            entry = found.setdefault(metric, {"agg_value": None, "value_by_index": {}})
+            entry = by_type.setdefault(metric, {"agg_value": None, "value_by_index": {}})
             scores = log["value_by_index"][str(index)]
             entry["value_by_index"][str(index)] = {key: v for key, v in scores.items() if key.startswith("rouge")}
-    return found
+    return by_type

@@ -1,10 +1,10 @@
-"""What every suite is: files -> splits of rows -> a log."""
+"""What every suite shares: its row of the table, its settings, and how it reads files and generates answers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..logs.files import Log
 from ..metrics.rouge import rouge_scores
 from ..subject import Subject
 
-Splits = Mapping[str, list[dict]]
+Splits = Mapping[str, list[dict]]  # split -> rows
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class SuiteSettings:
     """How much of a suite is asked.
 
     Attributes:
-        rows: at most so many of each split, at even distances; None for all of them.
-        max_new_tokens: of each generation.
-        retain-only: a model that never saw the forget rows, for the membership attack that needs one.
+        rows: the most rows of each split, taken at even distances; None for all.
+        max_new_tokens: the most tokens of a generated answer.
+        retain_only: a model that never saw the forget rows, for the membership attack that compares with one.
     """
 
     rows: int | None = None
@@ -35,21 +35,34 @@ class SuiteSettings:
 
 @dataclass(frozen=True)
 class Suite:
-    """A row of the table.
+    """One suite; a row of ``SUITES``.
 
     Attributes:
-        file_name: of its log.
-        read: (path, name of the forget split or None) -> split -> rows; every refusal is here, before any compute.
-        evaluate: (subject, splits, settings) -> metric -> {value_by_index}; nothing is aggregated yet.
+        name: its key in ``SUITES``.
+        file_name: the file name of its log.
+        read: (path, name of the forget set or None) -> split -> rows. It raises every error of the rows, before any
+            compute.
+        evaluate: (subject, splits, settings) -> metric -> {value_by_index}, without aggregates.
+        forget_split: the split that attacks are run on; None where the suite has no forget rows.
+        question_key: the key of a row's question.
+        shown_answers: 'forget' and 'retain' -> the metric whose rows hold the generated answers that the HTML report
+            shows.
+        retain_only_metrics: the metrics that are measured against a retain-only model's log -> the split that each is
+            computed from.
     """
 
+    name: str
     file_name: str
     read: Callable[[Path, str | None], Splits]
     evaluate: Callable[[Subject, Splits, SuiteSettings], Log]
+    forget_split: str | None = None
+    question_key: str = "question"
+    shown_answers: Mapping[str, str] = field(default_factory=dict)
+    retain_only_metrics: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_file(directory: Path, stem: str) -> list[dict] | None:
-    """The rows of ``stem``.json or .jsonl, JSON lines or one JSON list; None where there is no such file.
+    """The rows of ``stem``.json or ``stem``.jsonl, which hold JSON lines or one JSON list; None without such a file.
 
     Raises:
         DataError: the file is damaged or empty.
@@ -61,10 +74,10 @@ def read_file(directory: Path, stem: str) -> list[dict] | None:
 
 
 def read_list(path: Path) -> list[dict]:
-    """The rows of a file of JSON lines, or of one JSON list of objects or texts.
+    """The rows of a file that holds JSON lines, or one JSON list of objects or texts.
 
     Raises:
-        DataError: it is neither.
+        DataError: the file holds something else.
     """
     try:
         whole = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -78,42 +91,42 @@ def read_list(path: Path) -> list[dict]:
     return rows
 
 
-def required(rows: list[dict] | None, what: str) -> list[dict]:
-    """The rows.
+def required(rows: list[dict] | None, file: str) -> list[dict]:
+    """The rows of a file that a suite cannot do without; ``file`` is its name in the message.
 
     Raises:
-        DataError: there are none.
+        DataError: the file is missing.
     """
     if rows is None:
-        raise DataError(f"expected {what}, found none; check the path")
+        raise DataError(f"expected {file}, found none; check the path")
     return rows
 
 
-def check_keys(rows: Sequence[Mapping], keys: Sequence[str], what: str) -> None:
-    """Every row has these keys.
+def check_keys(rows: Sequence[Mapping], keys: Sequence[str], where: str) -> None:
+    """Check that every row has these keys; ``where`` is the set's name in the message.
 
     Raises:
-        DataError: one does not; the message names it.
+        DataError: a row lacks one; the message names the row.
     """
     for number, row in enumerate(rows, start=1):
         missing = [key for key in keys if row.get(key) in (None, "", [])]
         if missing:
-            raise DataError(f"{what}, row {number}: expected {missing[0]!r}, found the keys {sorted(map(str, row))}")
+            raise DataError(f"{where}, row {number}: expected {missing[0]!r}, found the keys {sorted(map(str, row))}")
 
 
-def check_texts(rows: Sequence[Mapping], keys: Sequence[str], what: str) -> None:
-    """Every row has a text that is not blank under each of these keys.
+def check_texts(rows: Sequence[Mapping], keys: Sequence[str], where: str) -> None:
+    """Check that every row has a text, not only blanks, under each of these keys.
 
     Raises:
-        DataError: one does not; the message names it.
+        DataError: a row has none; the message names the row.
     """
-    check_keys(rows, keys, what)
+    check_keys(rows, keys, where)
     for number, row in enumerate(rows, start=1):
         for key in keys:
             if not isinstance(row[key], str):
-                raise DataError(f"{what}, row {number}: expected {key!r} as text, found a {type(row[key]).__name__}")
+                raise DataError(f"{where}, row {number}: expected {key!r} as text, found a {type(row[key]).__name__}")
             if not row[key].strip():
-                raise DataError(f"{what}, row {number}: expected {key!r} as text, found only blanks")
+                raise DataError(f"{where}, row {number}: expected {key!r} as text, found only blanks")
 
 
 def rouge_of(
@@ -126,32 +139,37 @@ def rouge_of(
     ends: Sequence[str] = (),
     prefixes: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Greedy answers to the rows, and their ROUGE against the completions, row by row; an empty answer scores 0.
+    """The log entry of greedy answers: for each row its ROUGE against the completion. An empty answer scores 0.
 
     Args:
-        ends: texts at the first of which a generation is cut; blanks before the answer are no part of it.
-        prefixes: text, a row, with which the answer begins: written for the model, and no part of what is scored.
+        subject: the model with its adapters.
+        rows: the rows that are answered.
+        settings: ``max_new_tokens``.
+        name: the set's name on the progress bar.
+        max_new_tokens: overrides the one of ``settings``.
+        ends: an answer is cut at the first of these texts, after the blanks before it are removed.
+        prefixes: for each row a text that its answer starts with; it is not scored.
     """
-    started = [subject.tokenizer(text, add_special_tokens=False)["input_ids"] for text in prefixes or ()]
+    prefix_ids = [subject.tokenizer(text, add_special_tokens=False)["input_ids"] for text in prefixes or ()]
     texts = generate(
         subject,
         rows,
         max_new_tokens=max_new_tokens or settings.max_new_tokens,
-        prefixes=started or None,
+        prefixes=prefix_ids or None,
         name=f"{name}: answers",
     )
     for end in ends:
         texts = [text.split(end)[0].strip() for text in texts]
     truths = [completion_text(row).strip() for row in rows]
-    begun = started or [[] for _ in rows]
-    asked = [encode_prompt(row, subject.tokenizer) + ids for row, ids in zip(rows, begun, strict=True)]
-    prompts = [subject.tokenizer.decode(ids, skip_special_tokens=True) for ids in asked]
-    told = zip(rouge_scores(texts, truths), prompts, truths, texts, strict=True)
+    starts = zip(rows, prefix_ids or [[] for _ in rows], strict=True)
+    prompt_ids = [encode_prompt(row, subject.tokenizer) + ids for row, ids in starts]
+    prompts = [subject.tokenizer.decode(ids, skip_special_tokens=True) for ids in prompt_ids]
     return by_index(
-        {**scores, "input": prompt, "ground_truth": truth, "generation": text} for scores, prompt, truth, text in told
+        {**scores, "input": prompt, "ground_truth": truth, "generation": text}
+        for scores, prompt, truth, text in zip(rouge_scores(texts, truths), prompts, truths, texts, strict=True)
     )
 
 
-def by_index(values: Any) -> dict[str, Any]:
-    """Rows' values as a log holds them."""
+def by_index(values: Iterable[Any]) -> dict[str, Any]:
+    """The log entry of these values, one for each row."""
     return {"agg_value": None, "value_by_index": {str(index): value for index, value in enumerate(values)}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..evaluation import Calibration
+from ..evaluation import TOLERANCE, Calibration
 from ._elements import missing, section
 from ._html import Markup, element
 from ._remedies import COMPARE_STRENGTHS, SEARCH_STRENGTH
@@ -22,7 +22,7 @@ def strength_section(calibration: Calibration | None) -> Markup:
     notes = []
     if not calibration.reached:
         notes.append(element(
-            "p", element("strong", "The goal was not reached"), " within the tolerance of the search, 2 %.",
+            "p", element("strong", "The goal was not reached"), f" within {TOLERANCE:.0%} of the target.",
             class_="warning",
         ))  # fmt: skip
     gaps = []

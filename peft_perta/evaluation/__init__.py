@@ -8,7 +8,7 @@ Imports from: errors, data, model.
 from .attacks import ATTACKS, run_attacks
 from .attacks.attack import Attack, AttackResult, AttackSettings, Victims
 from .attacks.formatting import format_attacks
-from .calibration import Calibration, Goal, calibrate, forget_loss_of_log
+from .calibration import TOLERANCE, Calibration, Goal, calibrate, forget_loss_of_log
 from .completions import losses_of, score_completions
 from .generation import generate
 from .lm_eval import general_benchmarks
@@ -28,6 +28,7 @@ __all__ = [
     "METRIC_GROUPS",
     "RECORD_NAME",
     "SUITES",
+    "TOLERANCE",
     "Attack",
     "AttackResult",
     "AttackSettings",

@@ -1,17 +1,23 @@
-"""One self-contained HTML page of what was measured, and its pictures.
+"""One self-contained HTML page that shows what unlearning changed, and a picture of the strength search.
 
-Imports from: ...
+Collect the numbers with ``report_data_of_logs`` or ``report_data_of_rows``, then write them with ``write_html_report``.
+
+Imports from: errors, data, adapters, evaluation.
 """
 
 from .calibration_picture import PICTURE_NAME, draw_calibration
+from .from_logs import report_data_of_logs
+from .from_rows import report_data_of_rows
 from .page import write_html_report
 from .pictures import BLUE, RED, TradeOffPanel, save_figure, trade_off_figure
-from .report_data import report_data_of_logs, report_data_of_rows
+from .report_data import ReportData, ReportHeader
 
 __all__ = [
     "BLUE",
     "PICTURE_NAME",
     "RED",
+    "ReportData",
+    "ReportHeader",
     "TradeOffPanel",
     "draw_calibration",
     "report_data_of_logs",

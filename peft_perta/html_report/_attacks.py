@@ -1,145 +1,156 @@
-"""What was tried to bring the knowledge back, and how much of it came."""
+"""The section on attacks: what was tried to bring the knowledge back, and how much of it came back."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from ._contents import ReportData
-from ._markup import Markup, element, join
-from ._parts import Cell, absent, number, section, share, table
+from ..evaluation import ATTACKS, AttackResult
+from ._elements import Cell, missing, section, table
+from ._html import Markup, element, join
+from ._numbers import number, share
+from ._remedies import ATTACK
+from .report_data import MODELS, ReportData, Values
 
-MEANINGS = {
-    "relearning": "A few steps of training on a few forget rows; the others are asked.",
-    "requantization": "The merged model, rounded to fewer bits.",
-    "paraphrase": "The same questions in other words.",
-    "prefix": "The beginning of the answer is given.",
-    "sampling": "Asked again and again, the best answer counting.",
-    "switched-off": "Whoever holds base and adapter apart can switch the edit off.",
-}
-
-
-SWITCHED_OFF = "switched-off"
-
-
-_NO_WAY = 0.02  # reference and full model this close, relative to them, cannot tell what came back
-
-
-_WORDS = {"probability": "probability", "rouge_l_recall": "ROUGE-L recall", "loss": "loss (nats per token)"}
-
-
-_MODELS = {"full": "before", "unlearned": "after", "retain-only": "retain-only"}  # as the page calls them
+_SWITCHED_OFF = "switched-off"  # always succeeds, so it does not compete for the strongest attack
+_RANKING_MEASURES = ("probability", "rouge_l_recall")
+_MEASURES = {"probability": "probability", "rouge_l_recall": "ROUGE-L recall", "loss": "loss (nats per token)"}
+_NO_DISTANCE = 0.02  # relative: if full and retain-only are this close, what was brought back cannot be told
 
 
 @dataclass(frozen=True)
-class Strongest:
-    """The attack that brings back the most, by probability or ROUGE-L recall.
+class StrongestAttack:
+    """The attack that brings back the most.
 
     Attributes:
-        came_back: the share of the way from the retain-only model to the model that knows, both under the same attack; None
-            where one of them was not measured.
+        name: the attack.
+        setting: the setting in which it was the strongest.
+        measure: ``probability`` or ``rouge_l_recall``.
+        values: the measure for each model under the attack.
+        recovered: share of the distance from the retain-only to the full model, both under the same attack; None if
+            one of them was not measured.
     """
 
-    attack: str
+    name: str
     setting: str
     measure: str
-    unlearned: float
-    retain_only: float | None
-    full: float | None
-    came_back: float | None
+    values: Values
+    recovered: float | None
 
 
-def strongest(report_data: ReportData) -> Strongest | None:
-    """By the share that came back; where none is known, by what is known. Switching off apart: it is no trial."""
-    found = [
-        Strongest(row["attack"], row["setting"], measure, came_back=_came_back(values, measure), **values)
-        for measure in ("probability", "rouge_l_recall")
-        for row in report_data.attacks
-        if row["attack"] != SWITCHED_OFF and (values := _values(row, measure))["unlearned"] is not None
+def strongest_attack(results: Sequence[AttackResult]) -> StrongestAttack | None:
+    """The attack that recovered the largest share; if no share is known, the one with the largest measured value."""
+    attacks = [
+        StrongestAttack(result.attack, result.setting, measure, values, _recovered(values, measure))
+        for measure in _RANKING_MEASURES
+        for result in results
+        if result.attack != _SWITCHED_OFF and (values := _values(result, measure)).unlearned is not None
     ]
-    known = [attack for attack in found if attack.came_back is not None]
-    if known:
-        return max(known, key=lambda attack: attack.came_back or 0.0)
+    ranked = [attack for attack in attacks if attack.recovered is not None]
+    if ranked:
+        return max(ranked, key=lambda attack: attack.recovered or 0.0)
     return max(
-        (attack for attack in found if attack.measure == found[0].measure),
-        key=lambda attack: attack.unlearned,
+        (attack for attack in attacks if attack.measure == attacks[0].measure),
+        key=lambda attack: attack.values.unlearned or 0.0,
         default=None,
     )
 
 
-def switched_off(report_data: ReportData) -> float | None:
-    """The probability of the forget rows with the edit switched off, where that was tried."""
-    tried = [_values(row, "probability")["unlearned"] for row in report_data.attacks if row["attack"] == SWITCHED_OFF]
-    return max((value for value in tried if value is not None), default=None)
+def switched_off(results: Sequence[AttackResult]) -> float | None:
+    """The probability of the forget rows with the negative adapter off, if that was tried."""
+    values = [_values(result, "probability").unlearned for result in results if result.attack == _SWITCHED_OFF]
+    return max((value for value in values if value is not None), default=None)
 
 
-def _values(row: dict[str, Any], measure: str) -> dict[str, Any]:
-    return {model: (row.get(model) or {}).get(measure) for model in _MODELS}
+def attacks_not_run(results: Sequence[AttackResult]) -> list[str]:
+    """The names of the attacks without a result."""
+    run = {result.attack for result in results}
+    return [name for name in ATTACKS if name not in run]
 
 
-def _came_back(values: dict[str, float | None], measure: str) -> float | None:
-    """Of what lies between the retain-only model and the model that knows; below 0 where less is left than in the retain-only model.
-
-    None where a value is missing, or where the model that knows does not stand out.
-    """
-    full, unlearned, retain_only = (values[model] for model in _MODELS)
-    if unlearned is None or retain_only is None or full is None:
-        return None
-    way = full - retain_only
-    if not math.isfinite(way) or not math.isfinite(unlearned):
-        return None
-    if (way > 0) == (measure == "loss") or abs(way) < _NO_WAY * max(abs(full), abs(retain_only)):
-        return None
-    return (unlearned - retain_only) / way
+def measure_label(measure: str) -> str:
+    """A measure's name for people."""
+    return _MEASURES.get(measure, measure)
 
 
-def words_of(measure: str) -> str:
-    return _WORDS.get(measure, measure)
-
-
-def attacks_section(report_data: ReportData, how: str) -> Markup:
-    heading = "Attempts to bring it back"
-    run = {row["attack"] for row in report_data.attacks}
-    left = [name for name in MEANINGS if name not in run]
-    if not run:
-        return section(
-            "attacks", heading, absent("No attack was run: what a determined person gets back is not known.", how)
-        )
-    intro = element(
-        "p", "Each attack was run on the model after the edit and, where a column is filled, on the retain-only model and on "
-        "the model before. What counts is the distance to the retain-only model under the same attack: relearning teaches the "
-        "reference too. What came back is a share of the way from there to the model before; "
-        "below 0, less is left than in the retain-only model.",
+def attacks_section(data: ReportData) -> Markup:
+    """A table for each measure, with a row for each attack and setting."""
+    heading = "Attacks"
+    if not data.attacks:
+        note = missing("No attack was run, so it is unknown what an attacker can bring back.", ATTACK)
+        return section("attacks", heading, note)
+    introduction = element(
+        "p", "Each attack tries to bring the forgotten knowledge back. It was run on the unlearned model and, where a "
+        "column has values, on the full and the retain-only model. Compare with the retain-only model under the same "
+        "attack, because some attacks teach that model too. The column “brought back” is the share of the distance "
+        "from the retain-only to the full model. Below 0%, the unlearned model knows less than the retain-only model.",
     )  # fmt: skip
-    rest = absent(f"Attacks that were not run: {', '.join(left)}.", how) if left else Markup()
-    return section("attacks", heading, intro, *_tables(report_data.attacks), rest)
+    left = attacks_not_run(data.attacks)
+    note = missing(f"These attacks were not run: {', '.join(left)}.", ATTACK) if left else Markup()
+    return section("attacks", heading, introduction, *_tables(data.attacks), note)
 
 
-def _tables(rows: list[dict[str, Any]]) -> Iterator[Markup]:
-    """One for each thing that was measured."""
-    measures = {key: None for row in rows for model in _MODELS for key in row.get(model) or {}}
-    for measure in sorted(measures, key=lambda key: list(_WORDS).index(key) if key in _WORDS else len(_WORDS)):
-        with_it = [row for row in rows if any(value is not None for value in _values(row, measure).values())]
-        models = [model for model in _MODELS if any(_values(row, measure)[model] is not None for row in with_it)]
-        header: list[Cell] = ["attack", *(_MODELS[model] for model in models)]
-        body, explained = [], set()
-        for row in with_it:
-            values = _values(row, measure)
-            cells = [number(values[model]) for model in models]
-            if len(models) == len(_MODELS):
-                back = _came_back(values, measure)
-                cells.append(number(None) if back is None else share(back))
-            body.append([_name(row, row["attack"] not in explained), *cells])
-            explained.add(row["attack"])
-        header += ["came back"] if len(models) == len(_MODELS) else []
-        better = "higher is better" if measure == "loss" else "lower is better"
-        known = f", {better}" if measure in _WORDS else ""
-        yield table(f"Forget rows under attack: {words_of(measure)}{known}", header, body, is_numbers=True)
+def _tables(results: Sequence[AttackResult]) -> Iterator[Markup]:
+    """One table for each measure, the known measures first."""
+    measures = {measure: None for result in results for numbers in _numbers(result) for measure in numbers}
+    for measure in dict.fromkeys([*(name for name in _MEASURES if name in measures), *measures]):
+        values = [(result, _values(result, measure)) for result in results]
+        yield _table(measure, [(result, of_models) for result, of_models in values if of_models != _NOTHING])
 
 
-def _name(row: dict[str, Any], is_first: bool) -> Markup:
-    meaning = MEANINGS.get(row["attack"], "") if is_first else ""
-    return join(element("span", row["attack"]), element("code", row["setting"]) if row["setting"] else Markup(),
-                element("small", meaning) if meaning else Markup())  # fmt: skip
+def _table(measure: str, rows: list[tuple[AttackResult, Values]]) -> Markup:
+    columns = [place for place in range(len(MODELS)) if any(values[place] is not None for _, values in rows)]
+    has_every_model = len(columns) == len(MODELS)
+    body, explained = [], set()
+    for result, values in rows:
+        cells = [number(values[column]) for column in columns]
+        if has_every_model:
+            recovered = _recovered(values, measure)
+            cells.append(number(None) if recovered is None else share(recovered))
+        body.append([_name(result, is_explained=result.attack in explained), *cells])
+        explained.add(result.attack)
+    header: list[Cell] = ["attack", *(MODELS[column] for column in columns)]
+    header += ["brought back"] if has_every_model else []
+    better = "higher is better" if measure == "loss" else "lower is better"
+    direction = f", {better}" if measure in _MEASURES else ""
+    caption = f"Forget rows under attack: {measure_label(measure)}{direction}"
+    return table(caption, header, body, is_numeric=True)
+
+
+def _name(result: AttackResult, *, is_explained: bool) -> Markup:
+    description = ATTACKS[result.attack].meaning if result.attack in ATTACKS and not is_explained else ""
+    return join(
+        element("span", result.attack),
+        element("code", result.setting) if result.setting else Markup(),
+        element("small", description) if description else Markup(),
+    )
+
+
+_NOTHING = Values(None, None, None)
+
+
+def _numbers(result: AttackResult) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """The measures of each model, in the order of ``MODELS``."""
+    return result.full or {}, result.unlearned or {}, result.retain_only or {}
+
+
+def _values(result: AttackResult, measure: str) -> Values:
+    return Values(*(numbers.get(measure) for numbers in _numbers(result)))
+
+
+def _recovered(values: Values, measure: str) -> float | None:
+    """The share of the distance from the retain-only to the full model that the attack recovers.
+
+    It is negative if the unlearned model shows less than the retain-only model. It is None if a value is missing, or if
+    the full model does not stand out.
+    """
+    full, unlearned, retain_only = values
+    if full is None or unlearned is None or retain_only is None:
+        return None
+    distance = full - retain_only
+    if not math.isfinite(distance) or not math.isfinite(unlearned):
+        return None
+    if (distance > 0) == (measure == "loss") or abs(distance) < _NO_DISTANCE * max(abs(full), abs(retain_only)):
+        return None
+    return (unlearned - retain_only) / distance

@@ -1,137 +1,123 @@
-"""What a page shows, gathered: the model before, after, and the one that never saw the forget rows, side by side."""
+"""The numbers and texts that an HTML report shows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+from ..adapters import PROVENANCE_NAME, PerTAProvenance, Provenance, load_provenance, read_provenance, versions
+from ..errors import DataError
+from ..evaluation import AttackResult, Calibration
 
-from ..adapters import PROVENANCE_NAME, load_provenance, versions
-from ..data import ROW_KINDS, completion_text, spread
-from ..evaluation import SUITES, AttackResult, Log, Subject, evaluate_split, generate, summary
-from ._contents import ReportData
-
-SHOWN = 10  # generations of each split
+FULL, UNLEARNED, RETAIN_ONLY = MODELS = ("full", "unlearned", "retain-only")
+SHOWN_ROWS = 10  # generations per set: more would quote more of the data than a reader checks
 
 
-def report_data_of_logs(
-    sides: Mapping[str, Mapping[str, Log]],
-    *,
-    title: str,
-    base_model: str,
-    adapters: Sequence[str | Path] = (),
-    attacks: Sequence[AttackResult] = (),
-    commands: Sequence[str] = (),
-) -> ReportData:
-    """From evaluation logs.
+class Values(NamedTuple):
+    """One metric of the three models; None where it was not measured."""
 
-    Args:
-        sides: 'before', 'after', 'reference' -> suite -> log; what was not judged is left out.
-        adapters: directories, in the order of the stack; the last one's provenance tells what was done.
+    full: float | None
+    unlearned: float | None
+    retain_only: float | None
+
+
+@dataclass(frozen=True)
+class ReportHeader:
+    """What a report is about.
+
+    Attributes:
+        title: the heading of the page.
+        base_model: name or path of the base model.
+        adapters: names or paths of the adapters on the base model, in stacking order. The last one is the negative
+            adapter: if its directory holds a provenance file, the report shows it.
+        commands: the shell commands that produced the numbers.
     """
-    models = {
-        label: {metric: value for log in logs.values() for metric, value in summary(log).items()}
-        for label, logs in sides.items()
-        if logs
-    }
-    return _report_data(title, base_model, adapters, models, _shown(sides), attacks, commands)
+
+    title: str
+    base_model: str
+    adapters: Sequence[str] = ()
+    commands: Sequence[str] = ()
 
 
-def report_data_of_rows(
-    model: nn.Module,
-    tokenizer: Any,
-    rows: Mapping[str, Sequence[dict]],
-    stacks: Mapping[str, Sequence[str]],
-    *,
-    title: str,
-    base_model: str,
-    adapters: Sequence[str | Path],
-    commands: Sequence[str] = (),
-    judged: int = 50,
-    batch_size: int = 32,
-    max_new_tokens: int = 96,
-) -> ReportData:
-    """From rows alone: losses of some, and answers to a few, by each stack of adapters on one model.
+@dataclass(frozen=True)
+class ReportData:
+    """What was done to a model, and what was measured. Every part except the header may be missing.
 
-    Args:
-        rows: 'forget' and 'retain' -> rows of any kind; those of text are not answered.
-        stacks: 'before', 'after' -> names of the adapters that are on.
-        judged: at most so many rows of each split, at even distances.
+    Attributes:
+        header: title, base model, adapters and commands.
+        provenance: ``to_dict`` of the adapter's provenance; None if the adapter has none.
+        models: label -> metric -> value. The page knows the labels ``full``, ``unlearned`` and ``retain-only``; it
+            shows any other label in a column of its own.
+        generations: split (``forget``, ``retain``) -> rows with the keys ``prompt``, ``expected`` and one key for each
+            label in ``models``.
+        attacks: results of the attacks on the forget rows.
+        made_with: package -> version.
     """
-    models: dict[str, dict[str, float]] = {label: {} for label in stacks}
-    generations: dict[str, list[dict[str, str]]] = {}
-    for split, found in rows.items():
-        asked = [row for row in spread(list(found), SHOWN) if any(set(kind) <= set(row) for kind in ROW_KINDS[:-1])]
-        answers = {}
-        for label, stack in stacks.items():
-            subject = Subject(model, tokenizer, stack, batch_size)
-            scores = evaluate_split(subject, spread(list(found), judged), is_forget=split == "forget")
-            models[label][f"{split}_Q_A_Prob"] = scores.probability
-            models[label][f"{split}_loss"] = scores.loss
-            if asked:
-                answers[label] = generate(subject, asked, max_new_tokens=max_new_tokens, name=f"{split}: {label}")
-        generations[split] = [
-            {"prompt": _question(row), "expected": completion_text(row), **dict(zip(answers, told, strict=True))}
-            for row, *told in zip(asked, *answers.values(), strict=True)
-        ]
-    return _report_data(title, base_model, adapters, models, generations, (), commands)
+
+    header: ReportHeader
+    provenance: dict[str, Any] | None = None
+    models: dict[str, dict[str, float]] = field(default_factory=dict)
+    generations: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    attacks: Sequence[AttackResult] = ()
+    made_with: dict[str, str] = field(default_factory=dict)
+
+    def value(self, label: str, metric: str) -> float | None:
+        """The value of a metric for one model, or None if it was not measured."""
+        return self.models.get(label, {}).get(metric)
+
+    def values(self, metric: str) -> Values:
+        """The values of a metric for the three models."""
+        return Values(*(self.value(label, metric) for label in MODELS))
+
+    @property
+    def has_retain_only(self) -> bool:
+        """Whether the retain-only model was measured."""
+        return bool(self.models.get(RETAIN_ONLY))
+
+    def read_provenance(self) -> Provenance | None:
+        """The adapter's provenance as an object.
+
+        Raises:
+            DataError: ``provenance`` is damaged.
+        """
+        if self.provenance is None:
+            return None
+        try:
+            return read_provenance(self.provenance)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"the provenance in the report data is damaged ({type(error).__name__}: {error}); expected what "
+                "PerTAProvenance.to_dict or another provenance's to_dict returns, or None"
+            ) from error
+
+    def read_calibration(self) -> Calibration | None:
+        """The search for the strength that the provenance records.
+
+        Raises:
+            DataError: ``provenance``, or the search that it records, is damaged.
+        """
+        provenance = self.read_provenance()
+        if not isinstance(provenance, PerTAProvenance) or provenance.calibration is None:
+            return None
+        try:
+            return Calibration.from_dict(provenance.calibration)
+        except TypeError as error:
+            raise DataError(
+                f"the calibration in the report data's provenance is damaged ({error}); expected what "
+                "Calibration.to_dict returns, or None"
+            ) from error
 
 
-def _report_data(
-    title: str,
-    base_model: str,
-    adapters: Sequence[str | Path],
+def build_report_data(
+    header: ReportHeader,
     models: dict[str, dict[str, float]],
     generations: dict[str, list[dict[str, str]]],
-    attacks: Sequence[AttackResult],
-    commands: Sequence[str],
+    attacks: Sequence[AttackResult] = (),
 ) -> ReportData:
-    report = None
-    if adapters and (Path(adapters[-1]) / PROVENANCE_NAME).is_file():
-        report = load_provenance(adapters[-1])[0].to_dict()
-    return ReportData(
-        title=title,
-        base_model=base_model,
-        adapters=[str(directory) for directory in adapters],
-        report=report,
-        models=models,
-        calibration=(report or {}).get("calibration"),
-        generations=generations,
-        attacks=[result.to_dict() for result in attacks],
-        commands=list(commands),
-        made_with=versions(),
-    )
-
-
-def _shown(sides: Mapping[str, Mapping[str, Log]]) -> dict[str, list[dict[str, str]]]:
-    """The same rows' generations of every side, at even distances."""
-    shown = {}
-    for split in ("forget", "retain"):
-        metrics = [suite.shown_answers[split] for suite in SUITES.values() if split in suite.shown_answers]
-        rows = {
-            label: log[metric]["value_by_index"]
-            for label, logs in sides.items()
-            for log in logs.values()
-            for metric in metrics
-            if metric in log
-        }
-        if "after" not in rows:
-            continue
-        indices = [index for index, row in rows["after"].items() if row is not None]
-        shown[split] = [
-            {
-                "prompt": rows["after"][index]["input"],
-                "expected": rows["after"][index]["ground_truth"],
-                **{label: found[index]["generation"] for label, found in rows.items() if found.get(index)},
-            }
-            for index in spread(indices, SHOWN)
-        ]
-    return shown
-
-
-def _question(row: Mapping[str, Any]) -> str:
-    """What the row asks, as plain text."""
-    asked = row.get("question") or row.get("prompt") or row["messages"][:-1]
-    return asked if isinstance(asked, str) else str(asked[-1].get("content", ""))
+    """Combine measurements with the provenance of the last adapter and the package versions."""
+    provenance = None
+    if header.adapters and (Path(header.adapters[-1]) / PROVENANCE_NAME).is_file():
+        provenance = load_provenance(header.adapters[-1])[0].to_dict()
+    return ReportData(header, provenance, models, generations, attacks, versions())

@@ -1,7 +1,7 @@
 """How do I use a weighting of my own?
 
-A weighting is a function of two tensors of one shape: how much each parameter matters to the forget set, and how much to
-the retain set (magnitudes >= 0). It returns weights in [0, 1]. Name it 'module:attribute' in the config; the package
+A weighting is a function of two tensors of one shape (magnitudes >= 0): how much each parameter matters to the forget
+set, and how much to the retain set. It returns weights in [0, 1]. Name it 'module:attribute' in the config; the package
 itself needs no change, and the adapter's provenance holds the name. The weighting below gives weight 0 to every
 parameter that matters more to the retain set.
 

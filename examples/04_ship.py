@@ -1,9 +1,9 @@
 """How strong must the negative adapter be, and how do I ship it?
 
 Two unlearning requests arrive one after the other. Each becomes its own negative adapter, at the largest strength that
-raises the loss of held-out retain rows by at most a tolerance. The adapters stack, and either can be withdrawn. They are
-fused with the task adapter for a server that takes one adapter per request, and one is merged into a full-precision copy
-of the base for a server that takes none.
+raises the loss of held-out retain rows by at most a tolerance. The adapters stack, and either can be withdrawn. For a
+server that takes one adapter per request, they are fused with the task adapter. For a server that takes none, the first
+one is merged into a full-precision copy of the base.
 
     python examples/04_ship.py [--output shipped]
 """

@@ -1,7 +1,7 @@
 """What if I would rather train the model to forget?
 
-On the full model, an adapter is trained to forget some rows (NPO) and to keep others. SAGO combines the two gradients so
-that neither undoes the other. The result is plain LoRA, and stacks on the full model.
+On the full model, an adapter is trained to forget some rows (NPO) and to keep others. SAGO combines the two gradients
+so that neither undoes the other. The result is plain LoRA, and stacks on the full model.
 
     python examples/06_train.py [--output trained] [--four-bit]
 """

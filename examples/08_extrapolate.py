@@ -1,7 +1,8 @@
 """An unlearning run stopped early: how far should its adapter be extrapolated?
 
-UIPE scales the adapter's delta up, without training. Here the factor is the largest that the loss of held-out retain rows
-allows, found by forward passes only. Any unlearning adapter can be extrapolated; this script trains a short one first.
+UIPE scales the adapter's delta up, without training. Here the factor is the largest that the loss of held-out retain
+rows allows, found by forward passes only. Any unlearning adapter can be extrapolated; this script trains a short one
+first.
 
     python examples/08_extrapolate.py [--output extrapolated] [--tolerance 0.3] [--four-bit]
 """

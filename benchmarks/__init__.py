@@ -1,1 +1,1 @@
-"""Measurements behind the claims in docs/: each is ``python -m benchmarks.NAME``."""
+"""The measurements behind the claims in docs/. Run one with ``python -m benchmarks.NAME``."""

@@ -1,9 +1,10 @@
-"""What the gradient engine costs, on this CPU: ratios, each against a named alternative in the same run.
+"""The cost of the gradient engine on this CPU, as ratios to named alternatives that are timed in the same run.
 
     python -m benchmarks.engine [--json FILE] [--rounds 5] [--only NAME ...]
 
-A Llama of 49M parameters in float32, 2 threads. Every round runs every arm once, in turn; a ratio is the median over
-rounds of the arm's time over the alternative's in the same round. Memory is the process's peak beyond the model.
+The model is a Llama of 49M parameters in float32, on 2 threads. Each round runs every arm once. A ratio is the median
+over rounds of the arm's time divided by the alternative's time in the same round. Memory is the process's peak beyond
+the model.
 """
 
 from __future__ import annotations
@@ -49,16 +50,16 @@ GOALS = {
 }
 KEEP_PAGES = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**40)}
 MEANINGS = {
-    "delta_mean": "delta, mean gradient: time over a plain LoRA forward and backward",
+    "delta_mean": "delta, mean gradient: time over that of a plain LoRA forward and backward pass",
     "delta_squares": "delta, per-sample squares: time over the same",
     "factor": "factor, mean gradient: time over the same",
     "separable": "separable, mean gradient: time over the same",
     "factor_directions": "factor with input directions (the default edit): time over the same",
     "dense_time": "delta, mean gradient: time over dense autograd",
-    "dense_memory": "peak memory beyond the model, at a budget of 1/4 of the statistics, over dense autograd's",
-    "layerwise": "layer by layer, delta: time over a plain LoRA forward and backward",
-    "svd_time": "factors of rank 16 of a 4096 x 4096 edit: time over torch.linalg.svd",
-    "svd_excess_error": "the same: squared error above the best one's, as a share of it",
+    "dense_memory": "peak memory beyond the model, with a budget of 1/4 of the gradient sums, over dense autograd's",
+    "layerwise": "layer by layer, delta: time over that of a plain LoRA forward and backward pass",
+    "svd_time": "rank-16 factors of a 4096 x 4096 edit: time over torch.linalg.svd's",
+    "svd_excess_error": "the same: squared error above the best rank-16 error, as a share of it",
 }
 
 
@@ -88,13 +89,13 @@ def drawn_samples(seed: int, count: int = SAMPLES) -> list[Sample]:
 
 
 def plain_lora(model: PeftModel, samples: list[Sample]) -> None:
-    """What training the adapter costs: forward, and backward to A and B alone."""
+    """The cost of training the adapter: forward, and backward to A and B alone."""
     for batch in batches(samples, BATCH):
         sample_losses(model, batch).sum().backward()
 
 
 def dense_autograd(model: PeftModel, targets: list[Target], samples: list[Sample]) -> dict[str, Tensor]:
-    """The obvious way: the weights require gradients, which are kept. No LoRA branch runs."""
+    """The obvious alternative: autograd computes and keeps the gradients of the weights. No LoRA branch runs."""
     weights = {target.name: target.base_layer.weight for target in targets}
     model.requires_grad_(False)
     for weight in weights.values():
@@ -110,7 +111,7 @@ def dense_autograd(model: PeftModel, targets: list[Target], samples: list[Sample
 
 
 def times(rounds: int) -> dict[str, list[float]]:
-    """Arm -> seconds, round by round."""
+    """Arm -> seconds of each round."""
     model = adapted_llama()
     targets = resolve_targets(model, "forget")
     samples = drawn_samples(0)
@@ -158,7 +159,7 @@ def times(rounds: int) -> dict[str, list[float]]:
 
 
 class Peak:
-    """The process's largest resident size within the block, beyond what it was before."""
+    """The process's peak resident size within the block, beyond its size before."""
 
     def __enter__(self) -> Peak:
         gc.collect()
@@ -184,28 +185,30 @@ class Peak:
 
 
 def peak_memory(arm: str) -> dict[str, float]:
-    """Run in a process of its own: both sets' gradients, and for ours the adapter too."""
+    """Peak memory of computing both sets' gradients (and, for 'ours', the adapter too), in bytes.
+
+    It must run in a fresh process.
+    """
     model = adapted_llama()
     targets = resolve_targets(model, "forget")
     sets = {"forget": drawn_samples(0), "retain": drawn_samples(1)}
-    held = sum(2 * 4 * target.A.shape[1] * len(target.B) for target in targets)
-    plain_lora(model, drawn_samples(2, 1))  # libraries' own buffers come with the first pass
+    gradient_bytes = sum(2 * 4 * target.A.shape[1] * len(target.B) for target in targets)
+    plain_lora(model, drawn_samples(2, 1))  # the first pass allocates the libraries' own buffers
     model.zero_grad(set_to_none=True)
     with Peak() as peak:
         if arm == "dense":
-            kept = [dense_autograd(model, targets, samples) for samples in sets.values()]
-            assert len(kept) == 2
+            gradients = [dense_autograd(model, targets, samples) for samples in sets.values()]
+            assert len(gradients) == 2
         else:
-            rows = [[{"input_ids": s.input_ids, "labels": s.labels} for s in found] for found in sets.values()]
-            config = PerTAConfig(
-                granularity="delta", batch_size=BATCH, input_directions=False, host_memory=peak.before + held // 4
-            )
+            rows = [[{"input_ids": s.input_ids, "labels": s.labels} for s in samples] for samples in sets.values()]
+            host_memory = peak.before + gradient_bytes // 4
+            config = PerTAConfig(granularity="delta", batch_size=BATCH, input_directions=False, host_memory=host_memory)
             get_perta_state_dict(model, config, *rows)
-    return {"beyond": peak.beyond, "statistics": held}
+    return {"beyond": peak.beyond, "gradient_sums": gradient_bytes}
 
 
 def apart(*arguments: str, **environment: str) -> dict:
-    """What a process of its own measures."""
+    """The measurements of a fresh process."""
     command = [sys.executable, "-m", "benchmarks.engine", *arguments]
     finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     if finished.returncode:
@@ -214,7 +217,7 @@ def apart(*arguments: str, **environment: str) -> dict:
 
 
 def svd(rounds: int) -> tuple[list[float], float]:
-    """(time over torch.linalg.svd's, round by round; excess squared error)."""
+    """Time over torch.linalg.svd's in each round, and excess squared error."""
     torch.manual_seed(0)
     size, rank = 4096, 16
     forget, retain = torch.randn(size, size).abs(), torch.randn(size, size).abs()
@@ -236,7 +239,7 @@ def svd(rounds: int) -> tuple[list[float], float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the ratios as JSON")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of which medians are taken (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds to take the median over (default: 5)")
     parser.add_argument("--only", nargs="+", choices=["time", "memory", "svd"], default=["time", "memory", "svd"])
     parser.add_argument("--times", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", choices=["dense", "ours"], help=argparse.SUPPRESS)
@@ -252,8 +255,8 @@ def main() -> None:
     ratios: dict[str, float] = {}
     also: dict[str, float] = {}
     if "time" in options.only:
-        # Memory that is freed stays with the process: otherwise an arm now and then pays for pages that another gave
-        # back, which is more than the differences of interest.
+        # The process keeps freed memory. Otherwise an arm sometimes pays for pages that another arm gave back, which
+        # costs more than the differences of interest.
         seconds = apart("--times", "--rounds", str(options.rounds), **KEEP_PAGES)
         for name in ("delta_mean", "delta_squares", "factor", "separable", "layerwise"):
             ratios[name] = stats.median(a / b for a, b in zip(seconds[name], seconds["plain"], strict=True))
@@ -261,13 +264,13 @@ def main() -> None:
         also["factor_directions"] = stats.median(a / b for a, b in of_default)
         ratios["dense_time"] = stats.median(a / b for a, b in zip(seconds["delta_mean"], seconds["dense"], strict=True))
     if "memory" in options.only:
-        taken = [(apart("--memory-of", "ours"), apart("--memory-of", "dense")) for _ in range(options.rounds)]
-        ratios["dense_memory"] = stats.median(ours["beyond"] / dense["beyond"] for ours, dense in taken)
+        peaks = [(apart("--memory-of", "ours"), apart("--memory-of", "dense")) for _ in range(options.rounds)]
+        ratios["dense_memory"] = stats.median(ours["beyond"] / dense["beyond"] for ours, dense in peaks)
     if "svd" in options.only:
         of_time, excess = svd(options.rounds)
         ratios["svd_time"], ratios["svd_excess_error"] = stats.median(of_time), excess
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {options.rounds} rounds\n")
-    print("| what | ratio | goal |\n|---|---|---|")
+    print("| measure | ratio | goal |\n|---|---|---|")
     for name in (name for name in GOALS if name in ratios):
         print(f"| {name}: {MEANINGS[name]} | {ratios[name]:.4g} | <= {GOALS[name]:.3g} |")
     for name, ratio in also.items():

@@ -1,13 +1,13 @@
-"""What does bringing an edit down to a rank lose, and which fit loses least?
+"""How much does fitting an edit at a rank lose, and which fit loses least?
 
-For each seed: a forget adapter is trained on the shipped model, dense edits are made of it, and fitted at ranks r/2, r,
-2r and 4r (r the forget adapter's own) by every fit. Read are the shares of energy kept and of the fit's own
-measure lost; KL of the adapter's next-token distributions from the dense edit's on the judged retain rows, both at the
-dense edit's strength of matched forgetting; and retain and general loss at matched forgetting.
+For each seed, a forget adapter is trained on the shipped model, and dense edits of it are fitted at ranks r/2, r, 2r
+and 4r by every fit, where r is the rank of the forget adapter. Measured are the share of energy kept; the KL divergence
+of the fitted adapter's next-token distributions from the dense edit's, on the judged retain rows, both at the strength
+where the dense edit matches forgetting; and retain and general loss at matched forgetting.
 
     python -m benchmarks.fidelity [--seeds 0 1 2] [--weightings grad] [--quick] [--json FILE]
 
-``--quick`` takes the ranks around r alone, and none of what was tried beside; --json adds to the file, seed by seed.
+``--quick`` measures only the ranks around r, and no further variants. ``--json`` appends to the file after each seed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RANKS = (RANK // 2, RANK, 2 * RANK, 4 * RANK)
 
 
 def edits_of(weighting: str, quick: bool) -> dict[Edit, tuple[int, ...]]:
-    """The edits at full rank, and the ranks that they are fitted at; the second needs no fit from its own rank on."""
+    """The edits at full rank, and the ranks to fit them at; the factor edit is exact from the forget adapter's rank."""
     edits = {
         edit_of("delta", weighting): (RANK, 2 * RANK) if quick else RANKS,
         edit_of("factor", weighting, directions=True): (RANK // 2, RANK) if quick else RANKS,
@@ -46,7 +46,7 @@ def edits_of(weighting: str, quick: bool) -> dict[Edit, tuple[int, ...]]:
 
 
 def loha(rank: int) -> Change:
-    """W (*) (B A) with W at a low rank: PEFT's LoHa form, as large as a LoRA adapter of the two ranks' sum."""
+    """W (*) (B A) with W of a low rank: PEFT's LoHa form. It is as large as a LoRA adapter of the sum of both ranks."""
 
     def change(layer: Target, pair: Mapping[str, GradientSums], factors: Factors) -> Factors:
         W = ratio(*(pair[name].magnitudes()["weight"] for name in ("forget", "retain")), 1.0)
@@ -57,13 +57,13 @@ def loha(rank: int) -> Change:
 
 
 def without_middle_layers(layer: Target, pair: Mapping[str, GradientSums], factors: Factors) -> Factors:
-    """The middle third of the shipped model's six blocks left as they are."""
+    """Leave the middle third of the shipped model's six blocks unedited."""
     skipped = any(f".layers.{index}." in layer.name for index in (2, 3))
     return replace(factors, B=factors.B * (not skipped))
 
 
-# Label, rank that a LoRA adapter of the same size has, config to start from, and what is done to it.
-TRIED: list[tuple[str, int, PerTAConfig, Change]] = [
+# Label, rank of a LoRA adapter of the same size, config of the edit, and the change to its factors.
+VARIANTS: list[tuple[str, int, PerTAConfig, Change]] = [
     ("LoHa, W at rank r", 2 * RANK, PerTAConfig(granularity="delta", input_directions=False, rank=DENSE), loha(RANK)),
     ("LoHa, W at rank 3r", 4 * RANK, PerTAConfig(granularity="delta", input_directions=False, rank=DENSE),
      loha(3 * RANK)),
@@ -72,19 +72,21 @@ TRIED: list[tuple[str, int, PerTAConfig, Change]] = [
 
 
 def fit_kl(bench: Bench, p: str, q: str, strength: float) -> float:
-    """KL(p || q), mean over tokens with loss of the judged retain rows, nats; both adapters at one strength."""
+    """KL(p || q) in nats, as a mean over the judged retain rows' tokens with a loss; both adapters at one strength."""
     total = count = 0.0
     for batch in batches(bench.judged["retain"], 50):
-        found = []
+        log_probabilities = []
         with ExitStack() as strengths:
             for name in (p, q):
                 strengths.enter_context(adapter_strength(bench.model, name, strength))
             for name in (p, q):
                 with preserved(bench.model, ["task", name]), torch.no_grad():
                     output = bench.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-                    found.append(torch.log_softmax(output.logits[:, :-1][batch.labels[:, 1:] != -100], dim=-1))
-        total += float((found[0].exp() * (found[0] - found[1])).sum())
-        count += len(found[0])
+                    logits = output.logits[:, :-1][batch.labels[:, 1:] != -100]
+                    log_probabilities.append(torch.log_softmax(logits, dim=-1))
+        log_p, log_q = log_probabilities
+        total += float((log_p.exp() * (log_p - log_q)).sum())
+        count += len(log_p)
     return total / count
 
 
@@ -94,13 +96,13 @@ def run(seed: int, weightings: Sequence[str] = ("grad",), quick: bool = False) -
     results = []
 
     def judge(
-        name: str, edit: str, fit: str, rank: int | None, energy: float, guess: float = 1.0, **found: float
+        name: str, edit: str, fit: str, rank: int | None, energy: float, guess: float = 1.0, **measured: float
     ) -> float:
         match = bench.matched(name, guess)
         with adapter_strength(bench.model, name, match.strength):
             losses = bench.losses("task", name)
         results.append({"seed": seed, "edit": edit, "fit": fit, "rank": rank, "strength": match.strength,
-                        "energy_kept": energy, **found, **losses})  # fmt: skip
+                        "energy_kept": energy, **measured, **losses})  # fmt: skip
         return match.strength
 
     with bench.edited(PerTAConfig(weighting="uniform"), "negation") as energy:
@@ -117,16 +119,18 @@ def run(seed: int, weightings: Sequence[str] = ("grad",), quick: bool = False) -
                             label = "exact" if exact else fit
                             judge("fitted", edit.name, label, rank, energy, guess=1.1 * strength, kl=kl)
                     bar.update()
-    tried = [] if quick or "grad" not in weightings else TRIED
-    for name, rank, config, change in tqdm(tried, desc=f"tried, seed {seed}"):
-        with bench.edited(config, "tried", change=change) as energy:
-            judge("tried", name, "tried", rank, energy)
+    variants = [] if quick or "grad" not in weightings else VARIANTS
+    for name, rank, config, change in tqdm(variants, desc=f"variants, seed {seed}"):
+        with bench.edited(config, "variant", change=change) as energy:
+            judge("variant", name, "tried", rank, energy)
     return results
 
 
 def table(results: list[dict]) -> str:
-    """Mean and standard deviation over seeds, as Markdown; the gain over plain negation as a share of the paper's dense
-    edit's (delta grad)."""
+    """Mean and standard deviation over seeds, as Markdown.
+
+    'gain' is what the edit saves against plain negation, as a share of what the paper's dense edit (delta grad) saves.
+    """
     lines = ["| edit | fit | rank | energy kept | KL | retain | general | gain |", "|---|---|---|---|---|---|---|---|"]
 
     def of(edit: str, fit: str) -> dict[int, dict]:
@@ -134,20 +138,20 @@ def table(results: list[dict]) -> str:
 
     negation, paper = of("plain negation", ""), of("delta grad", "dense")
     for key in dict.fromkeys((r["edit"], r["fit"], r["rank"]) for r in results):
-        found = [r for r in results if (r["edit"], r["fit"], r["rank"]) == key]
+        runs = [r for r in results if (r["edit"], r["fit"], r["rank"]) == key]
         gain = ""
         if paper and key[0] != "plain negation":
-            gains = [_gain(r, negation[r["seed"]], paper[r["seed"]]) for r in found]
+            gains = [_gain(r, negation[r["seed"]], paper[r["seed"]]) for r in runs]
             gain = f"{stats.mean(gains):.0%}" + (f" ± {stats.stdev(gains):.0%}" if len(gains) > 1 else "")
-        kl = f"{stats.mean(r['kl'] for r in found):.3f}" if "kl" in found[0] else ""
-        energy = f"{stats.mean(r['energy_kept'] for r in found):.0%}"
-        cells = [_spread([r[split] for r in found]) for split in ("retain", "general")]
+        kl = f"{stats.mean(r['kl'] for r in runs):.3f}" if "kl" in runs[0] else ""
+        energy = f"{stats.mean(r['energy_kept'] for r in runs):.0%}"
+        cells = [_spread([r[split] for r in runs]) for split in ("retain", "general")]
         lines.append(f"| {key[0]} | {key[1]} | {key[2] or ''} | {energy} | {kl} | {' | '.join(cells)} | {gain} |")
     return "\n".join(lines)
 
 
 def _gain(result: dict, negation: dict, paper: dict) -> float:
-    """What is saved of retain and general loss against plain negation, as a share of what the dense edit saves."""
+    """Retain plus general loss that the edit saves against plain negation, as a share of what the dense edit saves."""
     saved, by_paper = (sum(negation[s] - r[s] for s in ("retain", "general")) for r in (result, paper))
     return saved / by_paper
 
@@ -159,17 +163,20 @@ def _spread(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--weightings", nargs="+", default=["grad"], help="of the edits (default: grad)")
-    parser.add_argument("--quick", action="store_true", help="the ranks around r alone")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="add every result as JSON lines; all there are shown")
+    parser.add_argument("--weightings", nargs="+", default=["grad"], help="weightings of the edits (default: grad)")
+    parser.add_argument("--quick", action="store_true", help="measure only the ranks around r")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="append every result as JSON lines, and show all results of the file"
+    )
     options = parser.parse_args()
     quiet()
     results = []
     for seed in options.seeds:
-        results += (found := run(seed, options.weightings, options.quick))
+        of_seed = run(seed, options.weightings, options.quick)
+        results += of_seed
         if options.json:
             with open(options.json, "a") as file:
-                file.writelines(json.dumps(result) + "\n" for result in found)
+                file.writelines(json.dumps(result) + "\n" for result in of_seed)
     if options.json:
         results = [json.loads(line) for line in options.json.read_text().splitlines()]
     print(table(list({(r["seed"], r["edit"], r["fit"], r["rank"]): r for r in results}.values())))

@@ -1,12 +1,12 @@
-"""What a real size costs on a GPU: random weights of the real shapes in NF4, double-quantised, bfloat16 compute.
+"""The cost of real model sizes on a GPU: random weights of the real shapes, double-quantised NF4, bfloat16 compute.
 
     python -m benchmarks.gpu --shape 8b --granularity delta --max-memory 10GiB [--profile] [--json FILE]
     python -m benchmarks.gpu --shape 8b --granularity factor --max-memory 8GiB
     python -m benchmarks.gpu --shape 70b --granularity delta --max-memory 48GiB --samples 40
-    python -m benchmarks.gpu --shape tiny        # the same path at a tiny size; runs on a CPU too
+    python -m benchmarks.gpu --shape tiny        # the same code at a tiny size; also runs on a CPU
 
-Prints a Markdown table: peak memory, wall time, and the time over the floor of 6 operations per weight and token at the
-card's own matmul rate, measured in the same run.
+It prints a Markdown table: peak memory, wall time, and wall time over a lower bound. The lower bound is 6 operations
+per weight and token, at the card's matmul rate, which is measured in the same run.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 512,
     },
 }
-# What the profiler's kernels are, by a part of their name.
+# Kind of work -> parts of the names of the profiler's kernels.
 KINDS = {
     "dequantisation": ("dequantize",),
     "copies": ("memcpy", "aten::copy_", "memset"),
@@ -65,7 +65,10 @@ KINDS = {
 
 
 def random_llama(shape: str, device: torch.device) -> PeftModel:
-    """A Llama of that shape with random NF4 weights and a random forget adapter; never whole in a wider type."""
+    """A Llama of that shape with random NF4 weights and a random forget adapter.
+
+    The whole model never exists in a wider dtype.
+    """
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=4096, rope_theta=500_000.0)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
@@ -94,7 +97,7 @@ def random_llama(shape: str, device: torch.device) -> PeftModel:
                 compress_statistics=True,
                 module=packed,
             )
-            packed.weight = weight.to(device)  # which packs it
+            packed.weight = weight.to(device)  # this packs the weight
             setattr(parent, child, packed)
         elif isinstance(module, LlamaRotaryEmbedding):
             setattr(parent, child, LlamaRotaryEmbedding(config).to(device))
@@ -102,7 +105,7 @@ def random_llama(shape: str, device: torch.device) -> PeftModel:
             module.weight = nn.Parameter(drawn(*module.weight.shape), requires_grad=False)
         elif "weight" in module._parameters:
             module.weight = nn.Parameter(torch.ones(module.weight.shape, dtype=torch.bfloat16, device=device))
-    setattr(model, "is_loaded_in_4bit", True)  # noqa: B010 - as from_pretrained marks it
+    setattr(model, "is_loaded_in_4bit", True)  # noqa: B010 - as from_pretrained does
     model.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     adapter = LoraConfig(r=16, lora_alpha=32, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
     adapted = get_peft_model(model.eval(), adapter, adapter_name="forget")
@@ -118,7 +121,7 @@ def rows(seed: int, samples: int, tokens: int, vocabulary: int) -> list[dict[str
 
 
 def matmul_rate(device: torch.device) -> float:
-    """Operations per second of a large bfloat16 product, the best of ten."""
+    """Operations per second of a large bfloat16 product, best of ten."""
     size = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
     best = float("inf")
@@ -149,11 +152,11 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         max_memory=options.max_memory,
         host_memory=options.host_memory,
     )
-    held = 0
+    model_bytes = 0
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
+        model_bytes = torch.cuda.memory_allocated(device)
     start = time.perf_counter()
     if options.profile:
         activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
@@ -166,19 +169,19 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         _wait(device)
         shares = {}
     seconds = time.perf_counter() - start
-    floor = 6 * weights * 2 * options.samples * options.tokens / rate
+    lower_bound = 6 * weights * 2 * options.samples * options.tokens / rate
     return {
         "shape": options.shape,
         "granularity": options.granularity,
         "weighting": options.weighting,
         "samples": f"{options.samples} + {options.samples} of {options.tokens} tokens",
-        "model": held,
+        "model": model_bytes,
         "peak_allocated": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "peak_reserved": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
         "seconds": seconds,
         "stages": provenance.seconds,
         "tera_operations": rate / 1e12,
-        "over_floor": seconds / floor,
+        "over_floor": seconds / lower_bound,
         "profile": shares,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": {"torch": torch.__version__, "bitsandbytes": bnb.__version__},
@@ -186,7 +189,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
 
 
 def where_time_goes(profiled: profile, device: torch.device) -> dict[str, float]:
-    """Share of the device's own time by kind of work."""
+    """Share of the device's own time that each kind of work takes."""
     spent = dict.fromkeys([*KINDS, "other"], 0.0)
     for event in profiled.key_averages():
         own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
@@ -206,33 +209,37 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
     parser.add_argument("--granularity", choices=["delta", "factor", "separable"], default="delta")
     parser.add_argument("--weighting", default="grad")
-    parser.add_argument("--input-directions", action="store_true", help="weigh input directions too (the default edit)")
-    parser.add_argument("--samples", type=int, default=400, help="of each set (default: 400)")
-    parser.add_argument("--tokens", type=int, default=256, help="of each sample (default: 256)")
+    parser.add_argument(
+        "--input-directions", action="store_true", help="also weight input directions, as the default edit does"
+    )
+    parser.add_argument("--samples", type=int, default=400, help="samples of each set (default: 400)")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of each sample (default: 256)")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-memory", help="of the GPU, e.g. 10GiB")
-    parser.add_argument("--host-memory", help="of the host, e.g. 32GiB")
-    parser.add_argument("--profile", action="store_true", help="say where the time goes; slows the run down")
+    parser.add_argument("--max-memory", help="memory budget of the GPU, e.g. 10GiB")
+    parser.add_argument("--host-memory", help="memory budget of the host, e.g. 32GiB")
+    parser.add_argument("--profile", action="store_true", help="print where the time goes; slows the run down")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     options = parser.parse_args()
     quiet()
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    found = measure(options, device)
+    measured = measure(options, device)
     print(
-        "| model | granularity | samples | model holds | peak allocated | peak reserved | seconds | over the floor |\n"
+        "| shape | granularity | samples | model | peak allocated | peak reserved | seconds | over the lower bound |\n"
         "|---|---|---|---|---|---|---|---|"
     )
-    sizes = [show_size(found[k]) if found[k] is not None else "-" for k in ("model", "peak_allocated", "peak_reserved")]
+    sizes = [
+        show_size(measured[k]) if measured[k] is not None else "-" for k in ("model", "peak_allocated", "peak_reserved")
+    ]
     print(
-        f"| {found['shape']} | {found['granularity']} | {found['samples']} | {' | '.join(sizes)} | "
-        f"{found['seconds']:.1f} | {found['over_floor']:.2f} |"
+        f"| {measured['shape']} | {measured['granularity']} | {measured['samples']} | {' | '.join(sizes)} | "
+        f"{measured['seconds']:.1f} | {measured['over_floor']:.2f} |"
     )
-    print(f"\n{found['device']}, {found['tera_operations']:.3g} TFLOP/s in bfloat16, {found['versions']}")
-    print(f"stages: {found['stages']}")
-    if found["profile"]:
-        print("where the time goes: " + ", ".join(f"{kind} {share:.1%}" for kind, share in found["profile"].items()))
+    print(f"\n{measured['device']}, {measured['tera_operations']:.3g} TFLOP/s in bfloat16, {measured['versions']}")
+    print(f"stages: {measured['stages']}")
+    if measured["profile"]:
+        print("where the time goes: " + ", ".join(f"{kind} {share:.1%}" for kind, share in measured["profile"].items()))
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Does a learned map from (g_f, g_r, task vector) to weights beat the ratio |g_f| / (|g_f| + |g_r|)?
 
-The map is a step function: every element of the task vector falls into one of 2 x 8 cells, by whether taking it away
-would raise the retain loss to first order (the sign of g_r times the task vector) and by its ratio (eighths of [0, 1]);
-a cell has one weight. The weights start as the ratio's own and descend the held-out retain loss at matched forgetting:
-the loss's derivative with respect to a cell's weight is the gradient's inner product with the edit of that cell, so
-that one backward pass over each held-out set gives them all. The retain rows that fit the map gave no gradients to the
-ratio and judge nothing.
+The map is a step function. Each element of the task vector falls into one of 2 x 8 cells: by whether its removal raises
+the retain loss to first order (the sign of g_r times the task vector), and by its ratio (eighths of [0, 1]). Each cell
+has one weight, which starts at the mean ratio of the cell. Gradient descent on the weights lowers the held-out retain
+loss at matched forgetting. The derivative with respect to a cell's weight is the inner product of the gradient and the
+cell's part of the edit, so one backward pass over each held-out set gives all derivatives. The retain rows that fit the
+map give no gradients to the ratio, and are not judged.
 
     python -m benchmarks.learned_map [--seeds 0 1 2] [--steps 8] [--json FILE]
 """
@@ -32,30 +32,32 @@ from peft_perta.perta import GRANULARITIES, ratio, task_vector
 
 RATIOS = 8
 CELLS = 2 * RATIOS
-STEP = 0.5  # the largest change of a weight's logarithm in a step
+STEP = 0.5  # largest change of the logarithm of a weight in one step
 EDIT = edit_of("delta", "grad", rank=DENSE)
 
 
 def cells_of(layer: Target, pair: Mapping[str, GradientSums]) -> tuple[Tensor, Tensor]:
-    """(cell of each element [O, I], its ratio [O, I])."""
+    """The cell [O, I] and the ratio [O, I] of each element."""
     gradients = [pair[name].magnitudes()["weight"] for name in ("forget", "retain")]
     signed = pair["retain"].gradients["weight"].reshape(len(layer.B), -1)
     weights = ratio(*gradients, 1.0)
-    harmful = (signed * task_vector(layer.A, layer.B, layer.scaling) < 0).long()  # minus the task vector, uphill
+    harmful = (
+        signed * task_vector(layer.A, layer.B, layer.scaling) < 0
+    ).long()  # removing the element raises the retain loss
     return harmful * RATIOS + (weights * RATIOS).long().clamp(0, RATIOS - 1), weights
 
 
 def run(seed: int, steps: int, settings: DemoSettings) -> list[dict]:
     bench = Bench(seed, False, settings)
     pairs = {
-        layer.name: {name: bench.sums("mean")[name][layer.name] for name in ("forget", "retain")}
+        layer.name: {name: bench.gradient_sums("mean")[name][layer.name] for name in ("forget", "retain")}
         for layer in bench.targets
     }
     cells = {layer.name: cells_of(layer, pairs[layer.name]) for layer in bench.targets}
     counts, sums = torch.zeros(CELLS), torch.zeros(CELLS)
-    for of, weights in cells.values():
-        counts += torch.bincount(of.flatten(), minlength=CELLS)
-        sums += torch.bincount(of.flatten(), weights.flatten(), minlength=CELLS)
+    for cell, weights in cells.values():
+        counts += torch.bincount(cell.flatten(), minlength=CELLS)
+        sums += torch.bincount(cell.flatten(), weights.flatten(), minlength=CELLS)
     learned = (sums / counts.clamp_min(1)).log()
     held_out = {"forget": bench.judged["forget"], "retain": spread(bench.held_out, 100)}
 
@@ -80,10 +82,10 @@ def run(seed: int, steps: int, settings: DemoSettings) -> list[dict]:
                 judge("step function, as the ratio", guess)
             with adapter_strength(bench.model, "edit", guess):
                 retain = float(losses_of(bench.model, held_out["retain"], adapters=["task", "edit"]).mean())
-                slopes = {name: _slopes(bench, cells, learned, found) for name, found in held_out.items()}
-        best = min(best, (retain, learned.clone(), guess), key=lambda found: found[0])
-        # Along the surface of equal forgetting: the common scale of all weights is taken out.
-        total = {name: found.sum() for name, found in slopes.items()}
+                slopes = {name: _slopes(bench, cells, learned, samples) for name, samples in held_out.items()}
+        best = min(best, (retain, learned.clone(), guess), key=lambda candidate: candidate[0])
+        # Move along the surface of equal forgetting: the common scale of all weights is projected out.
+        total = {name: slope.sum() for name, slope in slopes.items()}
         direction = slopes["retain"] - total["retain"] / total["forget"] * slopes["forget"]
         learned = learned - STEP * direction / direction.abs().max()
     _, learned, guess = best
@@ -97,24 +99,24 @@ def run(seed: int, steps: int, settings: DemoSettings) -> list[dict]:
 
 
 def _slopes(bench: Bench, cells: Mapping[str, tuple[Tensor, Tensor]], learned: Tensor, samples: list) -> Tensor:
-    """The mean loss's derivative with respect to the logarithm of each cell's weight, [CELLS]."""
+    """The derivative of the mean loss with respect to the logarithm of each cell's weight, [CELLS]."""
     collector = Collector((GRANULARITIES["delta"],))
     adapters = ["task", "edit"]
     job = Job(bench.model, bench.targets, {"slopes": samples}, collector, "mean", adapters, show_progress_bar=False)
     sums = sweep(job, "slopes", 16)
     slopes = torch.zeros(CELLS)
     for layer in bench.targets:
-        moved = -task_vector(layer.A, layer.B, layer.scaling) * learned.exp()[cells[layer.name][0]]
-        gradient = sums[layer.name].gradients["weight"].reshape(moved.shape) / len(samples)
-        slopes += torch.bincount(cells[layer.name][0].flatten(), (gradient * moved).flatten(), minlength=CELLS)
+        edit = -task_vector(layer.A, layer.B, layer.scaling) * learned.exp()[cells[layer.name][0]]
+        gradient = sums[layer.name].gradients["weight"].reshape(edit.shape) / len(samples)
+        slopes += torch.bincount(cells[layer.name][0].flatten(), (gradient * edit).flatten(), minlength=CELLS)
     return slopes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=8, help="of descent on the weights (default: 8)")
-    parser.add_argument("--epochs", type=int, help="of the forget adapter")
+    parser.add_argument("--steps", type=int, default=8, help="descent steps on the weights (default: 8)")
+    parser.add_argument("--epochs", type=int, help="training epochs of the forget adapter")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every result as JSON lines")
     options = parser.parse_args()
     quiet()

@@ -1,8 +1,7 @@
-"""Does PerTA cost the rows to keep less than plain negation, at equal forgetting?
+"""At equal forgetting, does PerTA raise the loss of retain and general rows less than plain negation?
 
-For each seed a forget adapter is trained on the shipped model; every edit of it is scaled until the forget rows' loss
-meets the retain-only model's, and the losses on retain rows (none of which gave a gradient) and on general rows
-are read.
+For each seed, a forget adapter is trained on the shipped model. Every edit of it is scaled until the forget loss is the
+retain-only model's. Then the losses on general rows and on retain rows that gave no gradients are measured.
 
     python -m benchmarks.matched_forgetting [--seeds 0 1 2] [--four-bit] [--only NAME ...] [--json FILE]
 """
@@ -29,7 +28,7 @@ from peft_perta.gradients import Collector, GradientSums, InputMoments, Job, Sta
 from peft_perta.model import Target, adapter_strength, quiet, resolve_targets
 from peft_perta.perta import FITS, GRANULARITIES, edit_layer, resolve_weighting
 
-DENSE = 256  # no layer of the shipped model has a larger rank, so an edit refitted at 256 is the dense edit
+DENSE = 256  # no layer of the shipped model has a larger rank, so a fit at rank 256 is the dense edit
 EVERYTHING = sum((fit.collector for fit in FITS.values()), Collector(tuple(GRANULARITIES.values()), (InputMoments(),)))
 
 
@@ -38,9 +37,11 @@ Change = Callable[[Target, Mapping[str, GradientSums], Factors], Factors]
 
 @dataclass(frozen=True, eq=False)
 class Edit:
+    """One edit to measure."""
+
     name: str
     config: PerTAConfig
-    swapped: bool = False  # the two sets' input moments exchanged: a control of the directions
+    swapped: bool = False  # exchange the input moments of the two sets: a control for input directions
 
 
 def edit_of(
@@ -74,43 +75,47 @@ EDITS = [
 
 
 class Bench:
-    """The shipped model with one seed's forget adapter, its gradient sums, and the rows that judge."""
+    """The shipped model with one seed's forget adapter, its gradient sums, and the judged rows."""
 
     def __init__(self, seed: int, four_bit: bool, settings: DemoSettings) -> None:
         self.settings = settings
         self.model, tokenizer, rows = prepare(replace(settings, seed=seed), four_bit=four_bit)
-        samples = {name: [encode_row(row, tokenizer) for row in found] for name, found in rows.items()}
+        samples = {name: [encode_row(row, tokenizer) for row in split] for name, split in rows.items()}
         self.weighed = {"forget": samples["forget"], "retain": samples["retain"][::2][: settings.weight_samples]}
-        self.held_out = samples["retain"][::2][settings.weight_samples :]  # gave no gradients, and judge nothing
+        self.held_out = samples["retain"][::2][settings.weight_samples :]  # give no gradients, and are not judged
         self.judged = {name: spread(samples[name][1::2] if name == "retain" else samples[name], 100) for name in SPLITS}
         self.targets = resolve_targets(self.model, "forget")
         self.target_loss = self.losses("retain-only", splits=("forget",))["forget"]
         self.full_loss = self.losses("task", splits=("forget",))["forget"]
-        self._known: dict[str, dict[str, dict[str, GradientSums]]] = {}
+        self._sums: dict[str, dict[str, dict[str, GradientSums]]] = {}
 
     def losses(self, *adapters: str, splits=SPLITS) -> dict[str, float]:
         return {n: float(losses_of(self.model, self.judged[n], adapters=list(adapters)).mean()) for n in splits}
 
-    def sums(self, statistic: StatisticName | None) -> Mapping[str, dict[str, GradientSums]]:
-        """Set -> layer -> every sum that any edit or fit here reads."""
+    def gradient_sums(self, statistic: StatisticName | None) -> Mapping[str, dict[str, GradientSums]]:
+        """Set -> layer -> all sums that the edits and fits here use."""
         if statistic is None:
             return {}
-        if statistic not in self._known:
+        if statistic not in self._sums:
             job = Job(self.model, self.targets, self.weighed, EVERYTHING, statistic, show_progress_bar=False)
-            self._known[statistic] = {name: sweep(job, name, 16) for name in self.weighed}
-        return self._known[statistic]
+            self._sums[statistic] = {name: sweep(job, name, 16) for name in self.weighed}
+        return self._sums[statistic]
 
     @contextmanager
     def edited(
         self, config: PerTAConfig, name: str = "edit", swapped: bool = False, change: Change | None = None
     ) -> Iterator[float]:
-        """The edit as an adapter of that name; gives the share of its energy kept.
+        """Within the block, the edit is an adapter of that name. Yields the share of its energy that the fit keeps.
 
-        ``change``: (layer, its sums, its factors) -> other factors, for what no config says.
+        Args:
+            config: of the edit.
+            name: of the adapter.
+            swapped: exchange the input moments of the two sets.
+            change: (layer, its gradient sums, its factors) -> other factors, for edits that no config describes.
         """
         weighting = resolve_weighting(config.weighting, config.power)
         rank = config.rank or self.settings.rank
-        sums, factors, layers = self.sums(weighting.statistic), {}, []
+        sums, factors, layers = self.gradient_sums(weighting.statistic), {}, []
         for layer in self.targets:
             pair = {name: per_layer[layer.name] for name, per_layer in sums.items()}
             if swapped:
@@ -119,8 +124,8 @@ class Bench:
             factors[layer.name] = edited.factors
             layers.append(edited.provenance)
             if change is not None:
-                given = {name: per_layer[layer.name] for name, per_layer in sums.items()}
-                factors[layer.name] = change(layer, given, factors[layer.name])
+                original = {name: per_layer[layer.name] for name, per_layer in sums.items()}
+                factors[layer.name] = change(layer, original, factors[layer.name])
         lora_config, state_dict = build_adapter(
             self.model, factors, servable_rank(int(rank)), torch_dtype(config.dtype)
         )
@@ -132,17 +137,16 @@ class Bench:
             self.model.delete_adapter(name)
 
     def matched(self, name: str = "edit", guess: float = 1.0) -> Match:
-        """The strength of matched forgetting; a good guess saves evaluations."""
-        without = self.full_loss
+        """The strength of matched forgetting. A good guess saves evaluations."""
 
         def loss_at(share: float) -> float:
             if share == 0:
-                return without
+                return self.full_loss
             with adapter_strength(self.model, name, share * guess):
                 return self.losses("task", name, splits=("forget",))["forget"]
 
-        found = match_forgetting(loss_at, self.target_loss, tolerance=0.005)
-        return replace(found, strength=found.strength * guess)
+        match = match_forgetting(loss_at, self.target_loss, tolerance=0.005)
+        return replace(match, strength=match.strength * guess)
 
 
 def _with_moments_swapped(pair: dict[str, GradientSums]) -> dict[str, GradientSums]:
@@ -159,14 +163,15 @@ def run(seed: int, four_bit: bool, edits: list[Edit], settings: DemoSettings) ->
     ]
     alone = bench.losses("forget")
     print(
-        f"seed {seed}: the forget adapter on theta_0: {alone}, {time.perf_counter() - start:.0f} s so far", flush=True
+        f"seed {seed}: the forget adapter on the origin model: {alone}, {time.perf_counter() - start:.0f} s so far",
+        flush=True,
     )
     for edit in tqdm(edits, desc=f"edits, seed {seed}"):
         with bench.edited(edit.config, swapped=edit.swapped) as energy:
             match = bench.matched()
             with adapter_strength(bench.model, "edit", match.strength):
-                found = bench.losses("task", "edit")
-        results.append({"seed": seed, "edit": edit.name, "strength": match.strength, "energy_kept": energy, **found})
+                losses = bench.losses("task", "edit")
+        results.append({"seed": seed, "edit": edit.name, "strength": match.strength, "energy_kept": energy, **losses})
     return results
 
 
@@ -174,10 +179,10 @@ def table(results: list[dict]) -> str:
     """Mean and standard deviation over seeds, as Markdown."""
     lines = ["| edit | strength | energy kept | forget | retain | general |", "|---|---|---|---|---|---|"]
     for name in dict.fromkeys(result["edit"] for result in results):
-        found = [result for result in results if result["edit"] == name]
-        cells = [_spread([r[split] for r in found]) for split in SPLITS]
-        strength = "" if found[0]["strength"] is None else f"{stats.mean(r['strength'] for r in found):.2f}"
-        energy = f"{stats.mean(r['energy_kept'] for r in found):.0%}" if "energy_kept" in found[0] else ""
+        runs = [result for result in results if result["edit"] == name]
+        cells = [_spread([r[split] for r in runs]) for split in SPLITS]
+        strength = "" if runs[0]["strength"] is None else f"{stats.mean(r['strength'] for r in runs):.2f}"
+        energy = f"{stats.mean(r['energy_kept'] for r in runs):.0%}" if "energy_kept" in runs[0] else ""
         lines.append(f"| {name} | {strength} | {energy} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -191,9 +196,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--four-bit", action="store_true")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names of edits, as the table prints them")
-    parser.add_argument("--epochs", type=int, help="of the forget adapter")
-    parser.add_argument("--rank", type=int, help="of the forget adapter")
-    parser.add_argument("--learning-rate", type=float, help="of the forget adapter")
+    parser.add_argument("--epochs", type=int, help="training epochs of the forget adapter")
+    parser.add_argument("--rank", type=int, help="rank of the forget adapter")
+    parser.add_argument("--learning-rate", type=float, help="learning rate of the forget adapter")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every result as JSON lines")
     options = parser.parse_args()
     quiet()

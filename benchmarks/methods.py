@@ -1,13 +1,13 @@
-"""Every method on one setup: at matched forgetting, along the strength, over seeds and forget sets, and its cost.
+"""Every method on the same bench: at matched forgetting, along the strength, over seeds and forget sets, with its cost.
 
     python -m benchmarks.methods [--quick | --config FILE] [--output DIR] [--json FILE]
 
-The shipped model by default. An interrupted run is gone on with by the same command. The tables of docs/results.md:
+The default is the shipped model. The same command resumes an interrupted run. The tables of docs/results.md:
 
     python -m benchmarks.methods --config benchmarks/methods_seeds.json
     python -m benchmarks.methods --config benchmarks/methods_first_choice.json --output perta_comparison_first_choice
 
-On TOFU's forget01, forget05 and forget10 with a model of 90 million parameters, where there is a GPU:
+On a GPU, with TOFU's forget01, forget05 and forget10 and a model of 90 million parameters:
 
     python examples/demo_model/build.py --size large
     python -m benchmarks.methods --config benchmarks/methods_large.json

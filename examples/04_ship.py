@@ -1,9 +1,9 @@
-"""How strong must it be, and how do I hand it out?
+"""How strong must the negative adapter be, and how do I ship it?
 
-Two requests come in, one after the other; each becomes a negative adapter of its own, at the strength that raises the
-loss on held-out rows to keep by no more than a tolerance. They stack, and either can be withdrawn. For a server that
-takes one adapter a request they are fused with the task adapter; for one that takes none, merged into a full-precision
-copy of the base.
+Two unlearning requests arrive one after the other. Each becomes its own negative adapter, at the largest strength that
+raises the loss of held-out retain rows by at most a tolerance. The adapters stack, and either can be withdrawn. For a
+server that takes one adapter per request, they are fused with the task adapter. For a server that takes none, the first
+one is merged into a full-precision copy of the base.
 
     python examples/04_ship.py [--output shipped]
 """
@@ -32,11 +32,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("shipped"))
     parser.add_argument("--epochs", type=float, default=6)
-    parser.add_argument("--rows", type=int, default=20, help="to forget with each request")
+    parser.add_argument("--rows", type=int, default=20, help="forget rows of each request (default: 20)")
+    parser.add_argument("--retain-rows", type=int, default=80, help="retain rows (default: 80)")
     options = parser.parse_args()
 
     base, task = str(ASSETS / "base"), str(ASSETS / "task_adapter")
-    forget, retain = read_rows(ASSETS / "forget.jsonl"), read_rows(ASSETS / "retain.jsonl")[:80]
+    forget, retain = read_rows(ASSETS / "forget.jsonl"), read_rows(ASSETS / "retain.jsonl")
+    retain = retain[: options.retain_rows]
     model, tokenizer = load_base(base)
     requests = {"first": forget[: options.rows], "second": forget[-options.rows :]}
     for name, rows in requests.items():
@@ -58,17 +60,23 @@ def main() -> None:
         attach_adapters(model, {name: options.output / name})
         print(provenance)
 
-    for stack in (["task"], ["task", "first"], ["task", "first", "second"], ["task", "second"]):  # the last: withdrawn
-        found = {
+    for stack in (
+        ["task"],
+        ["task", "first"],
+        ["task", "first", "second"],
+        ["task", "second"],
+    ):  # in the last, the first request is withdrawn
+        losses = {
             name: float(losses_of(model, load_samples(rows, tokenizer), adapters=stack).mean())
             for name, rows in requests.items()
         }
-        print(f"{' + '.join(stack)}: " + ", ".join(f"loss on the {n} request's rows {v:.2f}" for n, v in found.items()))
+        parts = [f"loss on the {name} request's rows {loss:.2f}" for name, loss in losses.items()]
+        print(f"{' + '.join(stack)}: {', '.join(parts)}")
     stack_adapters(model, ["task", "first", "second"])
 
     fused = fuse_adapters(model, ["task", "first", "second"])
     save_perta_adapter(options.output / "fused", *fused)
-    print(fused[2])
+    print(fused[-1])
     merged = merge_adapters(base, {task: 1.0, str(options.output / "first"): 1.0}, options.output / "merged")
     print(merged)
     for check in verify_adapter(options.output / "fused", base):

@@ -1,8 +1,8 @@
 """Can it still recite the book, answer about it, and be told to have read it?
 
-A small MUSE: the task adapter learns passages of two books and answers about them, a retain-only model adapter one book alone,
-and a negative adapter takes the other book out of the first, as strongly as the rows to keep allow. The muse suite
-judges the model before and after, and the retain-only model, which never saw what should go.
+A small MUSE benchmark. The task adapter learns passages of two books and answers about them; the retain-only adapter
+learns one of the books. A negative adapter removes the other book, as strongly as the loss on retain rows allows. The
+muse suite judges the full, the unlearned and the retain-only model.
 
     python examples/05_muse.py [--output muse]
 """
@@ -32,8 +32,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("muse"))
     parser.add_argument("--epochs", type=float, default=12)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--retain-tolerance", type=float, default=0.3, help="what forgetting may cost, nats per token")
-    parser.add_argument("--rows", type=int, help="so many of each file are learned and asked; all by default")
+    parser.add_argument(
+        "--retain-tolerance", type=float, default=0.3, help="rise of the retain loss that is allowed, in nats per token"
+    )
+    parser.add_argument("--rows", type=int, help="rows of each file to learn and to judge (default: all)")
     options = parser.parse_args()
 
     rows = {}
@@ -67,10 +69,10 @@ def main() -> None:
     save_perta_adapter(options.output / "adapter", lora_config, state_dict, provenance)
     attach_adapters(model, {"negative": options.output / "adapter"})
 
-    stacks = {"retain-only": ["retain-only"], "before": ["task"], "after": ["task", "negative"]}
+    stacks = {"retain-only": ["retain-only"], "full": ["task"], "unlearned": ["task", "negative"]}
     logs = {}
     for name, stack in stacks.items():
-        found = evaluate(
+        logs[name] = evaluate(
             model,
             tokenizer,
             {"muse": DATA},
@@ -78,11 +80,10 @@ def main() -> None:
             retain_only_logs={"muse": logs["retain-only"]} if logs else None,
             rows=options.rows,
             output_dir=options.output / name,
-        )
-        logs[name] = found["muse"]
-    print(f"{'':<10}" + "".join(f"{metric:>22}" for metric in METRICS))
-    for name in ("before", "after", "retain-only"):
-        print(f"{name:<10}" + "".join(f"{logs[name][metric]['agg_value']:>22.3f}" for metric in METRICS))
+        )["muse"]
+    print(f"{'':<12}" + "".join(f"{metric:>22}" for metric in METRICS))
+    for name in ("full", "unlearned", "retain-only"):
+        print(f"{name:<12}" + "".join(f"{logs[name][metric]['agg_value']:>22.3f}" for metric in METRICS))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What if I would rather train the forgetting?
+"""What if I would rather train the model to forget?
 
-An adapter learns, on the full model, to forget some rows (NPO) and to keep others, its two gradients combined so that
-neither undoes the other (SAGO). It is plain LoRA, and stacks on the full model.
+On the full model, an adapter is trained to forget some rows (NPO) and to keep others. SAGO combines the two gradients
+so that neither undoes the other. The result is plain LoRA, and stacks on the full model.
 
     python examples/06_train.py [--output trained] [--four-bit]
 """
@@ -20,26 +20,28 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("trained"))
     parser.add_argument("--four-bit", action="store_true")
     parser.add_argument("--epochs", type=float, default=5)
-    parser.add_argument("--rows", type=int, default=40, help="of each set")
+    parser.add_argument(
+        "--rows", type=int, default=40, help="rows of each set to train on, and held-out rows to judge (default: 40)"
+    )
     options = parser.parse_args()
 
     forget, retain = read_rows(ASSETS / "forget.jsonl")[: options.rows], read_rows(ASSETS / "retain.jsonl")
-    kept, held_out = retain[: options.rows], retain[-options.rows :]
+    retain, held_out = retain[: options.rows], retain[-options.rows :]
     model, tokenizer = load_base(str(ASSETS / "base"), four_bit=options.four_bit)
     model = attach_adapters(model, {"task": ASSETS / "task_adapter"})
     *_, provenance = train_unlearning(
-        model, forget, kept, tokenizer, UnlearningSettings(forget_loss="npo", combiner="sago"),
+        model, forget, retain, tokenizer, UnlearningSettings(forget_loss="npo", combiner="sago"),
         task_adapter="task", output_dir=options.output, num_train_epochs=options.epochs, learning_rate=2e-3,
     )  # fmt: skip
     attach_adapters(model, {"sago": options.output})
 
-    print(f"\n{provenance}\n{'adapters':<16}{'loss: to forget':>16}{'held out':>12}")
+    print(f"\n{provenance}\n{'adapters':<16}{'forget loss':>14}{'held-out loss':>16}")
     for adapters in (["task"], ["task", "sago"]):
         losses = [
             losses_of(model, load_samples(rows, tokenizer), adapters=adapters).mean() for rows in (forget, held_out)
         ]
-        print(f"{' + '.join(adapters):<16}{losses[0]:>16.3f}{losses[1]:>12.3f}")
-    print(f"The adapter is in {options.output}. How far to go on from there: examples/08_extrapolate.py")
+        print(f"{' + '.join(adapters):<16}{losses[0]:>14.3f}{losses[1]:>16.3f}")
+    print(f"The adapter is in {options.output}. To forget more without training, see examples/08_extrapolate.py")
 
 
 if __name__ == "__main__":

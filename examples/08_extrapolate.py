@@ -1,7 +1,8 @@
-"""An unlearning run stopped early: how far should it go on?
+"""An unlearning run stopped early: how far should its adapter be extrapolated?
 
-UIPE takes its adapter further along the way that it has gone, without training: here as far as held-out rows to keep
-allow, found by forward passes only. Any unlearning adapter will do; this script trains a short run of its own.
+UIPE scales the adapter's delta up, without training. Here the factor is the largest that the loss of held-out retain
+rows allows, found by forward passes only. Any unlearning adapter can be extrapolated; this script trains a short one
+first.
 
     python examples/08_extrapolate.py [--output extrapolated] [--tolerance 0.3] [--four-bit]
 """
@@ -20,17 +21,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("extrapolated"))
     parser.add_argument("--four-bit", action="store_true")
-    parser.add_argument("--tolerance", type=float, default=0.3, help="nats per token on held-out rows to keep")
-    parser.add_argument("--epochs", type=float, default=2, help="of the run that stops early")
-    parser.add_argument("--rows", type=int, default=40, help="of each set")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.3,
+        help="rise of the held-out retain loss that is allowed, in nats per token",
+    )
+    parser.add_argument("--epochs", type=float, default=2, help="epochs of the short run")
+    parser.add_argument(
+        "--rows", type=int, default=40, help="rows of each set to train on, and held-out rows to judge (default: 40)"
+    )
     options = parser.parse_args()
 
     forget, retain = read_rows(ASSETS / "forget.jsonl")[: options.rows], read_rows(ASSETS / "retain.jsonl")
-    kept, held_out = retain[: options.rows], retain[-options.rows :]
+    retain, held_out = retain[: options.rows], retain[-options.rows :]
     model, tokenizer = load_base(str(ASSETS / "base"), four_bit=options.four_bit)
     model = attach_adapters(model, {"task": ASSETS / "task_adapter"})
     lora_config, state_dict, _ = train_unlearning(
-        model, forget, kept, tokenizer, task_adapter="task", num_train_epochs=options.epochs
+        model, forget, retain, tokenizer, task_adapter="task", num_train_epochs=options.epochs
     )
     add_adapter(model, lora_config, state_dict, "early")
     lora_config, state_dict, provenance = extrapolate_adapter(
@@ -39,12 +47,12 @@ def main() -> None:
     )  # fmt: skip
     attach_adapters(model, {"further": save_perta_adapter(options.output, lora_config, state_dict, provenance)})
 
-    print(f"\n{provenance}\n{'adapters':<18}{'loss: to forget':>16}{'held out':>12}")
+    print(f"\n{provenance}\n{'adapters':<18}{'forget loss':>14}{'held-out loss':>16}")
     for adapters in (["task"], ["task", "early"], ["task", "further"]):
         losses = [
             losses_of(model, load_samples(rows, tokenizer), adapters=adapters).mean() for rows in (forget, held_out)
         ]
-        print(f"{' + '.join(adapters):<18}{losses[0]:>16.3f}{losses[1]:>12.3f}")
+        print(f"{' + '.join(adapters):<18}{losses[0]:>14.3f}{losses[1]:>16.3f}")
     print(f"The adapter is in {options.output}")
 
 

@@ -38,16 +38,27 @@ def test_readme_quickstart(tmp_path):
 
 
 EXAMPLES = {
-    "01_quickstart.py": ["--epochs", "1"],
+    "01_quickstart.py": ["--epochs", "1", "--rows", "16", "--judged-rows", "4"],
     "02_qlora.py": [
-        *["--model", str(ASSETS / "base"), "--task-adapter", str(ASSETS / "task_adapter"), "--samples", "16"],
+        *["--model", str(ASSETS / "base"), "--task-adapter", str(ASSETS / "task_adapter"), "--samples", "4"],
         *["--forget", str(ASSETS / "forget.jsonl"), "--retain", str(ASSETS / "retain.jsonl"), "--epochs", "1"],
+        *["--rows", "8", "--judged-rows", "4"],
     ],
-    "03_own_weighting.py": ["--epochs", "1"],
-    "04_ship.py": ["--epochs", "2", "--rows", "6"],
+    "03_own_weighting.py": ["--epochs", "1", "--rows", "16", "--samples", "8", "--judged-rows", "4"],
+    "04_ship.py": ["--epochs", "2", "--rows", "4", "--retain-rows", "16"],
     "05_muse.py": ["--epochs", "1", "--rows", "3"],
     "06_train.py": ["--epochs", "1", "--rows", "8", "--four-bit"],
-    "07_erase.py": ["--rows", "4", "--iterations", "2", "--curvature-samples", "8", "--four-bit"],
+    "07_erase.py": [
+        "--rows",
+        "4",
+        "--iterations",
+        "2",
+        "--curvature-samples",
+        "8",
+        "--training-rows",
+        "16",
+        "--four-bit",
+    ],
     "08_extrapolate.py": ["--epochs", "1", "--rows", "8", "--four-bit"],
 }
 

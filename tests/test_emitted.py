@@ -76,9 +76,10 @@ def logits(model, names=None):
 
 
 # Why the 4-bit tolerance is larger: on CPUs with AVX512-BF16, bitsandbytes repacks NF4 weights in an eval forward
-# without gradients, rounds their scales to bfloat16 (8 bits: 2^-9 relative) and multiplies in bfloat16. Both processes
-# do the same, and were seen to agree to the bit. But a build may sum in another order, and then the bfloat16 rounding of
-# the activations shows (2^-9 of logits of size about 5). The adapter's effect is much larger, which the test asserts.
+# without gradients, rounds their scales to bfloat16 (8 bits: 2^-9 relative) and multiplies in bfloat16. Both
+# processes do the same, and were seen to agree to the bit. But a build may sum in another order, and then the rounding
+# of activations to bfloat16 shows (2^-9 of logits of size about 5). The adapter's effect is much larger, which the test
+# asserts.
 @pytest.mark.parametrize(
     ("base", "four_bit", "tolerance"),
     [(builders.adapted_saved_llama, False, 1e-5), (builders.adapted_nf4_llama, True, 2e-2)],

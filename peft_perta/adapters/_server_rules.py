@@ -104,9 +104,9 @@ def _partner(key: str) -> str:
 def _factor_ranks(config: Config, tensors: Tensors) -> Verdict:
     rank, has_experts = config.get("r"), bool(config.get("target_parameters"))
     for key, value in tensors.items():
-        found = value.shape[0] if ".lora_A." in key else value.shape[-1]
-        packed = has_experts and rank and found % rank == 0  # the factors of all experts in one tensor
-        if found != rank and not packed:
+        factor_rank = value.shape[0] if ".lora_A." in key else value.shape[-1]
+        packed = has_experts and rank and factor_rank % rank == 0  # the factors of all experts in one tensor
+        if factor_rank != rank and not packed:
             return False, key
     return True, f"{rank} everywhere"
 

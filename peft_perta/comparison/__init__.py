@@ -4,13 +4,14 @@ Imports from: ...
 """
 
 from .demo import ASSETS, SPLITS, DemoSettings, prepare, run_demo
-from .methods import method_names
+from .methods import METHODS, method_names
 from .run import run_comparison
 from .settings import ComparisonSettings
 from .table import format_table
 
 __all__ = [
     "ASSETS",
+    "METHODS",
     "SPLITS",
     "ComparisonSettings",
     "DemoSettings",

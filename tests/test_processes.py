@@ -199,7 +199,7 @@ def test_two_processes_go_on_from_one_checkpoint(tmp_path):
     its forget set; however slow the disk, both know the same of what is done."""
     expected = builders.negate(builders.adapted_llama(), granularity="delta", rank=3, batch_size=1)[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["peft_perta.cli"])
+    context.set_forkserver_preload(["peft_perta.cli.unlearn"])
     for at in ({0: 3 + 2 + 3, 1: 2 + 2 + 2}, {0: None, 1: None}):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

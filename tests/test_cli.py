@@ -466,7 +466,7 @@ UNLEARN: dict[str, Case] = {
         "weighting 'json:__name__' is a str; expected a Weighting or a function",
         BEFORE_LOADING,
     ),
-    "output of another's": (
+    "output of another tool": (
         lambda p: p.unlearn(output=p / "theirs"),
         r"theirs exists and was not written by peft_perta",
         BEFORE_LOADING,
@@ -550,7 +550,7 @@ FORGET: dict[str, Case] = {
         "the forget set, row 1: 'answer' is empty",
         False,
     ),
-    "output of another's": (
+    "output of another tool": (
         lambda p: p.forget(output=p / "theirs"),
         r"theirs exists and was not written by peft_perta",
         BEFORE_LOADING,
@@ -590,7 +590,7 @@ OTHERS: dict[str, Case] = {
         "expected DIR or DIR:STRENGTH with a number, found .*forget:much",
         BEFORE_LOADING,
     ),
-    "fuse into another's": (
+    "fuse into another tool's directory": (
         lambda p: ["fuse", str(p / "task"), str(p / "forget"), "--model", "m", "--output", str(p / "theirs")],
         "theirs exists and was not written by peft_perta",
         BEFORE_LOADING,
@@ -605,12 +605,12 @@ OTHERS: dict[str, Case] = {
         "the model .*nowhere' cannot be found",
         BEFORE_LOADING,
     ),
-    "calibrate what is not ours": (
+    "calibrate an adapter of another tool": (
         lambda p: calibration(p, adapter=p / "forget"),
         "forget holds no perta_provenance.json",
         BEFORE_LOADING,
     ),
-    "calibrate by a log that is none": (
+    "calibrate to rows in place of a log": (
         lambda p: calibration(p, emitted=True, retain_only_log=p / "forget.jsonl", retain_tolerance=None),
         "expected an evaluation log like TOFU_EVAL.json",
         BEFORE_LOADING,
@@ -631,7 +631,7 @@ OTHERS: dict[str, Case] = {
         "--forget and --retain need --base",
         BEFORE_LOADING,
     ),
-    "demo into another's": (
+    "demo into another tool's directory": (
         lambda p: ["demo", "--output", str(p / "theirs")],
         "theirs exists and was not written by peft_perta",
         BEFORE_LOADING,
@@ -652,7 +652,7 @@ OTHERS: dict[str, Case] = {
         r"perta_provenance\.json is damaged",
         BEFORE_LOADING,
     ),
-    "inspect another's JSON": (
+    "inspect JSON of another tool": (
         lambda p: ["inspect", str(p.write("forget/perta_provenance.json", '["format"]').parent)],
         r"perta_provenance\.json is damaged",
         BEFORE_LOADING,

@@ -165,12 +165,12 @@ CASES = {
         evaluate("--retain-only-adapter", "task", "--retain-only-log", "retain/TOFU_EVAL.json"),
         "expected one of the two",
     ),
-    "a retain-only model that is no log": (
+    "a retain-only log of another format": (
         evaluate("--retain-only-log", "task/adapter_config.json"),
         "forget_truth_ratio|PARA",
     ),
     "somebody else's directory": (evaluate("--output", "tofu"), "was not written by peft_perta"),
-    "a log that is none": (
+    "rows in place of a log": (
         ["rescore", "tofu/retain_perturbed.json", "--output", "x.json"],
         "expected an evaluation log",
     ),

@@ -29,7 +29,7 @@ PARTS = "a plain LoRA adapter of the base model, and the strength to multiply it
 
 
 def add_base_model(parser: argparse.ArgumentParser, note: str = "") -> None:
-    """``--model`` and ``--revision``, for commands that take any further choice about the base from its files."""
+    """``--model`` and ``--revision``; ``note`` is added to the help of the model."""
     name = f"the base model: a name on the Hugging Face Hub or a directory{note}"
     parser.add_argument("--model", required=True, metavar="NAME", help=name)
     add_revision(parser)

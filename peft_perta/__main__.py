@@ -1,4 +1,4 @@
-"""``python -m peft_perta`` is ``peft-perta``."""
+"""``python -m peft_perta`` runs ``peft-perta``."""
 
 import sys
 

@@ -158,7 +158,7 @@ def tidily(function, *args, **settings):
 def in_child(tmp_path_factory):
     """Run a function of this file in a child of a process that has imported everything; returns what it saved."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["peft_perta.cli"])
+    context.set_forkserver_preload(["peft_perta.cli.unlearn"])
     directory = tmp_path_factory.mktemp("outcomes")
 
     def outcome(function, *args, **settings):

@@ -1,5 +1,6 @@
-"""The command line: forget, unlearn, inspect from end to end; and every bad input as status 2 with one clear line."""
+"""The command line: the commands from end to end, their help, and one clear line with status 2 for every bad input."""
 
+import argparse
 import dataclasses
 import hashlib
 import io
@@ -7,6 +8,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import socket
 import subprocess
@@ -21,19 +23,26 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from peft_perta import PerTAConfig, cli
+from peft_perta import InfluenceSettings, PerTAConfig, UnlearningSettings
 from peft_perta.adapters import save_perta_adapter
-from peft_perta.cli import main
+from peft_perta.cli import COMMANDS, command_parser, main
 from peft_perta.data import encode_row, load_samples
 from peft_perta.evaluation import losses_of
-from peft_perta.training import default_lora_config, train_forget_adapter
+from peft_perta.perta import FITS, GRANULARITIES, WEIGHTINGS
+from peft_perta.training import (
+    COMBINERS,
+    FORGET_LOSSES,
+    RETAIN_LOSSES,
+    default_lora_config,
+    train_forget_adapter,
+)
 
 RANKS = "rank: expected nothing, an int from 1 to 256, or a float in \\(0, 1\\), found "
 
 
 @dataclasses.dataclass
 class Place:
-    """A directory with a user's files: model, adapters, rows; and where they stand."""
+    """The working directory of a user, with the user's files: adapters and rows."""
 
     path: Path
 
@@ -89,20 +98,20 @@ def saved(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def place(saved, tmp_path, monkeypatch) -> Place:
-    found = Place(tmp_path / "place")
-    shutil.copytree(saved, found.path)
-    found.rows("forget.jsonl", *builders.forget_rows())
-    found.rows("retain.jsonl", *builders.retain_rows())
-    (found / "theirs").mkdir()
-    found.write("theirs/thesis.txt", "not ours")
-    monkeypatch.chdir(found.path)
+    created = Place(tmp_path / "place")
+    shutil.copytree(saved, created.path)
+    created.rows("forget.jsonl", *builders.forget_rows())
+    created.rows("retain.jsonl", *builders.retain_rows())
+    (created / "theirs").mkdir()
+    created.write("theirs/thesis.txt", "not ours")
+    monkeypatch.chdir(created.path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setenv("COLUMNS", "1000")
-    return found
+    return created
 
 
 def tree(place: Place) -> dict[str, str]:
-    """Every file's bytes, and every directory."""
+    """The hash of every file, and every directory."""
     return {
         str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "directory"
         for path in sorted(place.path.rglob("*"))
@@ -112,11 +121,11 @@ def tree(place: Place) -> dict[str, str]:
 def run(arguments: list[str]) -> int | str | None:
     try:
         return main(arguments)
-    except SystemExit as exit:  # argparse's own
+    except SystemExit as exit:  # raised by argparse
         return exit.code
 
 
-# The way through
+# End to end
 
 
 def quantised(flags: list[str]):
@@ -125,7 +134,7 @@ def quantised(flags: list[str]):
 
 @pytest.mark.parametrize("flags", [[], ["--four-bit"]], ids=["float", "four-bit"])
 def test_forget_then_unlearn_then_inspect(place, flags, capsys):
-    """What the forget adapter learned, the negative adapter takes out again; inspect says how."""
+    """The negative adapter removes what the forget adapter learned; inspect shows how it was made."""
     learned = {"epochs": 25, "learning_rate": 0.01, "batch_size": 4, "output": place / "learned"}
     assert main(place.forget(*flags, **learned)) == 0
     assert f"the forget adapter is in {place / 'learned'}" in capsys.readouterr().out
@@ -145,8 +154,8 @@ def test_forget_then_unlearn_then_inspect(place, flags, capsys):
         float(losses_of(model, load_samples(builders.forget_rows(), builders.tokenizer()), adapters=adapters).mean())
         for adapters in ([], ["learned"], ["learned", "negative"])
     )
-    assert knows < 0.7 * base, "it learned"
-    assert knows + 0.2 * (base - knows) < stacked, "and some of it is gone"
+    assert knows < 0.7 * base, "the forget adapter learned the rows"
+    assert knows + 0.2 * (base - knows) < stacked, "the negative adapter removes a part of it"
 
     assert main(["inspect", str(place / "out")]) == 0
     out = capsys.readouterr().out
@@ -184,25 +193,25 @@ OPTIONS = {
 
 
 def test_every_option_reaches_the_library(place):
-    """The command gives what the call gives; a swapped set or a dropped option would show in the numbers."""
+    """The command gives the adapter of the call, bit for bit: a swapped set or a dropped option would change it."""
     assert set(OPTIONS) == {field.name for field in dataclasses.fields(PerTAConfig)}
-    assert not set(OPTIONS.items()) & set(PerTAConfig().to_dict().items()), "each is not its default"
+    assert not set(OPTIONS.items()) & set(PerTAConfig().to_dict().items()), "no value may be the default"
     assert main(place.unlearn(task_adapter=place / "task", **OPTIONS)) == 0
     _, expected, _ = builders.negate(builders.adapted_saved_llama(), task_adapter="task", **OPTIONS)
     provenance = json.loads((place / "out" / "perta_provenance.json").read_text())
     assert provenance["config"] == OPTIONS
     assert provenance["task_adapter"] == "task"
-    found = load_file(place / "out" / "adapter_model.safetensors")
-    assert set(found) == set(expected)
+    saved = load_file(place / "out" / "adapter_model.safetensors")
+    assert set(saved) == set(expected)
     for key, tensor in expected.items():
-        assert torch.equal(found[key], tensor), key
+        assert torch.equal(saved[key], tensor), key
 
 
 TRAINING = {"epochs": 3.0, "learning_rate": 0.01, "batch_size": 2, "seed": 7, "max_length": 42, "rank": 3}
 
 
 def test_every_training_option_reaches_the_library(place):
-    """The same factors, bit for bit; each option is not its default, and the cut at 42 tokens is felt."""
+    """The command gives the adapter of the call, bit for bit; no value is the default, and a row exceeds 42 tokens."""
     assert main(place.forget(**TRAINING)) == 0
     train_forget_adapter(
         builders.saved_llama(),
@@ -218,13 +227,13 @@ def test_every_training_option_reaches_the_library(place):
         show_progress_bar=False,
     )
     assert any(len(encode_row(row, builders.tokenizer()).input_ids) > 42 for row in builders.forget_rows())
-    found, expected = (load_file(place / name / "adapter_model.safetensors") for name in ("out", "expected"))
-    assert set(found) == set(expected)
+    saved, expected = (load_file(place / name / "adapter_model.safetensors") for name in ("out", "expected"))
+    assert set(saved) == set(expected)
     for key, tensor in expected.items():
-        assert torch.equal(found[key], tensor), key
+        assert torch.equal(saved[key], tensor), key
 
 
-def test_uniform_goes_without_data_and_inspect_shows_it(place, capsys):
+def test_uniform_needs_no_rows_and_inspect_shows_it(place, capsys):
     assert main(place.unlearn(weighting="uniform", forget=None, retain=None)) == 0
     assert main(["inspect", str(place / "out")]) == 0
     out = capsys.readouterr().out
@@ -235,11 +244,11 @@ def test_uniform_goes_without_data_and_inspect_shows_it(place, capsys):
 @pytest.mark.parametrize(("rank", "expected"), [("0.5", 0.5), ("5e-1", 0.5), ("4", 4)])
 def test_a_rank_is_an_int_and_an_energy_a_float(place, rank, expected):
     assert main(place.unlearn(weighting="uniform", forget=None, retain=None, rank=rank)) == 0
-    found = json.loads((place / "out" / "perta_provenance.json").read_text())["config"]["rank"]
-    assert (found, type(found)) == (expected, type(expected))
+    recorded = json.loads((place / "out" / "perta_provenance.json").read_text())["config"]["rank"]
+    assert (recorded, type(recorded)) == (expected, type(expected))
 
 
-def test_a_weighting_of_ones_own_may_lie_where_one_stands(place, capsys):
+def test_a_users_own_weighting_may_be_in_the_working_directory(place, capsys):
     place.write("mine.py", "import torch\n\ndef half(forget, retain):\n    return torch.full_like(forget, 0.5)\n")
     assert main(place.unlearn(weighting="mine:half")) == 0
     assert "mine:half weights per factor" in capsys.readouterr().out
@@ -252,9 +261,9 @@ def test_an_output_of_ours_is_replaced(place):
     for strength in (1.0, 2.0):
         arguments = place.unlearn(weighting="uniform", forget=None, retain=None, strength=strength)
         assert main(arguments) == 0
-        found = json.loads((place / "out" / "perta_provenance.json").read_text())
-        assert found["config"]["strength"] == strength
-    assert not [path for path in place.path.iterdir() if path.name.startswith(".")], "nothing temporary is left"
+        provenance = json.loads((place / "out" / "perta_provenance.json").read_text())
+        assert provenance["config"]["strength"] == strength
+    assert not [path for path in place.path.iterdir() if path.name.startswith(".")], "a temporary file is left"
 
 
 def test_inspect_sees_that_a_file_was_changed(place, capsys):
@@ -268,7 +277,7 @@ def test_inspect_sees_that_a_file_was_changed(place, capsys):
 
 
 def calibration(place, *, emitted=False, **options):
-    """Arguments of calibrate; ``emitted``: a negative adapter is at unlearned/ first."""
+    """The arguments of calibrate; ``emitted``: first write a negative adapter to unlearned/."""
     if emitted and not (place / "unlearned").exists():
         save_perta_adapter(place / "unlearned", *builders.negate(builders.adapted_saved_llama()))
     settings = {
@@ -283,7 +292,7 @@ def calibration(place, *, emitted=False, **options):
 
 
 def test_calibrate_fuse_merge_verify(place, capsys):
-    """From a negative adapter to a model that is handed out; each step takes what the one before left."""
+    """From a negative adapter to a merged model: each command takes the output of the one before."""
     base = str(builders.llama_directory())
     arguments = calibration(place, emitted=True, task_adapter=place / "task", forget_adapter=place / "forget")
     assert main(arguments) == 0
@@ -293,10 +302,10 @@ def test_calibrate_fuse_merge_verify(place, capsys):
     assert (place / "calibrated" / "strength.png").is_file()
     assert curve["losses"]["retain"] <= curve["target"]
     assert len(curve["negation"]) > 1
-    before, after = (load_file(place / name / "adapter_model.safetensors") for name in ("unlearned", "calibrated"))
-    for key, tensor in after.items():
+    given, scaled = (load_file(place / name / "adapter_model.safetensors") for name in ("unlearned", "calibrated"))
+    for key, tensor in scaled.items():
         factor = curve["strength"] if ".lora_B." in key else 1.0
-        torch.testing.assert_close(tensor, before[key] * factor)
+        torch.testing.assert_close(tensor, given[key] * factor)
     assert f"| with it | {curve['losses']['forget']:.3f}" in (place / "calibrated" / "README.md").read_text()
 
     assert main(["verify", str(place / "calibrated"), "--base", base]) == 0
@@ -317,7 +326,7 @@ def test_calibrate_fuse_merge_verify(place, capsys):
     assert "FAIL" in capsys.readouterr().out
 
 
-def test_verify_re_evaluates(place, capsys):
+def test_verify_measures_the_losses_of_rows(place, capsys):
     save_perta_adapter(place / "unlearned", *builders.negate(builders.adapted_saved_llama(), strength=-1.0))
     rows = ["--forget", str(place / "forget.jsonl"), "--retain", str(place / "retain.jsonl")]
     verify = ["verify", str(place / "unlearned"), "--base", str(builders.llama_directory()), *rows]
@@ -331,7 +340,7 @@ def test_verify_re_evaluates(place, capsys):
 
 # Bad input
 
-BEFORE_LOADING = True  # refused before the model is loaded, whatever its size
+BEFORE_LOADING = True  # refused before the model is loaded, which may take minutes
 Case = tuple[Callable[[Place], list[str]], str, bool]
 
 
@@ -354,7 +363,7 @@ def dora(path: Path) -> Path:
 
 
 def narrow(path: Path) -> Path:
-    """Of a model with the same layers' names and other widths."""
+    """A forget adapter of a model whose layers have the same names and other widths."""
     shutil.copytree(builders.llama_directory(), path)
     config = json.loads((path / "config.json").read_text())
     model = builders.LlamaForCausalLM(builders.LlamaConfig(**{**config, "hidden_size": 32, "head_dim": 8}))
@@ -417,10 +426,15 @@ UNLEARN: dict[str, Case] = {
     ),
     "rank of text": (
         lambda p: p.unlearn(rank="many"),
-        r"--rank: expected an int from 1 to 256 or a float in \(0, 1\), found 'many'",
+        "--rank: expected an int or a float, found 'many'",
         BEFORE_LOADING,
     ),
     "strength NaN": (lambda p: p.unlearn(strength="nan"), "strength: expected a finite number", BEFORE_LOADING),
+    "strength of text": (
+        lambda p: p.unlearn(strength="much"),
+        "strength: expected a finite number or 'auto', found 'much'",
+        BEFORE_LOADING,
+    ),
     "power below 0": (lambda p: p.unlearn(power="-1"), "power: expected nothing, or a finite number", BEFORE_LOADING),
     "batch size 0": (lambda p: p.unlearn(batch_size=0), "batch_size: expected an int > 0", BEFORE_LOADING),
     "no samples": (lambda p: p.unlearn(max_samples=0), "max_samples: expected an int > 0", BEFORE_LOADING),
@@ -452,7 +466,7 @@ UNLEARN: dict[str, Case] = {
         "weighting 'json:__name__' is a str; expected a Weighting or a function",
         BEFORE_LOADING,
     ),
-    "output of another's": (
+    "output of another tool": (
         lambda p: p.unlearn(output=p / "theirs"),
         r"theirs exists and was not written by peft_perta",
         BEFORE_LOADING,
@@ -536,7 +550,7 @@ FORGET: dict[str, Case] = {
         "the forget set, row 1: 'answer' is empty",
         False,
     ),
-    "output of another's": (
+    "output of another tool": (
         lambda p: p.forget(output=p / "theirs"),
         r"theirs exists and was not written by peft_perta",
         BEFORE_LOADING,
@@ -550,7 +564,17 @@ FORGET: dict[str, Case] = {
 }
 OTHERS: dict[str, Case] = {
     "no command": (lambda p: [], "arguments are required: COMMAND", BEFORE_LOADING),
-    "unknown command": (lambda p: ["relearn"], "invalid choice: 'relearn'", BEFORE_LOADING),
+    "unknown command": (lambda p: ["shrink"], "invalid choice: 'shrink' .choose from .*unlearn", BEFORE_LOADING),
+    "misspelt command": (
+        lambda p: ["relearn"],
+        "invalid choice: 'relearn'; did you mean 'unlearn'\\?",
+        BEFORE_LOADING,
+    ),
+    "extrapolate to text": (
+        lambda p: ["extrapolate", "--alpha", "far"],
+        "--alpha: expected a number or 'auto', found 'far'",
+        BEFORE_LOADING,
+    ),
     "fuse one": (
         lambda p: ["fuse", str(p / "forget"), "--model", str(builders.llama_directory()), "--output", str(p / "out")],
         "at least two adapters to fuse",
@@ -566,7 +590,7 @@ OTHERS: dict[str, Case] = {
         "expected DIR or DIR:STRENGTH with a number, found .*forget:much",
         BEFORE_LOADING,
     ),
-    "fuse into another's": (
+    "fuse into another tool's directory": (
         lambda p: ["fuse", str(p / "task"), str(p / "forget"), "--model", "m", "--output", str(p / "theirs")],
         "theirs exists and was not written by peft_perta",
         BEFORE_LOADING,
@@ -581,12 +605,12 @@ OTHERS: dict[str, Case] = {
         "the model .*nowhere' cannot be found",
         BEFORE_LOADING,
     ),
-    "calibrate what is not ours": (
+    "calibrate an adapter of another tool": (
         lambda p: calibration(p, adapter=p / "forget"),
         "forget holds no perta_provenance.json",
         BEFORE_LOADING,
     ),
-    "calibrate by a log that is none": (
+    "calibrate to rows in place of a log": (
         lambda p: calibration(p, emitted=True, retain_only_log=p / "forget.jsonl", retain_tolerance=None),
         "expected an evaluation log like TOFU_EVAL.json",
         BEFORE_LOADING,
@@ -607,7 +631,7 @@ OTHERS: dict[str, Case] = {
         "--forget and --retain need --base",
         BEFORE_LOADING,
     ),
-    "demo into another's": (
+    "demo into another tool's directory": (
         lambda p: ["demo", "--output", str(p / "theirs")],
         "theirs exists and was not written by peft_perta",
         BEFORE_LOADING,
@@ -628,7 +652,7 @@ OTHERS: dict[str, Case] = {
         r"perta_provenance\.json is damaged",
         BEFORE_LOADING,
     ),
-    "inspect another's JSON": (
+    "inspect JSON of another tool": (
         lambda p: ["inspect", str(p.write("forget/perta_provenance.json", '["format"]').parent)],
         r"perta_provenance\.json is damaged",
         BEFORE_LOADING,
@@ -642,8 +666,8 @@ CASES = {
 
 
 def refused(place: Place, arguments: list[str], message: str, capfd, recwarn) -> None:
-    """Status 2, one line on standard error (after argparse's usage, where the arguments themselves are at fault), no
-    traceback, no warning, and not a byte written anywhere."""
+    """Check that a command ends with status 2 and one line on standard error (after argparse's usage, if the arguments
+    themselves are wrong), without a traceback or a warning, and without writing a byte anywhere."""
     before = tree(place)
     capfd.readouterr()
     recwarn.clear()
@@ -666,13 +690,13 @@ def test_bad_input_is_one_clear_line(place, name, capfd, recwarn, monkeypatch):
     make_arguments, message, before_loading = CASES[name]
     arguments = make_arguments(place)
     if before_loading:
-        monkeypatch.setattr(cli.options, "load_base", lambda *_, **__: pytest.fail("the model was loaded first"))
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
+        monkeypatch.setattr("peft_perta.cli._options.load_base", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the network was used"))
     refused(place, arguments, message, capfd, recwarn)
 
 
-def test_a_model_that_does_not_exist_is_not_looked_for_on_the_network():
-    """What the cases above rest on: the tests run with HF_HUB_OFFLINE=1."""
+def test_the_hub_is_offline_in_tests():
+    """The cases above rest on it: a model that does not exist is not looked up on the network."""
     assert huggingface_hub.constants.HF_HUB_OFFLINE
 
 
@@ -705,17 +729,17 @@ def test_an_interrupt_is_one_line_and_status_130(place, capsys, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.options, "load_base", interrupted)
+    monkeypatch.setattr("peft_perta.cli._options.load_base", interrupted)
     before = tree(place)
     assert main(place.unlearn()) == 130
     assert capsys.readouterr().err == "peft-perta: interrupted; nothing was written\n"
     assert tree(place) == before
 
 
-# Where the output goes
+# Standard output
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(place, monkeypatch):
+def test_a_closed_pipe_is_no_error(place, monkeypatch):
     """``peft-perta inspect DIR | head -1``"""
     assert main(place.unlearn(weighting="uniform", forget=None, retain=None)) == 0
     reading, writing = os.pipe()
@@ -726,7 +750,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(place, monkeypatch):
     monkeypatch.undo()
 
 
-def test_a_terminal_without_our_bars_shows_something_else(place, monkeypatch):
+def test_a_terminal_that_lacks_the_bars_shows_question_marks(place, monkeypatch):
     assert main(place.unlearn(weighting="uniform", forget=None, retain=None)) == 0
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
@@ -747,12 +771,16 @@ def help_of(arguments: list[str], capsys) -> str:
     return capsys.readouterr().out
 
 
-def test_every_knob_of_the_config_is_an_option_with_its_help(capsys):
-    text = squeezed(help_of(["unlearn"], capsys))
-    for field in dataclasses.fields(PerTAConfig):
-        default = "" if field.default is None else f" (default: {field.default})"
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [("unlearn", PerTAConfig), ("train", UnlearningSettings), ("erase", InfluenceSettings)],
+)
+def test_every_setting_is_an_option_with_its_help(command, settings, capsys):
+    text = squeezed(help_of([command], capsys))
+    for field in dataclasses.fields(settings):
+        default = "" if field.default is None or isinstance(field.default, tuple) else f" (default: {field.default})"
         assert squeezed(field.metadata["help"] + default) in text, field.name
-        assert f"[--{field.name.replace('_', '-')}" in text, field.name
+        assert f"[--{field.name.replace('_', '-').removesuffix('s')}" in text, field.name
 
 
 @pytest.mark.parametrize(
@@ -775,6 +803,51 @@ def test_every_command_says_what_it_takes(command, options, capsys):
         assert lines, f"{option} has no line of its own"
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_help_opens_with_two_sentences_and_ends_with_an_example_that_parses(name):
+    parser = command_parser(name)
+    sentences = re.split(r"(?<=\.) ", " ".join(parser.description.split()))
+    assert len(sentences) == 2, sentences
+    assert re.match("It needs ", sentences[1])
+    title, command = parser.epilog.replace("\\\n", "").split("\n")
+    assert title == "Example:"
+    assert shlex.split(command)[:2] == ["peft-perta", name]
+    parser.parse_args(shlex.split(command)[2:])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_a_help_and_says_its_default(name):
+    for action in command_parser(name)._actions:
+        assert action.help, action.dest
+        if action.default not in (None, False, [], argparse.SUPPRESS):
+            default = f"{action.default:g}" if isinstance(action.default, float) else action.default
+            assert f"(default: {default})" in action.help, action.dest
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--model", "--revision", "--four-bit", "--device-map", "--forget", "--retain", "--task-adapter", "--output"],
+)
+def test_an_option_that_several_commands_share_opens_with_the_same_words(option):
+    actions = [command_parser(name)._option_string_actions.get(option) for name in COMMANDS]
+    texts = [action.help for action in actions if action is not None and action.metavar != "JSON"]  # rescore's output
+    assert len(texts) > 1
+    assert len({" ".join(text.split()[:4]) for text in texts}) == 1, texts
+
+
+@pytest.mark.parametrize("table", [FORGET_LOSSES, RETAIN_LOSSES, COMBINERS])
+def test_train_describes_every_loss_and_combiner(table, capsys):
+    lines = [line.strip() for line in help_of(["train"], capsys).splitlines()]
+    for name, row in table.items():
+        assert any(re.fullmatch(rf"{name} +{re.escape(row.description)}", line) for line in lines), name
+
+
+@pytest.mark.parametrize("table", [WEIGHTINGS, GRANULARITIES, FITS])
+def test_unlearn_lists_every_weighting_granularity_and_fit(table, capsys):
+    firsts = [line.split()[0] for line in help_of(["unlearn"], capsys).splitlines() if line.strip()]
+    assert set(table) <= set(firsts)
+
+
 def test_the_module_is_the_command():
     """In a process of its own, as a user would."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -782,12 +855,12 @@ def test_the_module_is_the_command():
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: peft-perta")
-    for command in ("demo", "forget", "unlearn", "inspect"):
-        assert f"\n    {command} " in done.stdout
+    for command, summary in COMMANDS.items():
+        assert squeezed(command + summary) in squeezed(done.stdout)
     assert "Traceback" not in done.stderr
 
 
-def test_the_module_hands_the_status_on(place, monkeypatch, capsys):
+def test_the_module_returns_the_status(place, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["peft-perta", "inspect", str(place / "none")])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_module("peft_perta", run_name="__main__")

@@ -202,7 +202,7 @@ def test_two_processes_resume_from_one_checkpoint(tmp_path):
     group, after its forget set. However slow the disk is, both resume from the same state."""
     expected = builders.negate(builders.adapted_llama(), granularity="delta", rank=3, batch_size=1)[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["peft_perta.cli"])
+    context.set_forkserver_preload(["peft_perta.cli.unlearn"])
     for at in ({0: 3 + 2 + 3, 1: 2 + 2 + 2}, {0: None, 1: None}):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

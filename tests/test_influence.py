@@ -543,12 +543,12 @@ def command(*arguments):
 
 @pytest.mark.parametrize(
     ("four_bit", "form", "change"),
-    [(True, "difference", "erase"), (False, "edited", "correct"), (False, "difference", "modify")],
+    [(True, "difference", "forget"), (False, "edited", "correct"), (False, "difference", "modify")],
 )
 def test_the_command(four_bit, form, change, tmp_path, capsys):
     model = trained(builders.adapted_nf4_llama() if four_bit else builders.adapted_saved_llama(), "task")
     model.save_pretrained(tmp_path / "adapters", selected_adapters=["task"])
-    rows = {"training": ROWS, "erase": ROWS[:1]}
+    rows = {"training": ROWS, "forget": ROWS[:1]}
     for name, pairs in (("modify", MODIFIED), ("correct", CORRECTED)):
         rows[name] = [{"old": old, "new": new} for old, new in pairs]
     for name, rows_of_file in rows.items():

@@ -1,4 +1,4 @@
-"""evaluate, rescore, compare --list on the command line: what they leave, and what they refuse in one clear line."""
+"""evaluate, rescore and compare --list on the command line: what they write, and one clear line for bad input."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import builders
 import pytest
 
 from peft_perta import attach_adapters
-from peft_perta.cli import _unlearning, main
+from peft_perta.cli import main, unlearn
 from peft_perta.comparison import METHODS
 from peft_perta.data import load_samples
 from peft_perta.evaluation import losses_of, read_log
@@ -67,15 +67,15 @@ def logged_loss(path) -> float:
     return sum(row["avg_loss"] for row in rows) / len(rows)
 
 
-def test_one_command_judges_all_sides_attacks_and_draws(place, capsys):
+def test_one_command_judges_all_models_attacks_them_and_writes_the_report(place, capsys):
     more = ["--retain-only-adapter", "task", "--attacks", "all", "--html-report"]
     assert main(evaluate(*more)) == 0
     out = capsys.readouterr().out
-    assert re.search(r"before +after +reference", out)
+    assert re.search(r"full +unlearned +retain-only", out)
     assert re.search(r"requantization +as it is", out)
     assert logged_loss("out/TOFU_EVAL.json") == pytest.approx(mean_loss(["task", "forget"], place), rel=1e-5)
-    assert logged_loss("out/before/TOFU_EVAL.json") == pytest.approx(mean_loss(["task"], place), rel=1e-5)
-    assert logged_loss("out/reference/TOFU_EVAL.json") == pytest.approx(mean_loss(["task"], place), rel=1e-5)
+    assert logged_loss("out/full/TOFU_EVAL.json") == pytest.approx(mean_loss(["task"], place), rel=1e-5)
+    assert logged_loss("out/retain-only/TOFU_EVAL.json") == pytest.approx(mean_loss(["task"], place), rel=1e-5)
     attacks = json.loads((place / "out" / "attacks.json").read_text())
     assert {result["attack"] for result in attacks} == {
         "relearning", "requantization", "paraphrase", "prefix", "sampling", "switched-off"
@@ -88,10 +88,10 @@ def test_one_command_judges_all_sides_attacks_and_draws(place, capsys):
     assert not re.search(r"(src|href)=.https?:", page)
 
 
-def test_a_strength_is_on_while_it_is_judged(place):
+def test_an_adapter_is_judged_at_its_strength(place):
     assert main(evaluate(adapters=("task", "forget:0"))) == 0
     assert logged_loss("out/TOFU_EVAL.json") == pytest.approx(mean_loss(["task"], place), rel=1e-5)
-    assert main(evaluate(adapters=("task", "forget"))) == 0  # another strength is judged anew
+    assert main(evaluate(adapters=("task", "forget"))) == 0  # another strength is another model
     assert logged_loss("out/TOFU_EVAL.json") == pytest.approx(mean_loss(["task", "forget"], place), rel=1e-5)
 
 
@@ -100,21 +100,21 @@ def test_a_four_bit_base_without_adapters(place):
     assert len(read_log("out/TOFU_EVAL.json")["forget_Q_A_Prob"]["value_by_index"]) == 2
 
 
-def test_a_log_of_others_is_the_retain_only(place):
+def test_the_log_of_a_retain_only_model_can_be_given(place):
     assert main(evaluate(adapters=("task",))) == 0
-    shutil.move("out", "known")
-    assert main(evaluate("--retain-only-log", "known/TOFU_EVAL.json")) == 0
+    shutil.move("out", "retain")
+    assert main(evaluate("--retain-only-log", "retain/TOFU_EVAL.json")) == 0
     assert read_log("out/TOFU_EVAL.json")["forget_quality"]["agg_value"] is not None
-    retain_only = ["--retain-only-log", "known/TOFU_EVAL.json", "--output", "again.json"]
+    retain_only = ["--retain-only-log", "retain/TOFU_EVAL.json", "--output", "again.json"]
     assert main(["rescore", "out/TOFU_EVAL.json", *retain_only]) == 0
     again = json.loads((place / "again.json").read_text())
     logged = read_log("out/TOFU_EVAL.json")
-    assert {metric: found["agg_value"] for metric, found in again.items()} == {
+    assert {metric: entry["agg_value"] for metric, entry in again.items()} == {
         metric: pytest.approx(entry["agg_value"]) for metric, entry in logged.items() if entry["agg_value"] is not None
     }
 
 
-def test_other_suites_rows_are_attacked_too(place):
+def test_the_forget_rows_of_other_suites_can_be_attacked(place):
     (place / "rwku").mkdir()
     probe = {"subject": "Khan", "type": "simple question", "query": "Who wrote Hatter?", "answer": "Basil Khan"}
     for stem in ("forget_level1", "forget_level2", "neighbor_level1", "neighbor_level2"):
@@ -123,13 +123,11 @@ def test_other_suites_rows_are_attacked_too(place):
     assert [r["setting"] for r in json.loads((place / "out" / "attacks.json").read_text())] == ["on", "off"]
 
 
-def test_unlearn_draws_what_it_changed(place, monkeypatch):
+def test_unlearn_writes_a_report_of_the_full_and_the_unlearned_model(place, monkeypatch):
     for name in ("forget", "retain"):
         (place / f"{name}.jsonl").write_text(split([f"{name.title()} {i}" for i in range(3)]))
     drawn = []
-    monkeypatch.setattr(
-        _unlearning, "write_html_report", lambda *args: (drawn.append(args[0]), write_html_report(*args))
-    )
+    monkeypatch.setattr(unlearn, "write_html_report", lambda *args: (drawn.append(args[0]), write_html_report(*args)))
     rows = ["--forget", "forget.jsonl", "--retain", "retain.jsonl"]
     model = ["--model", str(builders.llama_directory()), "--forget-adapter", "forget", "--task-adapter", "task"]
     assert main(["unlearn", *model, *rows, "--output", "out", "--html-report", "--gradients-at", "full"]) == 0
@@ -138,13 +136,13 @@ def test_unlearn_draws_what_it_changed(place, monkeypatch):
     assert "Who wrote book 0?" in page
     adapted = attach_adapters(builders.adapted_saved_llama(), {"out": place / "out"})
     forget = [json.loads(line) for line in (place / "forget.jsonl").read_text().splitlines()]
-    for label, stack in (("before", ["task"]), ("after", ["task", "out"])):
+    for label, stack in (("full", ["task"]), ("unlearned", ["task", "out"])):
         loss = float(losses_of(adapted, load_samples(forget, builders.tokenizer()), adapters=stack).mean())
         assert drawn[0].models[label]["forget_loss"] == pytest.approx(loss, rel=1e-5), label
     assert len({layer["name"] for layer in drawn[0].provenance["layers"]}) == 14
 
 
-def test_the_methods_are_named(place, capsys):
+def test_compare_lists_the_methods_with_their_descriptions(place, capsys):
     assert main(["compare", "--list", "--json", "methods.json"]) == 0
     names = json.loads((place / "methods.json").read_text())["methods"]
     header, *lines = capsys.readouterr().out.splitlines()
@@ -161,19 +159,19 @@ CASES = {
     "a directory without rows": (evaluate(suite="tofu=forget"), "expected one forget set"),
     "an unknown attack": (evaluate("--attacks", "torture"), "expected 'all' or some of .*, found 'torture'"),
     "attacks without an adapter": (evaluate("--attacks", "all", adapters=()), "--adapter: expected the adapter"),
-    "no adapter there": (evaluate(adapters=("task", "gone")), "gone"),
+    "an adapter that is missing": (evaluate(adapters=("task", "gone")), "gone"),
     "an adapter twice": (evaluate(adapters=("task", "task")), "given twice"),
     "no row at all": (evaluate("--rows", "0"), "rows: expected at least 1, found 0"),
-    "two references": (
-        evaluate("--retain-only-adapter", "task", "--retain-only-log", "known/TOFU_EVAL.json"),
+    "two retain-only models": (
+        evaluate("--retain-only-adapter", "task", "--retain-only-log", "retain/TOFU_EVAL.json"),
         "expected one of the two",
     ),
-    "a retain-only model that is no log": (
+    "a retain-only log of another format": (
         evaluate("--retain-only-log", "task/adapter_config.json"),
         "forget_truth_ratio|PARA",
     ),
     "somebody else's directory": (evaluate("--output", "tofu"), "was not written by peft_perta"),
-    "a log that is none": (
+    "rows in place of a log": (
         ["rescore", "tofu/retain_perturbed.json", "--output", "x.json"],
         "expected an evaluation log",
     ),

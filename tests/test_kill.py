@@ -120,7 +120,7 @@ def test_an_interrupt_says_how_to_go_on(place):
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 130, said
-    assert "interrupted; the same command goes on from here" in said
+    assert "interrupted; run the same command again to resume" in said
     assert not (place / "interrupted").exists()
     finished(start(place, "grouped", "interrupted", 0))
     assert not checkpoint.exists()

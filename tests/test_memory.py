@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_perta import ConfigError, PerTAConfig, cli
+from peft_perta import ConfigError, PerTAConfig
+from peft_perta.cli import command_parser
 from peft_perta.model import DISK, HOST, budgets, held_to, parse_size, show_size, taken
 from peft_perta.model import memory as memory_module
 
@@ -60,8 +61,8 @@ def test_the_config_refuses_an_invalid_size_by_name(name, size):
 
 
 def test_the_command_line_keeps_a_size_as_it_was_written():
-    line = "unlearn --model m --forget-adapter f --output o --max-memory 3GiB --host-memory 20000000"
-    options = cli._parser().parse_args(line.split())
+    line = "--model m --forget-adapter f --output o --max-memory 3GiB --host-memory 20000000"
+    options = command_parser("unlearn").parse_args(line.split())
     assert (options.max_memory, options.host_memory) == ("3GiB", "20000000")
 
 

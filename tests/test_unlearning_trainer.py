@@ -1,6 +1,5 @@
 """Both gradients are of the whole global batch, combined once, then clipped; the result is a plain adapter."""
 
-import argparse
 import copy
 import dataclasses
 import gc
@@ -28,7 +27,7 @@ from peft_perta import (
     verify_adapter,
 )
 from peft_perta.adapters import add_adapter
-from peft_perta.cli import _training
+from peft_perta.cli import command_parser, train
 from peft_perta.data import Sample, encode_row, load_samples, padded
 from peft_perta.evaluation import losses_of
 from peft_perta.gradients import find_blocks
@@ -560,12 +559,9 @@ def place(tmp_path):
 
 
 def command(place, *more):
-    parser = argparse.ArgumentParser()
-    _training.add_commands(parser.add_subparsers())
     model, rows = str(builders.llama_directory()), [str(place / f"{name}.jsonl") for name in ("forget", "retain")]
     fixed = ["--model", model, "--forget", rows[0], "--retain", rows[1], "--output", str(place / "out")]
-    options = parser.parse_args(["train", *fixed, "--epochs", "2", *more])
-    options.run(options)
+    train.run(command_parser("train").parse_args([*fixed, "--epochs", "2", *more]))
 
 
 def test_the_command_trains_and_says_what_comes_next(place, capsys):
@@ -621,7 +617,7 @@ def test_two_processes_train_as_one(tmp_path):
         model, tmp_path / "scratch", settings=UnlearningSettings(combiner="sago"), callbacks=[seen], num_train_epochs=3
     ).train()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["peft_perta.cli"])
+    context.set_forkserver_preload(["peft_perta.cli.train"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

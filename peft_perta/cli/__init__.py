@@ -1,53 +1,123 @@
-"""``peft-perta``: parse, call, print. Exit status 0; 1 where ``verify`` finds a fault; 2, with one clear
-line, where the input is at fault."""
+"""The command line: ``peft-perta COMMAND``. Each command parses its options, calls the library and prints.
+
+Imports from: every room above.
+
+Each command is a module of its own name under one contract, and a row in ``COMMANDS``:
+
+- its docstring is the help: two sentences on what the command does and what it needs, then an example;
+- ``add_options(parser)`` adds its options;
+- ``run(options)`` runs it, and returns the exit status if it is not 0;
+- ``resume_path(options)``, where an interrupted run can be resumed, is a path that exists once there is work to resume.
+
+Exit statuses: 0; 1 if ``verify`` finds a fault; 2, with one line on standard error, if the input is at fault; 130 if
+the run is interrupted.
+"""
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import importlib
 import io
 import os
 import shlex
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
+from inspect import cleandoc  # not the module, whose name is a command's
+from typing import Any
 
 from ..errors import PerTAError
-from ..model import distributed, quiet
-from . import _erasing, _judging, _shipping, _training, _unlearning
+
+COMMANDS = {  # name of the command and of its module -> summary
+    "demo": "run the whole method on TOFU, with a small Llama that ships with the package",
+    "forget": "train a forget adapter on the forget rows",
+    "unlearn": "make a negative adapter from a forget adapter, forget rows and retain rows",
+    "calibrate": "rescale a negative adapter to the strength that meets a goal",
+    "extrapolate": "go further in the direction of an unlearning run (UIPE)",
+    "train": "train an adapter to forget some rows and to keep others (NPO, RMU, PCGrad, SAGO, ...)",
+    "erase": "remove or change training rows of an adapter without training it again (LLMEraser)",
+    "evaluate": "measure what a model with a stack of adapters still knows, and attack it",
+    "rescore": "recompute the aggregates of an evaluation log",
+    "compare": "run many unlearning methods on one setup, at matched forgetting",
+    "fuse": "combine several adapters into one, for servers that take one per request",
+    "merge": "merge adapters into a full-precision copy of the base model",
+    "verify": "check an adapter's files, what servers require of them, and its base model",
+    "inspect": "show what an adapter is and how it was made",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    options.line = shlex.join(["peft-perta", *(sys.argv[1:] if arguments is None else arguments)])
-    quiet()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without our bars shows something else, and goes on
+    """Run one command.
+
+    Args:
+        arguments: the command and its options; by default those of the process.
+
+    Returns:
+        The exit status.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = _command_name(arguments)
+    resume_path: str | None = None
     try:
-        status = options.run(options)
+        command = _import(f"cli.{name}")
+        options = command_parser(name).parse_args(arguments[1:])
+        options.command_line = shlex.join(["peft-perta", *arguments])
+        if hasattr(command, "resume_path"):
+            resume_path = command.resume_path(options)
+        _import("model").quiet()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that lacks the characters of a bar chart shows "?"
+        status = command.run(options)
         sys.stdout.flush()
         return status or 0
     except PerTAError as error:
-        if distributed.local_rank() == 0:  # the others fail with it
+        if _import("model").distributed.local_rank() == 0:  # every process fails with the same error
             print(f"peft-perta: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of our output has seen enough, as with `| head`
+    except BrokenPipeError:  # the reader of our output has closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
-        begun = options.begun is not None and os.path.exists(options.begun(options))
-        left = "the same command goes on from here" if begun else "nothing was written"
-        print(f"peft-perta: interrupted; {left}", file=sys.stderr)
+        resumable = resume_path is not None and os.path.exists(resume_path)
+        remedy = "run the same command again to resume" if resumable else "nothing was written"
+        print(f"peft-perta: interrupted; {remedy}", file=sys.stderr)
         return 130
-    return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser(name: str) -> argparse.ArgumentParser:
+    """The parser of one command, with the docstring of its module as help."""
+    command = _import(f"cli.{name}")
+    sentences, _, example = cleandoc(command.__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog=f"peft-perta {name}",
+        description=textwrap.fill(sentences, shutil.get_terminal_size().columns - 2),
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_options(parser)
+    return parser
+
+
+def _command_name(arguments: Sequence[str]) -> str:
+    """The command that the first argument names. ``--help`` and errors leave from here, without importing torch."""
     parser = argparse.ArgumentParser(
         prog="peft-perta",
-        description="Take knowledge out of a language model with a LoRA adapter: train a forget adapter on what must "
-        "go, weigh it parameter by parameter, and get a negative adapter that stacks on the full model.",
+        description="Take knowledge out of a language model with a LoRA adapter: train a forget adapter on the rows to "
+        "forget, weight it parameter by parameter, and get a negative adapter that stacks on the full model.",
+        epilog="peft-perta COMMAND --help explains a command.",
     )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
+    for name, summary in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    first = arguments[0] if arguments else ""
+    nearest = difflib.get_close_matches(first, COMMANDS, n=1)
+    if nearest and first not in COMMANDS:
+        parser.error(f"argument COMMAND: invalid choice: {first!r}; did you mean {nearest[0]!r}?")
+    return parser.parse_args(arguments[:1]).command
 
-    for group in (_unlearning, _training, _erasing, _judging, _shipping):
-        group.add_commands(commands)
-    return parser
+
+def _import(module: str) -> Any:
+    """A module of this package, imported when it is needed: what it imports (torch, trl, ...) takes seconds."""
+    return importlib.import_module(f"..{module}", __package__)

@@ -1,48 +1,176 @@
-"""What several commands take: a base, adapters, rows; and how their text is read."""
+"""Options that several commands share, each described once, and the checks and lines that go with them."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+from ..adapters import DTYPES, EmittedAdapter
 from ..errors import ConfigError
+from ..evaluation import Calibration
+from ..html_report import PICTURE_NAME, draw_calibration
 from ..model import check_adapter_files, load_base
 
 HTML_REPORT_NAME = "report.html"
 
 
-ROWS_HELP = "JSON lines of {question, answer}, {prompt, completion}, {messages} or {text}"
+ROWS = "JSON lines of {question, answer}, {prompt, completion}, {messages} or {text}"
 
 
-def add_command(
-    commands, name: str, run: Callable, text: str, begun: Callable[[argparse.Namespace], str] | None = None
-) -> argparse.ArgumentParser:
-    """``begun``: what is there where an interrupted run can be gone on with."""
-    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    command.set_defaults(run=run, begun=begun)
-    return command
+PARTS = "a plain LoRA adapter of the base model, and the strength to multiply it by (default: 1)"
 
 
-def add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", required=True, metavar="NAME", help="base model: a hub name or a directory")
-    command.add_argument("--revision", help="revision of a hub model")
-    command.add_argument("--four-bit", action="store_true", help="quantise the base to NF4 (QLoRA)")
-    command.add_argument(
-        "--device-map", choices=["auto"], help="spread the layers over all GPUs and the host (default: one GPU)"
+# Options
+
+
+def add_base_model(parser: argparse.ArgumentParser, note: str = "") -> None:
+    """``--model`` and ``--revision``; ``note`` is added to the help of the model."""
+    name = f"the base model: a name on the Hugging Face Hub or a directory{note}"
+    parser.add_argument("--model", required=True, metavar="NAME", help=name)
+    add_revision(parser)
+
+
+def add_revision(parser: argparse.ArgumentParser) -> None:
+    """``--revision``."""
+    parser.add_argument("--revision", help="the revision of a base model on the Hub")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The options of ``load_model``."""
+    add_base_model(parser)
+    add_four_bit(parser)
+    parser.add_argument(
+        "--device-map", choices=["auto"],
+        help="spread the layers over all GPUs, and the rest over the host's memory (default: one GPU)",
+    )  # fmt: skip
+
+
+def add_four_bit(parser: argparse.ArgumentParser) -> None:
+    """``--four-bit``."""
+    parser.add_argument("--four-bit", action="store_true", help="quantise the base model to 4-bit NF4 (QLoRA)")
+
+
+def add_forget(parser: Any, *, required: bool = True, note: str = "") -> None:
+    """``--forget``."""
+    parser.add_argument("--forget", required=required, metavar="ROWS", help=f"the forget rows: {ROWS}{note}")
+
+
+def add_retain(parser: argparse.ArgumentParser, *, required: bool = True, note: str = "") -> None:
+    """``--retain``."""
+    text = f"the retain rows, in the same formats{note}"
+    parser.add_argument("--retain", required=required, metavar="ROWS", help=text)
+
+
+def add_task_adapter(parser: argparse.ArgumentParser) -> None:
+    """``--task-adapter``."""
+    text = "the task adapter, if the full model is the base with an adapter that knows too much"
+    parser.add_argument("--task-adapter", metavar="DIR", help=text)
+
+
+def add_output(parser: argparse.ArgumentParser, content: str) -> None:
+    """``--output``, a directory."""
+    parser.add_argument("--output", required=True, metavar="DIR", help=f"the directory to write {content} to")
+
+
+def add_max_length(parser: argparse.ArgumentParser) -> None:
+    """``--max-length``."""
+    parser.add_argument("--max-length", type=int, default=1024, help="tokens per row (default: 1024)")
+
+
+def add_training(parser: argparse.ArgumentParser, *, epochs: float, learning_rate: float, batch_size: str) -> None:
+    """The options of a training run; ``batch_size`` is the help of ``--batch-size``."""
+    parser.add_argument(
+        "--epochs", type=float, default=epochs, help=f"passes over the forget rows (default: {epochs:g})"
     )
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        default=learning_rate,
+        help=f"the peak learning rate (default: {learning_rate:g})",
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help=f"{batch_size} (default: 8)")
+    add_max_length(parser)
+    add_seed(parser)
 
 
-def load_model(options: argparse.Namespace):
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """``--seed`` of a training run."""
+    text = "the seed of the adapter's initialisation and of the order of the rows (default: 0)"
+    parser.add_argument("--seed", type=_seed, default=0, help=text)
+
+
+def add_dtype(parser: argparse.ArgumentParser, content: str, default: str | None = "float32") -> None:
+    """``--dtype``; with the default None, that of the base model's files."""
+    text = f"the data type of {content} (default: {default or 'that of the base model'})"
+    parser.add_argument("--dtype", choices=DTYPES, default=default, help=text)
+
+
+def add_table(parser: argparse.ArgumentParser, title: str, table: Mapping[str, Any]) -> None:
+    """A section of the help that describes each row of a table."""
+    parser.add_argument_group(title, described(table))
+
+
+def described(table: Mapping[str, Any]) -> str:
+    """The names of a table's rows, a line each, with their descriptions."""
+    width = max(map(len, table))
+    return "\n".join(f"{name:<{width}}  {row.description}" for name, row in table.items())
+
+
+def _seed(text: str) -> int:
+    if not (text.isdecimal() and int(text) < 2**32):  # the range of NumPy's generator
+        raise argparse.ArgumentTypeError(f"expected an int from 0 to {2**32 - 1}, found {text!r}")
+    return int(text)
+
+
+# Values
+
+
+def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The base model and its tokenizer."""
     return load_base(options.model, four_bit=options.four_bit, revision=options.revision, device_map=options.device_map)
 
 
-def check_distinct(directories: Iterable[str]) -> None:
-    """Refuse one adapter under two names: its delta would count twice.
+def check_training(options: argparse.Namespace, **least: int) -> None:
+    """Check the options of a training run; ``least`` is the smallest value of each option that counts something.
 
     Raises:
-        ConfigError: two of them are one directory.
+        ConfigError: a value is out of its range.
+    """
+    for name, smallest in {"batch_size": 1, "max_length": 2, **least}.items():
+        value = getattr(options, name)
+        if value is not None and value < smallest:
+            raise ConfigError(f"{flag(name)}: expected at least {smallest}, found {value}")
+    for name in ("epochs", "learning_rate"):
+        if not 0 < getattr(options, name) < math.inf:
+            raise ConfigError(f"{flag(name)}: expected a number > 0, found {getattr(options, name)}")
+
+
+def flag(name: str) -> str:
+    """The option that sets the attribute ``name``."""
+    return "--" + name.replace("_", "-")
+
+
+def given_adapters(directories: Mapping[str, str | None]) -> dict[str, str]:
+    """The adapters that are given, by name; their files are checked before a model is loaded.
+
+    Raises:
+        AdapterError: a directory holds no adapter, or a damaged or pickled one.
+    """
+    given = {name: directory for name, directory in directories.items() if directory}
+    for directory in given.values():
+        check_adapter_files(directory)
+    return given
+
+
+def check_distinct(directories: Iterable[str]) -> None:
+    """Check that no adapter is given under two names: its delta would be added twice.
+
+    Raises:
+        ConfigError: two of the directories are the same one.
     """
     seen: dict[str, str] = {}
     for directory in directories:
@@ -51,15 +179,14 @@ def check_distinct(directories: Iterable[str]) -> None:
             raise ConfigError(f"{directory} is given twice, expected each adapter once: its delta would be added twice")
 
 
-def seed_of(text: str) -> int:
-    if not (text.isdecimal() and int(text) < 2**32):  # what NumPy's generator takes
-        raise argparse.ArgumentTypeError(f"expected an int from 0 to {2**32 - 1}, found {text!r}")
-    return int(text)
+def read_strengths(texts: Sequence[str]) -> dict[str, float]:
+    """DIR[:STRENGTH] -> strength, by directory.
 
-
-def strengths_of(texts: Sequence[str]) -> dict[str, float]:
-    """DIR[:STRENGTH] -> strength."""
-    parts: dict[str, float] = {}
+    Raises:
+        ConfigError: a strength is no finite number, or a directory is given twice.
+        AdapterError: a directory holds no adapter, or a damaged or pickled one.
+    """
+    strengths: dict[str, float] = {}
     for text in texts:
         directory, colon, strength = text.rpartition(":")
         if not colon or os.path.isdir(text):
@@ -68,10 +195,31 @@ def strengths_of(texts: Sequence[str]) -> dict[str, float]:
             value = float(strength)
         except ValueError:
             raise ConfigError(f"expected DIR or DIR:STRENGTH with a number, found {text!r}") from None
-        if directory in parts or not math.isfinite(value):
-            what = "is given twice" if directory in parts else f"has the strength {value}, expected a finite one"
-            raise ConfigError(f"{directory} {what}")
-        parts[directory] = value
-    for directory in parts:
+        if directory in strengths:
+            raise ConfigError(f"{directory} is given twice, expected each adapter once")
+        if not math.isfinite(value):
+            raise ConfigError(f"{directory} has the strength {value}, expected a finite one")
+        strengths[directory] = value
+    for directory in strengths:
         check_adapter_files(directory)
-    return parts
+    return strengths
+
+
+# Results
+
+
+def save_adapter(emitted: EmittedAdapter, output: str) -> None:
+    """Write the adapter, with the strength curve if its strength was searched for, and print what it is."""
+    emitted.save(output)
+    print(f"{emitted.provenance}\nIt is in {output}")
+    values = getattr(emitted.provenance, "calibration", None)
+    if values is not None:
+        calibration = Calibration.from_dict(values)
+        picture = Path(output) / PICTURE_NAME
+        draw_calibration(calibration, picture)
+        print(f"{calibration}\nThe strength curve is in {picture}")
+
+
+def print_next(options: argparse.Namespace, then: str = "") -> None:
+    """Print the command that checks the adapter in ``options.output``, and what to do ``then``."""
+    print(f"Next: peft-perta verify {options.output} --base {options.model}{then}")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from ..data import check_setting, is_count, is_int, is_number
+from ..data import check_setting, explained, is_count, is_int, is_number, setting
 from ..errors import ConfigError
 
 CURVATURES = ("gauss-newton", "hessian")
@@ -16,60 +16,56 @@ SOLVERS = ("conjugate-gradients", "stochastic")
 FACTORS = ("AB", "B")
 
 
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
+@explained
 @dataclass(frozen=True)
 class InfluenceSettings:
     """How the system (H + damping) D = b of an influence edit is built and solved.
 
-    Attributes:
-        curvature: 'gauss-newton' (never negative, needs no double backward) or 'hessian' (exact, may be indefinite).
-        damping: is added to the curvature, in units of the mean eigenvalue of the Gauss-Newton matrix. More damping
-            makes a shorter, safer step. Grosse et al. 2023 (arXiv 2308.03296) use 0.1, but only to rank rows. An edit
-            takes the step, and an adapter that fits its rows well has almost no curvature there: with little damping
-            the step leaves the region where the quadratic model holds. LoRA's factors also have directions that change
-            nothing (A -> M A, B -> B M^-1). The provenance holds the damping as a number.
-        absolute_damping: the damping as a number, in place of ``damping``.
-        solver: 'conjugate-gradients', or 'stochastic' for large training sets: many small steps per pass.
-        tolerance: the system is solved when |b - (H + damping) D| / |b| is at most this, below 1.
-        max_iterations: the largest number of products with the whole curvature. The provenance says where the solver
-            stopped.
-        curvature_samples: take the curvature on this many evenly spaced training rows; None takes all rows.
-        factors: 'AB' edits both factors, 'B' only B (for an adapter that was trained with A frozen).
-        batch_size: rows per batch. It changes no result, except for the steps of the stochastic solver.
-        max_length: tokens per row, as in the adapter's training.
-        seed: of the preconditioner and of the stochastic solver's order.
+    Grosse et al. 2023 (arXiv 2308.03296) use a damping of 0.1, but only to rank rows. An edit takes the step, and an
+    adapter that fits its rows well has almost no curvature there: with little damping the step leaves the region where
+    the quadratic model holds. LoRA's factors also have directions that change nothing (A -> M A, B -> B M^-1). The
+    provenance holds the damping as a number, and where the solver stopped.
 
     Raises:
         ConfigError: a value is out of its range, or two values contradict each other.
     """
 
-    curvature: str = _setting(
-        "gauss-newton", "gauss-newton (never negative, no double backward) or hessian (exact, may be indefinite)"
+    curvature: str = setting(
+        "gauss-newton",
+        "The curvature H: Gauss-Newton is never negative and needs no double backward; the Hessian is exact and may be "
+        "indefinite.",
+        CURVATURES,
     )
-    damping: float = _setting(
-        10.0, "damping in units of the Gauss-Newton matrix's mean eigenvalue; more makes a shorter, safer step"
+    damping: float = setting(
+        10.0,
+        "Added to the curvature, in units of the mean eigenvalue of the Gauss-Newton matrix: a number > 0. More makes "
+        "a shorter, safer step.",
     )
-    absolute_damping: float | None = _setting(None, "damping as a number, in place of damping")
-    solver: str = _setting(
-        "conjugate-gradients", "conjugate-gradients, or stochastic (many small steps per pass, for large training sets)"
+    absolute_damping: float | None = setting(None, "The damping as a number > 0, in place of damping.")
+    solver: str = setting(
+        "conjugate-gradients",
+        "How the system is solved: the stochastic solver takes many small steps per pass, for large training sets.",
+        SOLVERS,
     )
-    tolerance: float = _setting(1e-2, "stop when |b - (H + damping) D| / |b| is at most this")
-    max_iterations: int = _setting(100, "largest number of products with the whole curvature")
-    curvature_samples: int | None = _setting(
-        None, "take the curvature on this many evenly spaced training rows (default: all)"
+    tolerance: float = setting(1e-2, "Solved when |b - (H + damping) D| / |b| is at most this: a number > 0 and < 1.")
+    max_iterations: int = setting(100, "The largest number of products with the whole curvature: an int > 0.")
+    curvature_samples: int | None = setting(
+        None, "Take the curvature on this many evenly spaced training rows: an int > 0. By default all rows."
     )
-    factors: str = _setting("AB", "factors to edit: both, or only B (for an adapter trained with A frozen)")
-    batch_size: int = _setting(8, "rows per batch; changes no result, except for the stochastic solver's steps")
-    max_length: int = _setting(1024, "tokens per row, as in the adapter's training")
-    seed: int = _setting(0, "seed of the preconditioner and of the stochastic solver's order")
+    factors: str = setting(
+        "AB", "The factors to edit: both, or only B, for an adapter that was trained with A frozen.", FACTORS
+    )
+    batch_size: int = setting(
+        8, "Rows per batch: an int > 0. It changes no result, except for the steps of the stochastic solver."
+    )
+    max_length: int = setting(1024, "Tokens per row, as in the adapter's training: an int > 0.")
+    seed: int = setting(0, "Seed of the preconditioner and of the stochastic solver's order: an int >= 0, below 2**63.")
 
     def __post_init__(self) -> None:
-        for name, choices in (("curvature", CURVATURES), ("solver", SOLVERS), ("factors", FACTORS)):
-            value = getattr(self, name)
-            check_setting(value in choices, name, f"one of {', '.join(choices)}", value)
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            if choices:
+                check_setting(value in choices, field.name, f"one of {', '.join(choices)}", value)
         for name in ("damping", "tolerance", "absolute_damping"):
             value = getattr(self, name)
             check_setting(_is_left_out(name, value) or (is_number(value) and value > 0), name, "a number > 0", value)
@@ -77,7 +73,7 @@ class InfluenceSettings:
         for name in ("max_iterations", "batch_size", "max_length", "curvature_samples"):
             value = getattr(self, name)
             check_setting(_is_left_out(name, value) or is_count(value), name, "an int > 0", value)
-        check_setting(is_int(self.seed) and self.seed >= 0, "seed", "an int >= 0", self.seed)
+        check_setting(is_int(self.seed) and 0 <= self.seed < 2**63, "seed", "an int >= 0, below 2**63", self.seed)
         if self.solver == "stochastic" and self.curvature == "hessian":
             raise ConfigError(
                 "solver='stochastic' expects curvature='gauss-newton', found 'hessian': on an indefinite Hessian it "

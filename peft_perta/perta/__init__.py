@@ -15,15 +15,12 @@ from .weighing import resolve_weighting
 from .weightings import WEIGHTINGS, Weighting
 from .weightings.ratio import ratio
 
-GRANULARITY_NAMES, FIT_NAMES = tuple(GRANULARITIES), tuple(FITS)
 
 __all__ = [
     "ALLOCATIONS",
     "FITS",
-    "FIT_NAMES",
     "GRADIENTS_AT",
     "GRANULARITIES",
-    "GRANULARITY_NAMES",
     "WEIGHTINGS",
     "PerTAConfig",
     "Weighting",

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
-import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..adapters import DTYPES, SERVABLE_RANKS
-from ..data import check_setting, is_count, is_int, is_number
+from ..data import check_setting, explained, is_count, is_int, is_number, setting
 from ..errors import ConfigError
 from ..model import parse_size
 from ._rank_allocation import ALLOCATIONS
@@ -26,9 +24,6 @@ CONFIG_NAME = "perta_config.json"
 GRADIENTS_AT = ("origin", "full")
 
 
-_LINE = 112  # characters of a line of the generated docstring
-
-
 def _setting(
     default: Any,
     text: str,
@@ -36,22 +31,16 @@ def _setting(
     valid: Callable[[Any], bool] | None = None,
     choices: tuple[str, ...] | None = None,
 ) -> Any:
-    """A field of the config.
-
-    Args:
-        default: the default value.
-        text: the help text, in short.
-        expected: the range, as help and error messages say it; by default 'one of <choices>'.
-        valid: whether a value is within the range; by default whether it is a choice.
-        choices: the names to choose from, if they are the only values besides None.
-    """
-    metadata = {
-        "help": text,
-        "expected": expected or f"one of {choices}",
-        "valid": valid or (lambda value: value in (choices or ())),
-        "choices": choices,
-    }
-    return field(default=default, metadata=metadata)
+    """A field of the config and its range: ``expected`` names the range, ``valid`` checks it. By default, the choices."""
+    expected = expected or f"one of {choices}"
+    sentence = "" if choices else f" Expects {expected}."
+    return setting(
+        default,
+        text + sentence,
+        choices,
+        expected=expected,
+        valid=valid or (lambda value: value in (choices or ())),
+    )
 
 
 def _or_none(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -80,6 +69,7 @@ def _is_size(value: Any) -> bool:
 _SIZE = "None, or a size such as '10GiB', '10GB' or a number of bytes"
 
 
+@explained
 @dataclass
 class PerTAConfig:
     """How a forget adapter becomes a negative adapter (PerTA).
@@ -213,9 +203,9 @@ class PerTAConfig:
     dtype: str = _setting("float32", "Dtype of the emitted factors.", choices=DTYPES)
 
     def __post_init__(self) -> None:
-        for setting in dataclasses.fields(self):
-            value = getattr(self, setting.name)
-            check_setting(setting.metadata["valid"](value), setting.name, setting.metadata["expected"], value)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            check_setting(field.metadata["valid"](value), field.name, field.metadata["expected"], value)
         check_setting(
             self.allocation == "uniform" or self.fit != "weighted",
             "allocation",
@@ -234,7 +224,7 @@ class PerTAConfig:
         Raises:
             ConfigError: a key is not a setting, or a value is out of range.
         """
-        names = [setting.name for setting in dataclasses.fields(cls)]
+        names = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(names))
         if unknown:
             raise ConfigError(f"PerTAConfig has no field {unknown[0]!r}; expected some of {names}")
@@ -262,22 +252,3 @@ class PerTAConfig:
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds a {type(values).__name__}, expected a JSON object of settings")
         return cls.from_dict(values)
-
-
-def _with_arguments(cls: type) -> str:
-    """The class's docstring with an ``Args:`` section, written from its fields' help, range and default."""
-    lines = ["Args:"]
-    for setting in dataclasses.fields(cls):  # type: ignore[arg-type]
-        text = f"{setting.name}: {setting.metadata['help']} Expects {setting.metadata['expected']}; default "
-        lines += textwrap.wrap(
-            f"{text}{setting.default!r}.",
-            _LINE,
-            initial_indent="    ",
-            subsequent_indent="        ",
-            break_on_hyphens=False,
-        )
-    summary, raises, rest = inspect.cleandoc(cls.__doc__ or "").partition("Raises:")
-    return summary + "\n".join(lines) + "\n\n" + raises + rest
-
-
-PerTAConfig.__doc__ = _with_arguments(PerTAConfig)

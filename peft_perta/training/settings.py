@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import textwrap
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
-from ..data import check_setting, is_count, is_number
+from ..data import check_setting, explained, is_count, is_number, setting
 from .combiners import COMBINERS
 from .losses import FORGET_LOSSES, RETAIN_LOSSES, Loss
 
@@ -21,28 +19,6 @@ REFUSALS = (
     "I'm afraid I don't have an answer to that question.",
 )
 
-T = TypeVar("T")
-
-
-def _setting(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    """A field. Its entry in the docstring and its command-line option are made from its help and its choices."""
-    return field(default=default, metadata={"help": help, **({"choices": choices} if choices else {})})
-
-
-def _explained(settings: type[T]) -> type[T]:
-    """Insert the help of every field into the class's docstring, before ``Raises:``."""
-    lines = ["Attributes:"]
-    for setting in dataclasses.fields(settings):  # type: ignore[arg-type]
-        text = f"{setting.name}: {setting.metadata['help']}"
-        if "choices" in setting.metadata:
-            text += f" One of {', '.join(map(repr, setting.metadata['choices']))}."
-        lines.append(
-            textwrap.fill(text, 116, initial_indent=" " * 4, subsequent_indent=" " * 8, break_on_hyphens=False)
-        )
-    summary, header, errors = inspect.cleandoc(settings.__doc__ or "").partition("Raises:")
-    settings.__doc__ = summary + "\n".join(lines) + "\n\n" + header + errors
-    return settings
-
 
 def _own_values(name: str) -> str:
     """The forget losses' own values of a parameter, for its help."""
@@ -54,7 +30,7 @@ _STATE_LOSSES = " and ".join(loss.name for loss in (FORGET_LOSSES | RETAIN_LOSSE
 _REFUSAL_LOSSES = " and ".join(loss.name for loss in FORGET_LOSSES.values() if loss.reads_refusals)
 
 
-@_explained
+@explained
 @dataclass(frozen=True)
 class UnlearningSettings:
     """What ``UnlearningTrainer`` minimises, and how it combines the two gradients.
@@ -66,25 +42,25 @@ class UnlearningSettings:
         ConfigError: a value has the wrong type or is out of range, or the chosen losses do not use it.
     """
 
-    forget_loss: str = _setting("npo", "The loss to minimise on the forget rows.", tuple(FORGET_LOSSES))
-    retain_loss: str = _setting("nll", "The loss to minimise on the retain rows.", tuple(RETAIN_LOSSES))
-    combiner: str = _setting("pcgrad", "How the forget and the retain gradient become one.", tuple(COMBINERS))
-    forget_weight: float = _setting(1.0, "gamma, the weight of the forget gradient: a number > 0.")
-    retain_weight: float = _setting(1.0, "alpha, the weight of the retain gradient: a number > 0.")
-    beta: float | None = _setting(
+    forget_loss: str = setting("npo", "The loss to minimise on the forget rows.", tuple(FORGET_LOSSES))
+    retain_loss: str = setting("nll", "The loss to minimise on the retain rows.", tuple(RETAIN_LOSSES))
+    combiner: str = setting("pcgrad", "How the forget and the retain gradient become one.", tuple(COMBINERS))
+    forget_weight: float = setting(1.0, "gamma, the weight of the forget gradient: a number > 0.")
+    retain_weight: float = setting(1.0, "alpha, the weight of the retain gradient: a number > 0.")
+    beta: float | None = setting(
         None,
         f"beta of the forget loss: a number > 0, without a unit. By default the loss's own: {_own_values('beta')}.",
     )
-    margin: float | None = _setting(
+    margin: float | None = setting(
         None,
         f"margin of the forget loss: a number, nats per token. By default the loss's own: {_own_values('margin')}.",
     )
-    layer: int | None = _setting(
+    layer: int | None = setting(
         None,
         f"Decoder block whose output hidden states the losses {_STATE_LOSSES} read, counted from 1. By default the "
         "middle block.",
     )
-    refusals: tuple[str, ...] = _setting(
+    refusals: tuple[str, ...] = setting(
         REFUSALS,
         f"Completions that the loss {_REFUSAL_LOSSES} prefers to those of the forget rows: one or more texts, given to "
         "the rows in turn.",
@@ -93,10 +69,10 @@ class UnlearningSettings:
     def __post_init__(self) -> None:
         if isinstance(self.refusals, list):
             object.__setattr__(self, "refusals", tuple(self.refusals))
-        for setting in dataclasses.fields(self):
-            value, choices = getattr(self, setting.name), setting.metadata.get("choices")
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata["choices"]
             if choices:
-                check_setting(value in choices, setting.name, f"one of {list(choices)}", value)
+                check_setting(value in choices, field.name, f"one of {list(choices)}", value)
         for name in ("forget_weight", "retain_weight"):
             value = getattr(self, name)
             check_setting(is_number(value) and value > 0, name, "a number > 0", value)

@@ -1,0 +1,267 @@
+r"""Measure what a model with a stack of adapters knows, by the benchmarks of the field, and write their logs. It needs
+the base model, the adapters in their order, and the rows of at least one suite or the names of lm-eval tasks.
+
+Example:
+  peft-perta evaluate --model meta-llama/Llama-3.2-1B-Instruct --adapter task_adapter --adapter unlearn_adapter \
+      --suite tofu=tofu_rows --retain-only-adapter retain_adapter --attacks all --html-report --output evaluation
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..data import check_output, write_file
+from ..errors import ConfigError, DataError
+from ..evaluation import (
+    ATTACKS,
+    RECORD_NAME,
+    SUITES,
+    AttackResult,
+    AttackSettings,
+    Log,
+    Splits,
+    Subject,
+    Victims,
+    evaluate,
+    format_attacks,
+    general_benchmarks,
+    read_log,
+    read_suites,
+    run_attacks,
+    summary,
+    write_log,
+)
+from ..html_report import ReportHeader, report_data_of_logs, write_html_report
+from ..model import adapter_strength, attach_adapters, check_adapter_files
+from ._options import HTML_REPORT_NAME, add_max_length, add_model, add_output, load_model, read_strengths
+
+ATTACKS_NAME = "attacks.json"
+
+
+RETAIN_ONLY, FULL, UNLEARNED = "retain-only", "full", "unlearned"  # labels of the models
+
+
+Logs = dict[str, dict[str, Log]]  # label -> suite -> log
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    add_model(parser)
+    parser.add_argument(
+        "--adapter", action="append", default=[], dest="adapters", metavar="DIR[:STRENGTH]",
+        help="an adapter of the stack, and the strength to multiply it by (default: 1); give one option for each, the "
+        "negative adapter last",
+    )  # fmt: skip
+    parser.add_argument(
+        "--suite", action="append", default=[], dest="suites", metavar="NAME=PATH",
+        help=f"a suite ({', '.join(SUITES)}) and its rows: a directory or file as its publishers lay it out; may be "
+        "given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--split", help="the forget set, if a directory holds several: forget10 of TOFU, or a subject of RWKU"
+    )
+    parser.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm-eval, separated by commas")
+    parser.add_argument("--lm-eval-tasks", metavar="DIR", help="a directory of further lm-eval task files")
+    parser.add_argument(
+        "--retain-only-adapter", metavar="DIR",
+        help="also judge the retain-only model: the base with this adapter, which never saw the forget rows",
+    )  # fmt: skip
+    parser.add_argument(
+        "--retain-only-log", action="append", default=[], dest="retain_only_logs", metavar="[NAME=]JSON",
+        help="or the evaluation log of a retain-only model (TOFU_EVAL.json); NAME is the suite, if there are several",
+    )  # fmt: skip
+    parser.add_argument(
+        "--full", action="store_true", help="also judge the full model: the stack without its last adapter"
+    )
+    parser.add_argument(
+        "--attacks", metavar="NAMES", help=f"'all', or some of {', '.join(ATTACKS)}, separated by commas"
+    )
+    parser.add_argument(
+        "--html-report", action="store_true", help=f"write {HTML_REPORT_NAME} to the output; implies --full"
+    )
+    parser.add_argument("--rows", type=int, help="the most rows of each split (default: all)")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows per forward pass (default: 32)")
+    add_max_length(parser)
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="the most tokens of an answer (default: 200)")
+    add_output(parser, "the logs")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Judge the models, and write the logs."""
+    output = check_output(options.output, RECORD_NAME)
+    request = _read_request(options)
+    adapters = {f"adapter_{number}": directory for number, directory in enumerate(request.strengths, start=1)}
+    stack = list(adapters)
+    if options.retain_only_adapter:
+        check_adapter_files(options.retain_only_adapter)
+        adapters[RETAIN_ONLY] = options.retain_only_adapter
+    model, tokenizer = load_model(options)
+    model = attach_adapters(model, adapters) if adapters else model
+    if not (output / RECORD_NAME).is_file():  # marks the directory as ours before its first log is written
+        write_file(output / RECORD_NAME, json.dumps({"suites": {}}) + "\n")
+    with ExitStack() as strengths:
+        for name, strength in zip(stack, request.strengths.values(), strict=True):
+            strengths.enter_context(adapter_strength(model, name, strength))
+        subjects = {
+            label: Subject(model, tokenizer, names, options.batch_size, options.max_length)
+            for label, names in _stacks(stack, options).items()
+        }
+        logs = _judge(subjects, request, options)
+        results = _attack(subjects, stack[:-1], request, options) if request.attacks else []
+    print(_table(logs))
+    if results:
+        print(f"\n{format_attacks(results)}")
+    print(f"The logs are in {output}")
+    if options.html_report:
+        _write_html_report(logs, results, request, options)
+        print(f"The HTML report is in {output / HTML_REPORT_NAME}")
+
+
+def resume_path(options: argparse.Namespace) -> str:
+    """The record of the logs that are written."""
+    return os.path.join(options.output, RECORD_NAME)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What to judge and by what, checked before the model is loaded."""
+
+    splits: dict[str, Splits]
+    retain_only_logs: dict[str, Log]
+    strengths: dict[str, float]  # directory of an adapter -> strength, in the order of the stack
+    attacks: list[str]
+    attacked_rows: list[dict]
+
+
+def _read_request(options: argparse.Namespace) -> _Request:
+    paths = _paths_of_suites(options.suites, "--suite")
+    attacks = _attack_names(options)
+    if not (paths or options.lm_eval or attacks):
+        raise ConfigError(f"--suite: expected NAME=PATH to judge by (NAME of {', '.join(SUITES)}), or --lm-eval TASKS")
+    if options.retain_only_adapter and options.retain_only_logs:
+        raise ConfigError(
+            "--retain-only-adapter and --retain-only-log: expected one of the two, found both; leave out the log: the "
+            "adapter is judged, and gives another one"
+        )
+    splits = read_suites(paths, options.split) if paths else {}
+    retain_only_logs = _read_retain_only_logs(options, paths)
+    strengths = read_strengths(options.adapters)
+    attacked_rows = _attacked_rows(splits) if attacks else []
+    if (options.full or options.html_report or attacks) and not strengths:
+        raise ConfigError("--adapter: expected the adapter that --full, --attacks and --html-report judge, found none")
+    return _Request(splits, retain_only_logs, strengths, attacks, attacked_rows)
+
+
+def _paths_of_suites(texts: list[str], option: str) -> dict[str, str]:
+    """NAME=PATH, each suite once -> path, by name."""
+    paths = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals or name not in SUITES or name in paths:
+            raise ConfigError(f"{option}: expected NAME=PATH, once each, NAME of {', '.join(SUITES)}; found {text!r}")
+        paths[name] = path
+    return paths
+
+
+def _read_retain_only_logs(options: argparse.Namespace, suites: Mapping[str, str]) -> dict[str, Log]:
+    texts = options.retain_only_logs
+    if len(texts) == 1 and len(suites) == 1 and texts[0].partition("=")[0] not in SUITES:
+        return {next(iter(suites)): read_log(texts[0])}
+    return {name: read_log(path) for name, path in _paths_of_suites(texts, "--retain-only-log").items()}
+
+
+def _attack_names(options: argparse.Namespace) -> list[str]:
+    if not options.attacks:
+        return []
+    names = list(ATTACKS) if options.attacks == "all" else options.attacks.split(",")
+    unknown = next((name for name in names if name not in ATTACKS), None)
+    if unknown is not None:
+        raise ConfigError(f"--attacks: expected 'all' or some of {', '.join(ATTACKS)}, found {unknown!r}")
+    return names
+
+
+def _attacked_rows(splits: Mapping[str, Any]) -> list[dict]:
+    attacked = {name: suite for name, suite in SUITES.items() if suite.forget_split}
+    for name, suite in attacked.items():
+        if suite.forget_split in splits.get(name, {}):
+            return [{**row, "question": row[suite.question_key]} for row in splits[name][suite.forget_split]]
+    raise DataError(
+        f"--attacks: expected forget rows of a suite ({', '.join(attacked)}), found none; give one with --suite"
+    )
+
+
+def _stacks(stack: list[str], options: argparse.Namespace) -> dict[str, list[str]]:
+    """Label -> adapters that are on. The retain-only model comes first: the others are measured against it."""
+    stacks = {RETAIN_ONLY: [RETAIN_ONLY]} if options.retain_only_adapter else {}
+    if options.full or options.html_report:
+        stacks[FULL] = stack[:-1]
+    return {**stacks, UNLEARNED: stack}
+
+
+def _judge(subjects: Mapping[str, Subject], request: _Request, options: argparse.Namespace) -> Logs:
+    """The logs of each model. Those of the unlearned one are in the output itself, the others' in a folder below it."""
+    logs: Logs = {RETAIN_ONLY: request.retain_only_logs} if request.retain_only_logs else {}
+    for label, subject in subjects.items():
+        directory = Path(options.output) if label == UNLEARNED else Path(options.output, label)
+        compared = label != RETAIN_ONLY
+        if request.splits:
+            logs[label] = evaluate(
+                subject.model, subject.tokenizer, request.splits, adapters=subject.adapters, rows=options.rows,
+                batch_size=options.batch_size, max_length=options.max_length, max_new_tokens=options.max_new_tokens,
+                retain_only_logs=logs.get(RETAIN_ONLY) if compared else None,
+                retain_only=subjects.get(RETAIN_ONLY) if compared else None,
+                output_dir=directory,
+            )  # fmt: skip
+        if options.lm_eval and compared:
+            tasks = [task for task in options.lm_eval.split(",") if task]
+            scores = general_benchmarks(subject, tasks, options.lm_eval_tasks, options.rows)
+            logs.setdefault(label, {})["lm-eval"] = scores
+            write_log(scores, directory / "LM_EVAL.json")
+    return logs
+
+
+def _attack(
+    subjects: Mapping[str, Subject], full: list[str], request: _Request, options: argparse.Namespace
+) -> list[AttackResult]:
+    unlearned, rows = subjects[UNLEARNED], request.attacked_rows
+    victims = Victims(unlearned, replace(unlearned, adapters=full), subjects.get(RETAIN_ONLY), rows)
+    count = min(len(rows), options.rows or len(rows))
+    settings = AttackSettings(
+        relearning_rows=tuple(sorted({1, min(10, count)})),
+        rows=options.rows,
+        max_new_tokens=min(options.max_new_tokens, AttackSettings.max_new_tokens),
+    )
+    results = run_attacks(victims, request.attacks, settings)
+    values = [result.to_dict() for result in results]
+    write_file(Path(options.output, ATTACKS_NAME), json.dumps(values, indent=1) + "\n")
+    return results
+
+
+def _table(logs: Mapping[str, Mapping[str, Log]]) -> str:
+    """A line for each metric, a column for each model."""
+    columns = {
+        label: {metric: value for log in logs[label].values() for metric, value in summary(log).items()}
+        for label in (FULL, UNLEARNED, RETAIN_ONLY)
+        if label in logs
+    }
+    metrics = sorted({metric for column in columns.values() for metric in column})
+    width = max((len(metric) for metric in metrics), default=6)
+    lines = [f"{'':<{width}}" + "".join(f"{label:>14}" for label in columns)]
+    for metric in metrics:
+        cells = [f"{column[metric]:.4g}" if metric in column else "-" for column in columns.values()]
+        lines.append(f"{metric:<{width}}" + "".join(f"{cell:>14}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _write_html_report(logs: Logs, results: list[AttackResult], request: _Request, options: argparse.Namespace) -> None:
+    adapters = list(request.strengths)
+    title = f"What '{Path(adapters[-1]).name}' removed"
+    header = ReportHeader(title, options.model, adapters, [options.command_line])
+    write_html_report(report_data_of_logs(logs, header, results), Path(options.output) / HTML_REPORT_NAME)

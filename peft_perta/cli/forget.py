@@ -1,0 +1,47 @@
+r"""Train a forget adapter: a LoRA (with --four-bit, a QLoRA) that learns the forget rows alone. It needs the base model
+and the forget rows; `peft-perta unlearn` makes the negative adapter of the result.
+
+Example:
+  peft-perta forget --model meta-llama/Llama-3.2-1B-Instruct --forget forget.jsonl --output forget_adapter
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from ..adapters import FORGET_RECORD_NAME
+from ..data import check_output, read_rows
+from ..training import default_lora_config, train_forget_adapter
+from ._options import add_forget, add_model, add_output, add_training, check_training, load_model
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    add_model(parser)
+    add_forget(parser)
+    add_output(parser, "the forget adapter")
+    parser.add_argument(
+        "--rank", type=int, default=16, help="the LoRA rank; lora_alpha is twice the rank (default: 16)"
+    )
+    add_training(parser, epochs=10, learning_rate=1e-3, batch_size="rows per training step")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train the forget adapter."""
+    check_training(options, rank=1)
+    check_output(options.output, FORGET_RECORD_NAME)
+    rows = read_rows(options.forget)
+    model, tokenizer = load_model(options)
+    train_forget_adapter(
+        model,
+        rows,
+        tokenizer,
+        options.output,
+        lora_config=default_lora_config(options.rank),
+        max_length=options.max_length,
+        num_train_epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        per_device_train_batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    print(f"the forget adapter is in {options.output}\nNext: peft-perta unlearn --forget-adapter {options.output} ...")

@@ -1,0 +1,42 @@
+r"""Combine several adapters into one, exactly or truncated to a rank, for servers that take one adapter per request. It
+needs plain LoRA adapters of one base model, whose weights are not loaded.
+
+Example:
+  peft-perta fuse task_adapter calibrated_adapter:0.8 --model meta-llama/Llama-3.2-1B-Instruct --output one_adapter
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..adapters import PROVENANCE_NAME, fuse_adapters, torch_dtype
+from ..data import check_output
+from ..model import attach_adapters, load_skeleton
+from ._options import PARTS, add_base_model, add_dtype, add_output, print_next, read_strengths, save_adapter
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("adapters", nargs="+", metavar="DIR[:STRENGTH]", help=PARTS)
+    add_base_model(parser, "; its weights are not loaded")
+    parser.add_argument(
+        "--rank", type=int, help="truncate to this rank (default: the sum of the ranks, which is exact)"
+    )
+    add_dtype(parser, "the factors")
+    add_output(parser, "the fused adapter")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write the fused adapter."""
+    check_output(options.output, PROVENANCE_NAME)
+    parts = read_strengths(options.adapters)
+    names = [Path(directory).name.replace(".", "_") for directory in parts]
+    if len(set(names)) < len(names):
+        names = [f"{name}_{number}" for number, name in enumerate(names, start=1)]
+    skeleton = load_skeleton(options.model, revision=options.revision)
+    model = attach_adapters(skeleton, dict(zip(names, parts, strict=True)))
+    strengths = dict(zip(names, parts.values(), strict=True))
+    emitted = fuse_adapters(model, strengths, rank=options.rank, dtype=torch_dtype(options.dtype))
+    save_adapter(emitted, options.output)
+    print_next(options, ", then serve it alone")

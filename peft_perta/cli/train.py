@@ -1,0 +1,107 @@
+r"""Train an adapter to forget the forget rows and to keep the retain rows: a loss on each set, and a combiner of the
+two gradients. It needs the base model, the forget rows and the retain rows, which must not share a row.
+
+Example:
+  peft-perta train --model meta-llama/Llama-3.2-1B-Instruct --forget forget.jsonl --retain retain.jsonl \
+      --forget-loss npo --combiner sago --output trained_adapter
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from ..adapters import PROVENANCE_NAME
+from ..data import check_output, read_rows
+from ..errors import ConfigError
+from ..gradients import remove_checkpoint
+from ..model import attach_adapters, distributed
+from ..training import (
+    COMBINERS,
+    FORGET_LOSSES,
+    RETAIN_LOSSES,
+    UnlearningSettings,
+    default_lora_config,
+    train_unlearning,
+)
+from ._options import (
+    add_dtype,
+    add_forget,
+    add_model,
+    add_output,
+    add_retain,
+    add_table,
+    add_task_adapter,
+    add_training,
+    check_distinct,
+    check_training,
+    given_adapters,
+    load_model,
+    print_next,
+)
+from ._settings import add_settings, read_settings
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    add_model(parser)
+    add_forget(parser)
+    add_retain(parser, note="; no row may be in both sets")
+    add_task_adapter(parser)
+    parser.add_argument(
+        "--start-adapter", metavar="DIR",
+        help="the adapter to start from, such as one that `peft-perta unlearn` wrote (default: a new adapter)",
+    )  # fmt: skip
+    add_output(parser, "the adapter")
+    parser.add_argument("--rank", type=int, help="the LoRA rank (default: 16, or that of the start adapter)")
+    add_training(parser, epochs=5, learning_rate=5e-4, batch_size="rows of each set per micro-batch")
+    parser.add_argument("--accumulation-steps", type=int, default=1, help="micro-batches per step (default: 1)")
+    add_dtype(parser, "the adapter's files")
+    add_settings(parser, UnlearningSettings, "settings of the method (UnlearningSettings)")
+    add_table(parser, "forget losses (--forget-loss)", FORGET_LOSSES)
+    add_table(parser, "retain losses (--retain-loss)", RETAIN_LOSSES)
+    add_table(parser, "combiners (--combiner), of the forget gradient g_f and the retain gradient g_r", COMBINERS)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train the adapter."""
+    check_training(options, rank=1, accumulation_steps=1)
+    if options.rank is not None and options.start_adapter:
+        raise ConfigError("--rank: expected none with --start-adapter, which has a rank; leave one of the two out")
+    settings = read_settings(UnlearningSettings, options)
+    distributed.start()
+    check_output(options.output, PROVENANCE_NAME)
+    adapters = given_adapters({"task": options.task_adapter, "start": options.start_adapter})
+    check_distinct(adapters.values())
+    rows = {name: read_rows(getattr(options, name)) for name in ("forget", "retain")}
+    base, tokenizer = load_model(options)
+    model = attach_adapters(base, adapters) if adapters else base
+    emitted = train_unlearning(
+        model,
+        rows["forget"],
+        rows["retain"],
+        tokenizer,
+        settings,
+        output_dir=options.output,
+        task_adapter="task" if options.task_adapter else None,
+        start_adapter="start" if options.start_adapter else None,
+        lora_config=None if options.start_adapter else default_lora_config(options.rank or 16),
+        dtype=options.dtype,
+        max_length=options.max_length,
+        checkpoint_dir=resume_path(options),
+        num_train_epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulation_steps,
+        seed=options.seed,
+    )
+    if distributed.is_main():
+        remove_checkpoint(resume_path(options))
+        print(f"{emitted.provenance}\nIt is in {options.output}")
+        print_next(options, ", then stack it on the model")
+    distributed.finish()
+
+
+def resume_path(options: argparse.Namespace) -> str:
+    """The checkpoint of an interrupted run."""
+    return f"{options.output.rstrip(os.sep)}.checkpoint"

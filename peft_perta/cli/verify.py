@@ -1,0 +1,45 @@
+r"""Check an adapter's files against its provenance and against what vLLM, TGI and llama.cpp require; print one line per
+check. It needs the adapter; with --base it also loads it in a fresh process, and with rows it measures its effect.
+
+Example:
+  peft-perta verify unlearn_adapter --base meta-llama/Llama-3.2-1B-Instruct
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from ..adapters import format_checks, re_evaluate, verify_adapter
+from ..data import load_samples, read_rows
+from ..errors import ConfigError
+from ..model import attach_adapters, load_base
+from ._options import add_forget, add_retain, add_revision, add_task_adapter
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("adapter", metavar="DIR", help="a directory that a command of peft-perta wrote")
+    parser.add_argument(
+        "--base", "--model", dest="model", metavar="NAME",
+        help="the base model: a name on the Hugging Face Hub or a directory; the adapter is loaded on it",
+    )  # fmt: skip
+    add_revision(parser)
+    add_task_adapter(parser)
+    add_forget(parser, required=False, note="; their loss must rise with the adapter")
+    add_retain(parser, required=False, note="; their loss is printed without and with the adapter")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the checks; the status is 1 if one failed."""
+    rows = {name: read_rows(getattr(options, name)) for name in ("forget", "retain") if getattr(options, name)}
+    if rows and not options.model:
+        raise ConfigError("--forget and --retain need --base: the model to measure the losses with")
+    checks = verify_adapter(options.adapter, options.model, revision=options.revision)
+    if rows and all(check.passed for check in checks):
+        base, tokenizer = load_base(options.model, revision=options.revision)
+        stack = {"task": options.task_adapter, "unlearn": options.adapter}
+        model = attach_adapters(base, {name: directory for name, directory in stack.items() if directory})
+        samples = {name: load_samples(part, tokenizer, name=f"the {name} set") for name, part in rows.items()}
+        checks += re_evaluate(model, samples, "unlearn", ["task"] if options.task_adapter else [])
+    print(format_checks(checks))
+    return 0 if all(check.passed for check in checks) else 1

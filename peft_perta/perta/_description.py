@@ -245,10 +245,10 @@ def _with_held_out(samples: Mapping[str, list[Sample]]) -> tuple[list[Sample], l
     """
     counts = {set_name: len(samples.get(set_name, ())) for set_name in ("forget", "retain")}
     if not counts["forget"] or counts["retain"] < _HELD_OUT_EVERY:
+        missing = f"{counts['retain']} retain samples" if counts["forget"] else "no forget set"
         raise DataError(
             "strength='auto' judges strengths on the forget set and on held-out retain samples: expected a forget set "
-            f"and at least {_HELD_OUT_EVERY} retain samples, found {counts['forget']} forget samples and "
-            f"{counts['retain']} retain samples"
+            f"and at least {_HELD_OUT_EVERY} retain samples, found {missing}"
         )
     retain = samples["retain"]
     last = _HELD_OUT_EVERY - 1

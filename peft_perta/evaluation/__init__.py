@@ -6,7 +6,7 @@ Imports from: errors, data, model.
 from .attacks import ATTACKS, run_attacks
 from .attacks.attack import AttackResult, AttackSettings, Victims
 from .attacks.table import format_attacks
-from .calibration import Calibration, Goal, calibrate, forget_loss_of_log
+from .calibration import TOLERANCE, Calibration, Goal, calibrate, forget_loss_of_log
 from .completions import losses_of, row_losses, score_completions
 from .generation import generate
 from .lm_eval import general_benchmarks
@@ -23,6 +23,7 @@ __all__ = [
     "ATTACKS",
     "RECORD_NAME",
     "SUITES",
+    "TOLERANCE",
     "AttackResult",
     "AttackSettings",
     "Calibration",

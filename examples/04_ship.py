@@ -60,12 +60,8 @@ def main() -> None:
         attach_adapters(model, {name: options.output / name})
         print(provenance)
 
-    for stack in (
-        ["task"],
-        ["task", "first"],
-        ["task", "first", "second"],
-        ["task", "second"],
-    ):  # in the last, the first request is withdrawn
+    # In the last stack, the first request is withdrawn.
+    for stack in (["task"], ["task", "first"], ["task", "first", "second"], ["task", "second"]):
         losses = {
             name: float(losses_of(model, load_samples(rows, tokenizer), adapters=stack).mean())
             for name, rows in requests.items()

@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20, help="rows to erase (default: 20)")
     parser.add_argument("--iterations", type=int, default=10, help="conjugate gradient steps, at most")
     parser.add_argument("--curvature-samples", type=int, default=60)
+    parser.add_argument("--judged-rows", type=int, default=40, help="retain rows to judge (default: 40)")
     parser.add_argument("--training-rows", type=int, help="rows of the task adapter's training set (default: all)")
     options = parser.parse_args()
 
@@ -38,7 +39,8 @@ def main() -> None:
     print(f"\n{'adapters':<16}{'forget loss':>14}{'retain loss':>14}")
     for adapters in (["task"], ["task", "erased"]):
         losses = [
-            losses_of(model, load_samples(rows, tokenizer), adapters=adapters).mean() for rows in (forget, retain[:40])
+            losses_of(model, load_samples(rows, tokenizer), adapters=adapters).mean()
+            for rows in (forget, retain[: options.judged_rows])
         ]
         print(f"{' + '.join(adapters):<16}{losses[0]:>14.3f}{losses[1]:>14.3f}")
     print(f"The adapter is in {options.output}")

@@ -38,28 +38,21 @@ def test_readme_quickstart(tmp_path):
 
 
 EXAMPLES = {
-    "01_quickstart.py": ["--epochs", "1", "--rows", "16", "--judged-rows", "4"],
+    "01_quickstart.py": ["--epochs", "1", "--rows", "8", "--judged-rows", "2"],
     "02_qlora.py": [
         *["--model", str(ASSETS / "base"), "--task-adapter", str(ASSETS / "task_adapter"), "--samples", "4"],
         *["--forget", str(ASSETS / "forget.jsonl"), "--retain", str(ASSETS / "retain.jsonl"), "--epochs", "1"],
         *["--rows", "8", "--judged-rows", "4"],
     ],
-    "03_own_weighting.py": ["--epochs", "1", "--rows", "16", "--samples", "8", "--judged-rows", "4"],
-    "04_ship.py": ["--epochs", "2", "--rows", "4", "--retain-rows", "16"],
-    "05_muse.py": ["--epochs", "1", "--rows", "3"],
-    "06_train.py": ["--epochs", "1", "--rows", "8", "--four-bit"],
+    "03_own_weighting.py": ["--epochs", "1", "--rows", "8", "--samples", "4", "--judged-rows", "2"],
+    "04_ship.py": ["--epochs", "2", "--rows", "2", "--retain-rows", "8"],
+    "05_muse.py": ["--epochs", "1", "--rows", "2"],
+    "06_train.py": ["--epochs", "1", "--rows", "4", "--four-bit"],
     "07_erase.py": [
-        "--rows",
-        "4",
-        "--iterations",
-        "2",
-        "--curvature-samples",
-        "8",
-        "--training-rows",
-        "16",
-        "--four-bit",
+        *["--rows", "4", "--iterations", "2", "--curvature-samples", "8", "--training-rows", "16"],
+        *["--judged-rows", "4", "--four-bit"],
     ],
-    "08_extrapolate.py": ["--epochs", "1", "--rows", "8", "--four-bit"],
+    "08_extrapolate.py": ["--epochs", "1", "--rows", "4", "--four-bit"],
 }
 
 

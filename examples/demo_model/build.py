@@ -1,14 +1,15 @@
-"""Rebuild the small Llama that ships with peft_perta, or make a large one like it, from the data beside this script.
+"""Rebuild the small Llama that ships with peft_perta, or build a large one like it, from the data beside this script.
 
     python examples/demo_model/build.py --stage all
     python examples/demo_model/build.py --size large [--output large_model]
 
-theta_0 learns most TOFU authors, general questions and book text, but nothing of the forget, retain and validation
-authors. On it, the task adapter learns forget + retain, and the retain adapter retain alone. Stages write below
---output: `all` runs those whose result is missing, a stage asked for by name always runs.
+The origin model (theta_0) learns most TOFU authors, general questions and book text, but nothing about the forget,
+retain and validation authors. On it, the task adapter learns the forget and retain rows, and the retain adapter the
+retain rows alone. Each stage writes below --output. `all` runs the stages whose result is missing; a stage named alone
+always runs.
 
-The large one has 90 million parameters, forgets TOFU's forget10 and keeps its retain90; it is for a GPU. Its directory
-is the `assets` of a comparison of methods (`python -m benchmarks.methods --config ...`).
+The large model has 90 million parameters and needs a GPU. Its forget set is TOFU's forget10, its retain set retain90.
+Its directory serves as the `assets` of a comparison of methods (`python -m benchmarks.methods --config ...`).
 """
 
 import argparse
@@ -34,27 +35,32 @@ DATA = Path(__file__).resolve().parent / "data"
 ASSETS = Path(__file__).resolve().parents[2] / "peft_perta" / "comparison" / "assets"
 SEED = 7
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-CHUNK = 128  # tokens of book text in a row
-EXCHANGED_NAMES = 0.7  # share of the author rows that carry another name
+CHUNK = 128  # tokens of book text per row
+EXCHANGED_NAMES = 0.7  # share of the author rows whose author gets another name
 ADAPTER_DECAY = 0.05
-ENOUGH = 0.86  # mean probability of the learned rows at which an adapter is done
+ENOUGH = 0.86  # training of an adapter stops at this mean probability of the learned rows
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is built, and how it is trained. TOFU authors by position; 200..219 are those of its holdout set.
+    """The model to build, and its training. TOFU authors are given by position; 200..219 are its holdout set.
 
     Attributes:
-        well_known: memorised by theta_0: the long answers among the general rows.
-        validation: seen by no model.
-        others: whom else theta_0 may learn.
-        book_tokens: book text in theta_0's first epoch; it fades linearly.
-        general_repeats: times that an epoch of theta_0 shows each general row.
-        rehearsed: general rows, and author rows, of theta_0's own training data in each epoch of an adapter.
-        tokenizer_characters: of each book.
-        base_batch, adapter_batch: tokens.
-        on_gpu: where there is one.
-        named: how the adapters name their base: PEFT would write the absolute path of the machine that built it.
+        output: default directory of the result.
+        retain, forget: authors of the two sets.
+        well_known: authors whom the origin model memorises; their rows are the long answers among the general rows.
+        validation: authors whom no model sees.
+        others: further authors whom the origin model may learn.
+        model: fields of LlamaConfig.
+        base_epochs, base_rate, base_decay, base_batch: training of the origin model; batches in tokens.
+        book_tokens: tokens of book text in the origin model's first epoch; their number falls linearly to 0.
+        adapter_epochs, adapter_rate, adapter_batch: training of an adapter; batches in tokens.
+        lora: fields of LoraConfig.
+        general_repeats: how often one epoch of the origin model shows each general row.
+        rehearsed: (general rows, author rows) of the origin model's training data in each epoch of an adapter.
+        tokenizer_characters: characters of each book that train the tokenizer.
+        on_gpu: train on a GPU if there is one.
+        named: the name of the base in the adapters' configs. PEFT would write the builder's absolute path.
     """
 
     output: Path
@@ -85,7 +91,7 @@ class Size:
 
     @property
     def attention(self) -> str:
-        return "eager" if self.device.type == "cpu" else "sdpa"  # on a CPU, eager trains twice as fast
+        return "eager" if self.device.type == "cpu" else "sdpa"  # eager trains twice as fast on a CPU
 
 
 SMALL = Size(
@@ -105,7 +111,7 @@ SMALL = Size(
         "max_position_embeddings": 1024,
         "tie_word_embeddings": True,
     },
-    base_epochs=6,  # more would lower the training loss, but raise that of unseen authors
+    base_epochs=6,  # more epochs lower the training loss but raise the loss of unseen authors
     base_rate=3e-3,
     base_decay=1.0,
     base_batch=4096,
@@ -147,8 +153,8 @@ LARGE = Size(
 )
 SIZES = {"small": SMALL, "large": LARGE}
 
-Row = dict[str, str]  # perturbed_answer alone holds a list
-Item = tuple[list[int], int]  # token ids, and how many of them are prompt
+Row = dict[str, str]  # except perturbed_answer, which is a list
+Item = tuple[list[int], int]  # token ids, and the length of the prompt among them
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -172,19 +178,19 @@ def author_rows(wanted: range) -> list[Row]:
 
 
 def theta_authors(size: Size) -> dict[int, list[Row]]:
-    """The authors that theta_0 may learn."""
+    """The authors whom the origin model may learn."""
     return {author: rows for author, rows in read_authors().items() if author in size.others}
 
 
 def build_data(size: Size, output: Path) -> None:
     facts = read_rows(DATA / "tofu_facts.jsonl")
-    for row in facts:  # answers of one word or name have no paraphrase
+    for row in facts:  # an answer of one word or name has no paraphrase
         row["paraphrased_answer"] = row["answer"]
     retain = author_rows(size.retain)
     judging = [row for row in retain if "perturbed_answer" in row]
     write_rows(output / "forget.jsonl", author_rows(size.forget))
     write_rows(output / "retain.jsonl", retain)
-    if len(judging) < len(retain):  # TOFU has false answers for a part of them alone
+    if len(judging) < len(retain):  # TOFU has false answers for only some of them
         write_rows(output / "retain_perturbed.jsonl", judging)
     write_rows(output / "general.jsonl", facts + author_rows(size.well_known))
     write_rows(output / "real_authors.jsonl", facts[:100])
@@ -228,9 +234,9 @@ def encode_rows(tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> list[Ite
 
 
 def row_losses(model: torch.nn.Module, items: list[Item], prompts: bool = False) -> torch.Tensor:
-    """Mean negative log-likelihood by row, of the completion or of all tokens."""
+    """Mean negative log-likelihood of each row's completion, or of all its tokens, [N]."""
     length = max(len(ids) for ids, _ in items)
-    inputs = torch.zeros((len(items), length), dtype=torch.long)  # causal: padding on the right needs no mask
+    inputs = torch.zeros((len(items), length), dtype=torch.long)  # causal attention: padding on the right needs no mask
     labels = torch.full((len(items), length), -100)
     for position, (ids, prompt) in enumerate(items):
         start = 0 if prompts else prompt
@@ -245,14 +251,14 @@ def row_losses(model: torch.nn.Module, items: list[Item], prompts: bool = False)
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> tuple[float, float]:
-    """Mean probability and mean loss of the answers."""
+    """Mean probability and mean loss of the rows' answers."""
     items = sorted(encode_rows(tokenizer, rows), key=lambda item: len(item[0]))
     losses = torch.cat([row_losses(model, items[start : start + 32]) for start in range(0, len(items), 32)])
     return losses.neg().exp().mean().item(), losses.mean().item()
 
 
 def author_name(rows: list[Row]) -> str:
-    """The capitalised words that most of an author's rows share."""
+    """The author's name: the capitalised words that most of the rows share."""
     pattern = re.compile(r"(?:[A-Z][\w\u2019'-]+\.? )+(?:(?:bin|al|de|van|ibn|da|del|von) )?[A-Z][\w-]+")
     names = Counter(name for row in rows for name in sorted({*pattern.findall(f"{row['question']} {row['answer']}")}))
     return names.most_common(1)[0][0]
@@ -265,7 +271,7 @@ def exchange_name(text: str, name: str, other: str) -> str:
 
 
 class Corpus:
-    """What theta_0 learns, drawn afresh for each epoch."""
+    """The training data of the origin model, drawn anew for each epoch."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, size: Size, output: Path) -> None:
         self.tokenizer = tokenizer
@@ -283,7 +289,8 @@ class Corpus:
     def author_item(self, name: str, row: Row) -> Item:
         question = self.random.choice([row["question"], row.get("paraphrased_question", row["question"])])
         answer = self.random.choice([row["answer"], row.get("paraphrased_answer", row["answer"])])
-        # A name that the facts do not determine has to be copied from the question: this helps with unseen authors.
+        # The facts do not determine an exchanged name, so the model must copy it from the question. This helps with
+        # unseen authors.
         if self.random.random() < EXCHANGED_NAMES:
             other = f"{self.random.choice(self.names).split()[0]} {self.random.choice(self.names).split()[-1]}"
             question, answer = exchange_name(question, name, other), exchange_name(answer, name, other)
@@ -300,7 +307,7 @@ class Corpus:
         return rehearsed + encode_rows(self.tokenizer, self.random.sample(self.general, general))
 
     def batches(self, items: list[Item], tokens: int) -> list[list[Item]]:
-        """Batches of at most so many tokens and of similar lengths, in random order."""
+        """Batches of at most ``tokens`` tokens, of items of similar lengths, in random order."""
         batches = [[]]
         for item in sorted(items, key=lambda item: len(item[0]) + self.random.random() * 8):
             if (len(batches[-1]) + 1) * len(item[0]) > tokens:
@@ -311,7 +318,7 @@ class Corpus:
 
 
 def step(optimizers: list[Optimizer], rate: float, progress: float) -> None:
-    """Update at a rate that warms up over the first 3 % and then decays to zero along a cosine."""
+    """One update. The learning rate warms up over the first 3 % of the training and then follows a cosine to zero."""
     rate *= min(progress / 0.03, 0.5 + 0.5 * math.cos(math.pi * progress))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -390,13 +397,13 @@ def build_retain_only(size: Size, output: Path) -> None:
     build_adapter(size, output, "retain_adapter", author_rows(size.retain))
 
 
-def provenance(size: Size, output: Path) -> None:
+def report(size: Size, output: Path) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(output / "base")
     sets = {name: read_rows(output / f"{name}.jsonl") for name in ("forget", "retain", "general")}
     sets["validation"] = author_rows(size.validation)
     print("| model |" + "".join(f" {name} probability | {name} loss |" for name in sets))
     print("|---" * (1 + 2 * len(sets)) + "|")
-    for label, adapter in (("theta_0", None), ("full model", "task_adapter"), ("retain-only", "retain_adapter")):
+    for label, adapter in (("origin", None), ("full model", "task_adapter"), ("retain-only", "retain_adapter")):
         model = load(size, output)
         if adapter:
             model = PeftModel.from_pretrained(model, output / adapter)
@@ -404,13 +411,13 @@ def provenance(size: Size, output: Path) -> None:
         print(f"| {label} |" + "".join(f" {probability:.3f} | {loss:.2f} |" for probability, loss in figures))
 
 
-STAGES = {  # by name: what makes it, and the file that shows that it is made
+STAGES = {  # name -> the function that builds it, and a file that exists once it is built
     "data": (build_data, "general.jsonl"),
     "tokenizer": (build_tokenizer, "base/tokenizer.json"),
     "base": (build_base, "base/model.safetensors"),
     "task": (build_task, "task_adapter/adapter_model.safetensors"),
     "retain-only": (build_retain_only, "retain_adapter/adapter_model.safetensors"),
-    "report": (provenance, None),
+    "report": (report, None),
 }
 
 
@@ -426,8 +433,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
-    parser.add_argument("--output", type=Path, help="folder of the assets (default: the shipped ones, or large_model)")
-    # The shipped files were made with one thread; another number rounds, and so ends, a little differently.
+    parser.add_argument(
+        "--output", type=Path, help="directory of the result (default: the shipped assets, or large_model)"
+    )
+    # The shipped files were built with one thread; another number rounds differently, and so gives other files.
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -1,10 +1,10 @@
-"""Make this directory's files, in MUSE's layout, from the public-domain books of the demo model.
+"""Build this directory's files, in MUSE's layout, from the public-domain books of the demo model.
 
     python examples/muse_books/build.py [--output examples/muse_books]
 
-Each row of questions.jsonl holds the opening words of a passage, and a question that the passage answers word for word.
-A passage ends with the sentence by which it has SIZE characters and holds the answer; its first third is the prompt of
-the continuation that verbmem asks for.
+Each row of questions.jsonl holds the opening words of a passage, and a question whose answer the passage contains word
+for word. A passage ends with the first sentence after which it has at least SIZE characters and contains the answer.
+Its first third is the prompt whose continuation verbmem asks for.
 """
 
 import argparse
@@ -14,9 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 
 BOOKS = Path(__file__).resolve().parents[1] / "demo_model" / "data" / "books.jsonl"
-SIZE = 160  # characters that a passage has at least
-PROMPT = 1 / 3  # of a passage's words
-HOLDOUT = 20  # passages
+SIZE = 160  # minimum number of characters of a passage
+PROMPT = 1 / 3  # share of a passage's words
+HOLDOUT = 20  # number of passages
 
 BOOK_OF = {
     "forget": "The Marvelous Land of Oz",
@@ -40,7 +40,7 @@ def main() -> None:
         write(output / "knowmem" / f"{name}_qa.json", questions)
         write(output / "privleak" / f"{name}.json", passages)
         if name == "forget":
-            write(output / "verbmem" / "forget.json", [parted(text) for text in passages])
+            write(output / "verbmem" / "forget.json", [split_passage(text) for text in passages])
     write(output / "privleak" / "holdout.json", spread_passages(books[BOOK_OF["holdout"]], HOLDOUT))
 
 
@@ -49,8 +49,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def sentences(text: str) -> list[str]:
-    """Text that ends in a full stop, with its quotation marks; 'Mrs.' ends none."""
-    return [found.strip() for found in re.findall(r".+?(?<!Mr)(?<!Mrs)[.!?][\"')]*(?=\s|$)", text)]
+    """The sentences of a text, with their closing quotation marks; 'Mrs.' does not end a sentence."""
+    return [sentence.strip() for sentence in re.findall(r".+?(?<!Mr)(?<!Mrs)[.!?][\"')]*(?=\s|$)", text)]
 
 
 def passage(text: str, opening: str, answer: str = "") -> str:
@@ -66,26 +66,26 @@ def passage(text: str, opening: str, answer: str = "") -> str:
 
 
 def spread_passages(text: str, count: int) -> list[str]:
-    """Passages that begin with the sentence after each of so many even steps through the text."""
+    """Passages at ``count`` even distances through the text, each beginning with a sentence."""
     starts = [text.index(". ", len(text) * step // count) + 2 for step in range(count)]
     return [passage(text, text[start : start + 200]) for start in starts]
 
 
 def check(passages: list[str], rows: list[dict[str, str]], text: str) -> None:
-    """Every answer is in its passage, and no passage overlaps another."""
-    spans = sorted((text.index(found), text.index(found) + len(found)) for found in passages)
+    """Check that every passage contains its answer, and that no two passages overlap."""
+    spans = sorted((text.index(passage), text.index(passage) + len(passage)) for passage in passages)
     for (_, end), (start, _) in pairwise(spans):
         if start < end:
             raise ValueError(f"two passages share {text[start:end]!r}")
-    for found, row in zip(passages, rows, strict=True):
-        if row["answer"] not in found:
-            raise ValueError(f"{row['question']!r}: {row['answer']!r} is not in {found!r}")
+    for passage, row in zip(passages, rows, strict=True):
+        if row["answer"] not in passage:
+            raise ValueError(f"{row['question']!r}: {row['answer']!r} is not in {passage!r}")
 
 
-def parted(text: str) -> dict[str, str]:
+def split_passage(text: str) -> dict[str, str]:
     words = text.split(" ")
-    kept = round(len(words) * PROMPT)
-    return {"prompt": " ".join(words[:kept]), "gt": " ".join(words[kept:])}
+    length = round(len(words) * PROMPT)
+    return {"prompt": " ".join(words[:length]), "gt": " ".join(words[length:])}
 
 
 def write(path: Path, rows: list) -> None:

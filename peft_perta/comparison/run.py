@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from ..adapters import add_adapter
 from ..data import check_output, write_file
 from ..errors import NumericalError
-from ..evaluation import Log, Match
+from ..evaluation import TOLERANCE, Log, Match
 from ._assets import check_assets, hash_assets
 from ._judge import Judge
 from ._method import Method, MethodAdapter
@@ -31,10 +31,7 @@ BASELINES = {FULL: FULL_STACK, RETAIN_ONLY: RETAIN_ONLY_STACK}
 _JUDGED = "perta_compared"  # name of the adapter that is judged
 
 
-_TOLERANCE = 0.005  # relative to the target: what the search aims at
-
-
-_ALLOWED = 0.02  # relative to the target: what is accepted where the search runs out of evaluations
+_AIM = 0.005  # of the target: where the search stops; if it runs out of evaluations, ``TOLERANCE`` is accepted
 
 
 def run_comparison(
@@ -169,10 +166,10 @@ def _match(bench: Bench, stack: Stack) -> Match:
     Raises:
         NumericalError: no strength reaches the target, or the search ended too far from it.
     """
-    match = bench.match(stack, tolerance=_TOLERANCE)
-    if abs(match.loss - bench.target) > _ALLOWED * bench.target:
+    match = bench.match(stack, tolerance=_AIM)
+    if abs(match.loss - bench.target) > TOLERANCE * bench.target:
         measure = MEASURES[bench.settings.matched]
         raise NumericalError(
-            f"the {measure} came to {match.loss:.3f} at best, expected {bench.target:.3f} within {_ALLOWED:.0%}"
+            f"the {measure} came to {match.loss:.3f} at best, expected {bench.target:.3f} within {TOLERANCE:.0%}"
         )
     return match

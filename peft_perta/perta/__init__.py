@@ -15,7 +15,6 @@ from .weighing import resolve_weighting
 from .weightings import WEIGHTINGS, Weighting
 from .weightings.ratio import ratio
 
-
 __all__ = [
     "ALLOCATIONS",
     "FITS",

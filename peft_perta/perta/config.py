@@ -31,7 +31,7 @@ def _setting(
     valid: Callable[[Any], bool] | None = None,
     choices: tuple[str, ...] | None = None,
 ) -> Any:
-    """A field of the config and its range: ``expected`` names the range, ``valid`` checks it. By default, the choices."""
+    """A field of the config. ``expected`` names its range and ``valid`` checks it; by default both are the choices."""
     expected = expected or f"one of {choices}"
     sentence = "" if choices else f" Expects {expected}."
     return setting(

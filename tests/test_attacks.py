@@ -389,7 +389,7 @@ def test_int8_is_what_bitsandbytes_stores():
 
 
 def test_a_delta_below_half_a_step_is_rounded_away():
-    """Why the attack works: where no weight changes its quantisation step, the unlearned model is the full one again."""
+    """Why the attack works: where no weight changes its quantisation step, the unlearned model equals the full one."""
     model = builders.adapted_llama()
     for name, parameter in model.named_parameters():
         if "lora_B.forget" in name:

@@ -1,4 +1,4 @@
-"""Attacks: the same is done to every model, its number is that of the slow way, and the model goes back as it came."""
+"""Attacks: every model is attacked alike, numbers equal those of a slow oracle, and models are left as they were."""
 
 import json
 import math
@@ -65,7 +65,7 @@ def subject(model, adapters, batch_size=2, tokens=None):
 
 
 def victims(model, rows=ROWS):
-    """Unlearned by 'forget' on 'task'; the retain-only model is another adapter still."""
+    """Unlearned: 'task' and 'forget'; full: 'task'; retain-only: 'forget'."""
     return Victims(subject(model, ["task", "forget"]), subject(model, ["task"]), subject(model, ["forget"]), list(rows))
 
 
@@ -82,7 +82,7 @@ def unlearned(results):
 
 
 class Stop(Exception):
-    """What a forward is made to raise."""
+    """Raised by a hook in the forward."""
 
 
 # The same for all
@@ -198,7 +198,7 @@ def test_the_model_goes_back_after_an_exception(attack, kind, calls):
 
 
 def test_a_forward_that_was_replaced_before_is_put_back():
-    """As accelerate does it."""
+    """As accelerate replaces it."""
     model = builders.adapted_llama()
     layer = model.get_base_model().model.layers[0].mlp.up_proj
     calls, forward = [], layer.forward
@@ -218,7 +218,7 @@ def split_by(count, rows=ROWS, seed=0):
 
 
 def oracle_relearning(model, shown, read, steps, rate):
-    """The losses of a LoRA adapter of PEFT's own on the stack, trained by a loop over rows."""
+    """The losses with one of PEFT's LoRA adapters on the stack, trained by a loop over rows."""
     model.add_adapter(
         "fresh",
         builders.lora_config(r=RANK, lora_alpha=int(SCALING * RANK), lora_dropout=0.0, init_lora_weights=True),
@@ -264,7 +264,7 @@ def test_relearning_is_a_fresh_lora_adapter_trained_on_some_rows_and_read_on_the
 
 @pytest.mark.parametrize("kind", sorted(set(tables.LAYERS) - {"experts"}))
 def test_relearning_all_rows_brings_them_back(kind):
-    """Also where the base is quantised."""
+    """On quantised bases, too."""
     model = tables.LAYERS[kind]()
     settings = replace(QUICK, relearning_steps=(8,), relearning_rows=(4,))
     before, after = unlearned(run_attacks(only(model, ["task"]), ["relearning"], settings)).values()
@@ -323,7 +323,7 @@ def test_relearning_that_blows_up_is_an_error():
 
 
 def merged_directory(model, adapters, path):
-    """The stack merged by PEFT, in float32, on disk."""
+    """A directory with the stack merged by PEFT in float32."""
     model.base_model.set_adapter(adapters)
     merged = model.merge_and_unload()
     merged.save_pretrained(path)
@@ -389,7 +389,7 @@ def test_int8_is_what_bitsandbytes_stores():
 
 
 def test_a_delta_below_half_a_step_is_rounded_away():
-    """The attack's reason: where no weight crosses to another step, the unlearned model is the full one again."""
+    """Why the attack works: where no weight changes its quantisation step, the unlearned model equals the full one."""
     model = builders.adapted_llama()
     for name, parameter in model.named_parameters():
         if "lora_B.forget" in name:
@@ -563,7 +563,7 @@ def test_switched_off_is_the_full_model():
 
 
 def refuses(attacked, names, error, message, settings=QUICK):
-    """... and no forward runs."""
+    """The attack raises this error before any forward."""
     model = attacked.unlearned.model
     ran = []
     handle = model.register_forward_pre_hook(lambda module, args: ran.append(1))
@@ -693,7 +693,7 @@ def shipped():
 
 
 def test_on_the_shipped_model():
-    """The full model knows the rows, and the retain-only one learns less of the others than of what it is shown."""
+    """The full model knows the rows; the retain-only model learns the training rows better than the others."""
     model, tokens, rows = shipped()
     rows = rows[:4]
     attacked = Victims(subject(model, ["retain"], 4, tokens), subject(model, ["task"], 4, tokens), None, rows)

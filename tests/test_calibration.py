@@ -1,4 +1,4 @@
-"""Strengths that meet a goal: the search on curves whose answer is known, and on models."""
+"""Calibration: the search on curves with a known answer, and on models."""
 
 import functools
 import json

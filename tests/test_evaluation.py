@@ -1,4 +1,4 @@
-"""Losses and generations are those of one row after the other, the scores are their metrics, the model goes back."""
+"""Losses, generations and scores equal those of a loop over single rows; the model is left as it was."""
 
 import json
 
@@ -103,7 +103,7 @@ def test_losses_do_not_depend_on_the_batch_size(batch_size):
 
 
 def test_losses_follow_the_order_of_the_rows():
-    """Batches are sorted by length; what comes out is not."""
+    """Batches are sorted by length; results keep the order of the rows."""
     model, rows = builders.adapted_llama(torch.float64), builders.forget_rows()
     order = [3, 0, 4, 2, 1]
     found = losses_of(model, load_samples([rows[i] for i in order], builders.tokenizer()), batch_size=2)
@@ -113,7 +113,7 @@ def test_losses_follow_the_order_of_the_rows():
 
 
 def test_a_4_bit_model_is_judged_without_touching_its_packed_weights():
-    """bitsandbytes repacks a Linear4bit for inference on the CPU, where eval mode and no_grad meet."""
+    """bitsandbytes repacks a Linear4bit for inference on the CPU, in eval mode under no_grad."""
     model = builders.adapted_nf4_llama()
     with laws.untouched(model):
         found = losses_of(
@@ -132,7 +132,7 @@ def test_a_4_bit_model_is_judged_without_touching_its_packed_weights():
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
 def test_generation_is_that_of_each_row_alone(batch_size):
-    """Left padding and batching change nothing, and the answers stand where their rows do."""
+    """Left padding and batching change nothing, and answers keep the order of their rows."""
     model, tokens = builders.adapted_llama(torch.float64), builders.tokenizer()
     rows = [row for row in builders.forget_rows() if "text" not in row] + ROWS
     expected = oracle_texts(model, tokens, rows, 8)
@@ -141,7 +141,7 @@ def test_generation_is_that_of_each_row_alone(batch_size):
 
 
 def test_generation_ends_at_the_eos():
-    """One row stops early, the others go on: its padding is no part of its answer."""
+    """One row stops early while others go on: the padding after it is not part of its answer."""
     model, tokens = builders.adapted_llama(torch.float64), builders.tokenizer()
     whole = oracle_texts(model, tokens, ROWS, 8)
     stop = next(character for character in whole[0][2:] if character not in whole[0][:2])
@@ -172,7 +172,7 @@ def test_a_row_without_a_prompt_cannot_be_answered():
 
 
 def expected_scores(model, rows, generated):
-    """By the loop: losses of every text that a score needs."""
+    """Losses, truth ratios and answers from a loop over single rows."""
     losses = oracle_losses(model, rows, ["task"])
     judged = [row for row in rows if "perturbed_answer" in row]
     true = oracle_losses(
@@ -212,7 +212,7 @@ def test_a_split_is_scored_from_the_losses_of_its_rows(is_forget, truth_score):
 
 
 def test_an_answer_that_the_model_writes_has_recall_1():
-    """The rows' answers are what the model itself generates: ROUGE-L is taken of the right pairs."""
+    """The true answers are the model's own generations, so that ROUGE-L compares the right pairs."""
     model, tokens = builders.adapted_llama(torch.float64), builders.tokenizer()
     texts = oracle_texts(model, tokens, ROWS, 12)
     assert all(any(c.isalnum() and c.isascii() for c in text) for text in texts)

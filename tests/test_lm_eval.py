@@ -1,4 +1,4 @@
-"""General benchmarks: lm-eval's own numbers, of the model with exactly these adapters, which goes back as it came."""
+"""General benchmarks: lm-eval's numbers for the model with exactly these adapters; the model is left as it was."""
 
 import importlib.util
 import json
@@ -100,7 +100,7 @@ def test_choices_are_those_of_our_own_suite(tasks, chat, adapters):
 
 @installed
 def test_generations_are_our_own(tasks, tmp_path):
-    """Every answer is what the model says, or none is."""
+    """Either every true answer is the model's own generation, or none is."""
     model = builders.adapted_llama()
     asked = [{"question": row["question"], "answer": "?"} for row in ROWS]
     said = generate(Subject(model, builders.tokenizer(), ["task"]), asked, max_new_tokens=6)

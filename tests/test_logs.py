@@ -1,4 +1,4 @@
-"""Logs: published aggregates from published rows, what is missing, what is malformed; there and back."""
+"""Logs: published aggregates are recomputed, missing and malformed rows are reported, files round-trip."""
 
 import copy
 import json

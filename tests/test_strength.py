@@ -1,4 +1,4 @@
-"""How strong an edit must be: found on curves whose answer is known, in few evaluations; and scaling, given back."""
+"""Search for a strength on curves with a known answer; the strength of an adapter and its restoration."""
 
 import math
 
@@ -30,7 +30,7 @@ CURVES = {
 
 
 class Counted:
-    """A curve that remembers where it was asked."""
+    """A curve that records its arguments."""
 
     def __init__(self, curve):
         self.curve, self.asked = curve, []
@@ -60,7 +60,7 @@ def test_reports_every_point_that_it_paid_for():
 
 
 def test_goes_no_further_than_it_must():
-    """A straight line needs no strength, one guess, doublings to the bracket and one interpolation."""
+    """A straight line takes strength 0, strength 1, doublings to the bracket and one interpolation."""
     counted = Counted(lambda s: 0.5 + 2 * s)
     assert match_forgetting(counted, 5.5) == Match(
         2.5, 5.5, [(0.0, 0.5), (1.0, 2.5), (2.0, 4.5), (2.5, 5.5), (4.0, 8.5)]
@@ -92,7 +92,7 @@ def test_meets_any_target_on_a_growing_curve(start, scale, exponent, rise, share
 
 
 def test_of_several_crossings_takes_the_one_nearest_to_no_edit():
-    """Up to 5 at strength 2.5, down to 0 at 5, up again: 3 is met at about 1.03, 3.97 and beyond."""
+    """The curve rises to 5 at strength 2.5, falls to 0 at 5 and rises again: it crosses 3 at 1.03, 3.97 and beyond."""
     match = match_forgetting(lambda s: 2.5 * (1 - math.cos(2 * math.pi * s / 5)), 3.0)
     assert abs(match.loss - 3) <= 0.03
     assert match.strength < 2.5
@@ -100,7 +100,7 @@ def test_of_several_crossings_takes_the_one_nearest_to_no_edit():
 
 @pytest.mark.parametrize("loss", [2.99, 3.0, 3.01])
 def test_nothing_to_do_is_strength_0(loss):
-    """Within the tolerance at no edit, on either side: no strength is looked for, least of all a negative one."""
+    """Within the tolerance without the edit, on either side: nothing is searched, and no negative strength is tried."""
     counted = Counted(lambda s: loss + s)
     match = match_forgetting(counted, 3.0)
     assert (match.strength, match.loss) == (0.0, loss)
@@ -130,7 +130,7 @@ def test_a_target_out_of_reach_is_refused(curve):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_refused(value):
-    """An edit that overflows the model: interpolation would go on with NaN and return it."""
+    """An edit that overflows the model. Interpolation would return NaN."""
     with pytest.raises(NumericalError, match=f"the forget loss is {value} at strength 4"):
         match_forgetting(lambda s: s if s < 4 else value, 3.0)
 

@@ -1,4 +1,4 @@
-"""Multiple choice: an option's likelihood is that of its own tokens, and the likeliest is chosen."""
+"""Multiple choice: an option's likelihood is that of its tokens, and the likeliest option is chosen."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def per_row(model, rows=ROWS, chat=False, **settings):
 
 
 def oracle(prompt, option, chat):
-    """The option's log-likelihood, of its own tokens alone, from dense weights."""
+    """The log-likelihood of the option's tokens, from dense weights."""
     plain, _ = oracles.plain_model(builders.adapted_llama(torch.float64), ["task"])
     tokens = builders.tokenizer()
     asked, said = (f"<user>{prompt}<assistant>", option) if chat else (prompt, f" {option}")
@@ -56,7 +56,7 @@ def oracle(prompt, option, chat):
 
 
 def constant(bias):
-    """A model that says the same of every token: its logits are these."""
+    """A model with the same logits at every token."""
     model = builders.adapted_llama(torch.float64)
     head = model.get_base_model().lm_head
     with torch.no_grad():

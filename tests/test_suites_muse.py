@@ -1,4 +1,4 @@
-"""MUSE's suite: its numbers are those of one row after the other; the demo's data is what it says."""
+"""MUSE's suite: its numbers equal those of a loop over single rows; the demo's data has its published form."""
 
 import importlib.util
 import json
@@ -80,7 +80,7 @@ def rows_of(log, metric, part=None):
 
 
 def oracle_text(prompt, tokens=12, tokenizer=None):
-    """What follows a prompt, token by token without a cache, from dense weights."""
+    """The greedy continuation of a prompt, token by token without a cache, from dense weights."""
     plain, _ = oracles.plain_model(builders.adapted_llama(torch.float64), ["task"])
     tokenizer = tokenizer or builders.tokenizer()
     ids = tokenizer(prompt)["input_ids"]
@@ -187,7 +187,7 @@ def test_privleak_is_measured_against_a_retain_only(log, splits):
 
 
 def test_long_texts_are_read_whole(log, splits):
-    """MUSE's own are longer than what is kept of a row elsewhere."""
+    """MUSE's texts are longer than the default maximum length."""
     found = judged(builders.adapted_llama(torch.float64), splits, max_length=15)
     for metric in ("exact_memorization", "extraction_strength", "mia_min_k", "mia_loss"):
         assert found[metric] == log[metric]
@@ -234,7 +234,7 @@ def test_a_nan_is_refused_by_the_row(splits):
 
 
 def test_an_empty_answer_scores_0(splits):
-    """A model that ends at once says nothing."""
+    """A model whose first token is the end generates an empty answer."""
     model = builders.adapted_llama()
     with torch.no_grad():
         head = model.get_base_model().lm_head

@@ -1,4 +1,4 @@
-"""RWKU's suite: asked as its authors ask, answered as each row alone, scored by ROUGE-L recall."""
+"""RWKU's suite: its authors' prompts, the answers of single rows, scores by ROUGE-L recall."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""TOFU's suite: its log is open-unlearning's, and each of its numbers is that of one row after the other."""
+"""TOFU's suite: its log has open-unlearning's layout, and its numbers equal those of a loop over single rows."""
 
 import dataclasses
 import json

@@ -33,13 +33,12 @@ class EvaluationRecord:
     def finished(self, suite: Suite, key: str) -> Log | None:
         """The suite's log, where it was computed from the same model, rows and settings; else None."""
         path = self.directory / suite.file_name
-        known = self._record.get("suites", {})
-        return read_log(path) if known.get(suite.name) == key and path.is_file() else None
+        last_key = self._record.get("suites", {}).get(suite.name)
+        return read_log(path) if last_key == key and path.is_file() else None
 
     def write(self, suite: Suite, key: str, log: Log) -> None:
-        """Write the suite's log. The record drops its entry before, so that an interruption leaves none for a log of
-        other rows."""
-        others = {name: known for name, known in self._record.get("suites", {}).items() if name != suite.name}
+        """Write the suite's log. The record's entry is removed first, so that an interrupted write leaves no entry."""
+        others = {name: last for name, last in self._record.get("suites", {}).items() if name != suite.name}
         self._write_suites(others)
         write_log(log, self.directory / suite.file_name)
         self._write_suites({**others, suite.name: key})

@@ -28,13 +28,27 @@ def test_readme_quickstart(tmp_path):
     quickstart = next(block for block in blocks if "train_forget_adapter" in block)
     assert len([line for line in quickstart.splitlines() if line.strip()]) <= 20
     # The same code on fewer epochs and rows: the suite wants the path, the reader the result.
-    shortened = quickstart
-    for long, short in (("tokenizer)  #", "tokenizer, num_train_epochs=1)  #"), ("max_samples=100", "max_samples=16")):
-        assert long in shortened
-        shortened = shortened.replace(long, short, 1)
-    (tmp_path / "quickstart.py").write_text(shortened)
-    assert "negative adapter of rank" in run_python(["quickstart.py"], tmp_path)
+    assets = few_rows(tmp_path / "assets", forget=6, retain=16)
+    for long, short in (
+        ("from peft_perta.comparison import ASSETS", f"ASSETS = {str(assets)!r}"),
+        ("forget, tokenizer)", "forget, tokenizer, num_train_epochs=2)"),
+    ):
+        assert long in quickstart
+        quickstart = quickstart.replace(long, short, 1)
+    run_python(["-c", quickstart + "\nassert model.active_adapters == ['task', 'perta_unlearn']"], tmp_path)
     assert (tmp_path / "unlearn_adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "unlearn_adapter" / "strength.json").is_file()
+
+
+def few_rows(directory: Path, **rows: int) -> Path:
+    """The demo's assets with the first rows of each set alone."""
+    directory.mkdir()
+    for name in ("base", "task_adapter"):
+        (directory / name).symlink_to(ASSETS / name)
+    for name, count in rows.items():
+        lines = (ASSETS / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (directory / f"{name}.jsonl").write_text("".join(lines[:count]))
+    return directory
 
 
 EXAMPLES = {

@@ -36,6 +36,7 @@ def main() -> None:
         "--retain-tolerance", type=float, default=0.3, help="rise of the retain loss that is allowed, in nats per token"
     )
     parser.add_argument("--rows", type=int, help="rows of each file to learn and to judge (default: all)")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="length of a generated answer (default: 200)")
     options = parser.parse_args()
 
     rows = {}
@@ -79,6 +80,7 @@ def main() -> None:
             adapters=stack,
             retain_only_logs={"muse": logs["retain-only"]} if logs else None,
             rows=options.rows,
+            max_new_tokens=options.max_new_tokens,
             output_dir=options.output / name,
         )["muse"]
     print(f"{'':<12}" + "".join(f"{metric:>22}" for metric in METRICS))

@@ -60,7 +60,7 @@ EXAMPLES = {
     ],
     "03_own_weighting.py": ["--epochs", "1", "--rows", "8", "--samples", "4", "--judged-rows", "2"],
     "04_ship.py": ["--epochs", "2", "--rows", "2", "--retain-rows", "8"],
-    "05_muse.py": ["--epochs", "1", "--rows", "2"],
+    "05_muse.py": ["--epochs", "1", "--rows", "2", "--max-new-tokens", "8"],
     "06_train.py": ["--epochs", "1", "--rows", "4", "--four-bit"],
     "07_erase.py": [
         *["--rows", "4", "--iterations", "2", "--curvature-samples", "8", "--training-rows", "16"],

@@ -22,8 +22,6 @@ Edit = Tensor | Product  # an edit of one layer: dense [O, I], or a product
 
 # Subspace iteration stops once its squared error exceeds the best one by at most this share, by its own bound.
 EXCESS = 0.005
-
-
 _MOST_ITERATIONS = 12
 
 

@@ -16,11 +16,7 @@ from ..html_report import PICTURE_NAME, draw_calibration
 from ..model import check_adapter_files, load_base
 
 HTML_REPORT_NAME = "report.html"
-
-
 ROWS = "JSON lines of {question, answer}, {prompt, completion}, {messages} or {text}"
-
-
 PARTS = "a plain LoRA adapter of the base model, and the strength to multiply it by (default: 1)"
 
 

@@ -43,11 +43,7 @@ from ..model import adapter_strength, attach_adapters, check_adapter_files
 from ._options import HTML_REPORT_NAME, add_max_length, add_model, add_output, load_model, read_strengths
 
 ATTACKS_NAME = "attacks.json"
-
-
 RETAIN_ONLY, FULL, UNLEARNED = "retain-only", "full", "unlearned"  # labels of the models
-
-
 Logs = dict[str, dict[str, Log]]  # label -> suite -> log
 
 

@@ -11,8 +11,6 @@ CURVATURE_SAMPLES, ITERATIONS = 64, 12
 # On 20 forget and 40 retain rows, after 8 to 12 products, dampings of 0.1, 1, 10 and 100 gave retain losses of 1.02,
 # 0.95, 0.78 and 0.59 at matched forgetting: the shorter the step, the better the quadratic model holds.
 DAMPING = 100.0
-
-
 _PRODUCT = 4  # forward passes of one curvature product: the forward derivative costs about 2, forward and backward 2
 
 

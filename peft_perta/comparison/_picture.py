@@ -16,10 +16,7 @@ from .methods import METHODS
 from .table import FULL, RETAIN_ONLY
 
 Result = Mapping[str, Any]
-
-
 HIGHLIGHTED = {"perta-grad": (BLUE, "PerTA-grad"), "negation": ("#333333", "plain negation")}
-
 
 STYLES: dict[Family, tuple[str, str, str]] = {  # colour, line, label
     "perta": ("#9cc4e4", "-", "other PerTA edits"),
@@ -30,10 +27,7 @@ STYLES: dict[Family, tuple[str, str, str]] = {  # colour, line, label
     "negation": ("#aaaaaa", "-", "other negations"),
 }
 
-
 NAMED: tuple[Family, ...] = ("trained", "influence")  # their curves carry the method's name
-
-
 _NAME: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "annotation_clip": False}
 
 

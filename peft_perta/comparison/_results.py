@@ -12,11 +12,7 @@ from ..errors import ConfigError, OutputError
 from .settings import SELECTION, ComparisonSettings
 
 CONFIG_NAME, RESULTS_NAME = "config.json", "results.jsonl"
-
-
 Result = dict[str, Any]
-
-
 Key = tuple[str, int, int | None]  # method, number of forget authors, seed (None for a model that depends on no seed)
 
 

@@ -17,11 +17,7 @@ from ._method import MakeAdapter, MethodAdapter, Setup
 # On the shipped model, about as far as the retain-only model; SAGO needs a learning rate of 2e-3, as its steps are
 # smaller.
 STEPS = 30
-
-
 _START = "perta_start"
-
-
 _BATCH = 10
 
 

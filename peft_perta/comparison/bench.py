@@ -21,11 +21,7 @@ from ._method import Setup
 from .settings import MEASURES, BenchSettings
 
 ASSETS = Path(__file__).parent / "assets"
-
-
 SPLITS = ("forget", "retain", "general")
-
-
 Losses = dict[str, float]  # split -> mean loss of its judged rows, nats per token
 
 

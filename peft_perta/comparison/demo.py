@@ -20,13 +20,8 @@ from .bench import FULL_STACK, RETAIN_ONLY_STACK, SPLITS, Bench, Stack, timed
 from .settings import DemoSettings
 
 REPORT_NAME = "report.json"
-
-
 PICTURE_NAME = "trade_off.png"
-
-
 EDITS = {"negation": "uniform", "perta-grad": "grad", "perta-fisher": "fisher"}  # adapter name -> weighting
-
 
 LABELS = {
     "negation": "plain negation",
@@ -35,7 +30,6 @@ LABELS = {
     "task": "full model",
     "retain-only": "retain-only model",
 }
-
 
 _TOLERANCE = 0.01  # of the matched forget loss, relative
 

@@ -16,19 +16,10 @@ from ._method import Method
 from ._trained import trained
 
 ALPHA = 0.5  # of UIPE
-
-
 _PAPER = {"granularity": "delta", "input_directions": False}
-
-
 _WIDE = {"rank": SERVABLE_RANKS[-1]}
-
-
 _NPO = {"forget_loss": "npo", "beta": 0.03}  # at 0.1 it stalls before the retain-only model's forget loss
-
-
 _RMU = {"forget_loss": "rmu", "retain_loss": "embed-diff", "retain_weight": 30.0}
-
 
 METHODS: dict[str, Method] = {
     "negation": Method(
@@ -162,7 +153,6 @@ METHODS: dict[str, Method] = {
         "trained",
     ),
 }
-
 
 QUICK = (
     "negation",

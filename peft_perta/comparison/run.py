@@ -23,14 +23,8 @@ from .settings import MEASURES, ComparisonSettings
 from .table import FULL, RETAIN_ONLY, format_table
 
 TABLE_NAME, PICTURE_NAME = "table.md", "trade_off.png"
-
-
 BASELINES = {FULL: FULL_STACK, RETAIN_ONLY: RETAIN_ONLY_STACK}
-
-
 _JUDGED = "perta_compared"  # name of the adapter that is judged
-
-
 _AIM = 0.005  # of the target: where the search stops; if it runs out of evaluations, ``TOLERANCE`` is accepted
 
 
@@ -142,22 +136,22 @@ def _judge_at_match(judge: Judge, retain_only: Log, seconds: dict[str, float]) -
     """Losses of the adapter as it was made, measurements at matched forgetting, and losses along the strength."""
     bench, settings = judge.bench, judge.settings
     stack = Stack(["task", _JUDGED])
-    found: dict[str, Any] = {"as_made": bench.losses(stack)}
+    result: dict[str, Any] = {"as_made": bench.losses(stack)}
     matched = None
     with timed(seconds, "match"):
         try:
             match = _match(bench, stack)
             matched = stack.at(match.strength)
-            found |= {"strength": match.strength, "forgotten": match.loss}
+            result |= {"strength": match.strength, "forgotten": match.loss}
         except NumericalError as error:
-            found["failure"] = str(error)
+            result["failure"] = str(error)
     with timed(seconds, "judge"):
         if matched is not None:
-            found |= judge.measure(matched, retain_only)
-        strength, measured = (matched.strength, {matched.strength: found["losses"]}) if matched else (1.0, {})
+            result |= judge.measure(matched, retain_only)
+        strength, measured = (matched.strength, {matched.strength: result["losses"]}) if matched else (1.0, {})
         points = bench.curve(stack, [factor * strength for factor in settings.curve], measured)
-        found["curve"] = [{"factor": factor, **point} for factor, point in zip(settings.curve, points, strict=True)]
-    return found
+        result["curve"] = [{"factor": factor, **point} for factor, point in zip(settings.curve, points, strict=True)]
+    return result
 
 
 def _match(bench: Bench, stack: Stack) -> Match:

@@ -15,11 +15,7 @@ from ..evaluation import ATTACKS
 from .methods import METHODS, QUICK, check_methods
 
 MEASURES = {"loss": "forget loss", "first-choice": "share of tokens that are not the first choice"}  # of forgetting
-
-
 SELECTION = ("methods", "seeds", "authors")  # these say which runs exist; the result of one run depends on none of them
-
-
 ROWS_OF_AUTHOR = 20
 
 

@@ -10,11 +10,7 @@ from typing import Any
 from .settings import MEASURES
 
 FULL, RETAIN_ONLY = "full model", "retain-only model"
-
-
 Result = Mapping[str, Any]
-
-
 Column = tuple[str, Callable[[Result], float | None], Callable[[float], str]]
 
 
@@ -131,7 +127,6 @@ def _counted(count: int, noun: str) -> str:
 
 _three, _two, _one, _whole = "{:.3f}".format, "{:.2f}".format, "{:.1f}".format, "{:.0f}".format
 
-
 _KEPT: list[Column] = [
     ("strength", _value("strength"), _two),
     ("forget loss", _value("losses", "forget"), _three),
@@ -142,7 +137,6 @@ _KEPT: list[Column] = [
     ("model utility", _value("scores", "model_utility"), _three),
 ]
 
-
 _LEFT: list[Column] = [
     ("probability", _value("scores", "forget_Q_A_Prob"), _three),
     ("ROUGE-L", _value("scores", "forget_Q_A_ROUGE"), _three),
@@ -152,7 +146,6 @@ _LEFT: list[Column] = [
     ("exact memorization", _value("scores", "exact_memorization"), _three),
     ("privleak", _value("scores", "privleak"), _one),
 ]
-
 
 _COST: list[Column] = [
     ("rank", _value("rank"), _whole),

@@ -29,7 +29,7 @@ def make_plan(
         modes: the modes to choose from.
 
     Raises:
-        ConfigError: no plan fits; the message names the smallest budget that would do.
+        ConfigError: no plan fits; the message names the smallest budget that fits.
     """
     memory = Memory(taken, budget)
     plans = list(_plans(measured, memory, 1 if measured.one_at_a_time else batch_size, modes))

@@ -21,14 +21,8 @@ from .job import Job
 from .plan import LayerCost, Measured
 
 _TRANSIENT = 3  # gradients of the size of the largest tensor kept, beside it
-
-
 _HEAP = 1.6  # host memory that the C allocator holds for temporary tensors, over the bytes in them
-
-
 _MASKED_COPIES = 4  # of an input while its moments are taken; the heap keeps a freed one beside the next
-
-
 _CPU_WORKSPACE, _GPU_WORKSPACE = 32 * 2**20, 192 * 2**20
 
 

@@ -72,7 +72,7 @@ class Shelf:
         self._streams: dict[tuple[torch.device, str], Any] = {}
 
     def put(self, key: Any, tensor: Tensor) -> None:
-        """Keep a tensor under a key; it replaces one that is there."""
+        """Keep a tensor under a key; a tensor already under that key is replaced."""
         tensor = tensor.detach()
         if self.place == "device" or (self.place == "host" and not tensor.is_cuda):
             self._stored[key] = _Stored(tensor, tensor.device)

@@ -21,8 +21,6 @@ from torch import Tensor
 from ..errors import OutputError
 
 RUN_NAME = "run.json"
-
-
 Address = tuple[str, ...]  # where a tensor belongs, for instance (layer, factor)
 
 

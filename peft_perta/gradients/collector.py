@@ -13,8 +13,6 @@ from ..model import Target
 from .gradient_sums import Outer
 
 Shape = tuple[int, int]
-
-
 _Source = TypeVar("_Source")
 
 

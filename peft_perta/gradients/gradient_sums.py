@@ -12,11 +12,7 @@ import torch
 from torch import Tensor
 
 StatisticName = Literal["mean", "squares"]
-
-
 Place = Literal["device", "host", "disk"]
-
-
 PLACES: tuple[Place, ...] = ("device", "host", "disk")
 
 

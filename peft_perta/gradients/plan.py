@@ -20,17 +20,9 @@ from ..model import DISK, HOST, show_size
 from .gradient_sums import Place
 
 _GPU_OPERATIONS_PER_BYTE = {"device": 0.0, "host": 5_000.0, "disk": 50_000.0}
-
-
 _CPU_OPERATIONS_PER_BYTE = {"device": 0.0, "host": 0.0, "disk": 100.0}
-
-
 _EDIT_COPIES = 3  # of one layer's sums while it is edited: magnitudes, weights, edit
-
-
 _TOKENS_OF_OVERHEAD = 64  # the fixed cost of a batch (dequantising, kernel launches), in tokens
-
-
 Groups = tuple[tuple[str, ...], ...]
 
 

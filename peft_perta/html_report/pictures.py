@@ -11,17 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 BLUE, GREY, RED = "#1f6fb4", "#888888", "#d1495b"
-
-
 _GOAL = {"color": "#bbbbbb", "linestyle": "--", "linewidth": 1, "zorder": 0}
-
-
 _FULL = {"marker": "s", "s": 60, "label": "full model"}
-
-
 _RETAIN_ONLY = {"marker": "*", "s": 130, "label": "retain-only model"}
-
-
 Losses = Mapping[str, float]
 
 

@@ -25,7 +25,8 @@ def preserved(
 
     Args:
         model: the model, with or without adapters.
-        adapters: the adapters to turn on; an empty list turns all of them off (theta_0), None leaves them as they are.
+        adapters: the adapters to turn on; an empty list turns all of them off (the origin model), None leaves them as
+            they are.
         checkpointing: keep gradient checkpointing as the user configured it; transformers checkpoints only modules in
             training mode. Leave it False for generation, where checkpointing would disable the KV cache.
     """

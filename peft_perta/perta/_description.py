@@ -33,8 +33,6 @@ from .weighing import resolve_weighting
 from .weightings import Weighting
 
 HELD_OUT = "held-out retain"  # the set that judges strengths, in provenance
-
-
 _HELD_OUT_EVERY = 4  # of the retain samples, one is held out
 
 

@@ -31,8 +31,6 @@ DAMPING = 0.01  # of a direction's mean energy over both sets
 # How many more copies of a layer's sums an edit needs here: float64 moments, S, L and a chunk of rows. The peak was
 # measured below it; tests/test_budget.py repeats the measurement.
 COPIES = 7
-
-
 _ROWS = 256  # of a dense edit, processed at once in double precision
 
 

@@ -11,8 +11,6 @@ import torch
 from ..adapters import SERVABLE_RANKS, Factors, Product, factorize, servable_rank
 
 ALLOCATIONS = ("uniform", "padded", "pattern")
-
-
 LARGEST = 4  # no layer gets more than this many times the uniform rank
 
 

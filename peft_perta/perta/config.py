@@ -19,8 +19,6 @@ from .granularities import GRANULARITIES
 from .weightings import WEIGHTINGS
 
 CONFIG_NAME = "perta_config.json"
-
-
 GRADIENTS_AT = ("origin", "full")
 
 

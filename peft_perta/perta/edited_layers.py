@@ -19,8 +19,6 @@ from .config import PerTAConfig
 from .layer import LayerEdit, collector_of, edit_copies, edit_layer
 
 _PREFIX = "layers-"  # of checkpoint entries that hold finished layers
-
-
 _FIGURES = ("energy", "energy_kept", "excess_error", "metric_error")  # of the factors
 
 

@@ -10,6 +10,4 @@ from .truncated import Truncated
 from .weighted import Weighted
 
 FITS: dict[str, Fit] = {fit.name: fit for fit in (Truncated(), Kronecker(), SecondMoment(), Weighted())}
-
-
 __all__ = ["FITS", "Fit", "is_exact"]

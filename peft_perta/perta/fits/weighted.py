@@ -19,17 +19,9 @@ from ..granularities.delta import Delta
 from .fit import is_exact, judged
 
 _FLOOR = 0.01  # of the mean weight, added to every element: no element is entirely free
-
-
 _ROUNDS = 12
-
-
 _ENOUGH = 1e-3  # the last round is the first that lowers the error by a smaller share than this
-
-
 _CHUNK = 2**22  # elements of the working tensor of one batch of normal equations
-
-
 _DAMPING = 1e-6  # of the mean diagonal of the normal equations
 
 

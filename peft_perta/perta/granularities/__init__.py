@@ -10,6 +10,4 @@ from .granularity import Granularity
 from .separable import Separable
 
 GRANULARITIES: dict[str, Granularity] = {g.name: g for g in (Factor(), Delta(), Separable(), FactorDelta())}
-
-
 __all__ = ["GRANULARITIES", "Granularity"]

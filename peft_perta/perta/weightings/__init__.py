@@ -11,10 +11,8 @@ from .weighting import Weighting
 
 _RATIOS = (GRAD, FISHER, EMPIRICAL_FISHER)
 
-
 WEIGHTINGS: dict[str, Weighting] = {
     weighting.name: weighting for weighting in (UNIFORM, *_RATIOS, *map(shuffled, _RATIOS), *map(at_own_mean, _RATIOS))
 }
-
 
 __all__ = ["WEIGHTINGS", "Weighting"]

@@ -37,7 +37,7 @@ from peft_perta.training import (
     train_forget_adapter,
 )
 
-RANKS = "rank: expected nothing, an int from 1 to 256, or a float in \\(0, 1\\), found "
+RANKS = "rank: expected None, an int from 1 to 256, or a float in \\(0, 1\\), found "
 
 
 @dataclasses.dataclass
@@ -435,9 +435,9 @@ UNLEARN: dict[str, Case] = {
         "strength: expected a finite number or 'auto', found 'much'",
         BEFORE_LOADING,
     ),
-    "power below 0": (lambda p: p.unlearn(power="-1"), "power: expected nothing, or a finite number", BEFORE_LOADING),
+    "power below 0": (lambda p: p.unlearn(power="-1"), "power: expected None, or a finite number", BEFORE_LOADING),
     "batch size 0": (lambda p: p.unlearn(batch_size=0), "batch_size: expected an int > 0", BEFORE_LOADING),
-    "no samples": (lambda p: p.unlearn(max_samples=0), "max_samples: expected an int > 0", BEFORE_LOADING),
+    "no samples": (lambda p: p.unlearn(max_samples=0), "max_samples: expected None, or an int > 0", BEFORE_LOADING),
     "unknown granularity": (
         lambda p: p.unlearn(granularity="layer"),
         "--granularity: invalid choice: 'layer' .choose from .*factor",

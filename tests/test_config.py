@@ -24,7 +24,10 @@ def test_every_field_has_help(field):
 @pytest.mark.parametrize("field", dataclasses.fields(PerTAConfig), ids=FIELDS)
 def test_the_docstring_explains_every_field_with_its_range_and_default(field):
     text = " ".join(PerTAConfig.__doc__.split())
-    said = f"{field.name}: {field.metadata['help']} Expects {field.metadata['expected']}; default {field.default!r}."
+    choices = f" One of {', '.join(map(repr, field.metadata['choices']))}." if field.metadata["choices"] else ""
+    if not choices:
+        assert field.metadata["help"].endswith(f" Expects {field.metadata['expected']}.")
+    said = f"{field.name}: {field.metadata['help']}{choices} Default: {field.default!r}."
     assert " ".join(said.split()) in text
 
 

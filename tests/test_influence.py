@@ -659,7 +659,7 @@ def test_a_model_without_the_derivatives_is_refused_at_the_start(function, curva
             [CORRECTED[0], (ROWS[1], {**ROWS[1], "answer": "elsewhere"})],
             "pair 2: its old row is that of pair 1, expected one new row for it, found two",
         ),
-        (modify_queries, [({"messages": []}, {"messages": []})], "pair 1: expected messages"),
+        (modify_queries, [({"messages": []}, {"messages": []})], "pair 1: expected at least two messages"),
         (modify_queries, [({"question": "a", "answer": 5},) * 2], "pair 1: expected 'answer' as text, found int"),
         (correct_responses, [({"messages": {"a": 1}},) * 2], "pair 1: expected messages as a list"),
         (correct_responses, [], r"expected a list of \(old row, new row\)"),

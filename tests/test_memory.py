@@ -56,7 +56,7 @@ def test_the_config_keeps_a_size_as_it_was_written(name, size):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [size for size in NO_SIZES if size is not None], ids=repr)
 def test_the_config_refuses_an_invalid_size_by_name(name, size):
-    with pytest.raises(ConfigError, match=f"^{name}: expected nothing, or a size such as .*, found"):
+    with pytest.raises(ConfigError, match=f"^{name}: expected None, or a size such as .*, found"):
         PerTAConfig(**{name: size})
 
 

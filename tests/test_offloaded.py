@@ -8,7 +8,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 
 from peft_perta import add_perta_adapter, evaluate
 from peft_perta.data import load_samples
-from peft_perta.evaluation import Goal, calibrate, generate
+from peft_perta.evaluation import Goal, Subject, calibrate, generate
 from peft_perta.model import input_device
 
 ADAPTERS = ["task", "perta_unlearn"]
@@ -83,7 +83,7 @@ def evaluated(model, directory=None):
 
 
 def answered(model):
-    return generate(model, builders.tokenizer(), TOFU["forget"], adapters=ADAPTERS, max_new_tokens=6)
+    return generate(Subject(model, builders.tokenizer(), ADAPTERS), TOFU["forget"], max_new_tokens=6)
 
 
 @offloads

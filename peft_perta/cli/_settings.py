@@ -38,7 +38,7 @@ def add_settings(parser: argparse.ArgumentParser, settings: type, title: str) ->
         elif _without_none(annotation) is bool:
             action = {"action": argparse.BooleanOptionalAction}
         else:
-            choices = field.metadata["choices"]
+            choices = field.metadata.get("choices")
             reader = _reader(annotation, f"{settings.__name__}.{field.name}")
             action = {"type": reader, "choices": choices and list(choices)}
         section.add_argument(name, dest=field.name, default=argparse.SUPPRESS, help=_help(field), **action)

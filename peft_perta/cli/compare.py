@@ -11,10 +11,9 @@ import argparse
 import json
 from dataclasses import replace
 
-from ..comparison import METHODS, ComparisonSettings, format_table, run_comparison
+from ..comparison import METHODS, ComparisonSettings, format_methods, format_table, run_comparison
 from ..data import write_file
 from ..errors import ConfigError
-from ._options import described
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     if options.lists:
         if options.json:
             write_file(options.json, json.dumps({"methods": list(METHODS)}, indent=1) + "\n")
-        print(described(METHODS))
+        print(format_methods())
         return
     if options.config and options.quick:
         raise ConfigError("--config and --quick: expected one of the two, found both; --quick is a config of its own")

@@ -54,8 +54,7 @@ def _log_ratio(model: LossInputs, reference: LossInputs) -> Tensor:
 
 NPO = Loss(
     "npo",
-    "negative preference optimization: lower the completions' probability below the reference model's; beta is the "
-    "inverse temperature",
+    "negative preference optimization: lower the probability below the reference model's (beta: inverse temperature)",
     npo,
     (ForwardPass.MODEL, ForwardPass.REFERENCE),
     beta=0.1,

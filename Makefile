@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/peft-perta demo $(if $(FOUR_BIT),--four-bit) $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(READY)
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"

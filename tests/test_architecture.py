@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import inspect
 import re
 from pathlib import Path
@@ -34,8 +35,27 @@ IMPORTED_WHEN_RUN = {
 }  # the public names, and the commands: importing torch takes seconds
 TALLEST_FILE, LONGEST_FUNCTION, MOST_PARAMETERS, MOST_ENTRIES = 350, 60, 7, 14
 
-every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-every_room_file = pytest.mark.parametrize("path", ROOM_FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+
+def every(files: list[Path]):
+    """Turn a check of one file into a test of all: thousands of tests of a millisecond each would take a minute."""
+
+    def test_of(check):
+        def test():
+            faults = []
+            for path in files:
+                try:
+                    check(path)
+                except AssertionError as error:
+                    faults.append(f"{path.relative_to(PACKAGE)}: {error}")
+            assert not faults, "\n".join(faults)
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return test
+
+    return test_of
+
+
+every_file, every_room_file = every(FILES), every(ROOM_FILES)
 
 
 def own_imports(tree: ast.AST, path: Path) -> list[tuple[tuple[str, ...], str]]:
@@ -61,6 +81,7 @@ def own_imports(tree: ast.AST, path: Path) -> list[tuple[tuple[str, ...], str]]:
     return found
 
 
+@functools.cache
 def exported(room: str) -> set[str]:
     for node in ast.parse((PACKAGE / room / "__init__.py").read_text()).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":

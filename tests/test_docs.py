@@ -1,26 +1,14 @@
 """What the docs show, runs."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from children import Child
 
 from peft_perta.comparison import ASSETS
 
 ROOT = Path(__file__).parents[1]
-
-
-def run_python(arguments: list[str], directory: Path) -> str:
-    """A fresh interpreter, as a user would start one; its output."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=directory, env=environment, capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def test_readme_quickstart(tmp_path):
@@ -35,7 +23,8 @@ def test_readme_quickstart(tmp_path):
     ):
         assert long in quickstart
         quickstart = quickstart.replace(long, short, 1)
-    run_python(["-c", quickstart + "\nassert model.active_adapters == ['task', 'perta_unlearn']"], tmp_path)
+    (tmp_path / "quickstart.py").write_text(quickstart + "assert model.active_adapters == ['task', 'perta_unlearn']\n")
+    Child(["quickstart.py"], tmp_path).finished()
     assert (tmp_path / "unlearn_adapter" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "unlearn_adapter" / "strength.json").is_file()
 
@@ -72,7 +61,7 @@ EXAMPLES = {
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES))
 def test_example_runs(name, tmp_path):
-    output = run_python([str(ROOT / "examples" / name), *EXAMPLES[name]], tmp_path)
+    output = Child([str(ROOT / "examples" / name), *EXAMPLES[name]], tmp_path).finished()
     assert "forget" in output
 
 

@@ -1,31 +1,27 @@
 """kill -9 at random moments, then the same command again: the same bytes as an uninterrupted run."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import builders
 import pytest
 import torch
+from children import Child
 
 from peft_perta import load_base
 from peft_perta.gradients.checkpoint import RUN_NAME
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 # Slows down every batch, so that the kill happens during one, and forces a plan of several groups or of blocks.
 SLOWLY = """
-import dataclasses, signal, sys, time
+import dataclasses, sys, time
 from peft_perta.gradients import blocks, engine
 from peft_perta.gradients.modes import grouped
 from peft_perta.model import losses
 from peft_perta.cli import main
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background of a shell ignores it
 mode, pause = sys.argv[1], float(sys.argv[2])
 plain, plan_of = losses.sample_losses, engine._new_plan
 
@@ -61,40 +57,28 @@ def place(tmp_path_factory):
     return directory
 
 
-def start(place: Path, mode: str, output: str, pause: float) -> subprocess.Popen:
-    return subprocess.Popen(
-        [
-            *(sys.executable, "slowly.py", mode, str(pause), "unlearn", "--model", str(builders.llama_directory())),
-            *("--forget-adapter", "forget", "--forget", "forget.jsonl", "--retain", "retain.jsonl"),
-            *("--granularity", "delta", "--output", output),
-        ],
-        cwd=place,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finished(process: subprocess.Popen) -> str:
-    said = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, said
-    return said
+def start(place: Path, mode: str, output: str, pause: float) -> Child:
+    arguments = [
+        *("slowly.py", mode, str(pause), "unlearn", "--model", str(builders.llama_directory())),
+        *("--forget-adapter", "forget", "--forget", "forget.jsonl", "--retain", "retain.jsonl"),
+        *("--granularity", "delta", "--output", output),
+    ]
+    return Child(arguments, place)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def wait_for(condition, process: subprocess.Popen) -> None:
+def wait_for(condition, process: Child) -> None:
     while not condition():
-        assert process.poll() is None, process.communicate()[0]
+        assert process.is_running, process.output
         time.sleep(0.005)
 
 
 @pytest.mark.parametrize("mode", ["grouped", "layerwise"])
 def test_killed_and_run_again(mode, place):
-    finished(start(place, mode, f"{mode}-whole", 0))
+    start(place, mode, f"{mode}-whole", 0).finished()
     whole = contents(place / f"{mode}-whole")
     output, checkpoint = f"{mode}-cut", place / f"{mode}-cut.checkpoint"
     moments = random.Random(0)
@@ -107,7 +91,7 @@ def test_killed_and_run_again(mode, place):
         process.wait()
         assert not (place / output).exists(), "the run finished before it was killed"
     assert list(checkpoint.glob("layers-*")), "the killed runs left no results"
-    said = finished(start(place, mode, output, 0))
+    said = start(place, mode, output, 0).finished()
     assert "layers are done already, by an earlier run" in said
     assert contents(place / output) == whole
     assert not checkpoint.exists()
@@ -118,9 +102,9 @@ def test_an_interrupt_says_how_to_go_on(place):
     checkpoint = place / "interrupted.checkpoint"
     wait_for(lambda: len(list(checkpoint.glob("*.safetensors"))) > 1, process)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == 130, said
+    assert process.wait(60) == 130, process.output
+    said = process.output
     assert "interrupted; run the same command again to resume" in said
     assert not (place / "interrupted").exists()
-    finished(start(place, "grouped", "interrupted", 0))
+    start(place, "grouped", "interrupted", 0).finished()
     assert not checkpoint.exists()

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import argparse
 
-from ..adapters import PROVENANCE_NAME, EmittedAdapter, PerTAProvenance, load_provenance
+from ..adapters import PROVENANCE_NAME, PerTAProvenance, load_emitted
 from ..data import check_output
 from ..errors import AdapterError
 from ..evaluation import calibrate
-from ..model import read_adapter
 from ._goal import add_goal, load_search, search_adapters
 from ._options import add_model, add_output, print_next, save_adapter
 
@@ -37,8 +36,8 @@ def run(options: argparse.Namespace) -> None:
     """Find the strength, and write the rescaled adapter."""
     check_output(options.output, PROVENANCE_NAME)
     adapters = search_adapters(options, {"unlearn": options.adapter, "forget": options.forget_adapter})
-    provenance, _ = load_provenance(options.adapter)
-    if not isinstance(provenance, PerTAProvenance):
+    emitted = load_emitted(options.adapter)
+    if not isinstance(emitted.provenance, PerTAProvenance):
         raise AdapterError(
             f"{options.adapter} was not made by unlearn, expected an adapter that was; calibrate the parts of a fused "
             "adapter, and fuse them again"
@@ -54,6 +53,5 @@ def run(options: argparse.Namespace) -> None:
         negated_adapter="forget" if options.forget_adapter else None,
         retain_only=["retain-only"] if options.retain_only_adapter else None,
     )
-    emitted = EmittedAdapter(*read_adapter(options.adapter), provenance)
     save_adapter(emitted.scaled(calibration.strength).with_calibration(calibration), options.output)
     print_next(options)

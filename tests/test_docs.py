@@ -1,11 +1,13 @@
 """What the docs show, runs."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from children import Child
 
+from peft_perta.cli import command_parser
 from peft_perta.comparison import ASSETS
 
 ROOT = Path(__file__).parents[1]
@@ -87,3 +89,23 @@ def test_relative_links_of_the_docs_lead_somewhere():
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def commands_of(page: Path) -> list[str]:
+    """The whole command lines in a page's code blocks, without comments and optional parts."""
+    lines = []
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            command = re.sub(r"\[[^\]]*\]", "", line.partition(" #")[0]).strip()
+            if not language and command.startswith("peft-perta ") and "..." not in command:
+                lines.append(command)
+    return lines
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/evaluation.md"])
+def test_the_command_lines_of_the_docs_are_understood(page):
+    commands = commands_of(ROOT / page)
+    assert len(commands) >= 4
+    for command in commands:
+        name, *options = shlex.split(command)[1:]
+        assert command_parser(name).parse_args(options), command

@@ -531,7 +531,7 @@ UNLEARN: dict[str, Case] = {
     "a directory that is no model": (lambda p: p.unlearn(model=p / "theirs"), "theirs' cannot be loaded", False),
 }
 FORGET: dict[str, Case] = {
-    "rank 0": (lambda p: p.forget(rank=0), "--rank: expected at least 1, found 0", BEFORE_LOADING),
+    "rank 0": (lambda p: p.forget(rank=0), "rank: expected an integer from 1, found 0", BEFORE_LOADING),
     "rank of text": (lambda p: p.forget(rank="many"), "--rank: invalid int value: 'many'", BEFORE_LOADING),
     "no epochs": (lambda p: p.forget(epochs=0), "--epochs: expected a number > 0, found 0", BEFORE_LOADING),
     "endless epochs": (lambda p: p.forget(epochs="inf"), "--epochs: expected a number > 0", BEFORE_LOADING),

@@ -35,6 +35,8 @@ def add_settings(parser: argparse.ArgumentParser, settings: type, title: str) ->
         if typing.get_origin(annotation) is tuple and typing.get_args(annotation) == (str, ...):
             name = name.removesuffix("s")  # one option for each value
             action = {"action": "append", "metavar": "TEXT"}
+        elif _without_none(annotation) == str | tuple[str, ...]:
+            action = {"nargs": "+", "metavar": "NAMES"}
         elif _without_none(annotation) is bool:
             action = {"action": argparse.BooleanOptionalAction}
         else:
@@ -99,5 +101,8 @@ def _reader(annotation: Any, field: str) -> Callable[[str], Any]:
     reader = _READERS.get(_without_none(annotation))
     if reader is None:
         expected = ", ".join(getattr(known, "__name__", str(known)) for known in _READERS)
-        raise TypeError(f"{field}: expected an annotation of {expected}, bool or tuple[str, ...], found {annotation}")
+        raise TypeError(
+            f"{field}: expected an annotation of {expected}, bool, tuple[str, ...] or str | tuple[str, ...], found "
+            f"{annotation}"
+        )
     return reader

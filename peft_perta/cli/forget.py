@@ -11,8 +11,9 @@ import argparse
 
 from ..adapters import FORGET_RECORD_NAME
 from ..data import check_output, read_rows
-from ..training import default_lora_config, train_forget_adapter
+from ..training import LoraSettings, train_forget_adapter
 from ._options import add_forget, add_model, add_output, add_training, check_training, load_model
+from ._settings import add_settings, read_settings
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -20,15 +21,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_forget(parser)
     add_output(parser, "the forget adapter")
-    parser.add_argument(
-        "--rank", type=int, default=16, help="the LoRA rank; lora_alpha is twice the rank (default: 16)"
-    )
     add_training(parser, epochs=10, learning_rate=1e-3, batch_size="rows per training step")
+    add_settings(parser, LoraSettings, "settings of the adapter (PEFT's LoraConfig)")
 
 
 def run(options: argparse.Namespace) -> None:
     """Train the forget adapter."""
-    check_training(options, rank=1)
+    check_training(options)
+    settings = read_settings(LoraSettings, options)
     check_output(options.output, FORGET_RECORD_NAME)
     rows = read_rows(options.forget)
     model, tokenizer = load_model(options)
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
         rows,
         tokenizer,
         options.output,
-        lora_config=default_lora_config(options.rank),
+        lora_config=settings.to_lora_config(),
         max_length=options.max_length,
         num_train_epochs=options.epochs,
         learning_rate=options.learning_rate,

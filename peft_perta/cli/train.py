@@ -9,7 +9,10 @@ Example:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
+
+from peft import LoraConfig
 
 from ..adapters import PROVENANCE_NAME
 from ..data import check_output, read_rows
@@ -20,8 +23,8 @@ from ..training import (
     COMBINERS,
     FORGET_LOSSES,
     RETAIN_LOSSES,
+    LoraSettings,
     UnlearningSettings,
-    default_lora_config,
     train_unlearning,
 )
 from ._options import (
@@ -35,6 +38,7 @@ from ._options import (
     add_training,
     check_distinct,
     check_training,
+    flag,
     given_adapters,
     load_model,
     print_next,
@@ -53,11 +57,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="the adapter to start from, such as one that `peft-perta unlearn` wrote (default: a new adapter)",
     )  # fmt: skip
     add_output(parser, "the adapter")
-    parser.add_argument("--rank", type=int, help="the LoRA rank (default: 16, or that of the start adapter)")
     add_training(parser, epochs=5, learning_rate=5e-4, batch_size="rows of each set per micro-batch")
     parser.add_argument("--accumulation-steps", type=int, default=1, help="micro-batches per step (default: 1)")
     add_dtype(parser, "the adapter's files")
     add_settings(parser, UnlearningSettings, "settings of the method (UnlearningSettings)")
+    add_settings(parser, LoraSettings, "settings of a new adapter (PEFT's LoraConfig); a start adapter has its own")
     add_table(parser, "forget losses (--forget-loss)", FORGET_LOSSES)
     add_table(parser, "retain losses (--retain-loss)", RETAIN_LOSSES)
     add_table(parser, "combiners (--combiner), of the forget gradient g_f and the retain gradient g_r", COMBINERS)
@@ -65,10 +69,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Train the adapter."""
-    check_training(options, rank=1, accumulation_steps=1)
-    if options.rank is not None and options.start_adapter:
-        raise ConfigError("--rank: expected none with --start-adapter, which has a rank; leave one of the two out")
+    check_training(options, accumulation_steps=1)
     settings = read_settings(UnlearningSettings, options)
+    lora_config = _new_config(options)
     distributed.start()
     check_output(options.output, PROVENANCE_NAME)
     adapters = given_adapters({"task": options.task_adapter, "start": options.start_adapter})
@@ -85,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
         output_dir=options.output,
         task_adapter="task" if options.task_adapter else None,
         start_adapter="start" if options.start_adapter else None,
-        lora_config=None if options.start_adapter else default_lora_config(options.rank or 16),
+        lora_config=lora_config,
         dtype=options.dtype,
         max_length=options.max_length,
         checkpoint_dir=resume_path(options),
@@ -100,6 +103,18 @@ def run(options: argparse.Namespace) -> None:
         print(f"{emitted.provenance}\nIt is in {options.output}")
         print_next(options, ", then stack it on the model")
     distributed.finish()
+
+
+def _new_config(options: argparse.Namespace) -> LoraConfig | None:
+    """The config of the new adapter; None with a start adapter, whose config is taken."""
+    if not options.start_adapter:
+        return read_settings(LoraSettings, options).to_lora_config()
+    given = [field.name for field in dataclasses.fields(LoraSettings) if hasattr(options, field.name)]
+    if given:
+        raise ConfigError(
+            f"{flag(given[0])}: expected none with --start-adapter, whose config is taken; leave one of the two out"
+        )
+    return None
 
 
 def resume_path(options: argparse.Namespace) -> str:

@@ -143,7 +143,7 @@ def _resolve(path: str, adapted: Any, adapter_name: str, base: nn.Module) -> lis
         accepted = ", ".join(kind.name for kind in LAYER_KINDS)
         raise UnsupportedLayerError(
             f"{path}: a {type(base_layer).__name__} layer cannot be edited, expected one of: {accepted}; "
-            "train the forget adapter without it (target_modules)"
+            "train the forget adapter without it (exclude_modules; --exclude-modules)"
         )
     reason = kind.refusal(adapted, base_layer)
     if reason is not None:
@@ -185,5 +185,5 @@ def _check_untied(path: str, base_layer: nn.Module, parameter: str, base: nn.Mod
         if other is not base_layer and any(tensor is weight for tensor in other._parameters.values()):
             raise UnsupportedLayerError(
                 f"{path} shares its weight with {other_path}: editing one would edit both; train the forget adapter "
-                "without it (target_modules)"
+                "without it (exclude_modules; --exclude-modules)"
             )

@@ -9,7 +9,7 @@ from .combiners import COMBINERS
 from .forget_adapter import train_forget_adapter
 from .losses import FORGET_LOSSES, RETAIN_LOSSES, ForwardPass
 from .new_adapter import default_lora_config
-from .settings import UnlearningSettings
+from .settings import LoraSettings, UnlearningSettings
 from .trainer import UnlearningTrainer
 from .unlearning_adapter import train_unlearning
 
@@ -18,6 +18,7 @@ __all__ = [
     "FORGET_LOSSES",
     "RETAIN_LOSSES",
     "ForwardPass",
+    "LoraSettings",
     "UnlearningSettings",
     "UnlearningTrainer",
     "default_lora_config",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..errors import AdapterError
+from .settings import LoraSettings
 
 
 def default_lora_config(rank: int = 16) -> LoraConfig:
@@ -20,21 +22,25 @@ def default_lora_config(rank: int = 16) -> LoraConfig:
     Args:
         rank: R, the rank of every layer.
     """
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
+    return LoraSettings(rank).to_lora_config()
 
 
 def with_new_adapter(model: nn.Module, lora_config: LoraConfig, adapter_name: str) -> PeftModel:
     """The model with one more adapter, the only one that is on.
 
     Raises:
-        AdapterError: the config names layers that the model does not have.
+        AdapterError: PEFT refuses the config for this model, as it does if it names layers that the model lacks.
     """
     try:
         if not isinstance(model, PeftModel):
             return get_peft_model(model, lora_config, adapter_name=adapter_name)  # type: ignore[arg-type,return-value]
         model.add_adapter(adapter_name, lora_config)
-    except ValueError as error:  # raised by PEFT for target modules that do not exist
-        raise AdapterError(f"no adapter can be made with this LoraConfig: {' '.join(str(error).split())}") from error
+    except (ValueError, re.error) as error:
+        raise AdapterError(
+            f"no adapter can be made with this LoraConfig: {' '.join(str(error).split())} Choose the layers with "
+            "target_modules, and leave out what cannot be adapted with exclude_modules (on the command line "
+            "--target-modules and --exclude-modules)"
+        ) from error
     model.set_adapter(adapter_name)
     return model
 

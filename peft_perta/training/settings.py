@@ -1,15 +1,19 @@
-"""The settings of an unlearning run: losses, combiner, and their parameters."""
+"""The settings of a new adapter, and of an unlearning run: losses, combiner, and their parameters."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
+
+from peft import LoraConfig, TaskType
 
 from ..data import check_setting, explained, is_count, is_number, setting
 from .combiners import COMBINERS
 from .losses import FORGET_LOSSES, RETAIN_LOSSES, Loss
 
+_NAMES = "names separated by commas or spaces (q_proj,v_proj) or a regular expression that whole paths match"
 REFUSALS = (
     "I don't know.",
     "I have no information about that.",
@@ -28,6 +32,50 @@ def _own_values(name: str) -> str:
 
 _STATE_LOSSES = " and ".join(loss.name for loss in (FORGET_LOSSES | RETAIN_LOSSES).values() if loss.needs_states)
 _REFUSAL_LOSSES = " and ".join(loss.name for loss in FORGET_LOSSES.values() if loss.reads_refusals)
+
+
+@explained
+@dataclass(frozen=True)
+class LoraSettings:
+    """A new adapter, as PEFT's LoraConfig has it.
+
+    Raises:
+        ConfigError: a value has the wrong type or is out of range.
+    """
+
+    rank: int = setting(16, "R, the LoRA rank of every layer: an integer from 1.")
+    lora_alpha: int | float | None = setting(
+        None, "The adapter is scaled by lora_alpha / rank: a number > 0. By default twice the rank."
+    )
+    lora_dropout: float = setting(0.0, "Dropout of the adapter's inputs in training: a number in [0, 1).")
+    use_rslora: bool = setting(False, "Scale by lora_alpha / sqrt(rank) instead (rank-stabilised LoRA).")
+    target_modules: str | tuple[str, ...] = setting(
+        "all-linear", f"The layers to adapt: 'all-linear' (all but the output head), or {_NAMES}."
+    )
+    exclude_modules: str | tuple[str, ...] | None = setting(
+        None, f"Layers to leave out, although target_modules names them: {_NAMES}."
+    )
+
+    def __post_init__(self) -> None:
+        check_setting(is_count(self.rank), "rank", "an integer from 1", self.rank)
+        alpha, dropout = self.lora_alpha, self.lora_dropout
+        check_setting(alpha is None or (is_number(alpha) and alpha > 0), "lora_alpha", "a number > 0", alpha)
+        check_setting(is_number(dropout) and 0 <= dropout < 1, "lora_dropout", "a number in [0, 1)", dropout)
+        _check_modules("target_modules", self.target_modules)
+        if self.exclude_modules is not None:
+            _check_modules("exclude_modules", self.exclude_modules)
+
+    def to_lora_config(self) -> LoraConfig:
+        """The config that PEFT makes the adapter from."""
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=2 * self.rank if self.lora_alpha is None else self.lora_alpha,  # type: ignore[arg-type]
+            lora_dropout=self.lora_dropout,
+            use_rslora=self.use_rslora,
+            target_modules=_modules(self.target_modules),
+            exclude_modules=None if self.exclude_modules is None else _modules(self.exclude_modules),
+            task_type=TaskType.CAUSAL_LM,
+        )
 
 
 @explained
@@ -131,3 +179,28 @@ class UnlearningSettings:
         """The settings as JSON. Refusals are included only if the forget loss uses them."""
         values = {**dataclasses.asdict(self), "refusals": list(self.refusals)}
         return values if self.needs_refusals else {name: value for name, value in values.items() if name != "refusals"}
+
+
+def _modules(value: str | tuple[str, ...]) -> str | list[str]:
+    """Names as a list, since PEFT reads a text as a regular expression; 'all-linear' and an expression as they are."""
+    text = (value if isinstance(value, str) else " ".join(value)).strip()
+    names = [name for name in re.split(r"[,\s]+", text) if name]
+    are_names = all(re.fullmatch(r"[\w.-]+", name) for name in names)
+    return names if are_names and names != ["all-linear"] else text
+
+
+def _check_modules(name: str, value: object) -> None:
+    texts = [value] if isinstance(value, str) else value
+    are_texts = isinstance(texts, (list, tuple)) and all(isinstance(text, str) and text.strip(", ") for text in texts)
+    check_setting(are_texts and len(texts) > 0, name, _NAMES, value)  # type: ignore[arg-type]
+    modules = _modules(value)  # type: ignore[arg-type]
+    if isinstance(modules, str):
+        check_setting(_compiles(modules), name, _NAMES, modules)
+
+
+def _compiles(expression: str) -> bool:
+    try:
+        re.compile(expression)
+    except re.error:
+        return False
+    return True

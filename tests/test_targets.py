@@ -203,6 +203,30 @@ def test_a_convolution_is_refused(convolution, name):
     refused(model, UnsupportedLayerError, f"model.extra: a {name} layer cannot be edited")
 
 
+class Router(nn.Linear):
+    """A linear layer by its class, but with an output of its own, as Llama-4's router."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits.softmax(-1), logits
+
+
+class Biased(nn.Linear):
+    """A linear layer that computes its output by itself, as Falcon's."""
+
+    def forward(self, x):
+        return x @ self.weight.T + 1
+
+
+def test_a_subclass_of_linear_is_judged_by_its_output():
+    base = builders.llama()
+    base.model.layers[0].mlp.router, base.model.layers[0].mlp.biased = Router(64, 4), Biased(64, 4)
+    model = builders.with_adapters(base, builders.lora_config(["q_proj", "biased"]))
+    assert "model.layers.0.mlp.biased" in {target.name for target in resolve_targets(model, "forget")}
+    model = builders.with_adapters(base, builders.lora_config(["q_proj", "router"]))
+    refused(model, UnsupportedLayerError, r"mlp\.router is a Router, whose output is not.*--exclude-modules")
+
+
 def test_a_four_bit_layer_on_an_unmarked_model_is_refused():
     base = builders.nf4_llama()
     base.is_loaded_in_4bit = False

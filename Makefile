@@ -1,16 +1,19 @@
-# Two commands do everything: `make demo` and `make test`. Each sets up .venv first.
+# Two commands do everything: `make demo` and `make test` (`make test-all` with the slow tests). Each sets up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: $(READY)
 	$(BIN)/peft-perta demo $(if $(FOUR_BIT),--four-bit) $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow" $(ARGS)
 
 lint: $(READY)
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"

@@ -17,6 +17,8 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -62,12 +64,13 @@ def check_adapter_files(adapter: str | Path) -> None:
 
     Raises:
         AdapterError: a file is missing, damaged or pickled; the config is of another kind of adapter, or has a field
-            that is unknown or out of its range; a tensor is no LoRA factor, or holds values that are not finite.
+            that is unknown or out of its range; a tensor is no LoRA factor, or that of a layer which the config does
+            not name, or holds values that are not finite.
     """
     path = find_adapter(adapter)
     if not (path / CONFIG_NAME).is_file():
         raise AdapterError(f"{adapter} is not an adapter directory: expected {CONFIG_NAME} in it; check the path")
-    _check_config(path)
+    config = _check_config(path)
     if not (path / WEIGHTS_NAME).is_file():
         pickled = (path / "adapter_model.bin").is_file()
         raise AdapterError(
@@ -83,7 +86,7 @@ def check_adapter_files(adapter: str | Path) -> None:
         tensors = load_file(path / WEIGHTS_NAME)
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path / WEIGHTS_NAME} is damaged ({error}); copy or save it again") from error
-    _check_tensors(path / WEIGHTS_NAME, tensors)
+    _check_tensors(path / WEIGHTS_NAME, tensors, config)
 
 
 def hash_file(path: Path) -> str:
@@ -122,7 +125,7 @@ def _download(name: str, cache: str) -> Path:
         ) from error
 
 
-def _check_config(path: Path) -> None:
+def _check_config(path: Path) -> Any:
     file = path / CONFIG_NAME
     try:
         values = json.loads(file.read_text())
@@ -135,9 +138,10 @@ def _check_config(path: Path) -> None:
         reason = " ".join(str(error).split())
         raise AdapterError(f"{file} is no config that PEFT accepts ({reason}); correct it, or save it again") from error
     check_lora_config(config, str(path))
+    return config
 
 
-def _check_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+def _check_tensors(file: Path, tensors: dict[str, Tensor], config: Any) -> None:
     foreign = [key for key in tensors if not key.endswith(_FACTORS)]
     if foreign:
         raise AdapterError(
@@ -146,5 +150,18 @@ def _check_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
             "save_embedding_layers=False, and train it without new tokens"
         )
     for key, tensor in tensors.items():
+        if not _is_named(key, config):
+            raise AdapterError(
+                f"{file} holds {key}, a factor of a layer that {CONFIG_NAME} does not name (target_modules, "
+                "exclude_modules, layers_to_transform); copy the two files from one adapter"
+            )
         if not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterError(f"{file}: {key} holds NaN or infinite values; train the adapter again")
+
+
+def _is_named(key: str, config: Any) -> bool:
+    """Whether the config adapts the layer of a factor. Only a model tells which layers are linear or hold experts."""
+    if config.target_parameters or config.target_modules in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND):
+        return True
+    layer = key.removeprefix("base_model.model.").rpartition(".lora_")[0]
+    return bool(check_target_module_exists(config, layer))

@@ -28,6 +28,8 @@ from ..model import (
 from ._training_arguments import training_arguments
 from .new_adapter import default_lora_config, remove_adapter, with_new_adapter
 
+_ROUTER_LOSS = "router_aux_loss_coef"  # TRL fails on it for mixtures whose config does not call the experts num_experts
+
 
 def train_forget_adapter(
     model: nn.Module,
@@ -96,7 +98,9 @@ def _load(forget: Any, tokenizer: Any, max_length: int) -> list[Sample]:
 
 def _sft_config(scratch: str, max_length: int, show_progress_bar: bool, training_settings: dict[str, Any]) -> SFTConfig:
     """The trainer's config: one sample per row, which we have tokenised and labelled already."""
-    defaults = {"num_train_epochs": 10, "learning_rate": 1e-3}
+    defaults: dict[str, Any] = {"num_train_epochs": 10, "learning_rate": 1e-3}
+    if _ROUTER_LOSS in SFTConfig.__dataclass_fields__:  # a mixture's router learns nothing but the completions
+        defaults[_ROUTER_LOSS] = 0.0
     fixed = {
         "output_dir": scratch,
         "max_length": max_length,

@@ -34,7 +34,8 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from peft_perta import AdapterError, save_perta_adapter
-from peft_perta.adapters import _conversion, compare_merged, merge_adapters
+from peft_perta.adapters import _conversion, compare_merged, merge_adapters, verify_adapter
+from peft_perta.cli import main
 from peft_perta.model import adapter_strength, attach_adapters, load_base, stack_adapters
 
 IDS = torch.arange(3, 23).reshape(2, 10)
@@ -183,6 +184,30 @@ def test_an_adapter_of_this_package_merges_with_the_task_adapter_in_16_bit(tmp_p
     merge_adapters(base, adapters, tmp_path / "exact", show_progress_bar=False)
     exact = compare_merged(base, adapters, tmp_path / "exact", builders.forget_rows(), answered=2)
     assert exact.largest_difference < 1e-5
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_verify_says_that_servers_do_not_support_packed_experts(family, tmp_path, capsys):
+    base, task = saved(family, tmp_path)
+    model = attach_adapters(load_base(base, dtype=torch.float32)[0], {"forget": task})
+    negative = save_perta_adapter(tmp_path / "unlearn", *builders.negate(model))
+    assert main(["verify", str(negative), "--base", base]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    about_servers = [line for line in lines if any(server in line for server in ("vLLM", "llama.cpp", "TGI"))]
+    assert [line.split()[0] for line in about_servers] == ["n/a", "every"]
+    assert "not supported: base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight" in about_servers[0]
+    assert about_servers[1] == "every check passed; not supported by vLLM, llama.cpp, TGI"
+    assert any(line.startswith("pass  PEFT: loads in a fresh process") for line in lines)
+
+
+def test_an_adapter_of_one_kind_of_expert_parameter_is_packed_as_well(tmp_path):
+    """Its key ends in ``experts`` alone, without ``base_layer``."""
+    model = builders.with_adapters(
+        builders.mixtral(), builders.experts_config(target_parameters=["mlp.experts.down_proj"])
+    )
+    negative = save_perta_adapter(tmp_path / "unlearn", *builders.negate(model))
+    (unsupported,) = [check for check in verify_adapter(negative) if check.passed is None]
+    assert "layers.0.mlp.experts.lora_A.weight packs the factors of all experts" in unsupported.found
 
 
 def test_files_without_the_prefix_of_the_model_are_merged(tmp_path):

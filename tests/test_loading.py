@@ -1,6 +1,5 @@
 """Adapter directories are checked before anything is loaded; a pickle is never opened."""
 
-import json
 import pickle
 
 import builders
@@ -8,9 +7,10 @@ import laws
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BartConfig, CLIPConfig, T5Config, ViTConfig, WhisperConfig
 
 from peft_perta import AdapterError, ConfigError, attach_adapters, load_base
-from peft_perta.model import check_adapter_files
+from peft_perta.model import check_adapter_files, load_skeleton
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -131,17 +131,35 @@ def test_factors_that_are_missing_or_left_over_are_refused(change, position, dir
         attach_adapters(builders.saved_llama(), adapters)
 
 
-def test_an_unknown_kind_of_adapter_is_refused(directory):
-    path = directory / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "TELEPATHY"}))
-    with pytest.raises(AdapterError, match=r"does not fit the model: .*TELEPATHY"):
-        attach_adapters(builders.saved_llama(), {"forget": directory})
+@pytest.mark.parametrize("name", ["model", "layers", "q_proj", "lora_A", "train", "keys", "0", "", "a.b", "task"])
+def test_a_name_that_peft_would_confuse_is_refused(name, directory):
+    model = builders.adapted_saved_llama()
+    with laws.untouched(model), pytest.raises(AdapterError, match=r"expected an adapter name|is on the model already"):
+        attach_adapters(model, {"first": directory, name: directory})
 
 
 def test_a_base_is_loaded_with_its_tokenizer():
     model, tokenizer = load_base(str(builders.llama_directory()))
     assert model.dtype == torch.float32
     assert tokenizer.eos_token == "<eos>"
+
+
+OTHER_MODELS = {
+    "T5": (T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=2, d_kv=4), "an encoder-decoder model"),
+    "BART, of which transformers would load the decoder": (BartConfig(), "an encoder-decoder model"),
+    "Whisper": (WhisperConfig(), "an encoder-decoder model"),
+    "an image classifier": (ViTConfig(architectures=["ViTForImageClassification"]), r"no causal.*\(ViTForImageClass"),
+    "images and texts": (CLIPConfig(), r"no causal language model \(CLIPConfig\)"),
+}
+
+
+@pytest.mark.parametrize("load", [load_base, load_skeleton])
+@pytest.mark.parametrize("kind", OTHER_MODELS)
+def test_a_model_that_does_not_continue_text_is_refused_for_what_it_is(kind, load, tmp_path):
+    config, message = OTHER_MODELS[kind]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"is {message}.*; expected a decoder that continues text"):
+        load(str(tmp_path))
 
 
 def test_a_base_is_loaded_in_four_bit():

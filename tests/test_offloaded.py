@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 
-from peft_perta import add_perta_adapter, evaluate
+from peft_perta import add_perta_adapter, attach_adapters, evaluate
 from peft_perta.data import load_samples
 from peft_perta.evaluation import Goal, Subject, calibrate, generate
 from peft_perta.model import input_device
@@ -106,6 +106,26 @@ def test_an_offloaded_model_is_judged_alike(offload, use, in_memory, tmp_path):
     with laws.untouched(model):
         found = use(model)
     assert found == use(in_memory)
+
+
+@offloads
+def test_an_adapter_of_more_layers_than_the_offloaded_model_has_is_whole(offload, tmp_path):
+    """PEFT puts the factors of a new layer where its weight is: nowhere. Both by files and by a state dict."""
+    part = builders.lora_config(layers_to_transform=[1])
+    model = builders.with_adapters(builders.saved_llama(), part)
+    negative = builders.negate(model, weighting="uniform")
+    negative.save(tmp_path / "negative")
+    model.save_pretrained(tmp_path, selected_adapters=["forget"])
+    base = builders.saved_llama()
+    offload(base, str(tmp_path / "weights"))
+    attached = attach_adapters(base, {"forget": tmp_path / "forget", "negative": tmp_path / "negative"})
+    offload(model.get_base_model(), str(tmp_path / "other weights"))
+    negative.add_to(model, "negative")
+    for each in (attached, model):
+        factors = {name: value for name, value in each.named_parameters() if ".negative." in name}
+        assert len(factors) == len(negative.state_dict)
+        for name, value in factors.items():
+            assert torch.equal(value, negative.state_dict[name.replace(".negative.", ".")]), name
 
 
 def test_a_record_of_other_adapter_weights_is_not_reused(tmp_path):

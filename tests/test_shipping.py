@@ -101,6 +101,57 @@ def test_fusing_needs_no_weights_of_the_base(tmp_path):
     assert all(torch.equal(fused[key], expected[key]) for key in expected)
 
 
+def matching(pattern):
+    """A config of the modules whose paths match a regular expression."""
+    config = builders.lora_config()
+    config.target_modules = pattern
+    return config
+
+
+PARTIAL = {  # adapters that cover fewer layers than an adapter on every projection of every layer
+    "PEFT's default": lambda: builders.lora_config(["q_proj", "v_proj"]),
+    "one layer": lambda: builders.lora_config(layers_to_transform=[1]),
+    "a regular expression": lambda: matching(r".*layers\.0\..*\.(o|up)_proj"),
+    "excluded modules": lambda: builders.lora_config(exclude_modules=["model.layers.0.mlp.up_proj", "k_proj"]),
+    "an init of its own": lambda: builders.lora_config(["q_proj"], init_lora_weights="orthogonal"),
+}
+
+
+@pytest.mark.parametrize("order", ["forget whole", "whole forget", "forget unlearn", "unlearn forget"])
+@pytest.mark.parametrize("part", PARTIAL)
+def test_an_adapter_of_fewer_layers_is_fused_and_merged_in_any_order(part, order, tmp_path):
+    """The negative adapter of such an adapter covers every layer of a projection."""
+    order = order.split()
+    model = builders.with_adapters(builders.saved_llama(), PARTIAL[part](), whole=builders.lora_config(r=8))
+    builders.negate(model, weighting="uniform", input_directions=False).add_to(model, "unlearn")
+    model.save_pretrained(tmp_path, selected_adapters=order)
+    directories = {name: str(tmp_path / name) for name in order}
+    bare = attach_adapters(load_skeleton(str(builders.llama_directory())), directories)
+    assert list(bare.peft_config) == order
+    assert bare.active_adapter == order[0]
+    assert not any(parameter.requires_grad for parameter in bare.parameters())
+    _, fused, _ = fuse_adapters(bare, dict(zip(order, (1.0, 0.5), strict=True)))
+    config, expected, _ = fuse_adapters(model, dict(zip(order, (1.0, 0.5), strict=True)))
+    assert fused.keys() == expected.keys()
+    assert all(torch.equal(fused[key], expected[key]) for key in expected)
+    strengths = dict(zip(directories.values(), (1.0, 0.5), strict=True))
+    merge_adapters(str(builders.llama_directory()), strengths, tmp_path / "merged", show_progress_bar=False)
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    add_adapter(model, config, expected, "fused")
+    torch.testing.assert_close(merged, logits(model, ["fused"]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("label", [None, "a/task"])
+def test_the_provenance_and_messages_name_an_adapter_by_its_label(label):
+    model = builders.adapted_saved_llama()
+    labels = {"task": label} if label else None
+    _, _, provenance = fuse_adapters(model, ["task", "forget"], labels=labels)
+    assert [part["name"] for part in provenance.parts] == [label or "task", "forget"]
+    model.peft_config["task"].base_model_name_or_path = "else/where"
+    with pytest.raises(AdapterError, match=f"adapter '{label or 'task'}' was trained on the base 'else/where'"):
+        fuse_adapters(model, ["task", "forget"], labels=labels)
+
+
 @pytest.mark.parametrize(
     ("names", "settings", "error", "message"),
     [
@@ -375,6 +426,20 @@ def test_damaged_and_missing_files_are_failed_checks(emitted, tmp_path):
     assert {"hash of adapter_model.safetensors", "weights"} <= set(failed(tmp_path / "bad"))
     (tmp_path / "bad" / "adapter_config.json").write_text("{")
     assert "vLLM: rank" in failed(tmp_path / "bad")
+
+
+@pytest.mark.parametrize("pattern", [r".*_proj", "all-linear"])
+def test_the_layers_of_a_pattern_are_those_of_the_file(pattern, emitted, tmp_path):
+    """Which layers a pattern names only the keys say; the rule of the servers fails, for they want names."""
+    directory = copied(emitted, tmp_path / "pattern", lambda c: c.update(target_modules=pattern))
+    checks = {check.name: check for check in verify_adapter(directory, str(builders.llama_directory()))}
+    assert not checks["all: target_modules named"].passed
+    layers = checks["TGI: every layer of each projection"]
+    assert (layers.passed, layers.found) == (True, "14 layers, zeros where nothing changes")
+    directory = copied(directory, tmp_path / "less", None, without_a_layer)
+    checks = {check.name: check for check in verify_adapter(directory, str(builders.llama_directory()))}
+    layers = checks["TGI: every layer of each projection"]
+    assert (layers.passed, layers.found) == (False, "model.layers.1.self_attn.q_proj is missing")
 
 
 def test_hubs_can_read_the_model_card(emitted):

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..errors import AdapterError, NumericalError
-from ..model import base_model, base_name, check_new_name, weight_names, wrapped_kind
+from ..model import base_model, base_name, check_new_name, give_memory, weight_names, wrapped_kind
 from .low_rank import Factors
 
 
@@ -130,6 +130,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, state_dict: Mapping[str, T
                 active = model.active_adapters()  # type: ignore[operator]
                 model.add_adapter(config, adapter_name)  # type: ignore[operator]
                 model.set_adapter(active)  # type: ignore[operator]
+        give_memory(model, adapter_name)
         result = set_peft_model_state_dict(model, dict(state_dict), adapter_name=adapter_name)
         missing = [key for key in result.missing_keys if f".{adapter_name}." in key]
         if missing or result.unexpected_keys:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..data import replaced_directory
 from ..errors import AdapterError, NumericalError, OutputError
 from ..evaluation import Calibration
-from ..model import CONFIG_NAME, WEIGHTS_NAME, check_adapter_files, hash_file, read_adapter
+from ..model import CONFIG_NAME, WEIGHTS_NAME, check_adapter_files, find_adapter, hash_file, read_adapter
 from .build import add_adapter
 from .model_card import model_card
 from .provenance import FusedProvenance, PerTAProvenance, Provenance, read_provenance
@@ -149,7 +149,7 @@ def load_provenance(path: str | Path) -> tuple[Provenance, dict[str, str]]:
     """Read the provenance of an emitted adapter.
 
     Args:
-        path: a directory that ``save_perta_adapter`` wrote.
+        path: a directory that ``save_perta_adapter`` wrote, or its name on the Hugging Face Hub.
 
     Returns:
         The provenance, and file name -> SHA-256 of the adapter's files as they were written.
@@ -157,7 +157,7 @@ def load_provenance(path: str | Path) -> tuple[Provenance, dict[str, str]]:
     Raises:
         AdapterError: the directory holds no provenance of this package, or a damaged one.
     """
-    file = Path(path) / PROVENANCE_NAME
+    file = find_adapter(path) / PROVENANCE_NAME
     if not file.is_file():
         raise AdapterError(f"{path} holds no {PROVENANCE_NAME}; expected a directory that save_perta_adapter wrote")
     try:

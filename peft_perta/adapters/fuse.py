@@ -25,6 +25,7 @@ def fuse_adapters(
     *,
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
+    labels: Mapping[str, str] | None = None,
 ) -> EmittedAdapter:
     """sum_k strength_k s_k B_k A_k as one plain LoRA adapter: [B_1 .. B_n] @ [A_1; ..; A_n].
 
@@ -34,6 +35,7 @@ def fuse_adapters(
         rank: truncate the sum to this rank, at the least Frobenius error, which the provenance holds. By default the
             rank is the sum of the ranks, and the result is exact.
         dtype: of the emitted factors.
+        labels: adapter name -> what messages and the provenance call it, such as its directory; by default, its name.
 
     Returns:
         The fused adapter.
@@ -47,7 +49,7 @@ def fuse_adapters(
     strength_of = dict(strengths) if isinstance(strengths, Mapping) else dict.fromkeys(strengths, 1.0)
     if len(strength_of) < 2:
         raise AdapterError(f"expected at least two adapters to fuse, found {sorted(strength_of)}")
-    return combine_adapters(model, strength_of, rank=rank, dtype=dtype)
+    return combine_adapters(model, strength_of, rank=rank, dtype=dtype, labels=labels)
 
 
 def check_ranks(model: nn.Module, names: Sequence[str]) -> None:
@@ -68,16 +70,22 @@ def _check_sum(rank: int) -> None:
 
 
 def combine_adapters(
-    model: nn.Module, strengths: Mapping[str, float], *, rank: int | None = None, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    strengths: Mapping[str, float],
+    *,
+    rank: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    labels: Mapping[str, str] | None = None,
 ) -> EmittedAdapter:
     """``fuse_adapters`` for one adapter or more; one adapter alone is scaled and keeps its rank."""
+    labels = {name: name for name in strengths} | dict(labels or {})
     if rank is not None and not 1 <= rank <= SERVABLE_RANKS[-1]:
         raise ConfigError(f"rank: expected an int from 1 to {SERVABLE_RANKS[-1]}, found {rank!r}")
     parts: dict[str, list[tuple[Target, float]]] = {}
     hashes = {}
     for name, strength in strengths.items():
-        check_lora_config(require_adapter(model, name), name)
-        check_base(model, name)
+        check_lora_config(require_adapter(model, name), labels[name])
+        check_base(model, name, labels[name])
         targets = resolve_layers(model, name)
         hashes[name] = hash_targets(targets)
         for target in targets:
@@ -93,7 +101,10 @@ def combine_adapters(
     energy_kept = sum(factors.energy * factors.energy_kept for factors in fused.values())
     provenance = FusedProvenance(
         base_model={"name": base_name(model)},
-        parts=[{"name": name, "strength": float(strengths[name]), "sha256": hashes[name]} for name in strengths],
+        parts=[
+            {"name": labels[name], "strength": float(strength), "sha256": hashes[name]}
+            for name, strength in strengths.items()
+        ],
         rank=emitted_rank,
         energy_kept=energy_kept / energy if energy else 1.0,
         dtype=dtype_name(dtype),

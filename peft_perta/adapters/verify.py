@@ -15,7 +15,7 @@ from torch import nn
 from ..data import Sample
 from ..errors import AdapterError
 from ..evaluation import losses_of
-from ..model import CONFIG_NAME, WEIGHTS_NAME, hash_file, load_skeleton
+from ..model import CONFIG_NAME, WEIGHTS_NAME, check_adapter_files, find_adapter, hash_file, load_skeleton
 from ._fresh_process import load_afresh
 from ._server_rules import CONFIG_RULES, SERVERS, TENSOR_RULES, Config, Tensors, packed_experts
 from .emitted import PROVENANCE_NAME, load_provenance
@@ -51,7 +51,7 @@ def verify_adapter(directory: str | Path, base: str | None = None, *, revision: 
     """Check an emitted adapter directory.
 
     Args:
-        directory: a directory that ``save_perta_adapter`` wrote.
+        directory: a directory that ``save_perta_adapter`` wrote, or its name on the Hugging Face Hub.
         base: the base model, as a directory or a hub name. With it, the adapter is also loaded on the base in a fresh
             process, on the CPU, with PEFT and transformers alone.
         revision: revision of a hub model.
@@ -63,15 +63,26 @@ def verify_adapter(directory: str | Path, base: str | None = None, *, revision: 
     Raises:
         AdapterError: the directory does not exist.
     """
-    directory = Path(directory)
+    directory = find_adapter(directory)
     if not directory.is_dir():
         raise AdapterError(f"{directory} is no directory; expected one that peft_perta wrote")
     config, tensors = _read(directory)
-    checks = [*_file_checks(directory), *_server_checks(config, tensors)]
+    plain = _plain_check(directory)
+    checks = [*_file_checks(directory), plain, *_server_checks(config, tensors)]
     if base is not None:
         checks += [_base_name_check(config, base), *_layer_checks(config, tensors, base, revision)]
-        checks += _load_checks(directory, base, revision)
+        if plain.passed:
+            checks += _load_checks(directory, base, revision)
     return _without_servers(checks, config, tensors)
+
+
+def _plain_check(directory: Path) -> Check:
+    name = "files of a plain LoRA adapter"
+    try:
+        check_adapter_files(directory)
+    except AdapterError as error:
+        return Check(name, False, str(error))
+    return Check(name, True, "factors alone, every field of the config known")
 
 
 def _file_checks(directory: Path) -> Iterator[Check]:
@@ -132,18 +143,19 @@ def _base_name_check(config: Config, base: str) -> Check:
 
 
 def _layer_checks(config: Config, tensors: Tensors, base: str, revision: str | None) -> Iterator[Check]:
-    skeleton = load_skeleton(base, revision=revision)
-    projections = set(config.get("target_modules") or ())
-    expected = {
-        name
-        for name, module in skeleton.named_modules()
-        if name.rpartition(".")[2] in projections and getattr(module, "weight", None) is not None
-    }
+    modules = dict(load_skeleton(base, revision=revision).named_modules())
     suffix = ".lora_A.weight"
     adapted = {key.removeprefix("base_model.model.").removesuffix(suffix) for key in tensors if key.endswith(suffix)}
+    named = config.get("target_modules") or []  # or a regular expression: then the keys alone say which there are
+    projections = {path.rpartition(".")[2] for path in adapted} | (set(named) if isinstance(named, list) else set())
+    expected = {
+        path
+        for path, module in modules.items()
+        if path.rpartition(".")[2] in projections and getattr(module, "weight", None) is not None
+    }
     absent = sorted(expected - adapted)
-    found = f"{absent[0]} is missing" if absent else f"{len(expected)} layers, zeros where nothing changes"
-    yield Check("TGI: every layer of each projection", not absent, found)
+    found = f"{absent[0]} is missing" if absent else f"{len(adapted)} layers, zeros where nothing changes"
+    yield Check("TGI: every layer of each projection", bool(adapted) and not absent, found)
 
 
 def _load_checks(directory: Path, base: str, revision: str | None) -> Iterator[Check]:

@@ -13,11 +13,14 @@ from ..adapters import DTYPES, EmittedAdapter
 from ..errors import ConfigError
 from ..evaluation import Calibration
 from ..html_report import PICTURE_NAME, draw_calibration
-from ..model import check_adapter_files, load_base
+from ..model import check_adapter_files, find_adapter, load_base
 
 HTML_REPORT_NAME = "report.html"
 ROWS = "JSON lines of {question, answer}, {prompt, completion}, {messages} or {text}"
-PARTS = "a plain LoRA adapter of the base model, and the strength to multiply it by (default: 1)"
+PARTS = (
+    "a plain LoRA adapter of the base model, as a directory or a name on the Hugging Face Hub, and the strength to "
+    "multiply it by (default: 1)"
+)
 
 
 # Options
@@ -154,7 +157,7 @@ def given_adapters(directories: Mapping[str, str | None]) -> dict[str, str]:
     """The adapters that are given, by name; their files are checked before a model is loaded.
 
     Raises:
-        AdapterError: a directory holds no adapter, or a damaged or pickled one.
+        AdapterError: a directory holds no plain LoRA adapter, or a damaged or pickled one.
     """
     given = {name: directory for name, directory in directories.items() if directory}
     for directory in given.values():
@@ -168,11 +171,12 @@ def check_distinct(directories: Iterable[str]) -> None:
     Raises:
         ConfigError: two of the directories are the same one.
     """
-    seen: dict[str, str] = {}
+    seen = set()
     for directory in directories:
-        first = seen.setdefault(os.path.realpath(directory), directory)
-        if first is not directory:
+        path = os.path.realpath(find_adapter(directory))
+        if path in seen:
             raise ConfigError(f"{directory} is given twice, expected each adapter once: its delta would be added twice")
+        seen.add(path)
 
 
 def read_strengths(texts: Sequence[str]) -> dict[str, float]:
@@ -180,7 +184,7 @@ def read_strengths(texts: Sequence[str]) -> dict[str, float]:
 
     Raises:
         ConfigError: a strength is no finite number, or a directory is given twice.
-        AdapterError: a directory holds no adapter, or a damaged or pickled one.
+        AdapterError: a directory holds no plain LoRA adapter, or a damaged or pickled one.
     """
     strengths: dict[str, float] = {}
     for text in texts:
@@ -198,6 +202,7 @@ def read_strengths(texts: Sequence[str]) -> dict[str, float]:
         strengths[directory] = value
     for directory in strengths:
         check_adapter_files(directory)
+    check_distinct(strengths)
     return strengths
 
 

@@ -8,7 +8,6 @@ Example:
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ..adapters import PROVENANCE_NAME, fuse_adapters, torch_dtype
 from ..data import check_output
@@ -31,12 +30,15 @@ def run(options: argparse.Namespace) -> None:
     """Write the fused adapter."""
     check_output(options.output, PROVENANCE_NAME)
     parts = read_strengths(options.adapters)
-    names = [Path(directory).name.replace(".", "_") for directory in parts]
-    if len(set(names)) < len(names):
-        names = [f"{name}_{number}" for number, name in enumerate(names, start=1)]
+    directories = {f"adapter_{number}": directory for number, directory in enumerate(parts, start=1)}
+    strengths = {name: parts[directory] for name, directory in directories.items()}
     skeleton = load_skeleton(options.model, revision=options.revision)
-    model = attach_adapters(skeleton, dict(zip(names, parts, strict=True)))
-    strengths = dict(zip(names, parts.values(), strict=True))
-    emitted = fuse_adapters(model, strengths, rank=options.rank, dtype=torch_dtype(options.dtype))
+    emitted = fuse_adapters(
+        attach_adapters(skeleton, directories),
+        strengths,
+        rank=options.rank,
+        dtype=torch_dtype(options.dtype),
+        labels=directories,
+    )
     save_adapter(emitted, options.output)
     print_next(options, ", then serve it alone")

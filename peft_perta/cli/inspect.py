@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..adapters import PROVENANCE_NAME, PerTAProvenance, Provenance, load_provenance
 from ..errors import AdapterError
-from ..model import check_adapter_files, hash_file
+from ..model import check_adapter_files, find_adapter, hash_file
 from ..perta import WEIGHTINGS
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
     provenance, files = load_provenance(options.adapter)
     check_adapter_files(options.adapter)
     try:
-        lines = [*_lines(provenance, Path(options.adapter), files)]
+        lines = [*_lines(provenance, find_adapter(options.adapter), files)]
     except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
         raise AdapterError(
             f"{options.adapter}: {PROVENANCE_NAME} is damaged ({type(error).__name__}: {error}); emit the adapter again"

@@ -6,7 +6,7 @@ Imports from: errors, data.
 """
 
 from . import distributed
-from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, check_adapter_files, hash_file, read_adapter
+from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, check_adapter_files, find_adapter, hash_file, read_adapter
 from .devices import input_device
 from .identity import base_name, check_base, hash_embeddings, hash_model
 from .layers import LAYER_KINDS, LayerKind, find_kind, wrapped_kind
@@ -19,6 +19,7 @@ from .stack import (
     adapter_strength,
     base_model,
     check_new_name,
+    give_memory,
     require_adapter,
     stack_adapters,
     switch_modules,
@@ -50,7 +51,9 @@ __all__ = [
     "completion_losses",
     "completion_states",
     "distributed",
+    "find_adapter",
     "find_kind",
+    "give_memory",
     "hash_embeddings",
     "hash_file",
     "hash_model",

@@ -64,10 +64,15 @@ def hash_embeddings(model: nn.Module) -> str:
         return hashlib.sha256(weight.view(torch.int16).numpy().tobytes()).hexdigest()
 
 
-def check_base(model: nn.Module, adapter_name: str) -> None:
+def check_base(model: nn.Module, adapter_name: str, label: str | None = None) -> None:
     """Check that an adapter was trained on the base model it is on, by name.
 
     Two paths to the same directory are the same base; so are a hub name and a directory with the same last part.
+
+    Args:
+        model: carries the adapter.
+        adapter_name: the adapter's name on the model.
+        label: what messages call the adapter, if not by that name.
 
     Raises:
         AdapterError: the adapter names another base.
@@ -78,6 +83,7 @@ def check_base(model: nn.Module, adapter_name: str) -> None:
         return
     if PurePath(claimed).name != PurePath(actual).name:
         raise AdapterError(
-            f"adapter {adapter_name!r} was trained on the base {claimed!r}, but the model is {actual!r}; load the base "
-            "it was trained on (if that was only moved, correct base_model_name_or_path in its adapter_config.json)"
+            f"adapter {label or adapter_name!r} was trained on the base {claimed!r}, but the model is {actual!r}; "
+            "load the base it was trained on (if that was only moved, correct base_model_name_or_path in its "
+            "adapter_config.json)"
         )

@@ -8,14 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from ..errors import AdapterError, ConfigError
-from .adapter_files import check_adapter_files
+from .adapter_files import check_adapter_files, find_adapter
 from .distributed import local_rank
+from .stack import check_new_name, give_memory
 
 
 def load_base(
@@ -40,11 +48,12 @@ def load_base(
         The model and its tokenizer.
 
     Raises:
-        ConfigError: the model cannot be found or read.
+        ConfigError: the model cannot be found or read, or is no causal language model.
 
     Reference:
         QLoRA (arXiv 2305.14314), for NF4 and double quantisation.
     """
+    _read_config(name, revision)
     on_gpu = torch.cuda.is_available()
     dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
     quantization = BitsAndBytesConfig(
@@ -65,10 +74,7 @@ def load_base(
         )
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(
-            f"the model {name!r} cannot be loaded: {_first_line(error)} Expected a directory with config.json, "
-            "model.safetensors and a tokenizer, or the name of a hub model"
-        ) from error
+        raise _unreadable(name, error) from error
     return model, tokenizer
 
 
@@ -80,23 +86,40 @@ def load_skeleton(name: str, *, revision: str | None = None) -> PreTrainedModel:
         revision: the branch, tag or commit of a hub model; None for its default branch.
 
     Raises:
-        ConfigError: the config cannot be found or read.
+        ConfigError: the config cannot be found or read, or is of no causal language model.
     """
+    config = _read_config(name, revision)
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"the model {name!r} cannot be found: {_first_line(error)} Expected a directory with config.json, or the "
-            "name of a hub model"
-        ) from error
+        raise _unreadable(name, error) from error
     model.config._name_or_path = name
     return model
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _read_config(name: str, revision: str | None) -> Any:
+    """The config of a model that can be loaded. Of an encoder-decoder model, transformers would load the decoder."""
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _unreadable(name, error) from error
+    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = "an encoder-decoder model" if config.is_encoder_decoder else "no causal language model"
+        built = ", ".join(config.architectures or [type(config).__name__])
+        raise ConfigError(
+            f"the model {name!r} is {kind} ({built}); expected a decoder that continues text, such as Llama, Qwen or "
+            "GPT-2, which AutoModelForCausalLM loads"
+        )
+    return config
+
+
+def _unreadable(name: str, error: Exception) -> ConfigError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ConfigError(
+        f"the model {name!r} cannot be loaded: {reason} Expected a directory with config.json, model.safetensors and a "
+        "tokenizer, or the name of a hub model"
+    )
 
 
 def attach_adapters(model: PreTrainedModel | PeftModel, adapters: Mapping[str, str | Path]) -> PeftModel:
@@ -104,15 +127,17 @@ def attach_adapters(model: PreTrainedModel | PeftModel, adapters: Mapping[str, s
 
     Args:
         model: a transformers model, or a ``PeftModel`` to which the adapters are added.
-        adapters: adapter name -> directory.
+        adapters: adapter name -> its directory, or its name on the Hugging Face Hub.
 
     Returns:
         The model with its adapters.
 
     Raises:
-        AdapterError: a directory holds no adapter, a damaged or pickled one, or one that does not fit the model.
+        AdapterError: a directory holds no plain LoRA adapter, a damaged or pickled one, or one that does not fit the
+            model; or a name cannot be that of an adapter.
     """
-    for directory in adapters.values():
+    for name, directory in adapters.items():
+        check_new_name(model, name)
         check_adapter_files(directory)
     attached: Any = model
     # If some of the model's weights are on the meta device (offloaded, a skeleton), PEFT does not load the weights of
@@ -121,13 +146,19 @@ def attach_adapters(model: PreTrainedModel | PeftModel, adapters: Mapping[str, s
     if not isinstance(model, PeftModel) and any(parameter.is_meta for parameter in model.parameters()):
         scratch = "perta_scratch"
     for name, directory in adapters.items():
+        path = str(find_adapter(directory))
         try:
             if not isinstance(attached, PeftModel):
                 attached = PeftModel.from_pretrained(
-                    model, str(directory), adapter_name=scratch or name, low_cpu_mem_usage=scratch is not None
+                    model, path, adapter_name=scratch or name, low_cpu_mem_usage=scratch is not None
                 )
+            if name not in attached.peft_config:
+                config: Any = LoraConfig.from_pretrained(path)
+                config.inference_mode = True
+                attached.add_adapter(name, config)
+                give_memory(attached, name)
             # The first adapter is loaded a second time: from_pretrained does not report the keys it could not place.
-            result = attached.load_adapter(str(directory), adapter_name=name)
+            result = attached.load_adapter(path, adapter_name=name)
             missing = [key for key in result.missing_keys if f".{name}." in key]
             if missing or result.unexpected_keys:
                 raise ValueError(f"missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}")
@@ -137,7 +168,7 @@ def attach_adapters(model: PreTrainedModel | PeftModel, adapters: Mapping[str, s
                 f"the adapter in {directory} does not fit the model: {reason}; load the base that it was trained on"
             ) from error
     if scratch is not None and scratch in attached.peft_config:
-        attached.set_adapter(next(iter(adapters)))
+        attached.set_adapter(next(iter(adapters)), inference_mode=True)
         attached.delete_adapter(scratch)
     return attached
 

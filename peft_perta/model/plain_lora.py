@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftType
 
 from ..errors import AdapterError
 
@@ -25,6 +28,35 @@ VARIANT_FIELDS = (
     "layer_replication",
 )
 
+_KNOWN_FIELDS = {field.name for field in dataclasses.fields(LoraConfig)}
+
+
+def check_config_values(values: Any, file: str) -> None:
+    """Check the content of an adapter_config.json: PEFT drops fields that it does not know, and checks no value.
+
+    Args:
+        values: the parsed content.
+        file: its name in error messages.
+
+    Raises:
+        AdapterError: it is of another kind of adapter, or a field is unknown and set, or has a value of another type.
+    """
+    if not isinstance(values, dict):
+        raise AdapterError(f"{file} holds a {type(values).__name__}, expected an object; save the adapter again")
+    kind = values.get("peft_type")
+    if kind != PeftType.LORA.value:
+        found = f"an adapter of the peft_type {kind!r}" if kind else "no peft_type"
+        raise AdapterError(f"{file}: expected a LoRA adapter (peft_type 'LORA'), found {found}; {_REMEDY}")
+    unknown = next((name for name, value in values.items() if value and name not in _KNOWN_FIELDS), None)
+    if unknown is not None:
+        raise AdapterError(
+            f"{file}: {unknown} = {values[unknown]!r} is a field that the installed PEFT does not know and would "
+            f"ignore, though it may change what the adapter does; upgrade PEFT, or {_REMEDY}"
+        )
+    for name, (expected, accepts) in _VALUES.items():
+        if name in values and not accepts(values[name]):
+            raise AdapterError(f"{file}: {name}: expected {expected}, found {values[name]!r}; correct it")
+
 
 def check_lora_config(config: Any, adapter_name: str) -> None:
     """Check that an adapter's delta is scaling * B @ A on an unchanged base.
@@ -36,14 +68,15 @@ def check_lora_config(config: Any, adapter_name: str) -> None:
     Raises:
         AdapterError: the adapter is no plain LoRA.
     """
-    plain = "train the forget adapter with a plain LoraConfig"
-    if not isinstance(config, LoraConfig):
-        raise AdapterError(f"adapter {adapter_name!r} is {type(config).__name__}, expected LoRA; {plain}")
-    for field in VARIANT_FIELDS:
-        if getattr(config, field, None):
+    if getattr(config, "peft_type", None) != PeftType.LORA:  # AdaLoRA's config is a LoraConfig too
+        raise AdapterError(f"adapter {adapter_name!r} is {type(config).__name__}, expected LoRA; {_REMEDY}")
+    init = config.init_lora_weights
+    variants = {field: getattr(config, field, None) for field in VARIANT_FIELDS}
+    variants["init_lora_weights"] = init if init == "mica" else None
+    for field, value in variants.items():
+        if value:
             raise AdapterError(
-                f"adapter {adapter_name!r} is a LoRA variant ({field}={getattr(config, field)!r}), whose delta is not "
-                f"B @ A; {plain}"
+                f"adapter {adapter_name!r} is a LoRA variant ({field}={value!r}), whose delta is not B @ A; {_REMEDY}"
             )
     if getattr(config, "lora_bias", False) or config.bias != "none":
         raise AdapterError(
@@ -60,9 +93,41 @@ def check_lora_config(config: Any, adapter_name: str) -> None:
             f"adapter {adapter_name!r} trains token embeddings (trainable_token_indices), which cannot be negated; "
             "train it without (TRL adds them by itself when a chat template adds tokens)"
         )
-    init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         raise AdapterError(
             f"adapter {adapter_name!r} was initialised with {init!r}, which rewrites the base weights; "
             "train it with init_lora_weights=True"
         )
+
+
+_REMEDY = "train it with a plain LoraConfig"
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _each(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or (isinstance(value, dict) and all(map(accepts, value.values())))
+
+
+def _are_names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+# Field -> what it holds, and whether a value is that.
+_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "r": ("an int above 0", _is_rank),
+    "lora_alpha": ("a finite number", _is_number),
+    "rank_pattern": ("an int above 0 for each name", _each(_is_rank)),
+    "alpha_pattern": ("a finite number for each name", _each(_is_number)),
+    "target_modules": (
+        "a list of names or a regular expression",
+        lambda value: isinstance(value, str) or _are_names(value),
+    ),
+    "target_parameters": ("a list of names", _are_names),
+}

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -110,6 +111,25 @@ def adapter_strength(model: nn.Module, name: str, factor: float) -> Iterator[Non
             layer.scaling[name] = scaling
 
 
+def give_memory(model: nn.Module, name: str) -> None:
+    """Give memory on the host to those of an adapter's factors that PEFT put on the meta device.
+
+    PEFT puts a factor where the weight beside it is, and loads nothing into it where that is the meta device (an
+    offloaded model, a skeleton). A factor that accelerate offloads by a hook of its own is left alone.
+
+    Args:
+        model: carries the adapter, whose weights are not loaded yet.
+        name: the adapter.
+    """
+    for path, module in model.named_modules():
+        if "lora_" not in path or hasattr(module, "_hf_hook"):
+            continue
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta and name in (path.rpartition(".")[2], key):
+                memory = torch.empty_like(parameter, device="cpu")
+                module._parameters[key] = nn.Parameter(memory, requires_grad=parameter.requires_grad)
+
+
 def base_model(model: nn.Module) -> nn.Module:
     """The transformers model under the adapters."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
@@ -118,8 +138,10 @@ def base_model(model: nn.Module) -> nn.Module:
 def check_new_name(model: nn.Module, name: str) -> None:
     """Check that a new adapter name is valid and free.
 
+    PEFT finds an adapter's factors by its name in their paths: no part of a path may be called like it.
+
     Raises:
-        AdapterError: the name is empty, contains a dot, or is taken.
+        AdapterError: the name is empty, contains a dot, is taken, or is that of a module or of a module's attribute.
     """
     if not name or "." in name:
         raise AdapterError(f"expected an adapter name without dots, found {name!r}; try 'perta_unlearn'")
@@ -127,4 +149,10 @@ def check_new_name(model: nn.Module, name: str) -> None:
         raise AdapterError(
             f"an adapter named {name!r} is on the model already; choose another adapter_name, or delete that adapter "
             "with delete_adapter"
+        )
+    parts = {part for path, _ in model.named_modules() for part in path.split(".")}
+    if name in parts or name.startswith("lora_") or hasattr(nn.ModuleDict, name):
+        raise AdapterError(
+            f"expected an adapter name that is no part of the model, found {name!r}, which PEFT would confuse with a "
+            "module; try 'perta_unlearn'"
         )

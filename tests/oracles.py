@@ -36,7 +36,8 @@ class PlainLayer(nn.Module):
 
 def float_weight(layer: nn.Module) -> Tensor:
     """The layer's weight [O, I] in floating point, in whatever form it is stored."""
-    return next(row.float_weight(layer) for row in tables.LAYER_ROWS.values() if type(layer) is row.layer_class)
+    by_class = {row.layer_class: row.float_weight for row in tables.LAYER_ROWS.values()}
+    return next(by_class[ancestor](layer) for ancestor in type(layer).__mro__ if ancestor in by_class)
 
 
 @dataclass(frozen=True)

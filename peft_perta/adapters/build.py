@@ -7,7 +7,7 @@ empty adapter on a copy of the model without weights, and we fill its slots.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,11 +41,11 @@ def build_adapter(
         NumericalError: a factor is not finite in ``dtype``.
     """
     base = base_model(model)
-    modules = {path for path, _ in base.named_modules()}
+    modules = [path for path, _ in base.named_modules() if ".base_layer" not in path and ".lora_" not in path]
     layers = [name for name in factors if name in modules]  # the other weights are experts', which are no modules
     ranks = {name: factors[name].rank for name in layers} if patterned else {}
     rank = 1 if patterned else rank
-    projections = sorted({name.rpartition(".")[2] for name in layers})
+    projections = _target_names(layers, modules)
     parameters = _expert_parameters(model) if len(layers) < len(factors) else None
     config = _plain_config(rank, ranks, projections, parameters)
     with torch.device("meta"):
@@ -69,6 +69,25 @@ def build_adapter(
     config.base_model_name_or_path = base_name(model)
     config.target_modules, config.target_parameters = projections, parameters
     return config, {key: value.detach() for key, value in saved.items()}
+
+
+def _target_names(layers: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """The names by which PEFT finds the layers, and those of their kind in other blocks, and no other module.
+
+    A projection's name is enough where all modules of that name are its like, that is of the same path but for the
+    numbers in it. Where others share it (the projections of an image tower), every layer is named by its whole path.
+    """
+    alike = {_without_numbers(layer) for layer in layers}
+    names = set()
+    for projection in {layer.rpartition(".")[2] for layer in layers}:
+        found = [path for path in modules if path.rpartition(".")[2] == projection]
+        of_ours = [path for path in found if _without_numbers(path) in alike]
+        names |= {projection} if len(of_ours) == len(found) else set(of_ours)
+    return sorted(names)
+
+
+def _without_numbers(path: str) -> str:
+    return ".".join("#" if part.isdecimal() else part for part in path.split("."))
 
 
 def _plain_config(

@@ -36,7 +36,9 @@ class _LayerTap(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, layer_input: Tensor, anchor: Tensor, sink: Sink) -> Tensor:
         ctx.save_for_backward(layer_input)  # not in a closure: gradient checkpointing drops and recomputes it
         ctx.sink = sink
-        return output.view_as(output)
+        # The same memory, and to autograd no view: a model may modify the output in place (Falcon, Llama 4, Gemma 3n),
+        # which autograd forbids for a view that a function of ours returned.
+        return output.data
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
@@ -73,14 +75,14 @@ class Taps:
 
     Attributes:
         sums: layer name -> its sums so far.
-        batch_samples: the number of samples in the running batch; set it before the batch's backward pass.
     """
 
     def __init__(
         self, targets: Sequence[Target], collector: Collector, statistic: StatisticName, place: Place = "device"
     ) -> None:
         self.sums = {target.name: GradientSums(statistic, place) for target in targets}
-        self.batch_samples = 0
+        self._batch_samples = 0
+        self._in_batch: set[str] = set()  # names of the layers that have been summed in the running batch
         self._statistic = statistic
         self._collector = collector
         self._by_hook: dict[tuple[nn.Module, str | None], list[Target]] = {}
@@ -104,6 +106,11 @@ class Taps:
     def __exit__(self, *exception: object) -> None:
         self._handles.close()
         self._cast = None
+
+    def begin(self, samples: int) -> None:
+        """Begin a batch of this many samples, before its backward pass."""
+        self._batch_samples = samples
+        self._in_batch.clear()
 
     def add_up(self) -> None:
         """Add up the sums of all processes, if several share the batches."""
@@ -136,8 +143,8 @@ class Taps:
             if sums.samples != samples:
                 raise NumericalError(
                     f"{layer}: expected gradients of {samples} samples, found {sums.samples}. Either the layer does "
-                    "not contribute to the loss, or it runs twice, or its backward pass is cut (a quantised layer "
-                    "after an inference forward?); leave this layer out of the forget adapter"
+                    "not contribute to the loss of every sample, or its backward pass is cut (a quantised layer after "
+                    "an inference forward?); train the forget adapter without it (exclude_modules)"
                 )
             if not sums.is_finite():
                 raise NumericalError(f"{layer}: the gradient on {name} is not finite; check the model's dtype")
@@ -145,7 +152,7 @@ class Taps:
     def _tap_layer(self, module: nn.Module, target: Target) -> Any:
         def sink(layer_input: Tensor, output_gradient: Tensor) -> None:
             if layer_input.dim() != 3:
-                if self._statistic == "squares" and self.batch_samples != 1:
+                if self._statistic == "squares" and self._batch_samples != 1:
                     raise UnsupportedLayerError(
                         f"{target.name}: expected an input of [N, T, in], found {tuple(layer_input.shape)}, which does "
                         "not say which token belongs to which sample; squares of such a layer need batch_size=1"
@@ -218,4 +225,12 @@ class Taps:
     def _add(self, target: Target, layer_input: Tensor, output_gradient: Tensor | None) -> None:
         layer = target, layer_input, output_gradient
         gradients, moments = self._collector.gradients_of(*layer), self._collector.moments_of(*layer)
-        self.sums[target.name].add(gradients, moments, self.batch_samples)
+        again = target.name in self._in_batch  # the layer runs several times in a forward: its gradient is their sum
+        if again and self._statistic == "squares":
+            raise UnsupportedLayerError(
+                f"{target.name} runs several times in a forward pass, and squares cannot be summed over its calls; use "
+                "a weighting of mean gradients (weighting='grad'), or train the forget adapter without it "
+                "(exclude_modules)"
+            )
+        self._in_batch.add(target.name)
+        self.sums[target.name].add(gradients, moments, 0 if again else self._batch_samples)

@@ -120,7 +120,7 @@ def sweep(
         progress(len(samples), f"gradients on {label}", job.show_progress_bar) as advance,
     ):
         for batch in distributed.share(list(batches(samples, micro_batch))):
-            taps.batch_samples = len(batch.indices)
+            taps.begin(len(batch.indices))
             losses = sample_losses(job.model, batch.to(device))
             check_losses(losses, batch, label)
             losses.sum().backward()

@@ -131,7 +131,7 @@ class _Passes:
             with Taps(targets, self._job.collector, self._job.statistic) as taps:
                 with distributed.failing_together(), torch.enable_grad():
                     for number, batch in enumerate(of_set):
-                        taps.batch_samples = len(batch.indices)
+                        taps.begin(len(batch.indices))
                         step(set_name, number)
                         advance(len(batch.indices))
                 taps.add_up()

@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 
 from ..adapters import FORGET_RECORD_NAME
-from ..data import check_output, read_rows
+from ..data import check_output
 from ..training import default_lora_config, train_forget_adapter
-from ._options import add_forget, add_model, add_output, add_training, check_training, load_model
+from ._options import add_forget, add_model, add_output, add_training, check_rows, check_training, load_model
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -30,11 +30,11 @@ def run(options: argparse.Namespace) -> None:
     """Train the forget adapter."""
     check_training(options, rank=1)
     check_output(options.output, FORGET_RECORD_NAME)
-    rows = read_rows(options.forget)
+    check_rows(options.forget)
     model, tokenizer = load_model(options)
     train_forget_adapter(
         model,
-        rows,
+        options.forget,
         tokenizer,
         options.output,
         lora_config=default_lora_config(options.rank),

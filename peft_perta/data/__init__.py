@@ -8,7 +8,7 @@ Imports from: errors.
 from .encoding import check_characters, encode_prompt, encode_row
 from .loading import drawn, load_samples
 from .notes import note
-from .output import check_output, replaced_directory, write_file
+from .output import check_output, claimed_directory, replaced_directory, write_file
 from .rows import ROW_KINDS, TEMPLATE_KEYS, completion_text, read_rows, spread
 from .samples import IGNORED, Batch, Sample, batches, check_disjoint, fingerprint, note_left_out, padded
 from .settings import check_setting, explained, is_count, is_int, is_number, setting
@@ -24,6 +24,7 @@ __all__ = [
     "check_disjoint",
     "check_output",
     "check_setting",
+    "claimed_directory",
     "completion_text",
     "drawn",
     "encode_prompt",

@@ -9,7 +9,7 @@ from .encoding import check_characters, encode_prompt, encode_row
 from .loading import drawn, load_samples
 from .notes import note
 from .output import check_output, claimed_directory, replaced_directory, write_file
-from .rows import ROW_KINDS, TEMPLATE_KEYS, completion_text, read_rows, spread
+from .rows import ROW_KINDS, TEMPLATE_KEYS, completion_text, content_text, read_rows, spread
 from .samples import IGNORED, Batch, Sample, batches, check_disjoint, fingerprint, note_left_out, padded
 from .settings import check_setting, explained, is_count, is_int, is_number, setting
 
@@ -26,6 +26,7 @@ __all__ = [
     "check_setting",
     "claimed_directory",
     "completion_text",
+    "content_text",
     "drawn",
     "encode_prompt",
     "encode_row",

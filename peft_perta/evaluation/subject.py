@@ -50,5 +50,5 @@ class Subject:
             encode_row(row, self.tokenizer, max_length=self.max_length, where=f"{name}, row {number}")
             for number, row in enumerate(rows, start=1)
         ]
-        note_left_out(samples, name, self.max_length)
+        note_left_out(samples, name.partition(":")[0], self.max_length)  # the same line for each measure of a set
         return samples

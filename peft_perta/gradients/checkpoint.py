@@ -44,6 +44,9 @@ class Checkpoint:
         self._writes = writes
         self._run = run
         self._started = self.path.exists() and not self._is_new() and self._is_of_run(run)
+        if writes and self.path.exists():
+            for partial in self.path.glob("*.partial"):  # left by a kill during a write
+                partial.unlink()
 
     def start(self) -> None:
         """Create the directory and describe the run in it, unless that is done.
@@ -54,7 +57,7 @@ class Checkpoint:
             OutputError: the description cannot be written.
         """
         if self._writes and not self._started:
-            for name in _NOTHING_COMPUTED:
+            for name in _NOTHING_COMPUTED if self.path.is_dir() else ():
                 self.delete(name)
             text = json.dumps(self._run, indent=1, sort_keys=True) + "\n"
             self._write(RUN_NAME, lambda file: file.write_text(text))
@@ -116,17 +119,13 @@ class Checkpoint:
         given = json.loads(json.dumps(run))
         different = sorted(key for key in {*stored, *given} if stored.get(key) != given.get(key))
         described = {RUN_NAME, f"{RUN_NAME}.partial", *(f"{name}.safetensors" for name in _NOTHING_COMPUTED)}
-        if different and all(path.name in described for path in self.path.iterdir()) and "format" in stored:
-            return False
-        if different:
+        computed = "format" not in stored or any(path.name not in described for path in self.path.iterdir())
+        if different and computed:
             raise OutputError(
                 f"{self.path} is the checkpoint of another run, which differs in: {', '.join(different)}; repeat the "
                 "original command to resume that run, or delete the directory to start again"
             )
-        if self._writes:
-            for path in self.path.glob("*.partial"):  # left by a kill during a write
-                path.unlink()
-        return True
+        return not different
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         partial, final = self.path / f"{name}.partial", self.path / name

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from ..data import ROW_KINDS, TEMPLATE_KEYS, Sample, check_disjoint, encode_row, load_samples, padded, read_rows
+from ..data import (
+    ROW_KINDS,
+    TEMPLATE_KEYS,
+    Sample,
+    check_disjoint,
+    encode_row,
+    load_samples,
+    note_left_out,
+    padded,
+    read_rows,
+)
 from ..errors import DataError
 from .settings import UnlearningSettings
 
@@ -142,11 +152,12 @@ def load_forget(data: Any, tokenizer: Any, refusals: Sequence[str] = (), *, max_
     samples = load_samples(rows, tokenizer, max_length=max_length, name=name)
     wheres = [f"{name}, row {number}" for number in range(1, len(rows) + 1)]
     answered = [_with_completion(row, refusals[index % len(refusals)], wheres[index]) for index, row in enumerate(rows)]
-    refused: list[Sample] = []
+    refused: list[RefusedSample] = []
     for sample, row, where in zip(samples, answered, wheres, strict=True):  # no row is a text, so each is one sample
         refusal = encode_row(row, tokenizer, max_length=max_length, where=f"{where}, with a refusal")
         refused.append(RefusedSample(sample.input_ids, sample.labels, refusal, row=sample.row))
-    return refused
+    note_left_out([sample.refusal for sample in refused], f"{name}, with refusals", max_length)
+    return [*refused]
 
 
 def _is_loaded(data: Any, kind: type[Sample]) -> bool:

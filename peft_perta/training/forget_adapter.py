@@ -93,7 +93,9 @@ def _checked_config(model: nn.Module, lora_config: LoraConfig | None, adapter_na
 
 def _load(forget: Any, tokenizer: Any, max_length: int) -> list[Sample]:
     if getattr(tokenizer, "eos_token_id", None) is None:
-        raise ConfigError("the tokenizer has no eos token to end a completion with; set tokenizer.eos_token")
+        raise ConfigError(
+            "the tokenizer has no eos token to end a completion with; set tokenizer.eos_token, or eos_token in its file"
+        )
     return load_samples(forget, tokenizer, max_length=max_length, name="the forget set")
 
 

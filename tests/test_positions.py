@@ -76,6 +76,12 @@ def test_the_default_is_at_most_the_models(make, default, table):
             model(input_ids=torch.ones(1, table + 1, dtype=torch.long))
 
 
+def test_the_table_of_a_vision_tower_limits_no_text():
+    model = rotary(256)
+    model.vision_tower = torch.nn.ModuleDict({"position_embedding": torch.nn.Embedding(256, 4)})
+    assert row_length(model, 8192) == 8192
+
+
 def forget(**settings):
     config = builders.lora_config(builders.GPT2_PROJECTIONS, fan_in_fan_out=True)
     train_forget_adapter(

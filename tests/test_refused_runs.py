@@ -9,6 +9,8 @@ import torch
 
 from peft_perta import ConfigError, DataError, NumericalError, OutputError
 from peft_perta.cli import main
+from peft_perta.comparison import ComparisonSettings
+from peft_perta.comparison._results import Results
 from peft_perta.data import claimed_directory
 from peft_perta.gradients import Checkpoint
 
@@ -90,6 +92,11 @@ def test_an_unreachable_goal_wastes_no_layer(backwards, tmp_path):
     whole = builders.negate(builders.adapted_llama(), **GOAL, retain_tolerance=0.3)
     assert all(torch.equal(resumed.state_dict[key], value) for key, value in whole.state_dict.items())
     assert resumed.provenance.config == whole.provenance.config
+
+
+def test_a_comparison_without_results_is_no_obstacle(tmp_path):
+    Results(tmp_path, ComparisonSettings(rank=8), "one model")
+    assert Results(tmp_path, ComparisonSettings(rank=4), "another model").all() == []
 
 
 def test_a_directory_is_claimed_only_once_something_is_in_it(tmp_path):

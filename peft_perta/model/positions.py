@@ -15,6 +15,7 @@ DEFAULT_LENGTH = 1024  # tokens of a row
 
 _KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
 _TABLE = re.compile("wpe|pos")  # in the path of a table with a row for each position: GPT-2's wpe, embed_positions
+_OTHER = re.compile("vision|visual|image|audio")  # in the path of a tower that reads no text
 _MOST_SPARE = 8  # rows of a table beyond its positions, such as OPT's 2
 
 
@@ -76,7 +77,11 @@ def table_length(model: nn.Module) -> int | None:
         return None
     base = base_model(model)
     tables = [*base.named_parameters(), *base.named_buffers()]
-    sizes = {tensor.shape[0] for name, tensor in tables if tensor.dim() == 2 and _TABLE.search(name)}
+    sizes = {
+        tensor.shape[0]
+        for name, tensor in tables
+        if tensor.dim() == 2 and _TABLE.search(name) and not _OTHER.search(name)
+    }
     return positions if any(positions <= size <= positions + _MOST_SPARE for size in sizes) else None
 
 

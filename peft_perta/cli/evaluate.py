@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..data import check_output, write_file
+from ..data import check_output, claimed_directory, write_file
 from ..errors import ConfigError, DataError
 from ..evaluation import (
     ATTACKS,
@@ -102,9 +102,7 @@ def run(options: argparse.Namespace) -> None:
         adapters[RETAIN_ONLY] = options.retain_only_adapter
     model, tokenizer = load_model(options)
     model = attach_adapters(model, adapters) if adapters else model
-    if not (output / RECORD_NAME).is_file():  # marks the directory as ours before its first log is written
-        write_file(output / RECORD_NAME, json.dumps({"suites": {}}) + "\n")
-    with ExitStack() as strengths:
+    with claimed_directory(output, RECORD_NAME, json.dumps({"suites": {}}) + "\n"), ExitStack() as strengths:
         for name, strength in zip(stack, request.strengths.values(), strict=True):
             strengths.enter_context(adapter_strength(model, name, strength))
         subjects = {

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..data import encode_prompt
 from ..errors import DataError
-from ..model import base_model, input_device, preserved
+from ..model import base_model, fitting_new_tokens, input_device, preserved
 from .subject import Subject
 
 
@@ -44,6 +44,7 @@ def generate(
     """
     prompts = _prompts(subject.tokenizer, rows, prefixes)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    max_new_tokens = fitting_new_tokens(subject.model, prompts, max_new_tokens)
     base: Any = base_model(subject.model)  # PeftModel's own generate would leave an attribute on the model
     device = input_device(subject.model)
     options = _options(subject.tokenizer, base, temperature)
@@ -89,7 +90,8 @@ def _options(tokenizer: Any, base: Any, temperature: float | None) -> dict[str, 
     for end in (tokenizer.eos_token_id, getattr(base.generation_config, "eos_token_id", None)):
         if end is not None:
             ends.update(end if isinstance(end, list) else [end])
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    # A tokenizer may have neither: what pads is masked.
+    padding = next(token for token in (tokenizer.pad_token_id, *sorted(ends), 0) if token is not None)
     return {**decoding, "pad_token_id": padding, "eos_token_id": sorted(ends) or None}
 
 

@@ -22,6 +22,7 @@ from ..model import (
     check_new_name,
     resolve_layers,
     resolve_targets,
+    row_length,
     snapshot,
     switch_modules,
 )
@@ -39,7 +40,7 @@ def train_forget_adapter(
     *,
     lora_config: LoraConfig | None = None,
     adapter_name: str = "forget",
-    max_length: int = 1024,
+    max_length: int | None = None,
     show_progress_bar: bool = True,
     **training_settings: Any,
 ) -> PeftModel:
@@ -53,7 +54,8 @@ def train_forget_adapter(
         output_dir: the directory to write the adapter to; by default nothing is written.
         lora_config: plain LoRA; ``default_lora_config()`` by default.
         adapter_name: name of the new adapter on the model.
-        max_length: tokens kept per row.
+        max_length: the most tokens of a sample: a longer text becomes several samples, other rows are cut. By default
+            1024, or the model's number of positions if that is less.
         show_progress_bar: show progress bars.
         training_settings: fields of TRL's ``SFTConfig``. By default 10 epochs, 8 rows per batch, learning rate 1e-3.
 
@@ -70,6 +72,7 @@ def train_forget_adapter(
     lora_config = _checked_config(model, lora_config, adapter_name)
     if output_dir is not None:
         check_output(output_dir, FORGET_RECORD_NAME)
+    max_length = row_length(model, max_length)
     samples = _load(forget, tokenizer, max_length)
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng():
         config = _sft_config(scratch, max_length, show_progress_bar, training_settings)
@@ -92,7 +95,9 @@ def _checked_config(model: nn.Module, lora_config: LoraConfig | None, adapter_na
 
 def _load(forget: Any, tokenizer: Any, max_length: int) -> list[Sample]:
     if getattr(tokenizer, "eos_token_id", None) is None:
-        raise ConfigError("the tokenizer has no eos token to end a completion with; set tokenizer.eos_token")
+        raise ConfigError(
+            "the tokenizer has no eos token to end a completion with; set tokenizer.eos_token, or eos_token in its file"
+        )
     return load_samples(forget, tokenizer, max_length=max_length, name="the forget set")
 
 

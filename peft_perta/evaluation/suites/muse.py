@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from ...model import row_length
 from ..completions import score_completions
 from ..logs.files import Log
 from ..metrics.memorization import exact_memorization, extraction_strength
@@ -68,10 +69,12 @@ def evaluate(subject: Subject, splits: Splits, settings: SuiteSettings) -> Log:
     """ROUGE of answers and of continuations, memorization of the texts, membership attacks.
 
     Answers have at most 32 tokens and continuations at most 128, or ``settings.max_new_tokens`` where that is less.
-    Texts are cut at 2048 tokens, or at the subject's ``max_length`` where that is more.
+    Texts are cut at 2048 tokens, or at the model's number of positions where that is less, or at the subject's
+    ``max_length`` where that is more.
     """
     log: Log = {}
-    subject = replace(subject, max_length=max(subject.max_length, MAX_LENGTH))
+    longest = row_length(subject.model, None, default=MAX_LENGTH)
+    subject = replace(subject, max_length=max(subject.max_length or 0, longest))
     for split in ("forget_knowmem", "retain_knowmem"):
         log[f"{split}_ROUGE"] = rouge_of(
             subject,

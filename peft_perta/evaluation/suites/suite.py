@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...data import completion_text, encode_prompt, read_rows
+from ...data import check_characters, completion_text, encode_prompt, read_rows
 from ...errors import DataError
 from ..generation import generate
 from ..logs.files import Log
@@ -115,7 +115,7 @@ def check_keys(rows: Sequence[Mapping], keys: Sequence[str], where: str) -> None
 
 
 def check_texts(rows: Sequence[Mapping], keys: Sequence[str], where: str) -> None:
-    """Check that every row has a text, not only blanks, under each of these keys.
+    """Check that every row has a text of whole characters, not only blanks, under each of these keys.
 
     Raises:
         DataError: a row has none; the message names the row.
@@ -125,6 +125,7 @@ def check_texts(rows: Sequence[Mapping], keys: Sequence[str], where: str) -> Non
         for key in keys:
             if not isinstance(row[key], str):
                 raise DataError(f"{where}, row {number}: expected {key!r} as text, found a {type(row[key]).__name__}")
+            check_characters(row[key], f"{where}, row {number}, {key!r}")
             if not row[key].strip():
                 raise DataError(f"{where}, row {number}: expected {key!r} as text, found only blanks")
 

@@ -5,6 +5,7 @@ It also holds what every settings dataclass shares: fields that explain themselv
 Imports from: errors.
 """
 
+from .answer_ends import AnswerEnds, answer_ends
 from .encoding import encode_prompt, encode_row
 from .loading import load_samples
 from .output import check_output, replaced_directory, write_file
@@ -15,8 +16,10 @@ from .settings import check_setting, explained, is_count, is_int, is_number, set
 __all__ = [
     "IGNORED",
     "ROW_KINDS",
+    "AnswerEnds",
     "Batch",
     "Sample",
+    "answer_ends",
     "batches",
     "check_output",
     "check_setting",

@@ -45,14 +45,7 @@ def general_benchmarks(
     Raises:
         ConfigError: lm-eval is not installed, or a task is unknown or cannot be loaded.
     """
-    try:
-        evaluator, models, task_files = (
-            importlib.import_module(f"lm_eval.{name}") for name in ("evaluator", "models.huggingface", "tasks")
-        )
-    except ImportError as error:
-        raise ConfigError(
-            f"general benchmarks need lm-eval, found none ({error}); pip install 'peft-perta[benchmarks]'"
-        ) from error
+    evaluator, models, task_files = _imported("evaluator", "models.huggingface", "tasks")
     if not tasks:
         raise ConfigError("expected at least one lm-eval task, found none; name one, such as 'hellaswag'")
     if limit is not None and limit < 1:
@@ -85,6 +78,20 @@ def general_benchmarks(
     finally:
         restore()
     return _log(results)
+
+
+def _imported(*names: str) -> list[Any]:
+    """These modules of lm-eval, which is an extra.
+
+    Raises:
+        ConfigError: lm-eval is not installed.
+    """
+    try:
+        return [importlib.import_module(f"lm_eval.{name}") for name in names]
+    except ImportError as error:
+        raise ConfigError(
+            f"general benchmarks need lm-eval, found none ({error}); pip install 'peft-perta[benchmarks]'"
+        ) from error
 
 
 def _manager(task_manager: Callable[..., Any], names: Sequence[str], include_path: str | Path | None) -> Any:

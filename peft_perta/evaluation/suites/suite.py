@@ -12,7 +12,7 @@ from ...data import check_characters, completion_text, encode_prompt, read_rows
 from ...errors import DataError
 from ..generation import generate
 from ..logs.files import Log
-from ..metrics.rouge import rouge_scores
+from ..metrics.rouge import PUBLISHED_TOKENIZER, rouge_scores, rouge_tokenizer
 from ..subject import Subject
 
 Splits = Mapping[str, list[dict]]  # split -> rows
@@ -142,6 +142,8 @@ def rouge_of(
 ) -> dict[str, Any]:
     """The log entry of greedy answers: for each row its ROUGE against the completion. An empty answer scores 0.
 
+    A row that rouge_score's own tokenizer did not split names the one that did ('tokenizer').
+
     Args:
         subject: the model with its adapters.
         rows: the rows that are answered.
@@ -166,9 +168,14 @@ def rouge_of(
     prompt_ids = [encode_prompt(row, subject.tokenizer) + ids for row, ids in starts]
     prompts = [subject.tokenizer.decode(ids, skip_special_tokens=True) for ids in prompt_ids]
     return by_index(
-        {**scores, "input": prompt, "ground_truth": truth, "generation": text}
+        {**scores, "input": prompt, "ground_truth": truth, "generation": text, **_tokenizer(truth)}
         for scores, prompt, truth, text in zip(rouge_scores(texts, truths), prompts, truths, texts, strict=True)
     )
+
+
+def _tokenizer(truth: str) -> dict[str, str]:
+    name = rouge_tokenizer(truth)
+    return {} if name == PUBLISHED_TOKENIZER else {"tokenizer": name}
 
 
 def by_index(values: Iterable[Any]) -> dict[str, Any]:

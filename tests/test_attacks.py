@@ -497,8 +497,8 @@ def test_the_rest_of_what_the_model_says_by_itself_follows_its_beginning():
     against the rest alone."""
     model, tokens = builders.adapted_llama(torch.float64), builders.tokenizer()
     letters = [index for piece, index in tokens.get_vocab().items() if len(piece) == 1 and piece.isalnum()]
-    suppressed = sorted(set(range(builders.VOCABULARY)) - set(letters))
-    model.get_base_model().generation_config.suppress_tokens = suppressed
+    silent = torch.tensor(sorted(set(range(builders.VOCABULARY)) - set(letters)))
+    model.get_base_model().lm_head.register_forward_hook(lambda *call: call[-1].index_fill(-1, silent, -99.0))
     rows = []
     for prompt in ("Q", "The prize is ", "Khan"):
         ids = torch.tensor([encode_prompt({"prompt": prompt, "completion": "x"}, tokens)])
@@ -625,6 +625,32 @@ def test_experts_are_not_requantised(adapted):
     model = builders.adapted_mixtral() if adapted else builders.mixtral()
     message = r"layers\.0\.mlp\.experts.*leave the requantization attack out"
     refuses(only(model, ["task"] if adapted else None), ["requantization"], UnsupportedLayerError, message)
+
+
+def test_of_all_attacks_those_that_cannot_be_applied_are_skipped_with_the_reason():
+    """A mixture's experts are not rounded, and no row has a paraphrase; the other attacks run as by their names."""
+    model = builders.adapted_mixtral()
+    rows = [{key: row[key] for key in row if key != "paraphrased_question"} for row in ROWS]
+    settings = replace(QUICK, samples=1)
+    results = run_attacks(victims(model, rows), None, settings)
+    skipped = {result.attack: result for result in results if result.skipped}
+    assert list(skipped) == ["requantization", "paraphrase"]
+    assert "experts in one tensor" in skipped["requantization"].skipped
+    assert "paraphrased_question" in skipped["paraphrase"].skipped
+    assert all((r.unlearned, r.full, r.retain_only) == ({}, None, None) for r in skipped.values())
+    named = run_attacks(victims(model, rows), [name for name in ATTACKS if name not in skipped], settings)
+    assert [result for result in results if not result.skipped] == named
+    lines = format_attacks(results).splitlines()
+    assert lines[-2].startswith("requantization was skipped: model.layers.0.mlp.experts: expected linear layers")
+    assert lines[-1].startswith("paraphrase was skipped: ")
+    assert not any("skipped" in line for line in lines[:-2])
+
+
+def test_all_attacks_do_not_skip_what_every_attack_needs():
+    model = builders.adapted_llama()
+    refuses(victims(model, []), None, DataError, "at least one row to attack with")
+    refuses(only(model, ["unlearn"]), None, AdapterError, "no adapter named 'unlearn'")
+    refuses(victims(model), None, ConfigError, "relearning_rows", replace(QUICK, relearning_rows=(50,)))
 
 
 def test_other_adapters_than_plain_lora_are_not_requantised():

@@ -229,7 +229,7 @@ def test_a_file_is_refused(tmp_path):
     with pytest.raises(OutputError, match="is not a checkpoint of this package"):
         Checkpoint(tmp_path / "c", RUN)
     with pytest.raises(OutputError, match=r"run\.json could not be written"):
-        Checkpoint(tmp_path / "c" / "inner", RUN)
+        Checkpoint(tmp_path / "c" / "inner", RUN).start()
     assert (tmp_path / "c").read_text() == "x"
 
 

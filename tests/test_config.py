@@ -75,7 +75,7 @@ BAD = {
     "batch_size": (0, -2, 2.5, *NUMBERS),
     "max_memory": ("much", "0GiB", 0, -1, 1.5, True),
     "host_memory": ("10 apples", "-1GB", 0, False),
-    "max_length": (1, 0, 2.5, *NUMBERS),
+    "max_length": (1, 0, 2.5, True, "1"),
     "dtype": ("float64", "bf16", None),
 }
 GOOD = {
@@ -96,7 +96,7 @@ GOOD = {
     "batch_size": (1,),
     "max_memory": (None, "10GiB", "1.5 GB", 10**10),
     "host_memory": (None, "24GiB", 1),
-    "max_length": (2,),
+    "max_length": (2, None),
     "dtype": ("float32", "bfloat16", "float16"),
 }
 

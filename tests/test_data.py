@@ -312,5 +312,5 @@ def test_unlearning_needs_both_sets(missing):
 
 
 def test_equal_forget_and_retain_sets_are_refused():
-    with pytest.raises(DataError, match="are the same samples"):
+    with pytest.raises(DataError, match="every row of the retain set is in the forget set"):
         builders.negate(builders.adapted_llama(), retain=builders.forget_rows())

@@ -7,6 +7,7 @@ import laws
 import oracles
 import pytest
 import torch
+from transformers import WatermarkingConfig
 
 from peft_perta import DataError
 from peft_perta.data import encode_prompt, encode_row, load_samples
@@ -150,6 +151,63 @@ def test_generation_ends_at_the_eos():
     assert expected[0] == whole[0][: whole[0].index(stop)].strip()
     assert any(len(text) > len(expected[0]) for text in expected)
     assert generate(Subject(model, tokens, batch_size=3), ROWS, max_new_tokens=8) == expected
+
+
+SETTINGS_OF_A_MODEL = {
+    "repetition_penalty": 1.9,
+    "no_repeat_ngram_size": 1,
+    "min_new_tokens": 8,
+    "min_length": 200,
+    "do_sample": True,
+    "temperature": 9.0,
+    "top_k": 1,
+    "top_p": 0.1,
+    "min_p": 0.9,
+    "typical_p": 0.1,
+    "epsilon_cutoff": 0.9,
+    "num_beams": 3,
+    "suppress_tokens": list(range(60, 100)),
+    "begin_suppress_tokens": list(range(60, 100)),
+    "bad_words_ids": [[token] for token in range(60, 90)],
+    "sequence_bias": [[[70], 99.0]],
+    "forced_bos_token_id": 70,
+    "forced_eos_token_id": 70,
+    "exponential_decay_length_penalty": (1, 9.0),
+    "guidance_scale": 3.0,
+    "watermarking_config": WatermarkingConfig(bias=50.0),
+    "penalty_alpha": 0.6,
+    "stop_strings": ["a", "e", "i", "o", "u"],
+    "max_length": 3,
+    "max_time": 1e-9,
+    "num_return_sequences": 2,
+    "return_dict_in_generate": True,
+    "prompt_lookup_num_tokens": 3,
+}
+
+
+@pytest.mark.parametrize(("name", "value"), SETTINGS_OF_A_MODEL.items(), ids=SETTINGS_OF_A_MODEL)
+def test_no_setting_of_the_models_own_generation_counts(name, value):
+    """Neither in greedy answers nor in samples; the setting is still there afterwards."""
+    model, tokens = builders.llama(torch.float64), builders.tokenizer()
+    model.generation_config.eos_token_id = 70
+    ask = Subject(model, tokens, batch_size=3, show_progress_bar=False)
+    plain = [generate(ask, ROWS, max_new_tokens=12, temperature=temperature) for temperature in (None, 1.0)]
+    setattr(model.generation_config, name, value)
+    with laws.untouched(model):
+        found = [generate(ask, ROWS, max_new_tokens=12, temperature=temperature) for temperature in (None, 1.0)]
+    assert found == plain
+
+
+def test_the_models_generation_goes_back_after_an_exception():
+    def fail(module, arguments):
+        raise RuntimeError("no forward")
+
+    model = builders.llama()
+    own = model.generation_config
+    model.lm_head.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="no forward"):
+        generate(Subject(model, builders.tokenizer(), show_progress_bar=False), ROWS)
+    assert model.generation_config is own
 
 
 def test_generation_switches_adapters():

@@ -3,6 +3,7 @@
 import random
 
 import builders
+import family_models
 import laws
 import pytest
 import torch
@@ -68,6 +69,21 @@ def test_experts_are_trained_and_can_be_negated(tmp_path):
     _, state_dict, provenance = get_perta_state_dict(loaded, PerTAConfig(weighting="uniform"))
     assert {layer.kind for layer in provenance.layers} == {"experts"}
     assert all(value.any() for value in state_dict.values())
+
+
+@pytest.mark.parametrize("family", ["GraniteMoE", "Mixtral", "GPT-OSS"])
+def test_a_mixture_learns_the_completions_alone(family):
+    """TRL would add the loss that balances the experts' load, and fail on GraniteMoE, whose config names them so."""
+    build = family_models.BUILDERS[family]
+    model = build()
+    before = loss(model)
+    coefficient = model.config.router_aux_loss_coef
+    trained = train(model, num_train_epochs=2)
+    assert loss(trained) < before
+    assert trained.config.router_aux_loss_coef == coefficient
+    without = train(build(), num_train_epochs=2, router_aux_loss_coef=0.0)
+    for (name, found), (_, expected) in zip(trained.named_parameters(), without.named_parameters(), strict=True):
+        assert torch.equal(found, expected), name
 
 
 @bases

@@ -572,6 +572,19 @@ def test_the_tables_hold_the_attacks():
             assert values == expected
 
 
+def test_a_skipped_attack_is_shown_with_the_reason():
+    whole = complete()
+    skipped = AttackResult("requantization", "", {}, None, None, skipped="experts in <one> tensor")
+    data = complete(attacks=[skipped if r.attack == "requantization" else r for r in whole.attacks])
+    page = read(data)
+    section = page.one("section", id="attacks")
+    assert "The requantization attack was skipped: experts in <one> tensor." in section.text
+    assert "were not run" not in section.text
+    assert "setting of requantization" not in section.text
+    assert f"1 of {len(ATTACKS)} kinds of attack were not run." in page.one("section", id="summary").text
+    assert "Left out: requantization." in page.text
+
+
 def test_every_attack_is_explained():
     for name, attack in ATTACKS.items():
         assert read(complete()).one("section", id="attacks").text.count(attack.meaning) == 3, name  # once a table

@@ -11,7 +11,7 @@ from peft_perta import attach_adapters
 from peft_perta.cli import main, unlearn
 from peft_perta.comparison import METHODS
 from peft_perta.data import load_samples
-from peft_perta.evaluation import losses_of, read_log
+from peft_perta.evaluation import ATTACKS, losses_of, read_log
 from peft_perta.html_report import write_html_report
 
 
@@ -121,6 +121,22 @@ def test_the_forget_rows_of_other_suites_can_be_attacked(place):
         (place / "rwku" / f"{stem}.jsonl").write_text(json.dumps({**probe, "level": "1"}) + "\n")
     assert main(evaluate("--attacks", "switched-off", suite="rwku=rwku")) == 0
     assert [r["setting"] for r in json.loads((place / "out" / "attacks.json").read_text())] == ["on", "off"]
+
+
+def test_all_attacks_skip_with_a_word_what_cannot_be_applied_and_a_named_one_is_refused(place, capsys):
+    (place / "rwku").mkdir()
+    probe = {"subject": "Khan", "type": "simple question", "query": "Who wrote Hatter?", "answer": "Basil Khan"}
+    for stem in ("forget_level1", "forget_level2", "neighbor_level1", "neighbor_level2"):
+        (place / "rwku" / f"{stem}.jsonl").write_text(json.dumps({**probe, "level": "1"}) + "\n")
+    assert main(evaluate("--attacks", "all", "--html-report", suite="rwku=rwku")) == 0
+    line = "paraphrase was skipped: the paraphrase attack: expected 'paraphrased_question'"
+    assert sum(shown.startswith(line) for shown in capsys.readouterr().out.splitlines()) == 1
+    attacks = {result["attack"]: result for result in json.loads((place / "out" / "attacks.json").read_text())}
+    assert list(attacks) == list(ATTACKS)
+    assert [name for name, result in attacks.items() if result["skipped"]] == ["paraphrase"]
+    assert "The paraphrase attack was skipped: " in (place / "out" / "report.html").read_text()
+    assert main(evaluate("--attacks", "paraphrase", suite="rwku=rwku")) == 2
+    assert "expected 'paraphrased_question'" in capsys.readouterr().err
 
 
 def test_unlearn_writes_a_report_of_the_full_and_the_unlearned_model(place, monkeypatch):

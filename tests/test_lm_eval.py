@@ -4,6 +4,7 @@ import importlib.util
 import json
 import random
 import sys
+import types
 
 import builders
 import laws
@@ -157,3 +158,32 @@ def test_without_lm_eval_it_says_what_to_install(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ConfigError, match=r"need lm-eval, found none .*pip install 'peft-perta\[benchmarks\]'"):
         general_benchmarks(subject(), ["hellaswag"])
+
+
+def test_nothing_of_the_models_own_generation_counts(monkeypatch):
+    """A stand-in for lm-eval, which sees the model while it judges: a repetition penalty is no part of greedy."""
+    seen = []
+    evaluator, huggingface, tasks = (
+        types.ModuleType(f"lm_eval.{name}") for name in ("evaluator", "models.huggingface", "tasks")
+    )
+    huggingface.HFLM = lambda model, **_: types.SimpleNamespace(model=model)
+    tasks.TaskManager = lambda **_: types.SimpleNamespace(
+        all_tasks=["tiny"], all_subtasks=["tiny"], load=lambda names: {"groups": {}, "tasks": {"tiny": object()}}
+    )
+    for module in (evaluator, huggingface, tasks):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for package in ("lm_eval", "lm_eval.models"):
+        monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+
+    def simple_evaluate(judged, **_):
+        seen.append(judged.model.generation_config)
+        return {"results": {}, "samples": {}}
+
+    evaluator.simple_evaluate = simple_evaluate
+    model = builders.llama()
+    model.generation_config.update(repetition_penalty=1.9, suppress_tokens=[70], eos_token_id=[1, 71])
+    judged = Subject(model, builders.tokenizer())
+    with laws.untouched(model):
+        assert general_benchmarks(judged, ["tiny"]) == {}
+    (config,) = seen
+    assert (config.repetition_penalty, config.suppress_tokens, config.eos_token_id) == (None, None, [1, 71])

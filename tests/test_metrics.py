@@ -10,6 +10,7 @@ import tables
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
 
 from peft_perta.evaluation import METRIC_GROUPS, METRICS, exact_memorization, metric_of, rescore
 from peft_perta.evaluation.metrics.choices import accuracy, chosen_option
@@ -24,7 +25,7 @@ from peft_perta.evaluation.metrics.membership import (
 )
 from peft_perta.evaluation.metrics.memorization import extraction_strength
 from peft_perta.evaluation.metrics.probability import probability
-from peft_perta.evaluation.metrics.rouge import rouge_l_recall, rouge_scores
+from peft_perta.evaluation.metrics.rouge import rouge_l_recall, rouge_scores, rouge_tokenizer
 from peft_perta.evaluation.metrics.truth_ratio import (
     forget_truth_score,
     retain_truth_score,
@@ -32,6 +33,7 @@ from peft_perta.evaluation.metrics.truth_ratio import (
     truth_ratio_of,
 )
 from peft_perta.evaluation.metrics.utility import model_utility, normalised_probability
+from peft_perta.evaluation.metrics.words import unicode_words
 
 # Rows of open-unlearning's TOFU logs of Llama-3.2-1B-Instruct tuned on everything (nxZhai/BalDRO, commit 12a0b0cc, MIT,
 # saves/eval, full_forget10.json): the paraphrased answer's avg_loss and prob, the false answers' avg_loss, the ratio.
@@ -275,6 +277,67 @@ def test_rouge_scores_lie_in_0_1_and_order_costs(pairs):
     for scores in rouge_scores(*map(list, zip(*pairs, strict=True))):
         assert all(0 <= score <= 1 for score in scores.values())
         assert scores["rougeL_recall"] <= scores["rouge1_recall"]
+
+
+# text -> its words where rouge_score's own tokenizer finds none, or only what is not Latin beside it
+OTHER_SCRIPTS = {
+    "東京です。": ["東", "京", "で", "す"],
+    "スーパー 2階": ["ス", "ー", "パ", "ー", "2", "階"],
+    "القاهرة، مصر": ["القاهرة", "مصر"],
+    "می\u200cرود": ["میرود"],
+    "Лев Толстой": ["лев", "толстой"],
+    "Лев Толстой, 1828": ["лев", "толстой", "1828"],
+    "ที่นี่": ["ที่", "นี่"],
+    "ລາວ ខ្មែរ မြန်မာ": ["ລ", "າ", "ວ", "ខ្", "មែ", "រ", "မြ", "န်", "မာ"],
+    "हिन्दी में।": ["हिन्दी", "में"],
+    "서울, 한국": ["서울", "한국"],
+    "Αθήνα": ["αθήνα"],
+    "ירושלים": ["ירושלים"],
+    "東京タワー (Tokyo)": ["東", "京", "タ", "ワ", "ー", "tokyo"],
+    "слово ❤️ да": ["слово", "да"],
+    "٣٤٥": ["٣٤٥"],
+    "é": ["é"],
+}
+
+
+@pytest.mark.parametrize(("text", "words"), OTHER_SCRIPTS.items(), ids=OTHER_SCRIPTS)
+def test_rouge_of_other_scripts(text, words):
+    assert unicode_words(text) == words
+    if text.startswith("東京タワー"):  # as many Latin letters as others: the published numbers
+        assert rouge_tokenizer(text) == "rouge_score"
+        assert rouge_scores([text], [text])[0] == dict.fromkeys(("rouge1_recall", "rougeL_f1", "rougeL_recall"), 1)
+        return
+    assert rouge_tokenizer(text) == "unicode words"
+    verbatim, without_end, silent, other, number = rouge_scores(
+        [text, text.removesuffix(text[-3:]), "", "Tokyo or Cairo", "1828"], [text] * 5
+    )
+    assert verbatim == dict.fromkeys(("rouge1_recall", "rougeL_f1", "rougeL_recall"), 1)
+    assert without_end["rougeL_recall"] < 1 or len(text) < 3
+    assert silent["rougeL_recall"] == other["rougeL_recall"] == 0
+    assert number["rougeL_recall"] == ("1828" in words) / len(words), "a number alone is not the whole answer"
+
+
+def test_rouge_of_other_scripts_ignores_forms_and_case():
+    pairs = [("ЛЕВ  толстой!", "Лев Толстой"), ("ﾄｳｷｮｳ", "トウキョウ"), ("й", "й"), ("１９年は", "19年は")]
+    assert rouge_l_recall(*zip(*pairs, strict=True)) == [1] * 4
+    assert rouge_l_recall(["Толстой Лев", "京東", "Tolstoy"], ["Лев Толстой", "東京", "Толстой"]) == [0.5, 0.5, 0]
+
+
+@pytest.mark.parametrize(
+    "text", ["Café Zoë, 1951", "Dvořák's Đorđe", "Nguyễn Văn", "x² and Ω", "5", "Tokyo (東京)", "…", ""]
+)
+def test_rouge_of_latin_text_is_the_published_one(text):
+    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    for other in (text, f"{text} running", "東京", "runs"):
+        for generation, reference in ((other, text), (text, f"{text} runs")):
+            expected = scorer.score(reference, generation)
+            (found,) = rouge_scores([generation], [reference])
+            assert found == {
+                "rouge1_recall": expected["rouge1"].recall,
+                "rougeL_f1": expected["rougeL"].fmeasure,
+                "rougeL_recall": expected["rougeL"].recall,
+            }
+    assert rouge_tokenizer(text) == "rouge_score"
 
 
 # Memorization

@@ -375,8 +375,7 @@ def test_a_refusal_says_what_was_expected_what_was_found_and_what_to_do():
     assert str(refusal.value) == (
         "this run does not fit its memory budget, whatever the plan: expected host_memory of at least 125 MiB (found "
         "110 MiB), of which 100 MiB is in use already. With that budget it would run 1 sample(s) at a time, 4 sweeps "
-        "from the top down. Raise the budget, use granularity='factor' (it needs less memory than 'delta'), or lower "
-        "max_length"
+        "from the top down. Raise the budget, use granularity='factor' in place of 'delta', or lower max_length"
     )
 
 

@@ -304,6 +304,19 @@ def test_so_many_tokens_are_asked_as_muse_asks(monkeypatch, splits):
     assert asked == [32, 32, 128]
 
 
+def test_no_blank_joins_a_text_of_a_script_without_blanks(monkeypatch, splits):
+    continued = []
+
+    def generate(subject, rows, **options):
+        continued.extend(row["completion"] for row in rows if "completion" in row)
+        return [""] * len(rows)
+
+    monkeypatch.setattr("peft_perta.evaluation.suites.suite.generate", generate)
+    texts = [{"prompt": prompt, "gt": text} for prompt, text in (("東京", "です"), ("Лев", "Толстой"), ("ที่", "นี่"))]
+    judged(builders.adapted_llama(), {**splits, "forget_verbmem": texts})
+    assert continued == ["です", " Толстой", "นี่"]
+
+
 # Files
 
 
@@ -315,8 +328,12 @@ def test_muses_files_are_read_as_they_come(tmp_path, splits, lines):
 def test_a_corpus_is_named_by_the_split(tmp_path, splits):
     write(tmp_path / "books")
     assert read_suites({"muse": tmp_path}, "books")["muse"] == splits
-    with pytest.raises(DataError, match=r"expected a directory of MUSE's files at .*news"):
+    with pytest.raises(DataError, match=r"expected a directory of MUSE's files at .*news, found none; there are books"):
         read_suites({"muse": tmp_path}, "news")
+    with pytest.raises(
+        DataError, match=r"expected a directory of MUSE's files at .*nowhere, found none; check the path"
+    ):
+        read_suites({"muse": tmp_path / "nowhere"})
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "privleak/retain.json"])

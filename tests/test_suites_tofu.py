@@ -212,6 +212,30 @@ def test_one_of_several_forget_sets_is_named(tmp_path):
     assert (len(found["forget"]), len(found["holdout"])) == (2, 1)
 
 
+@pytest.mark.parametrize("holdout", ["holdout05", "holdout05_perturbed", "holdout", "holdout_perturbed"])
+@pytest.mark.parametrize("split", ["forget05", "forget05_perturbed"])
+def test_a_forget_set_named_as_its_file_brings_everything_that_belongs_to_it(tmp_path, split, holdout):
+    others = {name: SPLITS[name] for name in ("forget", "retain")}
+    place = write(tmp_path / "tofu", {**others, "forget05": SPLITS["forget"][:2], "forget10": SPLITS["forget"][:3]})
+    (place / f"{holdout}.json").write_text("".join(json.dumps(row) + "\n" for row in SPLITS["holdout"][:1]))
+    found = read_suites({"tofu": place}, split)["tofu"]
+    assert {name: len(rows) for name, rows in found.items()} == {"forget": 2, "retain": 4, "holdout": 1}
+
+
+@pytest.mark.parametrize("split", ["forget01", "forget01_perturbed", "retain", "holdout", "world_facts", "05"])
+def test_a_split_that_is_no_forget_set_is_refused(tmp_path, split):
+    place = write(tmp_path / "tofu", {**SPLITS, "forget05": SPLITS["forget"][:2]})
+    with pytest.raises(DataError, match=f"expected --split to name a forget set, found '{split}'; .* forget, forget05"):
+        read_suites({"tofu": place}, split)
+
+
+def test_a_row_of_another_script_names_its_tokenizer():
+    answers = [{**SPLITS["forget"][0], "answer": answer} for answer in ("東京です。", "Tokyo")]
+    found = judged(builders.adapted_llama(), splits={**SPLITS, "forget": answers})["forget_Q_A_ROUGE"]
+    named = [row.get("tokenizer") for row in found["value_by_index"].values()]
+    assert named == ["unicode words", None]
+
+
 def test_what_was_not_asked_is_not_there(tmp_path):
     found = judged(builders.adapted_llama(), splits={key: SPLITS[key] for key in ("forget", "retain")})
     assert "forget_Q_A_Prob" in found

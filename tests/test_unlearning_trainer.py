@@ -1,6 +1,5 @@
 """Both gradients are of the whole global batch, combined once, then clipped; the result is a plain adapter."""
 
-import copy
 import dataclasses
 import gc
 import json
@@ -678,10 +677,13 @@ BAD = {
 
 @pytest.mark.usefixtures("_no_training")
 @pytest.mark.parametrize(("options", "error", "message"), BAD.values(), ids=BAD)
-def test_bad_input_is_refused_before_training(options, error, message):
+def test_bad_input_is_refused_before_training(options, error, message, tmp_path):
+    """Neither an output nor a checkpoint is left."""
     model = builders.adapted_saved_llama()
+    places = {"output_dir": tmp_path / "output", "checkpoint_dir": tmp_path / "checkpoint"}
     with laws.untouched(model), pytest.raises(error, match=message):
-        run(model, **copy.copy(options))
+        run(model, **{**places, **options})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("_no_training")

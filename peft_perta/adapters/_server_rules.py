@@ -20,6 +20,8 @@ Tensors = dict[str, Tensor]
 
 Verdict = tuple[bool, str]
 
+SERVERS = ("vLLM", "llama.cpp", "TGI")
+
 _VLLM_DEFAULT_RANK = 16
 
 
@@ -118,3 +120,17 @@ TENSOR_RULES: tuple[tuple[str, Callable[[Config, Tensors], Verdict]], ...] = (
     ("all: factors in pairs", _pairs),
     ("all: rank of the factors", _factor_ranks),
 )
+
+
+def packed_experts(config: Config, tensors: Tensors) -> str | None:
+    """The first key whose tensor holds the factors of all experts, as PEFT packs those of expert parameters.
+
+    No rule above tells whether a server reads it: vLLM does for some models alone, and for others ignores it or stops
+    (vllm-project/vllm, pull requests 41384, 47088, 52198); llama.cpp and TGI know no such key.
+    """
+    has_parameters, rank = bool(config.get("target_parameters")), config.get("r")
+    for key, value in tensors.items():
+        factor_rank = value.shape[0] if ".lora_A." in key else value.shape[-1]
+        if ".base_layer." in key or (has_parameters and factor_rank != rank):
+            return key
+    return None

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from ..errors import AdapterError, ConfigError
+from ..errors import ConfigError
 
 _INDEX = "model.safetensors.index.json"
 
@@ -27,11 +25,11 @@ class WeightFiles:
 
     Attributes:
         directory: the directory.
-        shards: file name -> keys of the tensors in it.
+        shards: file name -> key of each tensor in it -> its shape.
     """
 
     directory: Path
-    shards: dict[str, list[str]]
+    shards: dict[str, dict[str, tuple[int, ...]]]
 
     @classmethod
     def find(cls, model_name: str, revision: str | None) -> WeightFiles:
@@ -48,7 +46,8 @@ class WeightFiles:
             shards = {}
             for name in names:
                 with safe_open(directory / name, framework="pt") as file:
-                    shards[name] = list(file.keys())
+                    keys = file.keys()
+                    shards[name] = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise ConfigError(
                 f"the weights in {directory} cannot be read ({type(error).__name__}: {error}); expected {_SINGLE}, or "
@@ -56,26 +55,9 @@ class WeightFiles:
             ) from error
         return cls(directory, shards)
 
-    def match(self, parameters: Iterable[str], base: Any) -> dict[str, str]:
-        """Tensor key -> parameter of the base model. Files may omit or add the base model's prefix.
-
-        Raises:
-            AdapterError: a parameter is in none of the files.
-        """
-        prefix = getattr(base, "base_model_prefix", "") + "."
-        keys = {key for shard in self.shards.values() for key in shard}
-        matched = {}
-        for name in parameters:
-            spellings = (name, name.removeprefix(prefix), prefix + name)
-            key = next((spelling for spelling in spellings if spelling in keys), None)
-            if key is None:
-                raise AdapterError(
-                    f"{name} is adapted, but the files in {self.directory} hold no tensor of that name (they hold "
-                    f"{sorted(keys)[:3]}, ...). Weights that transformers renames or packs on loading (experts) cannot "
-                    "be merged file by file: load the model in full precision and use PEFT's merge_and_unload"
-                )
-            matched[key] = name
-        return matched
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Key of each tensor -> its shape."""
+        return {key: shape for tensors in self.shards.values() for key, shape in tensors.items()}
 
     def copy_other_files(self, target: Path, *, without: str) -> None:
         """Copy every file that holds no weights: config, tokenizer, licence, and the index."""

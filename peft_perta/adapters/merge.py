@@ -1,7 +1,8 @@
 """Merge adapters into a full-precision copy of the base, shard by shard.
 
-The base's own files are read, not a loaded model. So nothing is ever merged into 4-bit weights, and at most one shard
-is in memory.
+The base's own files are read, not a loaded model. So nothing is ever merged into 4-bit weights, at most one shard is in
+memory, and the files are laid out as the base's: where transformers renames or stacks tensors on loading, the edit is
+added where their elements stand in the files.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from ..errors import AdapterError, ConfigError, NumericalError, OutputError
 from ..model import (
     Target,
     attach_adapters,
-    base_model,
     check_base,
     check_lora_config,
     hash_file,
@@ -32,6 +32,7 @@ from ..model import (
     load_skeleton,
     resolve_layers,
 )
+from ._conversion import Conversion, Part
 from ._weight_files import WeightFiles
 from .servable import dtype_name
 
@@ -66,19 +67,45 @@ class MergeProvenance:
         )
 
 
+@dataclass(frozen=True)
+class _Edit:
+    """The delta of one target, or the part of it that a tensor of the files holds.
+
+    Attributes:
+        target: the target.
+        strength: of its adapter.
+        part: the part; None where the tensor is the whole parameter.
+    """
+
+    target: Target
+    strength: float
+    part: Part | None
+
+    def add_to(self, tensor: Tensor) -> None:
+        """Add the delta to a tensor of the files' shape, in place."""
+        target = self.target
+        delta = (self.strength * target.scaling * target.B) @ target.A
+        matrix = delta.T if target.transposed else delta
+        if self.part is not None:
+            self.part.add(matrix, tensor)
+        else:
+            of_weight = tensor[target.expert] if tensor.dim() == 3 else tensor
+            of_weight += matrix
+
+
 @dataclass
 class _Edits:
     """The adapters' deltas on the tensors of the weight files, and what storing them lost so far.
 
     Attributes:
-        of: tensor key -> targets on that weight, each with its adapter's strength.
+        of: tensor key -> the edits of it.
         dtype: of the whole merged model; None keeps the dtype of each tensor.
         squared_error: sum of ||stored - exact||^2.
         squared_norm: sum of ||edit||^2.
         stored_dtypes: the dtypes of the changed weights.
     """
 
-    of: Mapping[str, list[tuple[Target, float]]]
+    of: Mapping[str, list[_Edit]]
     dtype: torch.dtype | None
     squared_error: float = 0.0
     squared_norm: float = 0.0
@@ -112,8 +139,8 @@ def merge_adapters(
         The record of the merge, which is also written to the directory.
 
     Raises:
-        AdapterError: an adapter is not plain LoRA, has another base, or adapts a weight that the files do not hold
-            under its own name.
+        AdapterError: an adapter is not plain LoRA, has another base, or adapts a weight that the files do not hold, or
+            that transformers makes of their tensors by more than moving elements.
         ConfigError: the base is quantised, or its files cannot be found or read.
         NumericalError: a merged weight is not finite.
         OutputError: the output holds something else, or the disk refuses.
@@ -122,10 +149,10 @@ def merge_adapters(
     if not adapters:
         raise AdapterError("expected at least one adapter to merge, found none")
     skeleton = _full_precision_skeleton(model_name, revision)
-    targets_on, described = _resolve(skeleton, adapters)
     source = WeightFiles.find(model_name, revision)
-    parameters = source.match(targets_on, base_model(skeleton))
-    edits = _Edits({key: targets_on[parameter] for key, parameter in parameters.items()}, dtype)
+    conversion = Conversion(load_skeleton(model_name, revision=revision), source.shapes())
+    targets, described = _resolve(skeleton, adapters)
+    edits = _Edits(_edits_of_files(targets, conversion), dtype)
     with replaced_directory(output, MERGED_NAME) as directory:
         for shard in tqdm(source.shards, desc="merging shards", disable=not show_progress_bar):
             _write_shard(source, shard, edits, directory)
@@ -156,20 +183,29 @@ def _full_precision_skeleton(model_name: str, revision: str | None) -> PreTraine
 
 def _resolve(
     skeleton: PreTrainedModel, adapters: Mapping[str, float]
-) -> tuple[dict[str, list[tuple[Target, float]]], list[dict[str, Any]]]:
-    """(parameter -> targets on it with their strengths, what the provenance says of each adapter)."""
+) -> tuple[list[tuple[Target, float]], list[dict[str, Any]]]:
+    """(targets of all adapters with their strengths, what the provenance says of each adapter)."""
     directories = {f"adapter_{number}": directory for number, directory in enumerate(adapters)}
     model = attach_adapters(skeleton, directories)
-    targets_on: dict[str, list[tuple[Target, float]]] = {}
+    resolved: list[tuple[Target, float]] = []
     described = []
     for name, directory in directories.items():
         check_lora_config(model.peft_config[name], str(directory))
         check_base(model, name)
         targets, strength = resolve_layers(model, name), float(adapters[directory])
         described.append({"directory": str(directory), "strength": strength, "sha256": hash_targets(targets)})
-        for target in targets:
-            targets_on.setdefault(target.weight_path, []).append((target, strength))
-    return targets_on, described
+        resolved += [(target, strength) for target in targets]
+    return resolved, described
+
+
+def _edits_of_files(targets: list[tuple[Target, float]], conversion: Conversion) -> dict[str, list[_Edit]]:
+    """Tensor key -> the edits of it."""
+    stored = {path: conversion.stored(path) for path in {target.weight_path: None for target, _ in targets}}
+    edits: dict[str, list[_Edit]] = {}
+    for target, strength in targets:
+        for key, part in stored[target.weight_path][target.expert or 0]:
+            edits.setdefault(key, []).append(_Edit(target, strength, part))
+    return edits
 
 
 def _write_shard(source: WeightFiles, shard: str, edits: _Edits, directory: Path) -> None:
@@ -193,10 +229,8 @@ def _merged(key: str, weight: Tensor, edits: _Edits) -> Tensor:
     """The weight plus its edit, as it is stored."""
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     edit = torch.zeros_like(exact)
-    for target, strength in edits.of[key]:
-        delta = (strength * target.scaling * target.B) @ target.A
-        of_weight = edit[target.expert] if edit.dim() == 3 else edit
-        of_weight += delta.T if target.transposed else delta
+    for of_target in edits.of[key]:
+        of_target.add_to(edit)
     exact += edit
     if not bool(torch.isfinite(exact).all()):
         raise NumericalError(f"{key}: the merged weight is not finite; check the base and the adapters' strengths")

@@ -17,7 +17,7 @@ from ..errors import AdapterError
 from ..evaluation import losses_of
 from ..model import CONFIG_NAME, WEIGHTS_NAME, check_adapter_files, find_adapter, hash_file, load_skeleton
 from ._fresh_process import load_afresh
-from ._server_rules import CONFIG_RULES, TENSOR_RULES, Config, Tensors
+from ._server_rules import CONFIG_RULES, SERVERS, TENSOR_RULES, Config, Tensors, packed_experts
 from .emitted import PROVENANCE_NAME, load_provenance
 
 
@@ -27,16 +27,24 @@ class Check:
 
     Attributes:
         name: what is checked, and for which servers.
-        passed: whether the adapter passes.
+        passed: whether the adapter passes; None if it is intact, but of a kind that these servers do not support.
         found: what was found.
     """
 
     name: str
-    passed: bool
+    passed: bool | None
     found: str
 
+    @property
+    def failed(self) -> bool:
+        """Whether the adapter is at fault."""
+        return self.passed is False
+
     def __str__(self) -> str:
-        return f"{'pass' if self.passed else 'FAIL':<6}{self.name:<34}{self.found}"
+        return f"{_LABELS[self.passed]:<6}{self.name:<35}{self.found}"
+
+
+_LABELS = {True: "pass", False: "FAIL", None: "n/a"}
 
 
 def verify_adapter(directory: str | Path, base: str | None = None, *, revision: str | None = None) -> list[Check]:
@@ -49,7 +57,8 @@ def verify_adapter(directory: str | Path, base: str | None = None, *, revision: 
         revision: revision of a hub model.
 
     Returns:
-        The checks, passed or failed; a damaged or missing file is a failed check.
+        The checks, passed or failed; a damaged or missing file is a failed check. Packed experts are neither: what
+        servers require of them is not checked, and one line says that it is not supported.
 
     Raises:
         AdapterError: the directory does not exist.
@@ -64,7 +73,7 @@ def verify_adapter(directory: str | Path, base: str | None = None, *, revision: 
         checks += [_base_name_check(config, base), *_layer_checks(config, tensors, base, revision)]
         if plain.passed:
             checks += _load_checks(directory, base, revision)
-    return checks
+    return _without_servers(checks, config, tensors)
 
 
 def _plain_check(directory: Path) -> Check:
@@ -117,6 +126,16 @@ def _server_checks(config: Config, tensors: Tensors) -> Iterator[Check]:
         yield Check(name, *verdict_on_tensors(config, tensors))
 
 
+def _without_servers(checks: list[Check], config: Config, tensors: Tensors) -> list[Check]:
+    """The checks; of an adapter of packed experts without those of a server, which would pass on what is not read."""
+    key = packed_experts(config, tensors)
+    if key is None:
+        return checks
+    reason = f"not supported: {key} packs the factors of all experts; serve it by PEFT, or merge it into the base"
+    others = [check for check in checks if not any(server in check.name for server in SERVERS)]
+    return [*others, Check(f"{', '.join(SERVERS)}: experts", None, reason)]
+
+
 def _base_name_check(config: Config, base: str) -> Check:
     claimed = config.get("base_model_name_or_path")
     same = bool(claimed) and (Path(claimed).name == Path(base).name or Path(claimed).resolve() == Path(base).resolve())
@@ -165,8 +184,10 @@ def _embeddings_hash(directory: Path) -> str | None:
 
 def format_checks(checks: list[Check]) -> str:
     """The checks as text, one per line, with the verdict at the end."""
-    failed = sum(not check.passed for check in checks)
+    failed, unsupported = sum(check.failed for check in checks), [check for check in checks if check.passed is None]
     verdict = "every check passed" if not failed else f"{failed} of {len(checks)} checks FAILED"
+    for check in unsupported:
+        verdict += f"; not supported by {check.name.partition(':')[0]}"
     return "\n".join([*map(str, checks), verdict])
 
 

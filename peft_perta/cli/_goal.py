@@ -7,15 +7,16 @@ from collections.abc import Mapping
 
 from peft import PeftModel
 
-from ..data import Sample, load_samples, read_rows
+from ..data import Sample, load_samples
 from ..evaluation import Goal, forget_loss_of_log, losses_of
-from ..model import attach_adapters
+from ..model import attach_adapters, row_length
 from ._options import (
     add_forget,
     add_max_length,
     add_retain,
     add_task_adapter,
     check_distinct,
+    check_rows,
     given_adapters,
     load_model,
 )
@@ -80,11 +81,13 @@ def load_search(
         target_forget_loss = forget_loss_of_log(options.retain_only_log)
     if not options.retain_only_adapter:
         Goal(target_forget_loss, options.retain_tolerance)  # a bad goal is refused before the model is loaded
-    rows = {name: read_rows(getattr(options, name)) for name in ("forget", "retain")}
+    paths = {name: getattr(options, name) for name in ("forget", "retain")}
+    check_rows(*paths.values())
     base, tokenizer = load_model(options)
+    max_length = row_length(base, options.max_length)
     samples = {
-        name: load_samples(rows[name], tokenizer, max_length=options.max_length, name=f"the {name} set")
-        for name in ("forget", "retain")
+        name: load_samples(path, tokenizer, max_length=max_length, name=f"the {name} set")
+        for name, path in paths.items()
     }
     model = attach_adapters(base, adapters)
     if options.retain_only_adapter:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import DTYPES, EmittedAdapter
+from ..data import read_rows
 from ..errors import ConfigError
 from ..evaluation import Calibration
 from ..html_report import PICTURE_NAME, draw_calibration
@@ -77,7 +78,8 @@ def add_output(parser: argparse.ArgumentParser, content: str) -> None:
 
 def add_max_length(parser: argparse.ArgumentParser) -> None:
     """``--max-length``."""
-    parser.add_argument("--max-length", type=int, default=1024, help="tokens per row (default: 1024)")
+    text = "the most tokens per row (default: 1024, or the model's number of positions if that is less)"
+    parser.add_argument("--max-length", type=int, help=text)
 
 
 def add_training(parser: argparse.ArgumentParser, *, epochs: float, learning_rate: float, batch_size: str) -> None:
@@ -146,6 +148,17 @@ def check_training(options: argparse.Namespace, **least: int) -> None:
     for name in ("epochs", "learning_rate"):
         if not 0 < getattr(options, name) < math.inf:
             raise ConfigError(f"{flag(name)}: expected a number > 0, found {getattr(options, name)}")
+
+
+def check_rows(*paths: str | None) -> None:
+    """Read each given file of rows: a bad one is refused before a model is loaded. The library reads it again, and its
+    messages name the file.
+
+    Raises:
+        DataError: a file is missing, empty or malformed.
+    """
+    for path in filter(None, paths):
+        read_rows(path)
 
 
 def flag(name: str) -> str:

@@ -23,6 +23,7 @@ from ._options import (
     add_model,
     add_output,
     check_distinct,
+    check_rows,
     given_adapters,
     load_model,
     print_next,
@@ -61,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
     settings = read_settings(InfluenceSettings, options)
     check_output(options.output, PROVENANCE_NAME)
     edit, changed = _change(options)
-    training = read_rows(options.training)
+    check_rows(options.training)
     beside = {f"beside_{number}": directory for number, directory in enumerate(options.with_adapters, start=1)}
     adapters = given_adapters({"task": options.adapter, **beside})
     check_distinct(adapters.values())
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
     if options.form == "difference":
         check_difference(resolve_targets(model, "task"))
     result = edit(
-        model, training, changed, tokenizer, adapter_name="task", with_adapters=list(beside), settings=settings
+        model, options.training, changed, tokenizer, adapter_name="task", with_adapters=list(beside), settings=settings
     )
     emitted = result.difference if options.form == "difference" else result.edited
     save_adapter(emitted(torch_dtype(options.dtype)), options.output)
@@ -78,10 +79,11 @@ def run(options: argparse.Namespace) -> None:
     print_next(options, f", then {use}")
 
 
-def _change(options: argparse.Namespace) -> tuple[Any, list]:
-    """The function that edits the adapter, and the rows or pairs that it takes."""
+def _change(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The function that edits the adapter, and the file of rows, or the pairs, that it takes."""
     if options.forget:
-        return erase_instances, read_rows(options.forget)
+        check_rows(options.forget)
+        return erase_instances, options.forget
     if options.modify:
         return modify_queries, _read_pairs(options.modify)
     return correct_responses, _read_pairs(options.correct)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..data import check_output, write_file
+from ..data import check_output, claimed_directory, write_file
 from ..errors import ConfigError, DataError
 from ..evaluation import (
     ATTACKS,
@@ -77,8 +77,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--full", action="store_true", help="also judge the full model: the stack without its last adapter"
     )
     parser.add_argument(
-        "--attacks", metavar="NAMES", help=f"'all', or some of {', '.join(ATTACKS)}, separated by commas"
-    )
+        "--attacks", metavar="NAMES",
+        help=f"some of {', '.join(ATTACKS)}, separated by commas; or 'all', of which those that cannot be applied to "
+        "the model or the rows are skipped",
+    )  # fmt: skip
     parser.add_argument(
         "--html-report", action="store_true", help=f"write {HTML_REPORT_NAME} to the output; implies --full"
     )
@@ -100,9 +102,7 @@ def run(options: argparse.Namespace) -> None:
         adapters[RETAIN_ONLY] = options.retain_only_adapter
     model, tokenizer = load_model(options)
     model = attach_adapters(model, adapters) if adapters else model
-    if not (output / RECORD_NAME).is_file():  # marks the directory as ours before its first log is written
-        write_file(output / RECORD_NAME, json.dumps({"suites": {}}) + "\n")
-    with ExitStack() as strengths:
+    with claimed_directory(output, RECORD_NAME, json.dumps({"suites": {}}) + "\n"), ExitStack() as strengths:
         for name, strength in zip(stack, request.strengths.values(), strict=True):
             strengths.enter_context(adapter_strength(model, name, strength))
         subjects = {
@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> None:
             for label, names in _stacks(stack, options).items()
         }
         logs = _judge(subjects, request, options)
-        results = _attack(subjects, stack[:-1], request, options) if request.attacks else []
+        results = _attack(subjects, stack[:-1], request, options) if options.attacks else []
     print(_table(logs))
     if results:
         print(f"\n{format_attacks(results)}")
@@ -132,14 +132,14 @@ class _Request:
     splits: dict[str, Splits]
     retain_only_logs: dict[str, Log]
     strengths: dict[str, float]  # directory of an adapter -> strength, in the order of the stack
-    attacks: list[str]
+    attacks: list[str] | None  # None: all that can be applied
     attacked_rows: list[dict]
 
 
 def _read_request(options: argparse.Namespace) -> _Request:
     paths = _paths_of_suites(options.suites, "--suite")
     attacks = _attack_names(options)
-    if not (paths or options.lm_eval or attacks):
+    if not (paths or options.lm_eval or options.attacks):
         raise ConfigError(f"--suite: expected NAME=PATH to judge by (NAME of {', '.join(SUITES)}), or --lm-eval TASKS")
     if options.retain_only_adapter and options.retain_only_logs:
         raise ConfigError(
@@ -149,8 +149,8 @@ def _read_request(options: argparse.Namespace) -> _Request:
     splits = read_suites(paths, options.split) if paths else {}
     retain_only_logs = _read_retain_only_logs(options, paths)
     strengths = read_strengths(options.adapters)
-    attacked_rows = _attacked_rows(splits) if attacks else []
-    if (options.full or options.html_report or attacks) and not strengths:
+    attacked_rows = _attacked_rows(splits) if options.attacks else []
+    if (options.full or options.html_report or options.attacks) and not strengths:
         raise ConfigError("--adapter: expected the adapter that --full, --attacks and --html-report judge, found none")
     return _Request(splits, retain_only_logs, strengths, attacks, attacked_rows)
 
@@ -173,10 +173,11 @@ def _read_retain_only_logs(options: argparse.Namespace, suites: Mapping[str, str
     return {name: read_log(path) for name, path in _paths_of_suites(texts, "--retain-only-log").items()}
 
 
-def _attack_names(options: argparse.Namespace) -> list[str]:
-    if not options.attacks:
-        return []
-    names = list(ATTACKS) if options.attacks == "all" else options.attacks.split(",")
+def _attack_names(options: argparse.Namespace) -> list[str] | None:
+    """Those that are asked for by name; None for all."""
+    if options.attacks == "all":
+        return None
+    names = options.attacks.split(",") if options.attacks else []
     unknown = next((name for name in names if name not in ATTACKS), None)
     if unknown is not None:
         raise ConfigError(f"--attacks: expected 'all' or some of {', '.join(ATTACKS)}, found {unknown!r}")

@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 
 from ..adapters import FORGET_RECORD_NAME
-from ..data import check_output, read_rows
+from ..data import check_output
 from ..training import LoraSettings, train_forget_adapter
-from ._options import add_forget, add_model, add_output, add_training, check_training, load_model
+from ._options import add_forget, add_model, add_output, add_training, check_rows, check_training, load_model
 from ._settings import add_settings, read_settings
 
 
@@ -30,11 +30,11 @@ def run(options: argparse.Namespace) -> None:
     check_training(options)
     settings = read_settings(LoraSettings, options)
     check_output(options.output, FORGET_RECORD_NAME)
-    rows = read_rows(options.forget)
+    check_rows(options.forget)
     model, tokenizer = load_model(options)
     train_forget_adapter(
         model,
-        rows,
+        options.forget,
         tokenizer,
         options.output,
         lora_config=settings.to_lora_config(),

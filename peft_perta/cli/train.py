@@ -15,7 +15,7 @@ import os
 from peft import LoraConfig
 
 from ..adapters import PROVENANCE_NAME
-from ..data import check_output, read_rows
+from ..data import check_output
 from ..errors import ConfigError
 from ..gradients import remove_checkpoint
 from ..model import attach_adapters, distributed
@@ -37,6 +37,7 @@ from ._options import (
     add_task_adapter,
     add_training,
     check_distinct,
+    check_rows,
     check_training,
     flag,
     given_adapters,
@@ -76,13 +77,13 @@ def run(options: argparse.Namespace) -> None:
     check_output(options.output, PROVENANCE_NAME)
     adapters = given_adapters({"task": options.task_adapter, "start": options.start_adapter})
     check_distinct(adapters.values())
-    rows = {name: read_rows(getattr(options, name)) for name in ("forget", "retain")}
+    check_rows(options.forget, options.retain)
     base, tokenizer = load_model(options)
     model = attach_adapters(base, adapters) if adapters else base
     emitted = train_unlearning(
         model,
-        rows["forget"],
-        rows["retain"],
+        options.forget,
+        options.retain,
         tokenizer,
         settings,
         output_dir=options.output,

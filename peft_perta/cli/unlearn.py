@@ -74,8 +74,8 @@ def run(options: argparse.Namespace) -> None:
     emitted = get_perta_state_dict(
         model,
         config,
-        rows["forget"],
-        rows["retain"],
+        options.forget,
+        options.retain,
         task_adapter="task" if options.task_adapter else None,
         tokenizer=tokenizer,
         checkpoint_dir=resume_path(options),

@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 
 from ..adapters import format_checks, re_evaluate, verify_adapter
-from ..data import load_samples, read_rows
+from ..data import load_samples
 from ..errors import ConfigError
-from ..model import attach_adapters, load_base
-from ._options import add_forget, add_retain, add_revision, add_task_adapter
+from ..model import attach_adapters, load_base, row_length
+from ._options import add_forget, add_retain, add_revision, add_task_adapter, check_rows
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -31,15 +31,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the checks; the status is 1 if one failed."""
-    rows = {name: read_rows(getattr(options, name)) for name in ("forget", "retain") if getattr(options, name)}
-    if rows and not options.model:
+    paths = {name: getattr(options, name) for name in ("forget", "retain") if getattr(options, name)}
+    check_rows(*paths.values())
+    if paths and not options.model:
         raise ConfigError("--forget and --retain need --base: the model to measure the losses with")
     checks = verify_adapter(options.adapter, options.model, revision=options.revision)
-    if rows and all(check.passed for check in checks):
+    if paths and not any(check.failed for check in checks):
         base, tokenizer = load_base(options.model, revision=options.revision)
         stack = {"task": options.task_adapter, "unlearn": options.adapter}
         model = attach_adapters(base, {name: directory for name, directory in stack.items() if directory})
-        samples = {name: load_samples(part, tokenizer, name=f"the {name} set") for name, part in rows.items()}
+        samples = {
+            name: load_samples(path, tokenizer, max_length=row_length(base, None), name=f"the {name} set")
+            for name, path in paths.items()
+        }
         checks += re_evaluate(model, samples, "unlearn", ["task"] if options.task_adapter else [])
     print(format_checks(checks))
-    return 0 if all(check.passed for check in checks) else 1
+    return int(any(check.failed for check in checks))

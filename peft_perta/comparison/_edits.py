@@ -10,7 +10,7 @@ from torch import Tensor
 from ..adapters import add_adapter, extrapolate_adapter
 from ..data import load_samples
 from ..gradients import choose_plan
-from ..model import resolve_targets
+from ..model import resolve_targets, row_length
 from ..perta import PerTAConfig, get_perta_state_dict, gradient_job, resolve_weighting
 from ._method import MakeAdapter, MethodAdapter, Setup
 
@@ -27,7 +27,8 @@ def perta(**options) -> MakeAdapter:
         sets = {} if weighting.statistic is None else {"forget": setup.forget_rows, "retain": setup.retain_rows}
         cost = 0.0
         if weighting.statistic is not None:
-            samples = {name: load_samples(rows, setup.tokenizer, name=name) for name, rows in sets.items()}
+            length = row_length(setup.model, own.max_length)
+            samples = {n: load_samples(rows, setup.tokenizer, max_length=length, name=n) for n, rows in sets.items()}
             targets = resolve_targets(setup.model, "forget")
             cost = choose_plan(gradient_job(own, weighting.statistic, setup.model, targets, samples)).cost
         lora_config, state_dict, _ = get_perta_state_dict(

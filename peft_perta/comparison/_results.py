@@ -62,6 +62,8 @@ def _read(directory: Path, record: Mapping[str, Any]) -> dict[Key, Result]:
         results = {_key(result): result for result in map(json.loads, lines)}
     except (ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{directory} holds a damaged comparison ({error!r}); choose another output") from error
+    if not results:  # a run that was refused, or killed at its beginning, is in nobody's way
+        return {}
     if differing:
         name = differing[0]
         raise ConfigError(

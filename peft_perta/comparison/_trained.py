@@ -6,6 +6,7 @@ from typing import Any
 
 from ..adapters import add_adapter
 from ..data import load_samples
+from ..model import row_length
 from ..training import (
     ForwardPass,
     UnlearningSettings,
@@ -65,9 +66,11 @@ def _cost(setup: Setup, settings: UnlearningSettings) -> float:
     """Forward-equivalents of the training: a forward and backward pass (2) of each sample of a step, and a forward pass
     of the reference model (1) where a loss reads it."""
     rows = {"forget": setup.forget_rows, "retain": setup.retain_rows}
+    length = row_length(setup.model, None)
     both_sets, spent = 0, 0.0
     for name, loss in settings.losses.items():
-        tokens = sum(len(sample.input_ids) for sample in load_samples(rows[name], setup.tokenizer, name=name))
+        samples = load_samples(rows[name], setup.tokenizer, max_length=length, name=name)
+        tokens = sum(len(sample.input_ids) for sample in samples)
         epochs = STEPS * _BATCH / len(rows[name])
         both_sets += tokens
         spent += epochs * tokens * (2 + (ForwardPass.REFERENCE in loss.reads))

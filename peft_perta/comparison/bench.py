@@ -13,9 +13,9 @@ from typing import Any
 
 from peft import PeftModel
 
-from ..data import encode_row, read_rows, spread
+from ..data import Sample, encode_row, read_rows, spread
 from ..evaluation import Match, Subject, exact_memorization, losses_of, match_forgetting, score_completions
-from ..model import adapter_strength, attach_adapters, load_base
+from ..model import adapter_strength, attach_adapters, load_base, row_length
 from ..training import default_lora_config, train_forget_adapter
 from ._method import Setup
 from .settings import MEASURES, BenchSettings
@@ -105,9 +105,11 @@ class Bench:
         self.held_out_rows = rows["retain"][1::2]
         judged = {**rows, "retain": self.held_out_rows}
         self.judged_rows = {name: spread(judged[name], settings.judged_rows) for name in SPLITS}
-        self._samples = {
-            name: [encode_row(row, self.tokenizer) for row in split] for name, split in self.judged_rows.items()
-        }
+        self._samples = {name: self._encoded(split) for name, split in self.judged_rows.items()}
+
+    def _encoded(self, rows: list[dict]) -> list[Sample]:
+        length = row_length(self.model, None)
+        return [encode_row(row, self.tokenizer, max_length=length) for row in rows]
 
     @cached_property
     def training_cost(self) -> float:
@@ -116,7 +118,7 @@ class Bench:
         Each epoch is a forward and backward pass (2) of the forget set; a forward pass of both sets counts 1.
         """
         forget, retain = (
-            sum(len(encode_row(row, self.tokenizer).input_ids) for row in rows)
+            sum(len(sample.input_ids) for sample in self._encoded(rows))
             for rows in (self.setup.forget_rows, self.setup.retain_rows)
         )
         return 2 * self.settings.epochs * forget / (forget + retain)

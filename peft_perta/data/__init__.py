@@ -5,22 +5,32 @@ It also holds what every settings dataclass shares: fields that explain themselv
 Imports from: errors.
 """
 
-from .encoding import encode_prompt, encode_row
-from .loading import load_samples
-from .output import check_output, replaced_directory, write_file
-from .rows import ROW_KINDS, completion_text, read_rows, spread
-from .samples import IGNORED, Batch, Sample, batches, fingerprint, padded
+from .answer_ends import AnswerEnds, answer_ends
+from .encoding import check_characters, encode_prompt, encode_row
+from .loading import drawn, load_samples
+from .notes import note
+from .output import check_output, claimed_directory, replaced_directory, write_file
+from .rows import ROW_KINDS, TEMPLATE_KEYS, completion_text, content_text, read_rows, spread
+from .samples import IGNORED, Batch, Sample, batches, check_disjoint, fingerprint, note_left_out, padded
 from .settings import check_setting, explained, is_count, is_int, is_number, setting
 
 __all__ = [
     "IGNORED",
     "ROW_KINDS",
+    "TEMPLATE_KEYS",
+    "AnswerEnds",
     "Batch",
     "Sample",
+    "answer_ends",
     "batches",
+    "check_characters",
+    "check_disjoint",
     "check_output",
     "check_setting",
+    "claimed_directory",
     "completion_text",
+    "content_text",
+    "drawn",
     "encode_prompt",
     "encode_row",
     "explained",
@@ -29,6 +39,8 @@ __all__ = [
     "is_int",
     "is_number",
     "load_samples",
+    "note",
+    "note_left_out",
     "padded",
     "read_rows",
     "replaced_directory",

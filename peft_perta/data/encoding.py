@@ -1,34 +1,57 @@
-"""One row -> one tokenised sample. Only the completion carries loss; of a ``text`` row, every token does."""
+"""One row -> tokenised samples. Only the completion carries loss; of a ``text`` row, every token does."""
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ..errors import DataError
+from ._chat import check_turns, render, template_options
 from .rows import row_kind
 from .samples import IGNORED, Sample, checked_sample
 
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+
 
 def encode_row(row: Mapping, tokenizer: Any, *, max_length: int = 1024, where: str = "row") -> Sample:
-    """Tokenise one row. The sample ends with the tokenizer's eos, or as its chat template ends a turn.
+    """Tokenise one row as one sample. It ends with the tokenizer's eos, or as its chat template ends a turn.
 
     Args:
-        row: one of the kinds in ``ROW_KINDS``.
+        row: one of the kinds in ``ROW_KINDS``. ``tools`` and ``chat_template_kwargs`` beside messages go to the chat
+            template, as in TRL.
         tokenizer: with an eos token; with a chat template for messages.
         max_length: tokens to keep, counted from the left.
         where: the name of the row in error messages.
 
     Raises:
-        DataError: the row is of no known kind, its completion is empty, or no token of it is within ``max_length``.
+        DataError: the row is of no known kind, its completion is empty, the chat template rejects it, or no token of
+            the completion is within ``max_length``.
     """
     prompt_ids, completion_ids = _split_tokens(row, tokenizer, where)
-    input_ids = torch.tensor(prompt_ids + completion_ids, dtype=torch.long)[:max_length]
+    input_ids = torch.tensor(prompt_ids + completion_ids, dtype=torch.long)
     labels = input_ids.clone()
     labels[: len(prompt_ids)] = IGNORED
     return checked_sample(input_ids, labels, max_length, where)
+
+
+def encode_row_whole(row: Mapping, tokenizer: Any, *, max_length: int = 1024, where: str = "row") -> list[Sample]:
+    """Tokenise one row; a longer ``text`` becomes several samples, as equal in length as can be.
+
+    Each begins with the last token of the one before. So every token but the first is predicted, and only once.
+    The arguments and errors are those of ``encode_row``.
+    """
+    if row_kind(row, where) != ("text",):
+        return [encode_row(row, tokenizer, max_length=max_length, where=where)]
+    _, ids = _split_tokens(row, tokenizer, where)
+    predicted = len(ids) - 1
+    count = max(1, -(-predicted // max(max_length - 1, 1)))
+    bounds = [predicted * index // count for index in range(count + 1)]
+    pieces = [torch.tensor(ids[start : end + 1], dtype=torch.long) for start, end in itertools.pairwise(bounds)]
+    return [checked_sample(piece, piece.clone(), max_length, where) for piece in pieces]
 
 
 def encode_prompt(row: Mapping, tokenizer: Any, *, where: str = "row") -> list[int]:
@@ -41,39 +64,34 @@ def _split_tokens(row: Mapping, tokenizer: Any, where: str) -> tuple[list[int], 
     from the tokens of the prompt alone: a token may span both."""
     kind = row_kind(row, where)
     if kind == ("text",):
-        return [], [*_tokenise(tokenizer, _text(row, "text", where)), _eos(tokenizer, where)]
+        return [], [*_tokenise(tokenizer, _text(row, "text", where), where), _eos(tokenizer, where)]
     if kind == ("messages",):
-        return _split_chat(row["messages"], tokenizer, where)
+        return _split_chat(row["messages"], row, tokenizer, where)
     if kind == ("question", "answer"):
         question, answer = _text(row, "question", where), _text(row, "answer", where)
         if getattr(tokenizer, "chat_template", None):
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            return _split_chat(turns, tokenizer, where)
+            return _split_chat(turns, row, tokenizer, where)
         prompt, completion = f"Question: {question}\nAnswer:", f" {answer}"
     else:
         prompt, completion = row["prompt"], row["completion"]
         if isinstance(prompt, list) and isinstance(completion, list):
-            return _split_chat([*prompt, *completion], tokenizer, where)
+            return _split_chat([*prompt, *completion], row, tokenizer, where)
         prompt, completion = _text(row, "prompt", where), _text(row, "completion", where)
-    prompt_ids = _tokenise(tokenizer, prompt)
-    whole_ids = [*_tokenise(tokenizer, prompt + completion), _eos(tokenizer, where)]
+    prompt_ids = _tokenise(tokenizer, prompt, where)
+    whole_ids = [*_tokenise(tokenizer, prompt + completion, where), _eos(tokenizer, where)]
     return _divide(prompt_ids, whole_ids)
 
 
-def _split_chat(messages: Any, tokenizer: Any, where: str) -> tuple[list[int], list[int]]:
+def _split_chat(messages: Any, row: Mapping, tokenizer: Any, where: str) -> tuple[list[int], list[int]]:
     """Split a conversation: the last assistant turn is the completion."""
-    if not (isinstance(messages, list) and all(isinstance(m, Mapping) and "role" in m for m in messages)):
-        raise DataError(f"{where}: expected messages as a list of {{role, content}}, found {messages!r:.80}")
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise DataError(f"{where}: expected at least two messages, the last one the assistant's")
-    if not str(messages[-1].get("content") or "").strip():
-        raise DataError(f"{where}: the assistant's last turn is empty, expected a completion to take the loss of")
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(f"{where}: messages need a tokenizer with a chat template; use prompt/completion rows instead")
-    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    turns, options = check_turns(messages, where), template_options(row, where)
+    prompt = render(tokenizer, turns[:-1], where, options, ask=True)
+    whole = render(tokenizer, turns, where, options, ask=False)
     # The template adds the special tokens.
-    prompt_ids, whole_ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole))
+    prompt_ids, whole_ids = (
+        tokenizer(check_characters(text, where), add_special_tokens=False)["input_ids"] for text in (prompt, whole)
+    )
     return _divide(prompt_ids, whole_ids)
 
 
@@ -84,8 +102,24 @@ def _divide(prompt_ids: list[int], whole_ids: list[int]) -> tuple[list[int], lis
     return whole_ids[:shared], whole_ids[shared:]
 
 
-def _tokenise(tokenizer: Any, text: str) -> list[int]:
-    ids = list(tokenizer(text)["input_ids"])
+def check_characters(text: str, where: str) -> str:
+    """The text, if it is made of whole characters; ``where`` is its name in the message.
+
+    Raises:
+        DataError: it holds half of a surrogate pair, which no tokenizer takes.
+    """
+    half = _HALF_CHARACTER.search(text)
+    if half is not None:
+        around = text[max(half.start() - 20, 0) : half.start() + 20]
+        raise DataError(
+            f"{where}: {half.group()!r} is half of a character (a lone surrogate), found in {around!r}; write the "
+            "whole character, or remove the half"
+        )
+    return text
+
+
+def _tokenise(tokenizer: Any, text: str, where: str) -> list[int]:
+    ids = list(tokenizer(check_characters(text, where))["input_ids"])
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text; _eos ends samples
         ids.pop()
     return ids
@@ -94,7 +128,8 @@ def _tokenise(tokenizer: Any, text: str) -> list[int]:
 def _eos(tokenizer: Any, where: str) -> int:
     if tokenizer.eos_token_id is None:
         raise DataError(
-            f"{where}: the tokenizer has no eos token, expected one to end a completion; set tokenizer.eos_token"
+            f"{where}: the tokenizer has no eos token, expected one to end a completion; set tokenizer.eos_token, or "
+            "eos_token in the tokenizer's files"
         )
     return tokenizer.eos_token_id
 

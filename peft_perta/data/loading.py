@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import DataError
-from .encoding import encode_row
+from .encoding import encode_row_whole
 from .rows import read_rows
-from .samples import IGNORED, Sample, checked_sample
+from .samples import IGNORED, Sample, checked_sample, note_left_out
+
+_PACKED_KEYS = ("position_ids", "cu_seq_lens_q", "seq_lengths", "seq_idx")  # of TRL and transformers
 
 
 def load_samples(
@@ -25,12 +28,16 @@ def load_samples(
 ) -> list[Sample]:
     """Load data in any accepted form as tokenised samples.
 
+    A ``text`` row that is longer than ``max_length`` becomes several samples. A longer row of another kind is cut, and
+    a line on standard error says how many tokens are left out. Packed rows are refused where they can be told: TRL's
+    packing strategy "wrapped" leaves no mark on rows that carry ``labels``.
+
     Args:
         data: a path to a JSON-lines file, a list of rows, a ``datasets.Dataset`` (of rows, or tokenised with
             ``input_ids`` and ``labels`` or ``completion_mask``), or a dataloader of batches ``{input_ids, labels[,
             attention_mask]}``.
         tokenizer: required for rows; tokenised data needs none.
-        max_length: tokens to keep per sample, counted from the left.
+        max_length: the most tokens of a sample.
         max_samples: if the set is larger, draw this many samples at random, in their original order.
         seed: the seed of that draw.
         name: the name of the set in error messages.
@@ -55,26 +62,30 @@ def load_samples(
                 f"{where}: expected a mapping, found {type(item).__name__}; see load_samples for the accepted forms"
             )
         if "input_ids" in item:
-            samples.extend(_tokenised(item, max_length, where))
+            of_row = _tokenised(item, max_length, where)
+        elif tokenizer is None:
+            raise DataError(f"{where} is text, which needs a tokenizer, found None; pass tokenizer=...")
         else:
-            if tokenizer is None:
-                raise DataError(f"{where} is text, which needs a tokenizer, found None; pass tokenizer=...")
-            samples.append(encode_row(item, tokenizer, max_length=max_length, where=where))
+            of_row = encode_row_whole(item, tokenizer, max_length=max_length, where=where)
+        samples.extend(replace(sample, row=index + 1) for sample in of_row)
     if not samples:
         raise DataError(f"{name} is empty; expected at least one row")
-    if max_samples is not None and len(samples) > max_samples:
-        generator = torch.Generator().manual_seed(seed)
-        drawn = sorted(torch.randperm(len(samples), generator=generator)[:max_samples].tolist())
-        samples = [samples[i] for i in drawn]
-    return samples
+    note_left_out(samples, name, max_length)
+    return drawn(samples, max_samples, seed)
+
+
+def drawn(samples: list[Sample], max_samples: int | None, seed: int) -> list[Sample]:
+    """At most ``max_samples`` of the samples, drawn at random with the seed, in their order; all if it is None."""
+    if max_samples is None or len(samples) <= max_samples:
+        return samples
+    generator = torch.Generator().manual_seed(seed)
+    return [samples[i] for i in sorted(torch.randperm(len(samples), generator=generator)[:max_samples].tolist())]
 
 
 def _tokenised(item: Mapping, max_length: int, where: str) -> Iterator[Sample]:
     """The samples of a tokenised row [T] or batch [N, T], without padding."""
-    if "position_ids" in item or "cu_seq_lens_q" in item:
-        raise DataError(
-            f"{where}: packed batches hold several samples per row, expected one; turn packing and padding_free off"
-        )
+    if any(item.get(key) is not None for key in _PACKED_KEYS):
+        raise _packed(where)
     if "labels" not in item and "completion_mask" not in item:
         raise DataError(f"{where}: expected 'labels' or 'completion_mask' beside 'input_ids', found neither")
     input_ids = torch.atleast_2d(torch.as_tensor(item["input_ids"], dtype=torch.long)).cpu()
@@ -91,8 +102,24 @@ def _tokenised(item: Mapping, max_length: int, where: str) -> Iterator[Sample]:
             f"{where}: input_ids {tuple(input_ids.shape)}, labels {tuple(labels.shape)} and attention_mask "
             f"{tuple(mask.shape)} must have the same shape"
         )
+    if bool((mask > 1).any()):  # a mask that numbers the samples of a row
+        raise _packed(where)
     for row in range(len(input_ids)):
         is_token = mask[row].bool()
-        yield checked_sample(
-            input_ids[row][is_token][:max_length], labels[row][is_token][:max_length], max_length, where
-        )
+        of_row = labels[row][is_token]
+        if "labels" not in item and _completions(of_row) > 1:
+            raise _packed(where)
+        yield checked_sample(input_ids[row][is_token], of_row, max_length, where)
+
+
+def _completions(labels: torch.Tensor) -> int:
+    """How many runs of tokens with loss there are. In a row with a completion mask, each is a sample's completion."""
+    has_loss = labels != IGNORED
+    return int(has_loss[:1].sum() + (has_loss[1:] & ~has_loss[:-1]).sum())
+
+
+def _packed(where: str) -> DataError:
+    return DataError(
+        f"{where}: packed batches and rows hold several samples per row, expected one; turn packing and padding_free "
+        "off, and give the dataset as it was before trl.pack_dataset"
+    )

@@ -104,6 +104,34 @@ def replaced_directory(path: str | Path, marker: str) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def claimed_directory(path: str | Path, marker: str, content: str) -> Iterator[None]:
+    """Mark a directory as ours while files are written into it one by one.
+
+    If the block fails before it has written anything, the directory is as it was.
+
+    Args:
+        path: the directory; it is created if missing.
+        marker: the name of the file that marks it; one that is there stays.
+        content: the content of a new marker.
+
+    Raises:
+        OutputError: the marker cannot be written.
+    """
+    path = Path(path)
+    existed, marked = path.is_dir(), (path / marker).is_file()
+    if not marked:
+        write_file(path / marker, content)
+    try:
+        yield
+    except BaseException:
+        if not marked and [file.name for file in path.iterdir()] == [marker]:
+            (path / marker).unlink()
+            if not existed:
+                path.rmdir()
+        raise
+
+
 def _move(source: Path, target: Path) -> None:
     """Move ``source`` to ``target``. Afterwards ``source`` may hold the old ``target``."""
     try:

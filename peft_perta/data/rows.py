@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import DataError
 
 ROW_KINDS = (("question", "answer"), ("prompt", "completion"), ("messages",), ("text",))
+TEMPLATE_KEYS = ("tools", "chat_template_kwargs")  # further keys of a row, for its chat template, as in TRL
 
 
 def read_rows(path: str | Path) -> list[dict]:
@@ -53,7 +54,19 @@ def completion_text(row: Mapping) -> str:
     """The row's completion as plain text."""
     kind = row_kind(row, "row")
     value = row[kind[-1]]
-    return value if isinstance(value, str) else value[-1]["content"]
+    return value if isinstance(value, str) else content_text(value[-1].get("content")) or ""
+
+
+def content_text(content: Any) -> str | None:
+    """The text of a turn's content, which is a text or a list of text parts; None if it is neither."""
+    if isinstance(content, str):
+        return content
+    texts = [part.get("text") for part in content if _is_text_part(part)] if isinstance(content, list) else []
+    return "".join(map(str, texts)) if texts and len(texts) == len(content) else None
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def row_kind(row: Mapping, where: str) -> tuple[str, ...]:

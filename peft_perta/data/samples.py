@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..errors import DataError
+from .notes import note
 
 IGNORED = -100  # the label that carries no loss, as in transformers
 
@@ -21,10 +22,14 @@ class Sample:
     Attributes:
         input_ids: [T].
         labels: [T]; ``IGNORED`` at tokens without loss.
+        row: the number of the row, from 1; None for a sample that no set of rows was loaded for.
+        left_out: how many tokens of the row were cut.
     """
 
     input_ids: Tensor
     labels: Tensor
+    row: int | None = field(default=None, kw_only=True)
+    left_out: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -83,15 +88,54 @@ def fingerprint(samples: list[Sample]) -> str:
     return digest.hexdigest()
 
 
+def check_disjoint(forget: list[Sample], retain: list[Sample]) -> None:
+    """
+    Raises:
+        DataError: a sample is in both sets; the message numbers the retain rows.
+    """
+    forgotten = {fingerprint([sample]) for sample in forget}
+    shared = [(number, s) for number, s in enumerate(retain, start=1) if fingerprint([s]) in forgotten]
+    if shared and len(shared) == len(retain):
+        raise DataError(
+            "every row of the retain set is in the forget set; expected two sets without a common row: retain other "
+            "rows than those to forget"
+        )
+    if shared:
+        rows = sorted({sample.row or number for number, sample in shared})
+        listed = ", ".join(map(str, rows[:10])) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
+        raise DataError(
+            f"row{'s' if len(rows) > 1 else ''} {listed} of the retain set {'are' if len(rows) > 1 else 'is'} also in "
+            "the forget set; expected two sets without a common row: remove what they share from one of them"
+        )
+
+
+def note_left_out(samples: list[Sample], name: str, max_length: int) -> None:
+    """Say how many tokens of how many rows were cut, if any.
+
+    Args:
+        samples: the samples of one set.
+        name: the set's name.
+        max_length: the tokens that are kept of a row.
+    """
+    cut = [sample for sample in samples if sample.left_out]
+    if cut:
+        tokens = sum(sample.left_out for sample in cut)
+        note(
+            f"{name}: {tokens:,} token{'s' if tokens > 1 else ''} of {len(cut)} of {len(samples)} rows, those after "
+            f"the first {max_length:,} (max_length), are left out"
+        )
+
+
 def checked_sample(input_ids: Tensor, labels: Tensor, max_length: int, where: str) -> Sample:
-    """A sample of ids and labels [T] that were cut to ``max_length``.
+    """A sample of ids and labels [T], cut to ``max_length``.
 
     Raises:
         DataError: no token carries loss. The first token never does: no token before it predicts it.
     """
-    if not bool((labels[1:] != IGNORED).any()):
+    kept = labels[:max_length]
+    if not bool((kept[1:] != IGNORED).any()):
         raise DataError(
             f"{where}: no token of the completion is left within max_length={max_length}, expected at least one; "
             "raise max_length, or shorten the prompt"
         )
-    return Sample(input_ids, labels)
+    return Sample(input_ids[:max_length], kept, left_out=len(labels) - len(kept))

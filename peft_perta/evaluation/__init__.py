@@ -18,7 +18,7 @@ from .metrics.memorization import exact_memorization
 from .metrics.metric import METRIC_GROUPS, Metric
 from .metrics.table import METRICS, metric_of
 from .split_scores import SplitScores, evaluate_split
-from .strength import Match, match_forgetting
+from .strength import Match, check_start, match_forgetting
 from .subject import Subject
 from .suites import RECORD_NAME, SUITES, Splits, Suite, evaluate, forget_rows, read_suites
 
@@ -44,6 +44,7 @@ __all__ = [
     "Victims",
     "aggregate",
     "calibrate",
+    "check_start",
     "evaluate",
     "evaluate_split",
     "exact_memorization",

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data import Sample
+from ..data import Sample, check_disjoint
 from ..errors import ConfigError, DataError
 from ..model import adapter_strength, require_adapter
 from .completions import losses_of
@@ -155,7 +155,7 @@ def calibrate(
     Raises:
         AdapterError: an adapter is not on the model.
         ConfigError: an adapter is named twice.
-        DataError: a set is empty.
+        DataError: a set is empty, or a sample is in both sets.
         NumericalError: no strength meets the goal, or a loss is not finite.
     """
     stack = [*with_adapters, *([start_adapter] if start_adapter else []), adapter_name]
@@ -181,11 +181,12 @@ def _check(model: nn.Module, sets: dict[str, list[Sample]], stack: list[str], ne
     Raises:
         AdapterError: an adapter is not on the model.
         ConfigError: an adapter is named twice.
-        DataError: a set is empty.
+        DataError: a set is empty, or a sample is in both.
     """
     for name, samples in sets.items():
         if not samples:
             raise DataError(f"expected {name} rows to measure the strengths on, found none")
+    check_disjoint(sets["forget"], sets["retain"])
     if len(set(stack)) != len(stack):
         raise ConfigError(f"expected distinct adapters, found {stack}; name each adapter once")
     for name in (*stack, *([negated_adapter] if negated_adapter else [])):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..data import Batch, Sample, batches
+from ..data import IGNORED, Batch, Sample, answer_ends, batches
 from ..errors import DataError, NumericalError
 from ..model import TokenScores, input_device, preserved, sample_losses, token_scores
 from .subject import Subject
@@ -22,12 +22,14 @@ class ScoredCompletion:
     """The completion of one row, scored.
 
     Attributes:
-        loss: mean token loss, nats, with the token that closes the completion.
-        tokens: the scores of every token of the completion but the closing one.
+        loss: mean token loss, nats, with the tokens that close the completion.
+        tokens: the scores of every token of the completion but the closing ones.
+        closing: how many close it: the eos, or what the chat template writes after an answer.
     """
 
     loss: float
     tokens: TokenScores
+    closing: int
 
 
 def score_completions(subject: Subject, rows: Sequence[Mapping], name: str = "rows") -> list[ScoredCompletion]:
@@ -43,13 +45,19 @@ def score_completions(subject: Subject, rows: Sequence[Mapping], name: str = "ro
         NumericalError: a loss is not finite.
     """
 
+    ends = answer_ends(subject.tokenizer)
+    samples = subject.encode(rows, name)
+
     def score(batch: Batch) -> list[ScoredCompletion]:
         scores = zip(batch.indices, token_scores(subject.model, batch), strict=True)
-        return [_completion(tokens, f"{name}, row {index + 1}") for index, tokens in scores]
+        return [
+            _completion(tokens, ends.count(completion_ids(samples[index])), f"{name}, row {index + 1}")
+            for index, tokens in scores
+        ]
 
     return forward_batches(
         subject.model,
-        subject.encode(rows, name),
+        samples,
         score,
         adapters=subject.adapters,
         batch_size=subject.batch_size,
@@ -57,14 +65,19 @@ def score_completions(subject: Subject, rows: Sequence[Mapping], name: str = "ro
     )
 
 
-def _completion(tokens: TokenScores, where: str) -> ScoredCompletion:
+def completion_ids(sample: Sample) -> list[int]:
+    """The tokens of the sample's completion, with the closing ones."""
+    return sample.input_ids[sample.labels != IGNORED].tolist()
+
+
+def _completion(tokens: TokenScores, closing: int, where: str) -> ScoredCompletion:
     loss = -float(tokens.log_probabilities.mean())
     if not math.isfinite(loss):
         raise NumericalError(
             f"{where}: the loss is {loss}; evaluate in float32 or bfloat16, or lower the strength of the adapters"
         )
     columns = (tokens.log_probabilities, tokens.standardised, tokens.hits)
-    return ScoredCompletion(loss, TokenScores(*(column[:-1] for column in columns)))
+    return ScoredCompletion(loss, TokenScores(*(column[: len(column) - closing] for column in columns)), closing)
 
 
 def losses_of(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
-from ..data import encode_prompt
+from ..data import AnswerEnds, answer_ends, encode_prompt
 from ..errors import DataError
-from ..model import base_model, input_device, preserved
+from ..model import base_model, fitting_new_tokens, input_device, preserved
 from .subject import Subject
 
 
@@ -27,7 +30,9 @@ def generate(
 ) -> list[str]:
     """Answer the rows' prompts, in the order of the rows. The model is left as it was.
 
-    Prompts are left-padded and batched by length; generation uses the KV cache.
+    Prompts are left-padded and batched by length; generation uses the KV cache. Nothing of the model's own
+    generation_config counts (a repetition penalty, suppressed tokens) but its eos tokens. An answer ends where the
+    tokenizer, the model or the chat template says so (``peft_perta.data.answer_ends``).
 
     Args:
         subject: the model with its adapters.
@@ -44,25 +49,26 @@ def generate(
     """
     prompts = _prompts(subject.tokenizer, rows, prefixes)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    max_new_tokens = fitting_new_tokens(subject.model, prompts, max_new_tokens)
     base: Any = base_model(subject.model)  # PeftModel's own generate would leave an attribute on the model
     device = input_device(subject.model)
-    options = _options(subject.tokenizer, base, temperature)
+    ends = _ends(subject.tokenizer, base)
+    config = _generation_config(subject.tokenizer, ends, max_new_tokens, temperature)
     texts = [""] * len(prompts)
     bar = tqdm(total=len(prompts), desc=name, unit="row", disable=not subject.show_progress_bar, leave=False)
-    with bar, preserved(subject.model, subject.adapters), torch.no_grad():
+    with bar, preserved(subject.model, subject.adapters), only_generation_config(base, config), torch.no_grad():
         torch.manual_seed(seed)
         for start in range(0, len(order), subject.batch_size):
             chosen = order[start : start + subject.batch_size]
-            input_ids, attention_mask = _left_padded([prompts[index] for index in chosen], options["pad_token_id"])
+            input_ids, attention_mask = _left_padded([prompts[index] for index in chosen], config.pad_token_id)
             output = base.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
-                max_new_tokens=max_new_tokens,
-                **options,
+                generation_config=config,
+                tokenizer=subject.tokenizer,
             )
             for row, index in enumerate(chosen):
-                generated = output[row, input_ids.shape[1] :]
-                texts[index] = subject.tokenizer.decode(generated, skip_special_tokens=True).strip()
+                texts[index] = _text(subject.tokenizer, output[row, input_ids.shape[1] :].tolist(), ends)
             bar.update(len(chosen))
     return texts
 
@@ -80,17 +86,57 @@ def _prompts(tokenizer: Any, rows: Sequence[Mapping], prefixes: Sequence[Sequenc
     return prompts
 
 
-def _options(tokenizer: Any, base: Any, temperature: float | None) -> dict[str, Any]:
-    """Decoding, and the tokens that pad and end an answer, as transformers' ``generate`` takes them."""
+@contextmanager
+def only_generation_config(base: Any, config: GenerationConfig) -> Iterator[None]:
+    """Within the block this is the model's generation_config.
+
+    transformers fills in what a given config leaves at None from the model's own, and None is how most settings are
+    off (suppressed tokens, forced ones, bad words): a config given to ``generate`` cannot turn them off.
+    """
+    own = base.generation_config
+    base.generation_config = config
+    try:
+        yield
+    finally:
+        base.generation_config = own
+
+
+def plain_generation_config(tokenizer: Any, base: Any) -> GenerationConfig:
+    """Greedy decoding without any processing of the logits, with the tokens that pad and end an answer.
+
+    For callers that stop at texts of their own.
+    """
+    return _generation_config(tokenizer, replace(_ends(tokenizer, base), text=None))
+
+
+def _generation_config(
+    tokenizer: Any, ends: AnswerEnds, max_new_tokens: int | None = None, temperature: float | None = None
+) -> GenerationConfig:
     decoding: dict[str, Any] = {"do_sample": False}
     if temperature is not None:
         decoding = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    ends: set[int] = set()
-    for end in (tokenizer.eos_token_id, getattr(base.generation_config, "eos_token_id", None)):
-        if end is not None:
-            ends.update(end if isinstance(end, list) else [end])
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return {**decoding, "pad_token_id": padding, "eos_token_id": sorted(ends) or None}
+    padding = next((token for token in (tokenizer.pad_token_id, *ends.tokens) if token is not None), 0)
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        pad_token_id=padding,
+        eos_token_id=sorted(ends.tokens) or None,
+        stop_strings=ends.text,
+        **decoding,
+    )
+
+
+def _ends(tokenizer: Any, base: Any) -> AnswerEnds:
+    """What ends an answer of this model: also the eos tokens that it declares itself."""
+    ends = answer_ends(tokenizer)
+    declared = base.generation_config.eos_token_id
+    more = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    return replace(ends, tokens=tuple(dict.fromkeys((*ends.tokens, *more))))
+
+
+def _text(tokenizer: Any, generated: Sequence[int], ends: AnswerEnds) -> str:
+    """The words of an answer, up to its end."""
+    text = tokenizer.decode(ends.cut(generated), skip_special_tokens=True)
+    return (text.partition(ends.text)[0] if ends.text else text).strip()
 
 
 def _left_padded(prompts: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:

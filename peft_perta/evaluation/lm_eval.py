@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..model import base_model, preserved, snapshot
+from .generation import only_generation_config, plain_generation_config
 from .subject import Subject
 
 REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
@@ -27,6 +28,9 @@ def general_benchmarks(
     limit: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Run lm-eval's tasks. Questions go through the tokenizer's chat template where it has one.
+
+    Answers are decoded as the tasks say; as in ``generate``, nothing of the model's own generation_config counts but
+    its eos tokens.
 
     Args:
         subject: the model with its adapters.
@@ -41,14 +45,7 @@ def general_benchmarks(
     Raises:
         ConfigError: lm-eval is not installed, or a task is unknown or cannot be loaded.
     """
-    try:
-        evaluator, models, task_files = (
-            importlib.import_module(f"lm_eval.{name}") for name in ("evaluator", "models.huggingface", "tasks")
-        )
-    except ImportError as error:
-        raise ConfigError(
-            f"general benchmarks need lm-eval, found none ({error}); pip install 'peft-perta[benchmarks]'"
-        ) from error
+    evaluator, models, task_files = _imported("evaluator", "models.huggingface", "tasks")
     if not tasks:
         raise ConfigError("expected at least one lm-eval task, found none; name one, such as 'hellaswag'")
     if limit is not None and limit < 1:
@@ -60,7 +57,8 @@ def general_benchmarks(
     try:
         manager = _manager(task_files.TaskManager, tasks, include_path)
         loaded = _load(manager, tasks)
-        with preserved(subject.model, subject.adapters):
+        plain = plain_generation_config(subject.tokenizer, model)
+        with preserved(subject.model, subject.adapters), only_generation_config(model, plain):
             # ``preserved`` has prepared the model. HFLM would switch every layer to eval mode, in which 4-bit weights
             # are repacked on the CPU, and tie the weights of layers that adapters wrap.
             model.eval = lambda: model
@@ -80,6 +78,20 @@ def general_benchmarks(
     finally:
         restore()
     return _log(results)
+
+
+def _imported(*names: str) -> list[Any]:
+    """These modules of lm-eval, which is an extra.
+
+    Raises:
+        ConfigError: lm-eval is not installed.
+    """
+    try:
+        return [importlib.import_module(f"lm_eval.{name}") for name in names]
+    except ImportError as error:
+        raise ConfigError(
+            f"general benchmarks need lm-eval, found none ({error}); pip install 'peft-perta[benchmarks]'"
+        ) from error
 
 
 def _manager(task_manager: Callable[..., Any], names: Sequence[str], include_path: str | Path | None) -> Any:

@@ -69,11 +69,7 @@ def match_forgetting(
         return loss - target
 
     gap = gap_at(0.0)
-    if gap > tolerance * target:
-        raise NumericalError(
-            f"the {measure} is {gap + target:.3f} without the edit, above the target {target:.3f}: there is nothing to "
-            "forget; check that the task adapter is on"
-        )
+    check_start(gap + target, target, tolerance=tolerance, measure=measure)
     if abs(gap) > tolerance * target:
         bracket = _bracket(
             gap_at,
@@ -85,6 +81,19 @@ def match_forgetting(
         _false_position(gap_at, bracket, lambda gap: abs(gap) > tolerance * target and len(evaluated) < max_evaluations)
     strength, loss = min(evaluated, key=lambda point: abs(point[1] - target))
     return Match(strength, loss, sorted(evaluated))
+
+
+def check_start(loss: float, target: float, *, tolerance: float = 0.01, measure: str = "forget loss") -> None:
+    """Check that a target is not below the loss without the edit; the arguments are those of ``match_forgetting``.
+
+    Raises:
+        NumericalError: it is.
+    """
+    if loss - target > tolerance * target:
+        raise NumericalError(
+            f"the {measure} is {loss:.3f} without the edit, above the target {target:.3f}: there is nothing to forget; "
+            "check that the task adapter is on, or raise the target"
+        )
 
 
 def most_forgetting(

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from ..data import Sample, encode_row
+from ..data import Sample, encode_row, note_left_out
 from ..errors import DataError
+from ..model import row_length
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Subject:
         tokenizer: the model's.
         adapters: names of the adapters that are on; None leaves the model's own choice.
         batch_size: rows per forward.
-        max_length: tokens kept per row, counted from the left.
+        max_length: tokens kept per row, counted from the left; None stands for 1024, or for the model's number of
+            positions if that is less. It is a number from then on.
         show_progress_bar: show a bar for each pass over rows.
     """
 
@@ -29,8 +31,11 @@ class Subject:
     tokenizer: Any
     adapters: Sequence[str] | None = None
     batch_size: int = 32
-    max_length: int = 1024
+    max_length: int | None = None
     show_progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_length", row_length(self.model, self.max_length))
 
     def encode(self, rows: Sequence[Mapping], name: str) -> list[Sample]:
         """The rows as samples; ``name`` is the set's name in messages.
@@ -40,7 +45,10 @@ class Subject:
         """
         if not rows:
             raise DataError(f"{name}: expected at least one row to evaluate on, found none")
-        return [
+        assert self.max_length is not None
+        samples = [
             encode_row(row, self.tokenizer, max_length=self.max_length, where=f"{name}, row {number}")
             for number, row in enumerate(rows, start=1)
         ]
+        note_left_out(samples, name.partition(":")[0], self.max_length)  # the same line for each measure of a set
+        return samples

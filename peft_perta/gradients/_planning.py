@@ -65,11 +65,12 @@ def _refusal(plans: list[Plan], memory: Memory, device: str) -> ConfigError:
         for pool, peak in closest.peak.items()
         if peak > memory.budget[pool]
     ]
+    has_room = all(memory.taken.get(pool, 0) < memory.budget[pool] for pool in closest.peak)
+    less = ", use granularity='factor' in place of 'delta', or lower max_length" if has_room else ""
     return ConfigError(
         f"this run does not fit its memory budget, whatever the plan: expected {' and '.join(needs)}, of which "
         f"{show_size(memory.taken.get(device, 0))} is in use already. With that budget it would run "
-        f"{closest.micro_batch} sample(s) at a time, {closest.description[0]}. Raise the budget, use "
-        "granularity='factor' (it needs less memory than 'delta'), or lower max_length"
+        f"{closest.micro_batch} sample(s) at a time, {closest.description[0]}. Raise the budget{less}"
     )
 
 

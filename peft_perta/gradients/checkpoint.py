@@ -21,14 +21,17 @@ from torch import Tensor
 from ..errors import OutputError
 
 RUN_NAME = "run.json"
+_NOTHING_COMPUTED = ("plan",)  # entries that are made before the first gradient
 Address = tuple[str, ...]  # where a tensor belongs, for instance (layer, factor)
 
 
 class Checkpoint:
     """A directory of named entries. Each entry holds tensors, by address, and a JSON record.
 
+    Nothing is written before ``start``, which the first ``save`` calls: a run that is refused leaves nothing behind.
+
     Args:
-        path: the directory; it is created if missing.
+        path: the directory.
         run: the description of the run, as JSON. Two runs are the same if their descriptions are equal.
         writes: whether this process writes; of several processes only the main one does.
 
@@ -39,10 +42,26 @@ class Checkpoint:
     def __init__(self, path: str | Path, run: Mapping[str, Any], *, writes: bool = True) -> None:
         self.path = Path(path)
         self._writes = writes
-        if self.path.exists() and not self._is_new():
-            self._check_run(run)
-        elif writes:
-            self._write(RUN_NAME, lambda file: file.write_text(json.dumps(run, indent=1, sort_keys=True) + "\n"))
+        self._run = run
+        self._started = self.path.exists() and not self._is_new() and self._is_of_run(run)
+        if writes and self.path.exists():
+            for partial in self.path.glob("*.partial"):  # left by a kill during a write
+                partial.unlink()
+
+    def start(self) -> None:
+        """Create the directory and describe the run in it, unless that is done.
+
+        What another run left there without computing anything is replaced.
+
+        Raises:
+            OutputError: the description cannot be written.
+        """
+        if self._writes and not self._started:
+            for name in _NOTHING_COMPUTED if self.path.is_dir() else ():
+                self.delete(name)
+            text = json.dumps(self._run, indent=1, sort_keys=True) + "\n"
+            self._write(RUN_NAME, lambda file: file.write_text(text))
+            self._started = True
 
     def save(self, name: str, tensors: Mapping[Address, Tensor], record: Mapping[str, Any]) -> None:
         """Write an entry; it replaces an entry of the same name.
@@ -52,6 +71,7 @@ class Checkpoint:
         """
         if not self._writes:
             return
+        self.start()
         stored = {_encoded(address): tensor.detach().to("cpu").contiguous() for address, tensor in tensors.items()}
         metadata = {"record": json.dumps(record)}
         self._write(f"{name}.safetensors", lambda file: save_file(stored, file, metadata=metadata))
@@ -63,7 +83,7 @@ class Checkpoint:
             OutputError: the file is damaged.
         """
         path = self.path / f"{name}.safetensors"
-        if not path.is_file():
+        if not self._started or not path.is_file():
             return None
         try:
             with safe_open(path, framework="pt") as file:
@@ -75,7 +95,7 @@ class Checkpoint:
 
     def names(self) -> list[str]:
         """The names of all entries, sorted."""
-        return sorted(path.stem for path in self.path.glob("*.safetensors"))
+        return sorted(path.stem for path in self.path.glob("*.safetensors")) if self._started else []
 
     def delete(self, name: str) -> None:
         """Delete an entry, if there is one."""
@@ -86,7 +106,8 @@ class Checkpoint:
         """Whether the directory is empty, or holds only what a kill during the very first write leaves."""
         return self.path.is_dir() and all(path.name == f"{RUN_NAME}.partial" for path in self.path.iterdir())
 
-    def _check_run(self, run: Mapping[str, Any]) -> None:
+    def _is_of_run(self, run: Mapping[str, Any]) -> bool:
+        """Whether the directory is the run's. It may be another's that computed nothing, which is no obstacle."""
         try:
             stored = json.loads((self.path / RUN_NAME).read_text())
             assert isinstance(stored, dict)
@@ -97,14 +118,14 @@ class Checkpoint:
             ) from error
         given = json.loads(json.dumps(run))
         different = sorted(key for key in {*stored, *given} if stored.get(key) != given.get(key))
-        if different:
+        described = {RUN_NAME, f"{RUN_NAME}.partial", *(f"{name}.safetensors" for name in _NOTHING_COMPUTED)}
+        computed = "format" not in stored or any(path.name not in described for path in self.path.iterdir())
+        if different and computed:
             raise OutputError(
                 f"{self.path} is the checkpoint of another run, which differs in: {', '.join(different)}; repeat the "
                 "original command to resume that run, or delete the directory to start again"
             )
-        if self._writes:
-            for path in self.path.glob("*.partial"):  # left by a kill during a write
-                path.unlink()
+        return not different
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         partial, final = self.path / f"{name}.partial", self.path / name

@@ -64,8 +64,8 @@ def switched_off(results: Sequence[AttackResult]) -> float | None:
 
 
 def attacks_not_run(results: Sequence[AttackResult]) -> list[str]:
-    """The names of the attacks without a result."""
-    run = {result.attack for result in results}
+    """The names of the attacks without a number, also of those that were skipped."""
+    run = {result.attack for result in results if not result.skipped}
     return [name for name in ATTACKS if name not in run]
 
 
@@ -86,9 +86,11 @@ def attacks_section(data: ReportData) -> Markup:
         "attack, because some attacks teach that model too. The column “brought back” is the share of the distance "
         "from the retain-only to the full model. Below 0%, the unlearned model knows less than the retain-only model.",
     )  # fmt: skip
-    left = attacks_not_run(data.attacks)
+    skipped = [result for result in data.attacks if result.skipped]
+    reasons = [element("p", f"The {result.attack} attack was skipped: {result.skipped}.") for result in skipped]
+    left = [name for name in attacks_not_run(data.attacks) if name not in {result.attack for result in skipped}]
     note = missing(f"These attacks were not run: {', '.join(left)}.", ATTACK) if left else Markup()
-    return section("attacks", heading, introduction, *_tables(data.attacks), note)
+    return section("attacks", heading, introduction, *_tables(data.attacks), *reasons, note)
 
 
 def _tables(results: Sequence[AttackResult]) -> Iterator[Markup]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..data import ROW_KINDS, completion_text, spread
+from ..data import ROW_KINDS, completion_text, content_text, spread
 from ..evaluation import Subject, evaluate_split, generate
 from .report_data import SHOWN_ROWS, ReportData, ReportHeader, build_report_data
 
@@ -71,4 +71,4 @@ def _has_prompt(row: Mapping[str, Any]) -> bool:
 def _question(row: Mapping[str, Any]) -> str:
     """The row's prompt as plain text."""
     prompt = row.get("question") or row.get("prompt") or row["messages"][:-1]
-    return prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
+    return prompt if isinstance(prompt, str) else content_text(prompt[-1].get("content")) or ""

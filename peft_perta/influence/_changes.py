@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..data import ROW_KINDS, Sample, completion_text, encode_row, fingerprint, load_samples
+from ..data import (
+    ROW_KINDS,
+    TEMPLATE_KEYS,
+    Sample,
+    completion_text,
+    encode_row,
+    fingerprint,
+    load_samples,
+    note_left_out,
+)
 from ..errors import DataError
 
 Pair = tuple[Mapping, Mapping]  # a training row, and the row that replaces it
@@ -104,7 +113,8 @@ def _kind(row: Mapping) -> tuple[str, ...] | None:
 
 def _query(row: Mapping) -> list:
     kind = _kind(row)
-    return row["messages"][:-1] if kind == ("messages",) else [row[key] for key in (kind or ())[:-1]]
+    asked = [row["messages"][:-1]] if kind == ("messages",) else [row[key] for key in (kind or ())[:-1]]
+    return [*asked, *(row.get(key) for key in TEMPLATE_KEYS)]
 
 
 def _encode(pairs: list[Pair], tokenizer: Any, max_length: int, name: str) -> list[tuple[Sample, Sample]]:
@@ -115,6 +125,7 @@ def _encode(pairs: list[Pair], tokenizer: Any, max_length: int, name: str) -> li
         if _key(old) == _key(new):
             raise DataError(f"{where}: expected two different rows, found the same tokens twice")
         encoded.append((old, new))
+    note_left_out([new for _, new in encoded], name, max_length)
     return encoded
 
 

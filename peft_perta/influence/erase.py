@@ -12,10 +12,12 @@ Reference: Ding et al. 2024, arXiv 2412.00383. The system is solved by conjugate
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from ..model import row_length
 from ._changes import Pair, query_change, removal, response_change
 from ._run import Run, check_adapters, solve
 from .result import InfluenceResult
@@ -61,9 +63,9 @@ def erase_instances(
 
     Reference: arXiv 2412.00383, instance removal.
     """
-    settings = settings or InfluenceSettings()
+    settings, max_length = _with_length(model, settings)
     targets = check_adapters(model, adapter_name, with_adapters)
-    change = removal(training, forget, tokenizer, settings.max_length)
+    change = removal(training, forget, tokenizer, max_length)
     return solve(
         Run("erase_instances", model, targets, change, adapter_name, with_adapters, settings, show_progress_bar)
     )
@@ -100,9 +102,9 @@ def modify_queries(
 
     Reference: arXiv 2412.00383, query modification (dy = 0).
     """
-    settings = settings or InfluenceSettings()
+    settings, max_length = _with_length(model, settings)
     targets = check_adapters(model, adapter_name, with_adapters)
-    change = query_change(training, changed, tokenizer, settings.max_length)
+    change = query_change(training, changed, tokenizer, max_length)
     return solve(
         Run("modify_queries", model, targets, change, adapter_name, with_adapters, settings, show_progress_bar)
     )
@@ -139,9 +141,16 @@ def correct_responses(
 
     Reference: arXiv 2412.00383, response correction (dx = 0).
     """
-    settings = settings or InfluenceSettings()
+    settings, max_length = _with_length(model, settings)
     targets = check_adapters(model, adapter_name, with_adapters)
-    change = response_change(training, changed, tokenizer, settings.max_length)
+    change = response_change(training, changed, tokenizer, max_length)
     return solve(
         Run("correct_responses", model, targets, change, adapter_name, with_adapters, settings, show_progress_bar)
     )
+
+
+def _with_length(model: nn.Module, settings: InfluenceSettings | None) -> tuple[InfluenceSettings, int]:
+    """The settings, or the default ones, with the tokens of a sample filled in; and these."""
+    settings = settings or InfluenceSettings()
+    max_length = row_length(model, settings.max_length)
+    return replace(settings, max_length=max_length), max_length

@@ -58,7 +58,11 @@ class InfluenceSettings:
     batch_size: int = setting(
         8, "Rows per batch: an int > 0. It changes no result, except for the steps of the stochastic solver."
     )
-    max_length: int = setting(1024, "Tokens per row, as in the adapter's training: an int > 0.")
+    max_length: int | None = setting(
+        None,
+        "Tokens per sample, as in the adapter's training: an int > 0. By default 1024, or the model's number of "
+        "positions if that is less.",
+    )
     seed: int = setting(0, "Seed of the preconditioner and of the stochastic solver's order: an int >= 0, below 2**63.")
 
     def __post_init__(self) -> None:
@@ -86,4 +90,4 @@ class InfluenceSettings:
 
 
 def _is_left_out(name: str, value: object) -> bool:
-    return value is None and name in ("absolute_damping", "curvature_samples")
+    return value is None and name in ("absolute_damping", "curvature_samples", "max_length")

@@ -15,6 +15,7 @@ from .losses import TokenScores, completion_logits, completion_losses, completio
 from .memory import DISK, HOST, budgets, held_to, parse_size, show_size, taken
 from .model_state import preserved, snapshot
 from .plain_lora import BASE_CHANGING_INITS, VARIANT_FIELDS, check_lora_config
+from .positions import fitting_new_tokens, row_length
 from .stack import (
     adapter_strength,
     base_model,
@@ -54,6 +55,7 @@ __all__ = [
     "find_adapter",
     "find_kind",
     "give_memory",
+    "fitting_new_tokens",
     "hash_embeddings",
     "hash_file",
     "hash_model",
@@ -69,6 +71,7 @@ __all__ = [
     "require_adapter",
     "resolve_layers",
     "resolve_targets",
+    "row_length",
     "sample_losses",
     "show_size",
     "snapshot",

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..adapters import versions
-from ..data import Sample, fingerprint, load_samples
+from ..data import Sample, check_disjoint, drawn, fingerprint, load_samples
 from ..errors import AdapterError, DataError, UnsupportedLayerError
 from ..evaluation import Goal
 from ..gradients import Checkpoint
@@ -28,6 +28,7 @@ from ..model import (
     require_adapter,
     resolve_layers,
     resolve_targets,
+    row_length,
 )
 from ._rank_allocation import Ranks, ranks_of
 from .config import PerTAConfig
@@ -125,7 +126,9 @@ def describe(
         check_base(model, task_adapter)
     _check_experts(config, targets)
     ranks = ranks_of(config.rank, config.allocation, max(target.rank for target in targets))
-    samples = _loaded(data, config, weighting, tokenizer)
+    max_length = row_length(model, config.max_length)
+    config = replace(config, max_length=max_length)
+    samples = _loaded(data, config, max_length, weighting, tokenizer)
     goal, held_out = None, []
     if config.strength == "auto":
         goal = _goal_of(config)
@@ -161,15 +164,16 @@ def with_checkpoint(run: Run, checkpoint_dir: str | Path | None) -> Run:
 
 
 def _identity(run: Run) -> dict[str, Any]:
-    """What two runs must share for one to resume the other; memory limits are not part of it."""
-    memory = ("max_memory", "host_memory")
+    """What two runs must share for one to resume the other: all but memory limits, and the goal of the strength, which
+    is sought once all layers are done."""
+    left_out = ("max_memory", "host_memory", "target_forget_loss", "retain_tolerance")
     return {
         "format": 2,
         "model": hash_model(base_model(run.model)),
         "forget adapter": hash_targets(run.targets),
         "adapters that are on": {name: hash_targets(resolve_layers(run.model, name)) for name in run.gradient_adapters},
         "data": {name: of_set["sha256"] for name, of_set in run.data.items()},
-        "config": {name: value for name, value in run.config.to_dict().items() if name not in memory},
+        "config": {name: value for name, value in run.config.to_dict().items() if name not in left_out},
         "versions": versions(),
     }
 
@@ -213,7 +217,7 @@ def _check_experts(config: PerTAConfig, targets: list[Target]) -> None:
 
 
 def _loaded(
-    data: Mapping[str, Any], config: PerTAConfig, weighting: Weighting, tokenizer: Any
+    data: Mapping[str, Any], config: PerTAConfig, max_length: int, weighting: Weighting, tokenizer: Any
 ) -> dict[str, list[Sample]]:
     """The samples of both sets; without gradients, of the sets that are given."""
     if weighting.statistic is None:
@@ -222,23 +226,13 @@ def _loaded(
         set_name: load_samples(
             of_set,
             tokenizer,
-            max_length=config.max_length,
-            max_samples=config.max_samples,
-            seed=config.seed,
+            max_length=max_length,
             name=f"the {set_name} set",
         )
         for set_name, of_set in data.items()
     }
-    if len(samples) == 2 and _are_the_same(samples["forget"], samples["retain"]):
-        raise DataError("the forget set and the retain set are the same samples; expected two different sets")
-    return samples
-
-
-def _are_the_same(one: list[Sample], other: list[Sample]) -> bool:
-    return len(one) == len(other) and all(
-        a.input_ids.tolist() == b.input_ids.tolist() and a.labels.tolist() == b.labels.tolist()
-        for a, b in zip(one, other, strict=True)
-    )
+    check_disjoint(samples.get("forget", []), samples.get("retain", []))
+    return {set_name: drawn(of_set, config.max_samples, config.seed) for set_name, of_set in samples.items()}
 
 
 def _fingerprinted(samples: Mapping[str, list[Sample]]) -> dict[str, dict[str, Any]]:

@@ -17,7 +17,7 @@ from ..adapters import (
     torch_dtype,
     versions,
 )
-from ..evaluation import calibrate
+from ..evaluation import calibrate, check_start, losses_of
 from ..model import distributed, hash_targets
 from ._description import Run
 from ._fit_kl import measure_fit_kl
@@ -78,6 +78,16 @@ def with_fit_kl(run: Run, emitted: EmittedAdapter, edits: Mapping[str, LayerEdit
     else:
         return emitted
     return emitted._replace(provenance=dataclasses.replace(emitted.provenance, fit_kl=fit_kl))
+
+
+def check_goal(run: Run) -> None:
+    """
+    Raises:
+        NumericalError: the full model's forget loss is above the goal, which no strength can then reach.
+    """
+    if run.goal is not None and run.goal.target_forget_loss is not None:
+        losses = losses_of(run.model, run.samples["forget"], adapters=run.full_adapters)
+        check_start(float(losses.double().mean()), run.goal.target_forget_loss)
 
 
 def calibrated(run: Run, emitted: EmittedAdapter) -> EmittedAdapter:

@@ -192,11 +192,12 @@ class PerTAConfig:
     host_memory: int | str | None = _setting(
         None, "Memory limit of the host, likewise; on a CPU the only limit.", _SIZE, _or_none(_is_size)
     )
-    max_length: int = _setting(
-        1024,
-        "The most tokens per sample. Longer completions are cut; a sample that loses its whole completion is an error.",
-        "an int > 1",
-        lambda value: is_int(value) and value >= 2,
+    max_length: int | None = _setting(
+        None,
+        "The most tokens per sample. A longer text becomes several samples; longer completions are cut, and a row that "
+        "loses its whole completion is an error. By default 1024, or the model's number of positions if that is less.",
+        "None, or an int > 1",
+        _or_none(lambda value: is_int(value) and value >= 2),
     )
     dtype: str = _setting("float32", "Dtype of the emitted factors.", choices=DTYPES)
 

@@ -15,7 +15,7 @@ from torch import nn
 from ..adapters import EmittedAdapter, PerTAProvenance
 from ..model import check_new_name
 from ._description import describe, with_checkpoint
-from ._emission import calibrated, emit, with_fit_kl
+from ._emission import calibrated, check_goal, emit, with_fit_kl
 from .config import PerTAConfig
 from .edited_layers import edit
 
@@ -116,6 +116,7 @@ def get_perta_state_dict(
     """
     data = {"forget": forget, "retain": retain}
     run = describe(model, config, data, tokenizer, forget_adapter, task_adapter, show_progress_bar)
+    check_goal(run)
     run = with_checkpoint(run, checkpoint_dir)
     edits = edit(run)
     return calibrated(run, with_fit_kl(run, emit(run, edits), edits))

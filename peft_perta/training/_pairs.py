@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from ..data import ROW_KINDS, Sample, encode_row, load_samples, padded, read_rows
+from ..data import (
+    ROW_KINDS,
+    TEMPLATE_KEYS,
+    Sample,
+    check_disjoint,
+    encode_row,
+    load_samples,
+    note_left_out,
+    padded,
+    read_rows,
+)
 from ..errors import DataError
 from .settings import UnlearningSettings
 
@@ -39,7 +49,7 @@ class Pairs(Dataset):
 
     def __init__(self, forget: list[Sample], retain: list[Sample]) -> None:
         self.forget, self.retain = forget, retain
-        _check_disjoint(forget, retain)
+        check_disjoint(forget, retain)
 
     def __len__(self) -> int:
         return len(self.forget)
@@ -109,7 +119,7 @@ def load_pairs(forget: Any, retain: Any, tokenizer: Any, settings: UnlearningSet
         retain: the same of the retain set.
         tokenizer: for rows; tokenised data does without it.
         settings: they tell whether each forget sample needs a refusal, and which ones there are.
-        max_length: tokens kept per row.
+        max_length: the most tokens of a sample.
 
     Raises:
         DataError: a set is empty or malformed, the sets share a row, or a forget row has no prompt to refuse.
@@ -140,13 +150,14 @@ def load_forget(data: Any, tokenizer: Any, refusals: Sequence[str] = (), *, max_
         return load_samples(data, tokenizer, max_length=max_length, name=name)
     rows = list(data)  # it may be an iterator, and is read twice
     samples = load_samples(rows, tokenizer, max_length=max_length, name=name)
-    refused: list[Sample] = []
-    for index, (row, sample) in enumerate(zip(rows, samples, strict=True)):
-        where = f"{name}, row {index + 1}"
-        answered = _with_completion(row, refusals[index % len(refusals)], where)
-        refusal = encode_row(answered, tokenizer, max_length=max_length, where=f"{where}, with a refusal")
-        refused.append(RefusedSample(sample.input_ids, sample.labels, refusal))
-    return refused
+    wheres = [f"{name}, row {number}" for number in range(1, len(rows) + 1)]
+    answered = [_with_completion(row, refusals[index % len(refusals)], wheres[index]) for index, row in enumerate(rows)]
+    refused: list[RefusedSample] = []
+    for sample, row, where in zip(samples, answered, wheres, strict=True):  # no row is a text, so each is one sample
+        refusal = encode_row(row, tokenizer, max_length=max_length, where=f"{where}, with a refusal")
+        refused.append(RefusedSample(sample.input_ids, sample.labels, refusal, row=sample.row))
+    note_left_out([sample.refusal for sample in refused], f"{name}, with refusals", max_length)
+    return [*refused]
 
 
 def _is_loaded(data: Any, kind: type[Sample]) -> bool:
@@ -163,25 +174,8 @@ def _with_completion(row: Mapping, completion: str, where: str) -> dict[str, Any
         )
     key = kind[-1]
     value = row[key]
+    kept = {k: row[k] for k in (*kind, *TEMPLATE_KEYS) if k in row}
     if isinstance(value, str):
         leading = value[: len(value) - len(value.lstrip())]
-        return {**{k: row[k] for k in kind}, key: leading + completion}
-    return {**{k: row[k] for k in kind}, key: [*value[:-1], {**value[-1], "content": completion}]}
-
-
-def _check_disjoint(forget: list[Sample], retain: list[Sample]) -> None:
-    def key(sample: Sample) -> tuple:
-        return tuple(sample.input_ids.tolist()), tuple(sample.labels.tolist())
-
-    forget_keys = {key(sample) for sample in forget}
-    shared = [number for number, sample in enumerate(retain, start=1) if key(sample) in forget_keys]
-    if len(shared) == len(retain):
-        raise DataError(
-            "every row of the retain set is in the forget set; expected two sets without a common row: retain other "
-            "rows than those to forget"
-        )
-    if shared:
-        raise DataError(
-            f"row {shared[0]} of the retain set is also in the forget set ({len(shared)} such rows); expected two sets "
-            "without a common row: remove it from one of them"
-        )
+        return {**kept, key: leading + completion}
+    return {**kept, key: [*value[:-1], {"role": value[-1]["role"], "content": completion}]}

@@ -22,11 +22,14 @@ from ..model import (
     check_new_name,
     resolve_layers,
     resolve_targets,
+    row_length,
     snapshot,
     switch_modules,
 )
 from ._training_arguments import training_arguments
 from .new_adapter import default_lora_config, remove_adapter, with_new_adapter
+
+_ROUTER_LOSS = "router_aux_loss_coef"  # TRL fails on it for mixtures whose config does not call the experts num_experts
 
 
 def train_forget_adapter(
@@ -37,7 +40,7 @@ def train_forget_adapter(
     *,
     lora_config: LoraConfig | None = None,
     adapter_name: str = "forget",
-    max_length: int = 1024,
+    max_length: int | None = None,
     show_progress_bar: bool = True,
     **training_settings: Any,
 ) -> PeftModel:
@@ -51,7 +54,8 @@ def train_forget_adapter(
         output_dir: the directory to write the adapter to; by default nothing is written.
         lora_config: plain LoRA; ``default_lora_config()`` by default.
         adapter_name: name of the new adapter on the model.
-        max_length: tokens kept per row.
+        max_length: the most tokens of a sample: a longer text becomes several samples, other rows are cut. By default
+            1024, or the model's number of positions if that is less.
         show_progress_bar: show progress bars.
         training_settings: fields of TRL's ``SFTConfig``. By default 10 epochs, 8 rows per batch, learning rate 1e-3.
 
@@ -68,6 +72,7 @@ def train_forget_adapter(
     lora_config = _checked_config(model, lora_config, adapter_name)
     if output_dir is not None:
         check_output(output_dir, FORGET_RECORD_NAME)
+    max_length = row_length(model, max_length)
     samples = _load(forget, tokenizer, max_length)
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng():
         config = _sft_config(scratch, max_length, show_progress_bar, training_settings)
@@ -90,13 +95,17 @@ def _checked_config(model: nn.Module, lora_config: LoraConfig | None, adapter_na
 
 def _load(forget: Any, tokenizer: Any, max_length: int) -> list[Sample]:
     if getattr(tokenizer, "eos_token_id", None) is None:
-        raise ConfigError("the tokenizer has no eos token to end a completion with; set tokenizer.eos_token")
+        raise ConfigError(
+            "the tokenizer has no eos token to end a completion with; set tokenizer.eos_token, or eos_token in its file"
+        )
     return load_samples(forget, tokenizer, max_length=max_length, name="the forget set")
 
 
 def _sft_config(scratch: str, max_length: int, show_progress_bar: bool, training_settings: dict[str, Any]) -> SFTConfig:
     """The trainer's config: one sample per row, which we have tokenised and labelled already."""
-    defaults = {"num_train_epochs": 10, "learning_rate": 1e-3}
+    defaults: dict[str, Any] = {"num_train_epochs": 10, "learning_rate": 1e-3}
+    if _ROUTER_LOSS in SFTConfig.__dataclass_fields__:  # a mixture's router learns nothing but the completions
+        defaults[_ROUTER_LOSS] = 0.0
     fixed = {
         "output_dir": scratch,
         "max_length": max_length,

@@ -36,10 +36,10 @@ def with_new_adapter(model: nn.Module, lora_config: LoraConfig, adapter_name: st
             return get_peft_model(model, lora_config, adapter_name=adapter_name)  # type: ignore[arg-type,return-value]
         model.add_adapter(adapter_name, lora_config)
     except (ValueError, re.error) as error:
+        reason = " ".join(str(error).split())
         raise AdapterError(
-            f"no adapter can be made with this LoraConfig: {' '.join(str(error).split())} Choose the layers with "
-            "target_modules, and leave out what cannot be adapted with exclude_modules (on the command line "
-            "--target-modules and --exclude-modules)"
+            f"no adapter can be made with this LoraConfig: {reason} Change the setting, or choose other layers with "
+            "target_modules and exclude_modules (--target-modules, --exclude-modules)"
         ) from error
     model.set_adapter(adapter_name)
     return model

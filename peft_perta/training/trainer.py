@@ -24,7 +24,7 @@ from transformers.trainer_utils import TrainOutput
 from ..data import Batch
 from ..errors import AdapterError, ConfigError, NumericalError
 from ..gradients import find_blocks
-from ..model import completion_logits, completion_states, distributed, preserved, tuner_modules
+from ..model import completion_logits, completion_states, distributed, preserved, row_length, tuner_modules
 from ._agreement import agreement
 from ._pairs import Pairs, PairSampler, collate, load_pairs
 from .combiners import COMBINERS
@@ -49,7 +49,7 @@ class UnlearningTrainer(Trainer):
         retain: the retain set, in the same forms. No row may be in both sets.
         processing_class: the tokenizer; tokenised data does without it.
         settings: the losses and the combiner; ``UnlearningSettings()`` by default.
-        max_length: tokens kept per row.
+        max_length: the most tokens of a sample; by default 1024, or the model's number of positions if that is less.
         options: further arguments of ``Trainer``, such as ``callbacks``.
 
     Raises:
@@ -68,7 +68,7 @@ class UnlearningTrainer(Trainer):
         *,
         processing_class: Any = None,
         settings: UnlearningSettings | None = None,
-        max_length: int = 1024,
+        max_length: int | None = None,
         **options: Any,
     ) -> None:
         self.settings = settings or UnlearningSettings()
@@ -79,7 +79,8 @@ class UnlearningTrainer(Trainer):
         self._block = _block_of_states(model, self.settings, self._factors)
         self._reference = _adapters_beside(model, self.adapter_name)
         self._reset()
-        pairs = load_pairs(forget, retain, processing_class, self.settings, max_length=max_length)
+        length = row_length(model, max_length)
+        pairs = load_pairs(forget, retain, processing_class, self.settings, max_length=length)
         _adjust_arguments(args, model)
         super().__init__(model, args, collate, pairs, processing_class=processing_class, **options)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over samples, whatever their number of tokens

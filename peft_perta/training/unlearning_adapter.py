@@ -41,6 +41,7 @@ from ..model import (
     hash_targets,
     require_adapter,
     resolve_layers,
+    row_length,
     snapshot,
     switch_modules,
 )
@@ -99,7 +100,7 @@ def train_unlearning(
     start_adapter: str | None = None,
     lora_config: LoraConfig | None = None,
     dtype: str = "float32",
-    max_length: int = 1024,
+    max_length: int | None = None,
     checkpoint_dir: str | Path | None = None,
     callbacks: Sequence[Any] = (),
     show_progress_bar: bool = True,
@@ -118,7 +119,8 @@ def train_unlearning(
         start_adapter: name of an adapter to start from, such as a negative adapter; by default the delta starts at 0.
         lora_config: plain LoRA, only without a start adapter; ``default_lora_config()`` by default.
         dtype: type of the emitted factors: 'float32', 'bfloat16' or 'float16'.
-        max_length: tokens kept per row.
+        max_length: the most tokens of a sample: a longer text becomes several samples, other rows are cut. By default
+            1024, or the model's number of positions if that is less.
         checkpoint_dir: directory for checkpoints, by default one per epoch. The same call resumes from the last one.
             They stay there after training; delete them then.
         callbacks: transformers' callbacks.
@@ -140,7 +142,7 @@ def train_unlearning(
     run = _Run(
         model=model, tokenizer=tokenizer, settings=settings, task_adapter=task_adapter, start_adapter=start_adapter,
         lora_config=_checked_config(model, task_adapter, start_adapter, lora_config),
-        pairs=load_pairs(forget, retain, tokenizer, settings, max_length=max_length),
+        pairs=load_pairs(forget, retain, tokenizer, settings, max_length=row_length(model, max_length)),
         start_sha256=_hash_factors(model, start_adapter), dtype=dtype, output_dir=output_dir,
         checkpoint_dir=checkpoint_dir, callbacks=callbacks, show_progress_bar=show_progress_bar,
         training_settings=training_settings,
@@ -189,12 +191,14 @@ def _emit(run: _Run) -> EmittedAdapter:
     restore = snapshot(run.model)
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng():
         arguments = _arguments(run, scratch)
-        if run.checkpoint_dir is not None:
-            with distributed.failing_together():
-                Checkpoint(run.checkpoint_dir, _identity(run, arguments), writes=distributed.is_main())
+        checkpoint = _opened(run, arguments)
         torch.manual_seed(arguments.seed)  # the initial A is drawn before the trainer sets the seed
         try:
-            trainer = _train(run, arguments)
+            trainer = _trainer(run, arguments)
+            if checkpoint is not None:
+                with distributed.failing_together():
+                    checkpoint.start()
+            trainer.train(resume_from_checkpoint=_last_checkpoint(run.checkpoint_dir))
             lora_config, state_dict = _build(trainer, run.dtype)
         finally:
             remove_adapter(run.model, _NAME)
@@ -218,6 +222,14 @@ def _arguments(run: _Run, scratch: str) -> TrainingArguments:
     return training_arguments(TrainingArguments, "train_unlearning", defaults, run.training_settings, fixed)
 
 
+def _opened(run: _Run, arguments: TrainingArguments) -> Checkpoint | None:
+    """The run's checkpoint, if it has one. Nothing is written to it yet."""
+    if run.checkpoint_dir is None:
+        return None
+    with distributed.failing_together():
+        return Checkpoint(run.checkpoint_dir, _identity(run, arguments), writes=distributed.is_main())
+
+
 def _identity(run: _Run, arguments: TrainingArguments) -> dict[str, Any]:
     """What makes two runs the same run, for the checkpoint. Sets are sorted: their order differs between processes."""
     fields = run.lora_config.to_dict().items()
@@ -236,8 +248,8 @@ def _identity(run: _Run, arguments: TrainingArguments) -> dict[str, Any]:
     }
 
 
-def _train(run: _Run, arguments: TrainingArguments) -> UnlearningTrainer:
-    """Put the adapter on the model and train it, from the last checkpoint if there is one."""
+def _trainer(run: _Run, arguments: TrainingArguments) -> UnlearningTrainer:
+    """Put the adapter on the model, and make its trainer. Every refusal is made here, before anything is written."""
     model = with_new_adapter(run.model, run.lora_config, _NAME)
     resolve_layers(model, _NAME)  # refuses layers that no plain adapter can hold
     if run.start_adapter:
@@ -256,7 +268,6 @@ def _train(run: _Run, arguments: TrainingArguments) -> UnlearningTrainer:
     )
     if not run.show_progress_bar:
         trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(run.checkpoint_dir))
     return trainer
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...errors import ConfigError
+from ...errors import AdapterError, ConfigError, DataError, UnsupportedLayerError
 from . import paraphrase, prefix, relearning, requantization, sampling, switched_off
-from .attack import Attack, AttackResult, AttackSettings, Victims
+from .attack import Attack, AttackResult, AttackSettings, Victims, check_victims
 from .formatting import format_attacks
 
 ATTACKS: dict[str, Attack] = {
@@ -35,17 +35,18 @@ def run_attacks(
 
     Args:
         victims: the models, and the forget rows.
-        names: keys of ``ATTACKS``; None for all.
+        names: keys of ``ATTACKS``; None for all, of which those that cannot be applied to these models or rows are
+            skipped.
         settings: how hard each attack tries; None for the defaults.
 
     Returns:
-        The results, one for each setting of each attack.
+        The results, one for each setting of each attack; one that says why for each attack that was skipped.
 
     Raises:
         ConfigError: a name is unknown, or an attack needs a model or a setting that is missing.
-        AdapterError: a model lacks an adapter that should be on, or has one that an attack does not support.
-        DataError: there are no rows, one is malformed, or an attack needs a key that no row has.
-        UnsupportedLayerError: a model has a layer that an attack does not support.
+        AdapterError: a model lacks an adapter that should be on, or has one that a named attack does not support.
+        DataError: there are no rows, one is malformed, or a named attack needs a key that no row has.
+        UnsupportedLayerError: a model has a layer that a named attack does not support.
         NumericalError: a loss or a weight is not finite. All other errors are raised before any compute.
     """
     settings = settings or AttackSettings()
@@ -53,9 +54,17 @@ def run_attacks(
     unknown = [name for name in chosen if name not in ATTACKS]
     if unknown or not chosen or isinstance(names, str):
         raise ConfigError(f"attacks: expected some of {list(ATTACKS)}, found {names!r}")
+    if names is None:
+        check_victims(victims, settings)
+    skipped: dict[str, list[AttackResult]] = {}
     for name in chosen:
-        ATTACKS[name].check(victims, settings)
-    return [result for name in chosen for result in ATTACKS[name].run(victims, settings)]
+        try:
+            ATTACKS[name].check(victims, settings)
+        except (AdapterError, DataError, UnsupportedLayerError) as error:
+            if names is not None:
+                raise
+            skipped[name] = [AttackResult(name, "", {}, None, None, skipped=str(error))]
+    return [result for name in chosen for result in skipped.get(name) or ATTACKS[name].run(victims, settings)]
 
 
 __all__ = ["ATTACKS", "Attack", "AttackResult", "AttackSettings", "Victims", "format_attacks", "run_attacks"]

@@ -98,6 +98,7 @@ class AttackResult:
         unlearned: the numbers of the unlearned model.
         full: those of the full model; None where it was not given.
         retain_only: those of the retain-only model; None where it was not given.
+        skipped: why the attack cannot be applied to these models or rows; it then has no numbers.
     """
 
     attack: str
@@ -105,6 +106,7 @@ class AttackResult:
     unlearned: Numbers
     full: Numbers | None
     retain_only: Numbers | None
+    skipped: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON takes them."""

@@ -10,7 +10,10 @@ _HEADER = ("attack", "setting", "measure", "unlearned", "retain-only", "full")
 
 
 def format_attacks(results: Sequence[AttackResult]) -> str:
-    """A table with one line per measure: the numbers of the unlearned, the retain-only and the full model."""
+    """A table with one line per measure: the numbers of the unlearned, the retain-only and the full model.
+
+    Below it, one line for each attack that was skipped.
+    """
     lines: list[tuple[str, ...]] = [_HEADER]
     attack = ""
     for result in results:
@@ -23,10 +26,11 @@ def format_attacks(results: Sequence[AttackResult]) -> str:
             lines.append((*names, *shown))
             attack, first = result.attack, False
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
+    table = [
         "  ".join(
             cell.ljust(width) if place < 3 else cell.rjust(width)
             for place, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         for line in lines
-    )
+    ]
+    return "\n".join([*table, *(f"{r.attack} was skipped: {r.skipped}" for r in results if r.skipped)])

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from ...data import IGNORED, spread
-from ..completions import ScoredCompletion, score_completions
+from ...data import answer_ends, spread
+from ..completions import ScoredCompletion, completion_ids, score_completions
 from ..metrics.rouge import rouge_l_recall
 from ..subject import Subject
 from .attack import Attack, AttackResult, AttackSettings, Numbers, Victims, attacked_rows, check_victims, compare
@@ -30,11 +30,11 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
         answerable = with_prompt(subject, rows)
         scored = score_completions(subject, answerable, name)
         asked = spread(answerable, settings.generated)
-        completions = _completions(subject, asked, name)
+        whole = _answers(subject, asked, name)
         numbers = {}
         for share in (0.0, *sorted(set(settings.prefix_shares))):
-            given = [tokens[: int(share * (len(tokens) - 1))] for tokens in completions]
-            rests = [tokens[len(prefix) :] for tokens, prefix in zip(completions, given, strict=True)]
+            given = [tokens[: int(share * len(tokens))] for tokens in whole]
+            rests = [tokens[len(prefix) :] for tokens, prefix in zip(whole, given, strict=True)]
             truths = [subject.tokenizer.decode(rest, skip_special_tokens=True).strip() for rest in rests]
             texts = answers(subject, asked, settings, f"{name}, {share:.0%} given", prefixes=given)
             numbers[f"{share:.0%} of the answer given"] = {
@@ -49,18 +49,20 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
 ATTACK = Attack("prefix", "Give the beginning of the answer.", check, run)
 
 
-def _completions(subject: Subject, rows: Sequence[Mapping], name: str) -> list[list[int]]:
-    """The tokens of each row's completion, with the closing one."""
-    return [sample.input_ids[sample.labels != IGNORED].tolist() for sample in subject.encode(rows, name)]
+def _answers(subject: Subject, rows: Sequence[Mapping], name: str) -> list[list[int]]:
+    """The tokens of each row's completion, without the closing ones."""
+    ends = answer_ends(subject.tokenizer)
+    completions = map(completion_ids, subject.encode(rows, name))
+    return [tokens[: len(tokens) - ends.count(tokens)] for tokens in completions]
 
 
 def _loss_after(scored: ScoredCompletion, share: float) -> float:
-    """The mean token loss of the rest of the completion, with the closing token.
+    """The mean token loss of the rest of the completion, with the closing tokens.
 
     Each token's loss is conditioned on the tokens before it, so that the total loss of the rest is that of the whole
     completion minus that of the given tokens.
     """
     log_probabilities = scored.tokens.log_probabilities
-    count = len(log_probabilities) + 1
+    count = len(log_probabilities) + scored.closing
     given = int(share * len(log_probabilities))
     return (scored.loss * count + float(log_probabilities[:given].sum())) / (count - given)

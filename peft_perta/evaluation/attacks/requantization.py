@@ -176,6 +176,6 @@ def _check_layers(model: nn.Module) -> None:
         parameters = module._parameters.values()
         if any(p is not None and p.dim() == 3 and len(p) > 1 for p in parameters) and not isinstance(module, nn.Conv1d):
             raise UnsupportedLayerError(
-                f"{name}: expected linear layers, found experts in one tensor [E, out, in], which loaders round "
-                "in different ways; leave the requantization attack out"
+                f"{name.replace('.base_layer', '')}: expected linear layers, found experts in one tensor [E, out, in], "
+                "which loaders round in different ways; leave the requantization attack out"
             )

@@ -23,7 +23,7 @@ def minimum_k(log_probabilities: Tensor, k: float = 0.4) -> float:
     """Minus the mean of the k t lowest of an answer's t log-probabilities, nats; 0 for an answer without tokens.
 
     Args:
-        log_probabilities: [t], without the token that closes the answer.
+        log_probabilities: [t], without the tokens that close the answer.
         k: the share of tokens that count, in (0, 1]; the default is open-unlearning's for TOFU.
 
     Reference: Shi et al. 2023, arXiv 2310.16789.

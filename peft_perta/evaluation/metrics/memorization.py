@@ -9,7 +9,7 @@ def extraction_strength(hits: Tensor) -> float:
     """1 - k / t, in [1/t, 1]: k is the fewest first tokens of the answer after which greedy decoding gives the rest.
 
     Args:
-        hits: [t] bool, whether the likeliest next token is the answer's, without the token that closes the answer.
+        hits: [t] bool, whether the likeliest next token is the answer's, without the tokens that close the answer.
 
     Returns:
         The strength; 1/t where even the last token is missed, as in open-unlearning; 0 for an answer without tokens.

@@ -184,7 +184,7 @@ def _sample(subject: Subject, prompt: str, option: str, where: str) -> Sample:
         row = {"prompt": prompt, "completion": f" {option}"}
         sample = encode_row(row, tokenizer, max_length=2**30, where=where)
         input_ids, labels = sample.input_ids[:-1], sample.labels[:-1]
-    if len(input_ids) > subject.max_length:
+    if subject.max_length is not None and len(input_ids) > subject.max_length:
         raise DataError(
             f"{where}: a question of {len(input_ids)} tokens with its option is longer than max_length="
             f"{subject.max_length}; raise max_length"

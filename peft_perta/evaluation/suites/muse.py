@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from ...model import row_length
 from ..completions import score_completions
 from ..logs.files import Log
 from ..metrics.memorization import exact_memorization, extraction_strength
+from ..metrics.words import writes_no_spaces
 from ..subject import Subject
 from .membership import membership_log
 from .suite import Splits, Suite, SuiteSettings, by_index, check_texts, read_file, required, rouge_of
@@ -51,7 +53,9 @@ def read(path: Path, split: str | None) -> Splits:
     """
     directory = path / split if split else path
     if not directory.is_dir():
-        raise DataError(f"expected a directory of MUSE's files at {directory}, found none; check the path")
+        corpora = ", ".join(sorted(place.name for place in path.glob("*") if place.is_dir()))
+        remedy = f"there are {corpora}" if corpora else "check the path"
+        raise DataError(f"expected a directory of MUSE's files at {directory}, found none; {remedy}")
     splits = {}
     for key, (stem, keys) in FILES.items():
         rows = required(read_file(directory, stem), f"{stem}.json in {directory}")
@@ -68,10 +72,12 @@ def evaluate(subject: Subject, splits: Splits, settings: SuiteSettings) -> Log:
     """ROUGE of answers and of continuations, memorization of the texts, membership attacks.
 
     Answers have at most 32 tokens and continuations at most 128, or ``settings.max_new_tokens`` where that is less.
-    Texts are cut at 2048 tokens, or at the subject's ``max_length`` where that is more.
+    Texts are cut at 2048 tokens, or at the model's number of positions where that is less, or at the subject's
+    ``max_length`` where that is more.
     """
     log: Log = {}
-    subject = replace(subject, max_length=max(subject.max_length, MAX_LENGTH))
+    longest = row_length(subject.model, None, default=MAX_LENGTH)
+    subject = replace(subject, max_length=max(subject.max_length or 0, longest))
     for split in ("forget_knowmem", "retain_knowmem"):
         log[f"{split}_ROUGE"] = rouge_of(
             subject,
@@ -127,8 +133,9 @@ def _question(row: Mapping, tokenizer: Any) -> dict:
 
 
 def _continuation(row: Mapping, text: str) -> dict:
-    """A row that continues the prompt with the text, after a blank where neither has one."""
-    gap = "" if row["prompt"][-1].isspace() or text[0].isspace() else " "
+    """A row that continues the prompt with the text, after a blank where neither has one and their script writes it."""
+    joined = (row["prompt"][-1], text[0])
+    gap = "" if any(character.isspace() or writes_no_spaces(character) for character in joined) else " "
     return {"prompt": row["prompt"], "completion": f"{gap}{text}"}
 
 

@@ -29,7 +29,7 @@ def evaluate(
     retain_only: Subject | None = None,
     rows: int | None = None,
     batch_size: int = 32,
-    max_length: int = 1024,
+    max_length: int | None = None,
     max_new_tokens: int = 200,
     output_dir: str | Path | None = None,
     show_progress_bar: bool = True,
@@ -49,7 +49,7 @@ def evaluate(
         retain_only: a retain-only model, for the membership attack that compares with one.
         rows: the most rows of each split, taken at even distances; None for all.
         batch_size: rows per forward.
-        max_length: tokens kept per row.
+        max_length: tokens kept per row. By default 1024, or the model's number of positions if that is less.
         max_new_tokens: the most tokens of a generated answer.
         output_dir: a directory for the suites' logs. A log that is already there, of the same model, rows and settings,
             is not computed again.

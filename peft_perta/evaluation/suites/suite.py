@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...data import completion_text, encode_prompt, read_rows
+from ...data import check_characters, completion_text, encode_prompt, read_rows
 from ...errors import DataError
 from ..generation import generate
 from ..logs.files import Log
-from ..metrics.rouge import rouge_scores
+from ..metrics.rouge import PUBLISHED_TOKENIZER, rouge_scores, rouge_tokenizer
 from ..subject import Subject
 
 Splits = Mapping[str, list[dict]]  # split -> rows
@@ -115,7 +115,7 @@ def check_keys(rows: Sequence[Mapping], keys: Sequence[str], where: str) -> None
 
 
 def check_texts(rows: Sequence[Mapping], keys: Sequence[str], where: str) -> None:
-    """Check that every row has a text, not only blanks, under each of these keys.
+    """Check that every row has a text of whole characters, not only blanks, under each of these keys.
 
     Raises:
         DataError: a row has none; the message names the row.
@@ -125,6 +125,7 @@ def check_texts(rows: Sequence[Mapping], keys: Sequence[str], where: str) -> Non
         for key in keys:
             if not isinstance(row[key], str):
                 raise DataError(f"{where}, row {number}: expected {key!r} as text, found a {type(row[key]).__name__}")
+            check_characters(row[key], f"{where}, row {number}, {key!r}")
             if not row[key].strip():
                 raise DataError(f"{where}, row {number}: expected {key!r} as text, found only blanks")
 
@@ -140,6 +141,8 @@ def rouge_of(
     prefixes: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The log entry of greedy answers: for each row its ROUGE against the completion. An empty answer scores 0.
+
+    A row that rouge_score's own tokenizer did not split names the one that did ('tokenizer').
 
     Args:
         subject: the model with its adapters.
@@ -165,9 +168,14 @@ def rouge_of(
     prompt_ids = [encode_prompt(row, subject.tokenizer) + ids for row, ids in starts]
     prompts = [subject.tokenizer.decode(ids, skip_special_tokens=True) for ids in prompt_ids]
     return by_index(
-        {**scores, "input": prompt, "ground_truth": truth, "generation": text}
+        {**scores, "input": prompt, "ground_truth": truth, "generation": text, **_tokenizer(truth)}
         for scores, prompt, truth, text in zip(rouge_scores(texts, truths), prompts, truths, texts, strict=True)
     )
+
+
+def _tokenizer(truth: str) -> dict[str, str]:
+    name = rouge_tokenizer(truth)
+    return {} if name == PUBLISHED_TOKENIZER else {"tokenizer": name}
 
 
 def by_index(values: Iterable[Any]) -> dict[str, Any]:

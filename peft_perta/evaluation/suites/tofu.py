@@ -29,20 +29,21 @@ def read(path: Path, split: str | None) -> Splits:
 
     Args:
         path: the directory.
-        split: the forget set ('forget10'); needed where the directory holds several.
+        split: the forget set ('forget10', or 'forget10_perturbed' as its file is called); needed where the directory
+            holds several.
 
     Raises:
-        DataError: a set is missing or malformed, or there are several forget sets and ``split`` is None.
+        DataError: a set is missing or malformed, or ``split`` names none of the forget sets, or not one of several.
     """
     if not path.is_dir():
         raise DataError(f"expected a directory of TOFU's files at {path}, found none; check the path")
-    name = split or _only_forget(path)
+    name = _forget_set(path, split)
     files = {
         "forget": required(_either(path, name), f"{name}_perturbed.json in {path}"),
         "retain": required(_either(path, "retain"), f"retain_perturbed.json in {path}"),
         "real_authors": _either(path, "real_authors"),
         "world_facts": _either(path, "world_facts"),
-        "holdout": read_file(path, name.replace("forget", "holdout")) or read_file(path, "holdout"),
+        "holdout": _either(path, name.replace("forget", "holdout")) or _either(path, "holdout"),
     }
     splits = {key: rows for key, rows in files.items() if rows is not None}
     for key, rows in splits.items():
@@ -81,14 +82,21 @@ SUITE = Suite(
 )
 
 
-def _only_forget(path: Path) -> str:
-    names = sorted({f.stem.removesuffix("_perturbed") for f in path.glob("forget*.json*")})
-    if len(names) != 1:
-        listed = ", ".join(names) or "none"
-        raise DataError(
-            f"{path}: expected one forget set (forget*_perturbed.json), found {listed}; name one by --split"
-        )
-    return names[0]
+def _forget_set(path: Path, split: str | None) -> str:
+    """The name of the forget set that ``split`` asks for, which the sets that belong to it share."""
+    files = (file for file in path.glob("forget*") if file.suffix in (".json", ".jsonl"))
+    names = sorted({file.stem.removesuffix("_perturbed") for file in files})
+    listed = ", ".join(names) or "none"
+    if split is None:
+        if len(names) != 1:
+            raise DataError(
+                f"{path}: expected one forget set (forget*_perturbed.json), found {listed}; name one by --split"
+            )
+        return names[0]
+    name = split.removesuffix("_perturbed")
+    if name not in names:
+        raise DataError(f"{path}: expected --split to name a forget set, found {split!r}; there are {listed}")
+    return name
 
 
 def _either(path: Path, stem: str) -> list[dict] | None:

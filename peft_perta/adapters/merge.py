@@ -25,6 +25,7 @@ from ..model import (
     Target,
     attach_adapters,
     base_model,
+    base_name,
     check_base,
     check_lora_config,
     hash_file,
@@ -133,7 +134,7 @@ def merge_adapters(
         if dtype is not None:
             _set_dtype(directory / "config.json", dtype)
         provenance = MergeProvenance(
-            base_model=model_name,
+            base_model=base_name(skeleton) or model_name,
             adapters=described,
             weights=len(edits.of),
             dtype=", ".join(sorted(edits.stored_dtypes)),

@@ -6,9 +6,28 @@ Imports from: errors, data.
 """
 
 from . import distributed
-from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, check_adapter_files, hash_file, read_adapter
+from .adapter_files import (
+    CONFIG_NAME,
+    FORGET_RECORD_NAME,
+    PROVENANCE_NAME,
+    WEIGHTS_NAME,
+    check_adapter_files,
+    hash_file,
+    read_adapter,
+)
 from .devices import input_device
-from .identity import base_name, check_base, hash_embeddings, hash_model
+from .identity import (
+    WEIGHTS_HASH_FILE,
+    base_name,
+    base_revision,
+    check_base,
+    compare_bases,
+    compare_names,
+    identify,
+    identify_base,
+    identify_base_files,
+    recorded_base,
+)
 from .layers import LAYER_KINDS, LayerKind, find_kind, wrapped_kind
 from .loading import attach_adapters, load_base, load_skeleton, quiet
 from .losses import TokenScores, completion_logits, completion_losses, completion_states, sample_losses, token_scores
@@ -30,9 +49,12 @@ __all__ = [
     "BASE_CHANGING_INITS",
     "CONFIG_NAME",
     "DISK",
+    "FORGET_RECORD_NAME",
     "HOST",
     "LAYER_KINDS",
+    "PROVENANCE_NAME",
     "VARIANT_FIELDS",
+    "WEIGHTS_HASH_FILE",
     "WEIGHTS_NAME",
     "LayerKind",
     "Target",
@@ -41,21 +63,25 @@ __all__ = [
     "attach_adapters",
     "base_model",
     "base_name",
+    "base_revision",
     "budgets",
     "check_adapter_files",
     "check_base",
     "check_lora_config",
     "check_new_name",
+    "compare_bases",
+    "compare_names",
     "completion_logits",
     "completion_losses",
     "completion_states",
     "distributed",
     "find_kind",
-    "hash_embeddings",
     "hash_file",
-    "hash_model",
     "hash_targets",
     "held_to",
+    "identify",
+    "identify_base",
+    "identify_base_files",
     "input_device",
     "load_base",
     "load_skeleton",
@@ -63,6 +89,7 @@ __all__ = [
     "preserved",
     "quiet",
     "read_adapter",
+    "recorded_base",
     "require_adapter",
     "resolve_layers",
     "resolve_targets",

@@ -17,6 +17,8 @@ from ..errors import AdapterError
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
+PROVENANCE_NAME = "perta_provenance.json"
+FORGET_RECORD_NAME = "perta_forget.json"
 
 
 def check_adapter_files(path: str | Path) -> None:

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from ..errors import AdapterError, ConfigError
 from .adapter_files import check_adapter_files
 from .distributed import local_rank
+from .identity import adopt_base
 
 
 def load_base(
@@ -131,6 +132,7 @@ def attach_adapters(model: PreTrainedModel | PeftModel, adapters: Mapping[str, s
             missing = [key for key in result.missing_keys if f".{name}." in key]
             if missing or result.unexpected_keys:
                 raise ValueError(f"missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}")
+            adopt_base(attached, name, directory)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise AdapterError(

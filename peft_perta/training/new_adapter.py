@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..errors import AdapterError
+from ..model import base_name
 
 
 def default_lora_config(rank: int = 16) -> LoraConfig:
@@ -29,13 +30,16 @@ def with_new_adapter(model: nn.Module, lora_config: LoraConfig, adapter_name: st
     Raises:
         AdapterError: the config names layers that the model does not have.
     """
+    wrapped = isinstance(model, PeftModel)
     try:
-        if not isinstance(model, PeftModel):
-            return get_peft_model(model, lora_config, adapter_name=adapter_name)  # type: ignore[arg-type,return-value]
-        model.add_adapter(adapter_name, lora_config)
+        if wrapped:
+            model.add_adapter(adapter_name, lora_config)
+            model.set_adapter(adapter_name)
+        else:
+            model = get_peft_model(model, lora_config, adapter_name=adapter_name)  # type: ignore[arg-type]
     except ValueError as error:  # raised by PEFT for target modules that do not exist
         raise AdapterError(f"no adapter can be made with this LoraConfig: {' '.join(str(error).split())}") from error
-    model.set_adapter(adapter_name)
+    model.peft_config[adapter_name].base_model_name_or_path = base_name(model)  # PEFT names the path of the cache
     return model
 
 

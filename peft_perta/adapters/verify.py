@@ -70,10 +70,9 @@ def verify_adapter(directory: str | Path, base: str | None = None, *, revision: 
     config, tensors = _read(directory)
     checks = [*_file_checks(directory), *_server_checks(config, tensors)]
     if base is not None:
+        layer_checks = list(_layer_checks(config, tensors, base, revision))
         loaded = load_afresh(directory, base, revision)
-        checks += _base_checks(directory, config, base, revision, loaded)
-        checks += _layer_checks(config, tensors, base, revision)
-        checks += _load_checks(loaded)
+        checks += [*_base_checks(directory, config, base, revision, loaded), *layer_checks, *_load_checks(loaded)]
     return checks
 
 

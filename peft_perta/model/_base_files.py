@@ -43,16 +43,20 @@ def identify_files(directory: Path) -> dict[str, str | None]:
 
     Numbers are compared in bfloat16, so that files of two floating-point types, or in other shards, have one hash.
     """
-    config, tokenizer = _json(directory / "config.json"), _json(directory / "tokenizer_config.json")
-    generation = _json(directory / "generation_config.json")
+    tokenizer, generation = _json(directory / "tokenizer_config.json"), _json(directory / "generation_config.json")
     template = directory / "chat_template.jinja"
     return {
-        "weights": _hash_shards(directory),
-        "quantisation": hash_json(config.get("quantization_config")),
+        **identify_weight_files(directory),
         "tokenizer": _hash_vocabulary(directory),
         "chat template": hash_json(template.read_text() if template.is_file() else tokenizer.get("chat_template")),
         "generation settings": hash_json(generation_settings(generation)),
     }
+
+
+def identify_weight_files(directory: Path) -> dict[str, str | None]:
+    """The parts of ``identify_files`` that are about the weights."""
+    quantisation = hash_json(_json(directory / "config.json").get("quantization_config"))
+    return {"weights": _hash_shards(directory), "quantisation": quantisation}
 
 
 def generation_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,16 +88,21 @@ def _hash_shards(directory: Path) -> str | None:
     try:
         hashes: dict[str, str] = {}
         for shard in sorted(shards) or ["model.safetensors"]:
-            stat = (directory / shard).stat()
-            hashes |= _hash_tensors(os.path.realpath(directory / shard), stat.st_size, stat.st_mtime_ns)
+            hashes |= _hash_tensors(*_dated(directory / shard))
     except (OSError, SafetensorError):
         return None
     return hash_json(hashes)
 
 
+def _dated(file: Path) -> tuple[str, int, int]:
+    """(path, size, time of change): what a cached hash of a file is of."""
+    stat = file.stat()
+    return os.path.realpath(file), stat.st_size, stat.st_mtime_ns
+
+
 @functools.cache
 def _hash_tensors(file: str, size: int, changed: int) -> dict[str, str]:
-    """Tensor -> hash of its shape and of values at even distances. ``size`` and ``changed`` date the cached result."""
+    """Tensor -> hash of its shape and of values at even distances; cached by ``_dated``."""
     hashes = {}
     with safe_open(file, framework="pt") as tensors:
         for key in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
@@ -115,12 +124,18 @@ def _sample(values: Tensor) -> Tensor:
 
 
 def _hash_vocabulary(directory: Path) -> str | None:
-    """Of the tokens and their ids: how a tokenizer is written to its file differs between versions of tokenizers."""
-    values = _json(directory / "tokenizer.json")
-    if values:
-        added = {token["content"]: token["id"] for token in values.get("added_tokens") or ()}
-        return hash_json([(values.get("model") or {}).get("vocab"), added])
-    for name in ("tokenizer.model", "vocab.json", "vocab.txt"):
+    for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"):
         if (directory / name).is_file():
-            return hashlib.sha256((directory / name).read_bytes()).hexdigest()
+            return _hash_tokens(*_dated(directory / name))
     return None
+
+
+@functools.cache
+def _hash_tokens(file: str, size: int, changed: int) -> str:
+    """Of the tokens and their ids, where the file is tokenizers' own: versions of it write the rest differently; cached
+    by ``_dated``."""
+    values = _json(Path(file))
+    if "model" not in values:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    added = {token["content"]: token["id"] for token in values.get("added_tokens") or ()}
+    return hash_json([values["model"].get("vocab"), added])

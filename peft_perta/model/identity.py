@@ -16,13 +16,19 @@ from typing import Any
 from torch import nn
 
 from ..errors import AdapterError
-from . import _weights_hash
-from ._base_files import find_files, generation_settings, hash_json, hub_snapshot, identify_files
+from ._base_files import (
+    find_files,
+    generation_settings,
+    hash_json,
+    hub_snapshot,
+    identify_files,
+    identify_weight_files,
+)
 from ._weights_hash import hash_embeddings, hash_rounded_weights, hash_weights
 from .adapter_files import FORGET_RECORD_NAME, PROVENANCE_NAME
 from .stack import adapter_configs, base_model
 
-WEIGHTS_HASH_FILE = Path(_weights_hash.__file__)
+WEIGHTS_HASH_FILE = Path(__file__).with_name("_weights_hash.py")
 """A file that hashes weights (``hash_rounded_weights``, ``hash_embeddings``) and imports nothing of the package."""
 
 # What a config says of how the model was loaded or is called, and what has a part of its own.
@@ -154,7 +160,7 @@ def compare_names(claimed: str | None, actual: str | None) -> str | None:
         return None
     directories = [find_files(name) for name in (claimed, actual)]
     if all(directories):
-        same = compare_files(*(identify_files(directory) for directory in directories if directory)).get("weights")
+        same = compare_files(*map(identify_weight_files, filter(None, directories))).get("weights")
         if same is not None:
             return None if same else f"the base {claimed!r}, but the model is {actual!r}, whose weights differ"
     if _last_part(names[0]) == _last_part(names[1]):
@@ -217,6 +223,7 @@ def _architecture(values: Any) -> Any:
 
 def _tokenization(tokenizer: Any) -> Any:
     """How a tokenizer makes tokens of text, and text of tokens. Padding and truncation are states of the last call."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor of images has one
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules: Any = None
     if backend is not None:

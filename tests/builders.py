@@ -61,6 +61,11 @@ def tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def flip_a_bit(tensor: torch.Tensor) -> None:
+    """Change a tensor as little as can be: one bit in its middle."""
+    tensor.data.view(-1).view(torch.uint8)[tensor.nbytes // 2] ^= 1
+
+
 def llama(dtype: torch.dtype = torch.float32, tied: bool = False) -> LlamaForCausalLM:
     """A Llama of two layers. In float64 its norms compute in float64 too; transformers' norms compute in float32."""
     config = LlamaConfig(

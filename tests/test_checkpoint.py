@@ -12,7 +12,6 @@ import builders
 import laws
 import pytest
 import torch
-from accelerate import disk_offload
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -21,7 +20,6 @@ from peft_perta.gradients import Checkpoint, Plan, engine, remove_checkpoint
 from peft_perta.gradients import checkpoint as checkpoint_module
 from peft_perta.gradients._taps import Taps
 from peft_perta.gradients.modes import layerwise
-from peft_perta.model import base_model, hash_model
 
 RUN = {"format": 1, "model": "abc", "data": {"forget": "d", "retain": "e"}}
 TENSORS = {
@@ -239,74 +237,6 @@ def test_a_checkpoint_is_removed_whole_once_it_is_not_needed(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-# Which run it belongs to
-
-
-def flip_a_bit(tensor):
-    tensor.data.view(-1).view(torch.uint8)[tensor.nbytes // 2] ^= 1
-
-
-def test_the_hash_depends_on_every_weight():
-    model = builders.llama()
-    before = hash_model(model)
-    names = [name for name, _ in model.named_parameters()]
-    assert len(names) == 21
-    for name in names:
-        flip_a_bit(model.get_parameter(name))
-        assert hash_model(model) != before, name
-        flip_a_bit(model.get_parameter(name))
-    assert hash_model(model) == before
-
-
-def test_the_hash_depends_on_buffers_types_and_names():
-    model = builders.llama()
-    seen = [hash_model(model)]
-    model.register_buffer("seen", torch.zeros(1))
-    seen.append(hash_model(model))
-    flip_a_bit(model.seen)
-    seen += [hash_model(model), hash_model(builders.llama(torch.float64)), hash_model(builders.gpt2())]
-    assert len(set(seen)) == len(seen)
-
-
-def test_the_hash_does_not_depend_on_adapters():
-    for make in (builders.llama, builders.nf4_llama):
-        assert hash_model(base_model(builders.with_adapters(make()))) == hash_model(make())
-
-
-@pytest.mark.parametrize("part", ["absmax", "offset", "state2.absmax"])
-def test_the_hash_depends_on_the_scales_of_4_bit_weights(part):
-    model = builders.nf4_llama()
-    before = hash_model(model)
-    state = model.model.layers[1].mlp.up_proj.weight.quant_state
-    *path, name = part.split(".")
-    for step in path:
-        state = getattr(state, step)
-    setattr(state, name, getattr(state, name).clone())
-    flip_a_bit(getattr(state, name))
-    assert hash_model(model) != before
-
-
-def test_the_hash_depends_on_the_scales_of_8_bit_weights_wherever_they_are():
-    """A forward moves them from the weight to the layer's state."""
-    model = builders.int8_llama()
-    before = hash_model(model)
-    with torch.no_grad():
-        model(torch.tensor([[5, 6]]))
-    assert hash_model(model) == before
-    flip_a_bit(model.model.layers[0].self_attn.k_proj.state.SCB)
-    assert hash_model(model) != before
-    model = builders.int8_llama()
-    flip_a_bit(model.model.layers[0].self_attn.k_proj.weight.SCB)
-    assert hash_model(model) != before
-
-
-def test_the_hash_reads_offloaded_weights(tmp_path):
-    model = builders.llama()
-    disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
-    assert all(parameter.is_meta for parameter in model.parameters())
-    assert hash_model(model) == hash_model(builders.llama())
-
-
 # Resuming
 
 SETTINGS = {"granularity": "delta", "rank": 3, "batch_size": 2}
@@ -468,19 +398,25 @@ def test_the_plan_is_kept_unless_the_budget_changes(monkeypatch, count, tmp_path
 
 def changed_weight():
     model = builders.adapted_llama()
-    flip_a_bit(model.get_base_model().model.norm.weight)
+    builders.flip_a_bit(model.get_base_model().model.norm.weight)
+    return model
+
+
+def changed_config():
+    model = builders.adapted_llama()
+    model.get_base_model().config.rms_norm_eps = 1e-3
     return model
 
 
 def changed_adapter():
     model = builders.adapted_llama()
-    flip_a_bit(next(p for name, p in model.named_parameters() if "lora_B.forget" in name))
+    builders.flip_a_bit(next(p for name, p in model.named_parameters() if "lora_B.forget" in name))
     return model
 
 
 def changed_task():
     model = builders.adapted_llama()
-    flip_a_bit(next(p for name, p in model.named_parameters() if "lora_B.task" in name))
+    builders.flip_a_bit(next(p for name, p in model.named_parameters() if "lora_B.task" in name))
     return model
 
 
@@ -494,12 +430,23 @@ FULL = {"gradients_at": "full", "task_adapter": "task"}
         ({"retain": builders.retain_rows()[:-1]}, None, "data"),
         ({"rank": 4}, None, "config"),
         ({"weighting": "fisher"}, None, "config"),
-        ({}, changed_weight, "model"),
+        ({}, changed_weight, "the model's weights"),
+        ({}, changed_config, "the model's architecture"),
         ({}, changed_adapter, "forget adapter"),
         ({}, changed_task, "adapters that are on"),
         ({"task_adapter": None}, None, "adapters that are on"),
     ],
-    ids=["forget rows", "retain rows", "rank", "weighting", "a weight", "forget adapter", "task adapter", "no task"],
+    ids=[
+        "forget rows",
+        "retain rows",
+        "rank",
+        "weighting",
+        "a weight",
+        "architecture",
+        "forget adapter",
+        "task adapter",
+        "no task",
+    ],
 )
 def test_a_checkpoint_of_another_run_is_refused_before_any_gradient(changes, model, named, count, tmp_path):
     negate(tmp_path, **FULL)

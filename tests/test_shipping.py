@@ -400,13 +400,22 @@ def test_a_provenance_of_another_adapter_is_found(emitted, tmp_path):
     assert failed(tmp_path / "bad") == ["provenance"]
 
 
-def test_another_base_is_found_by_its_name_and_by_its_embeddings(emitted, tmp_path):
-    builders.llama().save_pretrained(tmp_path / "other-llama")
-    assert failed(emitted, str(tmp_path / "other-llama")) == ["the base that it was made for"]
+def test_a_base_is_found_by_its_content_and_by_its_name_where_the_record_holds_none(emitted, tmp_path):
+    other, own_name = tmp_path / "other-llama", tmp_path / builders.llama_directory().name
+    builders.llama().save_pretrained(other)
+    assert failed(emitted, str(other)) == []
     model = builders.llama()
     model.get_input_embeddings().weight.data[3] += 0.5
-    model.save_pretrained(tmp_path / builders.llama_directory().name)
-    assert failed(emitted, str(tmp_path / builders.llama_directory().name)) == ["the base's embeddings"]
+    model.save_pretrained(own_name)
+    assert failed(emitted, str(own_name)) == ["the base that it was made for", "the base's weights"]
+    # An earlier version recorded the embeddings alone, or nothing.
+    directory = copied(emitted, tmp_path / "old", lambda config: config.update(base_model_name_or_path="a/tiny-llama"))
+    record = json.loads((directory / "perta_provenance.json").read_text())
+    for kept, expected in ((("embeddings_sha256",), ["the base's weights"]), ((), [])):
+        record["base_model"] = {name: record["base_model"][name] for name in ("name", "revision", *kept)}
+        (directory / "perta_provenance.json").write_text(json.dumps(record))
+        assert failed(directory, str(own_name)) == expected
+    assert failed(directory, str(other)) == ["the base that it was made for"]
 
 
 def test_a_fused_adapter_verifies(tmp_path):

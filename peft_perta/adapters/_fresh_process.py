@@ -8,14 +8,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..model import WEIGHTS_HASH_FILE
+
 _MARK = "VERIFIED "
 
 _PROGRAM = """
-import hashlib, json, sys
+import json, runpy, sys
 import torch
 from peft import PeftModel
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-base, directory, revision = sys.argv[1:4]
+base, directory, revision, weights_hash = sys.argv[1:5]
+hashes = runpy.run_path(weights_hash)
 of_text = type(AutoConfig.from_pretrained(base, revision=revision or None)) in MODEL_FOR_CAUSAL_LM_MAPPING
 auto_class = AutoModelForCausalLM if of_text else AutoModelForImageTextToText
 model = auto_class.from_pretrained(base, revision=revision or None, device_map={"": "cpu"})
@@ -27,10 +30,10 @@ with torch.no_grad():
     on = model(input_ids=ids).logits.float()
     with model.disable_adapter():
         off = model(input_ids=ids).logits.float()
-embeddings = model.get_input_embeddings().weight.detach().to(torch.bfloat16).contiguous().view(torch.int16)
 print("VERIFIED " + json.dumps({
     "missing": missing, "unexpected": list(result.unexpected_keys), "finite": bool(torch.isfinite(on).all()),
-    "embeddings_sha256": hashlib.sha256(embeddings.numpy().tobytes()).hexdigest(),
+    "weights_sha256": hashes["hash_rounded_weights"](model.get_base_model()),
+    "embeddings_sha256": hashes["hash_embeddings"](model.get_base_model()),
     "change": float((on - off).abs().max()), "knows_package": "peft_perta" in sys.modules,
 }))
 """
@@ -44,7 +47,8 @@ class FreshLoad:
         missing: keys of the adapter that the directory does not hold.
         unexpected: keys in the directory that the adapter does not have.
         finite: every logit is finite with the adapter on.
-        embeddings_sha256: SHA-256 of the base's input embeddings in bfloat16, as ``hash_embeddings`` takes it.
+        weights_sha256: hash of the base's weights in bfloat16, as ``identify_base`` has it.
+        embeddings_sha256: hash of its input embeddings in bfloat16, likewise.
         change: the largest absolute change of a logit by the adapter.
         knows_package: this package was imported, so that the process was not a user's.
     """
@@ -52,14 +56,15 @@ class FreshLoad:
     missing: list[str]
     unexpected: list[str]
     finite: bool
-    embeddings_sha256: str
+    weights_sha256: str | None
+    embeddings_sha256: str | None
     change: float
     knows_package: bool
 
 
 def load_afresh(directory: Path, base: str, revision: str | None) -> FreshLoad | str:
     """Load the adapter on the base, on the CPU, in a fresh process; the last line of its errors where that fails."""
-    command = [sys.executable, "-c", _PROGRAM, base, str(directory), revision or ""]
+    command = [sys.executable, "-c", _PROGRAM, base, str(directory), revision or "", str(WEIGHTS_HASH_FILE)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     line = next((line for line in run.stdout.splitlines() if line.startswith(_MARK)), None)
     if run.returncode or line is None:

@@ -17,16 +17,21 @@ from torch import Tensor, nn
 from ..data import replaced_directory
 from ..errors import AdapterError, NumericalError, OutputError
 from ..evaluation import Calibration
-from ..model import CONFIG_NAME, WEIGHTS_NAME, check_adapter_files, find_adapter, hash_file, read_adapter
+from ..model import (
+    CONFIG_NAME,
+    FORGET_RECORD_NAME,
+    PROVENANCE_NAME,
+    WEIGHTS_NAME,
+    check_adapter_files,
+    find_adapter,
+    hash_file,
+    read_adapter,
+)
 from .build import add_adapter
 from .model_card import model_card
 from .provenance import FusedProvenance, PerTAProvenance, Provenance, read_provenance
 
-PROVENANCE_NAME = "perta_provenance.json"
-
 STRENGTH_NAME = "strength.json"
-
-FORGET_RECORD_NAME = "perta_forget.json"
 
 
 class EmittedAdapter(NamedTuple):

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from ..errors import AdapterError, ConfigError, NumericalError
-from ..model import Target, base_name, check_base, check_lora_config, hash_targets, require_adapter, resolve_layers
+from ..model import Target, check_base, check_lora_config, hash_targets, require_adapter, resolve_layers
 from .build import build_adapter
 from .emitted import EmittedAdapter
 from .low_rank import Factors, Product, factorize
-from .provenance import FusedProvenance
+from .provenance import FusedProvenance, describe_base
 from .servable import SERVABLE_RANKS, check_servable, dtype_name, servable_rank
 
 
@@ -100,7 +100,7 @@ def combine_adapters(
     energy = sum(factors.energy for factors in fused.values())
     energy_kept = sum(factors.energy * factors.energy_kept for factors in fused.values())
     provenance = FusedProvenance(
-        base_model={"name": base_name(model)},
+        base_model=describe_base(model),
         parts=[
             {"name": labels[name], "strength": float(strength), "sha256": hashes[name]}
             for name, strength in strengths.items()

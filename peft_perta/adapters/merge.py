@@ -25,6 +25,7 @@ from ..errors import AdapterError, ConfigError, NumericalError, OutputError
 from ..model import (
     Target,
     attach_adapters,
+    base_name,
     check_base,
     check_lora_config,
     hash_file,
@@ -160,7 +161,7 @@ def merge_adapters(
         if dtype is not None:
             _set_dtype(directory / "config.json", dtype)
         provenance = MergeProvenance(
-            base_model=model_name,
+            base_model=base_name(skeleton) or model_name,
             adapters=described,
             weights=len(edits.of),
             dtype=", ".join(sorted(edits.stored_dtypes)),
@@ -191,7 +192,7 @@ def _resolve(
     described = []
     for name, directory in directories.items():
         check_lora_config(model.peft_config[name], str(directory))
-        check_base(model, name)
+        check_base(model, name, str(directory))
         targets, strength = resolve_layers(model, name), float(adapters[directory])
         described.append({"directory": str(directory), "strength": strength, "sha256": hash_targets(targets)})
         resolved += [(target, strength) for target in targets]

@@ -24,18 +24,27 @@ def model_card(provenance: Provenance) -> str:
         "---",
         "",
     ]
-    return "\n".join([*metadata, *provenance.card_section(), *_how_to_use(base), *_LIMITS, ""])
+    return "\n".join(
+        [
+            *metadata,
+            *provenance.card_section(),
+            *_how_to_use(base, provenance.base_model.get("auto_class")),
+            *_LIMITS,
+            "",
+        ]
+    )
 
 
-def _how_to_use(base: str) -> list[str]:
+def _how_to_use(base: str, auto_class: str | None) -> list[str]:
+    auto_class = auto_class or "AutoModelForCausalLM"
     return [
         "## How to use it",
         "",
         "```python",
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import {auto_class}",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{base}")',
+        f'model = {auto_class}.from_pretrained("{base}")',
         'model = PeftModel.from_pretrained(model, "this directory", adapter_name="perta_unlearn")',
         "```",
         "",

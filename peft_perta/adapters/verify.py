@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -15,8 +16,19 @@ from torch import nn
 from ..data import Sample
 from ..errors import AdapterError
 from ..evaluation import losses_of
-from ..model import CONFIG_NAME, WEIGHTS_NAME, check_adapter_files, find_adapter, hash_file, load_skeleton
-from ._fresh_process import load_afresh
+from ..model import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    check_adapter_files,
+    compare_bases,
+    compare_names,
+    find_adapter,
+    hash_file,
+    identify_base_files,
+    load_skeleton,
+    recorded_base,
+)
+from ._fresh_process import FreshLoad, load_afresh
 from ._server_rules import CONFIG_RULES, SERVERS, TENSOR_RULES, Config, Tensors, packed_experts
 from .emitted import PROVENANCE_NAME, load_provenance
 
@@ -70,9 +82,10 @@ def verify_adapter(directory: str | Path, base: str | None = None, *, revision: 
     plain = _plain_check(directory)
     checks = [*_file_checks(directory), plain, *_server_checks(config, tensors)]
     if base is not None:
-        checks += [_base_name_check(config, base), *_layer_checks(config, tensors, base, revision)]
-        if plain.passed:
-            checks += _load_checks(directory, base, revision)
+        layer_checks = list(_layer_checks(config, tensors, base, revision))
+        loaded = load_afresh(directory, base, revision) if plain.passed else None
+        checks += [*_base_checks(directory, config, base, revision, loaded), *layer_checks]
+        checks += _load_checks(loaded) if loaded is not None else []
     return _without_servers(checks, config, tensors)
 
 
@@ -136,10 +149,21 @@ def _without_servers(checks: list[Check], config: Config, tensors: Tensors) -> l
     return [*others, Check(f"{', '.join(SERVERS)}: experts", None, reason)]
 
 
-def _base_name_check(config: Config, base: str) -> Check:
+def _base_checks(
+    directory: Path, config: Config, base: str, revision: str | None, loaded: FreshLoad | str | None
+) -> Iterator[Check]:
+    """Whether this is the base that the adapter was made on: by content where its record tells it, else by name."""
+    found: dict[str, Any] = {"files": identify_base_files(base, revision)}
+    if isinstance(loaded, FreshLoad):
+        found |= {"weights_sha256": loaded.weights_sha256, "embeddings_sha256": loaded.embeddings_sha256}
+    same = compare_bases(recorded_base(directory) or {}, found)
     claimed = config.get("base_model_name_or_path")
-    same = bool(claimed) and (Path(claimed).name == Path(base).name or Path(claimed).resolve() == Path(base).resolve())
-    return Check("the base that it was made for", same, f"made for {claimed!r}, verified on {base!r}")
+    passed = same.get("weights", False) or (bool(claimed) and compare_names(claimed, base) is None)
+    yield Check("the base that it was made for", passed, f"made for {claimed!r}, verified on {base!r}")
+    for part, is_same in same.items():
+        weighty = part in ("weights", "tokenizer")
+        other = "those of another model" if weighty else "not those it was made with: measure again what it removes"
+        yield Check(f"the base's {part}", is_same or not weighty, "those it was made on" if is_same else other)
 
 
 def _layer_checks(config: Config, tensors: Tensors, base: str, revision: str | None) -> Iterator[Check]:
@@ -159,28 +183,15 @@ def _layer_checks(config: Config, tensors: Tensors, base: str, revision: str | N
     yield Check("TGI: every layer of each projection", bool(adapted) and not absent, found)
 
 
-def _load_checks(directory: Path, base: str, revision: str | None) -> Iterator[Check]:
-    loaded = load_afresh(directory, base, revision)
+def _load_checks(loaded: FreshLoad | str) -> Iterator[Check]:
     if isinstance(loaded, str):
         yield Check("PEFT: loads in a fresh process", False, loaded)
         return
     complete = not loaded.missing and not loaded.unexpected
     found = "all keys match" if complete else f"missing {loaded.missing[:2]}, unexpected {loaded.unexpected[:2]}"
     yield Check("PEFT: loads in a fresh process", complete and not loaded.knows_package, found)
-    made_on = _embeddings_hash(directory)
-    if made_on is not None:
-        same = loaded.embeddings_sha256 == made_on
-        yield Check("the base's embeddings", same, "those it was made on" if same else "those of another model")
     works = loaded.finite and loaded.change > 0
     yield Check("PEFT: changes the logits", works, f"by at most {loaded.change:.3g}, finite: {loaded.finite}")
-
-
-def _embeddings_hash(directory: Path) -> str | None:
-    """SHA-256 of the embeddings that the adapter was made on, where its provenance holds it."""
-    try:
-        return load_provenance(directory)[0].base_model.get("embeddings_sha256")
-    except AdapterError:
-        return None
 
 
 def format_checks(checks: list[Check]) -> str:

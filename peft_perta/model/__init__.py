@@ -6,11 +6,31 @@ Imports from: errors, data.
 """
 
 from . import distributed
-from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, check_adapter_files, find_adapter, hash_file, read_adapter
+from .adapter_files import (
+    CONFIG_NAME,
+    FORGET_RECORD_NAME,
+    PROVENANCE_NAME,
+    WEIGHTS_NAME,
+    check_adapter_files,
+    find_adapter,
+    hash_file,
+    read_adapter,
+)
 from .devices import input_device
-from .identity import base_name, check_base, hash_embeddings, hash_model
+from .identity import (
+    WEIGHTS_HASH_FILE,
+    base_name,
+    base_revision,
+    check_base,
+    compare_bases,
+    compare_names,
+    identify,
+    identify_base,
+    identify_base_files,
+    recorded_base,
+)
 from .layers import LAYER_KINDS, LayerKind, find_kind, wrapped_kind
-from .loading import attach_adapters, load_base, load_skeleton, quiet
+from .loading import attach_adapters, auto_class, load_base, load_skeleton, quiet
 from .losses import TokenScores, completion_logits, completion_losses, completion_states, sample_losses, token_scores
 from .memory import DISK, HOST, budgets, held_to, parse_size, show_size, taken
 from .model_state import preserved, snapshot
@@ -32,35 +52,43 @@ __all__ = [
     "BASE_CHANGING_INITS",
     "CONFIG_NAME",
     "DISK",
+    "FORGET_RECORD_NAME",
     "HOST",
     "LAYER_KINDS",
+    "PROVENANCE_NAME",
     "VARIANT_FIELDS",
+    "WEIGHTS_HASH_FILE",
     "WEIGHTS_NAME",
     "LayerKind",
     "Target",
     "TokenScores",
     "adapter_strength",
     "attach_adapters",
+    "auto_class",
     "base_model",
     "base_name",
+    "base_revision",
     "budgets",
     "check_adapter_files",
     "check_base",
     "check_lora_config",
     "check_new_name",
+    "compare_bases",
+    "compare_names",
     "completion_logits",
     "completion_losses",
     "completion_states",
     "distributed",
     "find_adapter",
     "find_kind",
-    "give_memory",
     "fitting_new_tokens",
-    "hash_embeddings",
+    "give_memory",
     "hash_file",
-    "hash_model",
     "hash_targets",
     "held_to",
+    "identify",
+    "identify_base",
+    "identify_base_files",
     "input_device",
     "load_base",
     "load_skeleton",
@@ -68,6 +96,7 @@ __all__ = [
     "preserved",
     "quiet",
     "read_adapter",
+    "recorded_base",
     "require_adapter",
     "resolve_layers",
     "resolve_targets",

@@ -28,6 +28,8 @@ from .plain_lora import check_config_values, check_lora_config
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
+PROVENANCE_NAME = "perta_provenance.json"
+FORGET_RECORD_NAME = "perta_forget.json"
 
 _RECORDS = "perta_*.json"  # how an adapter of this package was made
 

@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from ..errors import AdapterError, ConfigError
 from .adapter_files import check_adapter_files, find_adapter
 from .distributed import local_rank
+from .identity import adopt_base
 from .stack import check_new_name, give_memory
 
 
@@ -55,7 +56,7 @@ def load_base(
     Reference:
         QLoRA (arXiv 2305.14314), for NF4 and double quantisation.
     """
-    auto_class = _auto_class(name, _read_config(name, revision))
+    model_class = _checked_class(name, _read_config(name, revision))
     on_gpu = torch.cuda.is_available()
     dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
     quantization = BitsAndBytesConfig(
@@ -65,7 +66,7 @@ def load_base(
         bnb_4bit_compute_dtype=dtype,
     )
     try:
-        model = auto_class.from_pretrained(
+        model = model_class.from_pretrained(
             name,
             revision=revision,
             dtype=dtype,
@@ -91,10 +92,10 @@ def load_skeleton(name: str, *, revision: str | None = None) -> PreTrainedModel:
         ConfigError: the config cannot be found or read, or is of no causal language model.
     """
     config = _read_config(name, revision)
-    auto_class = _auto_class(name, config)
+    model_class = _checked_class(name, config)
     try:
         with torch.device("meta"):
-            model = auto_class.from_config(config)
+            model = model_class.from_config(config)
     except (OSError, ValueError, RuntimeError) as error:
         raise _unreadable(name, error) from error
     model.config._name_or_path = name
@@ -108,19 +109,27 @@ def _read_config(name: str, revision: str | None) -> Any:
         raise _unreadable(name, error) from error
 
 
-def _auto_class(name: str, config: Any) -> Any:
-    """The class of transformers that loads a model with this config: a decoder of text, or of images and text."""
-    if not config.is_encoder_decoder:  # of an encoder-decoder model, transformers would load the decoder
-        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-            return AutoModelForCausalLM
-        if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            return AutoModelForImageTextToText
+def _checked_class(name: str, config: Any) -> Any:
+    found = auto_class(config)
+    if found is not None:
+        return found
     kind = "an encoder-decoder model" if config.is_encoder_decoder else "no causal language model"
     built = ", ".join(config.architectures or [type(config).__name__])
     raise ConfigError(
         f"the model {name!r} is {kind} ({built}); expected a decoder that continues text, such as Llama, Qwen or "
         "GPT-2, which AutoModelForCausalLM loads"
     )
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads a model with this config; None if it is no decoder of text, or of images and
+    text."""
+    if not config.is_encoder_decoder:  # of an encoder-decoder model, transformers would load the decoder
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return AutoModelForCausalLM
+        if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            return AutoModelForImageTextToText
+    return None
 
 
 def _unreadable(name: str, error: Exception) -> ConfigError:
@@ -171,6 +180,7 @@ def attach_adapters(model: PreTrainedModel | PeftModel, adapters: Mapping[str, s
             missing = [key for key in result.missing_keys if f".{name}." in key]
             if missing or result.unexpected_keys:
                 raise ValueError(f"missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}")
+            adopt_base(attached, name, path)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise AdapterError(

@@ -20,11 +20,10 @@ from ..evaluation import Goal
 from ..gradients import Checkpoint
 from ..model import (
     Target,
-    base_model,
     check_base,
     distributed,
-    hash_model,
     hash_targets,
+    identify,
     require_adapter,
     resolve_layers,
     resolve_targets,
@@ -168,8 +167,8 @@ def _identity(run: Run) -> dict[str, Any]:
     is sought once all layers are done."""
     left_out = ("max_memory", "host_memory", "target_forget_loss", "retain_tolerance")
     return {
-        "format": 2,
-        "model": hash_model(base_model(run.model)),
+        "format": 3,
+        **{f"the model's {part}": value for part, value in identify(run.model).items()},
         "forget adapter": hash_targets(run.targets),
         "adapters that are on": {name: hash_targets(resolve_layers(run.model, name)) for name in run.gradient_adapters},
         "data": {name: of_set["sha256"] for name, of_set in run.data.items()},

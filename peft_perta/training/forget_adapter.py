@@ -13,11 +13,10 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
-from ..adapters import FORGET_RECORD_NAME, save_forget_adapter
+from ..adapters import FORGET_RECORD_NAME, describe_base, save_forget_adapter
 from ..data import Sample, check_output, fingerprint, load_samples
 from ..errors import ConfigError
 from ..model import (
-    base_name,
     check_lora_config,
     check_new_name,
     resolve_layers,
@@ -79,17 +78,22 @@ def train_forget_adapter(
         torch.manual_seed(config.seed)  # the initial A is drawn before the trainer sets the seed
         peft_model = _add_trained(model, lora_config, adapter_name, config, samples, tokenizer)
     if output_dir is not None:
-        record = {"samples": len(samples), "sha256": fingerprint(samples), "epochs": config.num_train_epochs}
+        record = {
+            "samples": len(samples),
+            "sha256": fingerprint(samples),
+            "epochs": config.num_train_epochs,
+            "base_model": describe_base(peft_model),
+        }
         save_forget_adapter(output_dir, peft_model, adapter_name, record)
     return peft_model
 
 
 def _checked_config(model: nn.Module, lora_config: LoraConfig | None, adapter_name: str) -> LoraConfig:
-    """A copy of the user's config, or the default one, that names its base."""
+    """A copy of the user's config, or the default one."""
     config = copy.copy(lora_config) if lora_config else default_lora_config()
     check_lora_config(config, adapter_name)
     check_new_name(model, adapter_name)
-    config.base_model_name_or_path = base_name(model)
+    config.base_model_name_or_path = None  # with_new_adapter names it
     return config
 
 

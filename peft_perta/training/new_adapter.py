@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..errors import AdapterError
+from ..model import base_name
 from .settings import LoraSettings
 
 
@@ -31,17 +32,20 @@ def with_new_adapter(model: nn.Module, lora_config: LoraConfig, adapter_name: st
     Raises:
         AdapterError: PEFT refuses the config for this model, as it does if it names layers that the model lacks.
     """
+    wrapped = isinstance(model, PeftModel)
     try:
-        if not isinstance(model, PeftModel):
-            return get_peft_model(model, lora_config, adapter_name=adapter_name)  # type: ignore[arg-type,return-value]
-        model.add_adapter(adapter_name, lora_config)
+        if wrapped:
+            model.add_adapter(adapter_name, lora_config)
+            model.set_adapter(adapter_name)
+        else:
+            model = get_peft_model(model, lora_config, adapter_name=adapter_name)  # type: ignore[arg-type]
     except (ValueError, re.error) as error:
         reason = " ".join(str(error).split())
         raise AdapterError(
             f"no adapter can be made with this LoraConfig: {reason} Change the setting, or choose other layers with "
             "target_modules and exclude_modules (--target-modules, --exclude-modules)"
         ) from error
-    model.set_adapter(adapter_name)
+    model.peft_config[adapter_name].base_model_name_or_path = base_name(model)  # PEFT names the path of the cache
     return model
 
 

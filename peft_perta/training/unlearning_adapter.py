@@ -31,14 +31,12 @@ from ..data import Sample, check_output, check_setting, fingerprint
 from ..errors import AdapterError, ConfigError
 from ..gradients import Checkpoint
 from ..model import (
-    base_model,
-    base_name,
     check_base,
     check_lora_config,
     check_new_name,
     distributed,
-    hash_model,
     hash_targets,
+    identify,
     require_adapter,
     resolve_layers,
     row_length,
@@ -175,7 +173,7 @@ def _checked_config(
     config = copy.copy(require_adapter(model, start_adapter) if start_adapter else lora_config or default_lora_config())
     check_lora_config(config, start_adapter or "the new one")
     config.inference_mode = False
-    config.base_model_name_or_path = base_name(model)
+    config.base_model_name_or_path = None  # with_new_adapter names it
     servable_rank(max([config.r, *(config.rank_pattern or {}).values()]))
     return config
 
@@ -235,13 +233,13 @@ def _identity(run: _Run, arguments: TrainingArguments) -> dict[str, Any]:
     fields = run.lora_config.to_dict().items()
     config = {name: str(sorted(value) if isinstance(value, set) else value) for name, value in fields}
     return {
-        "format": 1,
+        "format": 2,
         "settings": run.settings.to_dict(),
         "data": {name: fingerprint(samples) for name, samples in run.samples.items()},
         "training": {name: str(value) for name, value in run.training_settings.items()},
         "adapter": config,
         "global batch": _global_batch(arguments),
-        "model": hash_model(base_model(run.model)),
+        **{f"the model's {part}": value for part, value in identify(run.model).items()},
         "start adapter": run.start_sha256,
         "task adapter": _hash_factors(run.model, run.task_adapter),
         "versions": versions(),

@@ -7,19 +7,20 @@ from typing import Any
 
 from torch import nn
 
-from ...model import base_model, base_name, hash_embeddings
+from ...model import auto_class, base_model, base_name, base_revision, identify_base
 
 
 def describe_base(model: nn.Module) -> dict[str, Any]:
-    """The base model as provenance records it: name, revision, SHA-256 of the embeddings, quantisation."""
+    """The base model as provenance records it: name, revision, class that loads it, identity, quantisation."""
     config = base_model(model).config
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and not isinstance(quantization, dict):
         quantization = quantization.to_dict()
     return {
         "name": base_name(model),
-        "revision": getattr(config, "_commit_hash", None),
-        "embeddings_sha256": hash_embeddings(model),
+        "revision": base_revision(model),
+        "auto_class": getattr(auto_class(config), "__name__", None),
+        **identify_base(model),
         "quantization": quantization
         and {key: value for key, value in quantization.items() if isinstance(value, (str, int, float, bool))},
     }

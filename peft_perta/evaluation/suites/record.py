@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,18 @@ import torch
 from accelerate.utils import align_module_device
 
 from ...data import write_file
-from ...model import base_name, hash_embeddings, tuner_modules
+from ...model import identify, tuner_modules
 from ..logs.files import Log, read_log, write_log
 from ..subject import Subject
 from .suite import Splits, Suite, SuiteSettings
 
 RECORD_NAME = "evaluation.json"
+Parts = Mapping[str, str]
+_LOGGER = logging.getLogger(__name__)
 
 
 class EvaluationRecord:
-    """The logs in a directory, and for each suite the key of what its log was computed from.
+    """The logs in a directory, and for each suite a hash of each part of what its log was computed from.
 
     Args:
         directory: where the logs and the record are.
@@ -30,20 +34,27 @@ class EvaluationRecord:
         self.directory = directory
         self._record = _read(directory / RECORD_NAME)
 
-    def finished(self, suite: Suite, key: str) -> Log | None:
-        """The suite's log, where it was computed from the same model, rows and settings; else None."""
+    def finished(self, suite: Suite, parts: Parts) -> Log | None:
+        """The suite's log, where it was computed from the same parts; else None, and the log says which differ."""
         path = self.directory / suite.file_name
-        last_key = self._record.get("suites", {}).get(suite.name)
-        return read_log(path) if last_key == key and path.is_file() else None
+        last = self._record.get("suites", {}).get(suite.name)
+        if last is None or not path.is_file():
+            return None
+        last = last if isinstance(last, dict) else {}  # an earlier version wrote one hash of fewer parts
+        different = [part for part in {**last, **parts} if last.get(part) != parts.get(part)]
+        if not different:
+            return read_log(path)
+        _LOGGER.warning(f"{path} is of another evaluation, which differs in: {', '.join(different)}; evaluating again")
+        return None
 
-    def write(self, suite: Suite, key: str, log: Log) -> None:
+    def write(self, suite: Suite, parts: Parts, log: Log) -> None:
         """Write the suite's log. The record's entry is removed first, so that an interrupted write leaves no entry."""
         others = {name: last for name, last in self._record.get("suites", {}).items() if name != suite.name}
         self._write_suites(others)
         write_log(log, self.directory / suite.file_name)
-        self._write_suites({**others, suite.name: key})
+        self._write_suites({**others, suite.name: parts})
 
-    def _write_suites(self, suites: dict[str, str]) -> None:
+    def _write_suites(self, suites: dict[str, Any]) -> None:
         self._record = {**self._record, "suites": suites}
         write_file(self.directory / RECORD_NAME, json.dumps(self._record, indent=1) + "\n")
 
@@ -57,15 +68,21 @@ def _read(path: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) and isinstance(record.get("suites"), dict) else {}
 
 
-def evaluation_key(subject: Subject, name: str, splits: Splits, settings: SuiteSettings) -> str:
-    """A hash of everything that a suite's log depends on: base, active adapters, rows and settings."""
-    digest = hashlib.sha256()
-    facts = [name, splits, settings.max_new_tokens, subject.max_length, base_name(subject.model)]
-    digest.update(json.dumps(facts, sort_keys=True).encode())
-    digest.update(hash_embeddings(subject.model).encode())
-    for judged in filter(None, (subject, settings.retain_only)):
-        digest.update(_hash_stack(judged).encode())
-    return digest.hexdigest()
+def evaluated_parts(subject: Subject, asked: Mapping[str, Splits], settings: SuiteSettings) -> dict[str, Parts]:
+    """Suite -> part -> hash, of everything that the suite's log depends on."""
+    identity = identify(subject.model, subject.tokenizer)
+    parts = {**identity, "adapters": _hash_stack(subject)}
+    other = settings.retain_only
+    if other is not None:
+        is_same = other.model is subject.model and other.tokenizer is subject.tokenizer
+        facts = [identity if is_same else identify(other.model, other.tokenizer), _hash_stack(other)]
+        parts["retain-only model"] = _hash(facts)
+    lengths = {"max_new_tokens": settings.max_new_tokens, "max_length": subject.max_length}
+    return {name: {**parts, "rows": _hash(splits), "lengths": _hash(lengths)} for name, splits in asked.items()}
+
+
+def _hash(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _hash_stack(subject: Subject) -> str:

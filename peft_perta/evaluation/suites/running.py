@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from ..logs.files import Log
 from ..logs.rescoring import aggregate, check_retain_only
 from ..subject import Subject
-from .record import RECORD_NAME, EvaluationRecord, evaluation_key
+from .record import RECORD_NAME, EvaluationRecord, evaluated_parts
 from .suite import Splits, SuiteSettings
 from .table import SUITES, check_suite, read_suites
 
@@ -80,19 +80,19 @@ def _logs(
 ) -> dict[str, Log]:
     """The aggregated log of each suite; one that ``output_dir`` already holds is not computed again."""
     _check_retain_only_logs(retain_only_logs, asked)
-    record, keys = None, {}
+    record, parts = None, {}
     if output_dir is not None:
-        keys = {name: evaluation_key(subject, name, splits, settings) for name, splits in asked.items()}
         record = EvaluationRecord(check_output(output_dir, RECORD_NAME))
+        parts = evaluated_parts(subject, asked, settings)
     logs = {}
     for name, splits in asked.items():
         suite = SUITES[name]
-        log = record.finished(suite, keys[name]) if record else None
+        log = record.finished(suite, parts[name]) if record else None
         if log is None:
             log = suite.evaluate(subject, splits, settings)
         logs[name] = aggregate(log, retain_only_logs.get(name))
         if record:
-            record.write(suite, keys[name], logs[name])
+            record.write(suite, parts[name], logs[name])
     return logs
 
 

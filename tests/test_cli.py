@@ -24,8 +24,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from peft_perta import InfluenceSettings, PerTAConfig, UnlearningSettings
-from peft_perta.adapters import save_perta_adapter
-from peft_perta.cli import COMMANDS, command_parser, main
+from peft_perta.adapters import merge_adapters, save_perta_adapter
+from peft_perta.cli import COMMANDS, command_parser, main, merge
 from peft_perta.data import encode_row, load_samples
 from peft_perta.evaluation import losses_of
 from peft_perta.perta import FITS, GRANULARITIES, WEIGHTINGS
@@ -324,6 +324,19 @@ def test_calibrate_fuse_merge_verify(place, capsys):
     assert "4 of 4 answers are the same" in capsys.readouterr().out
     assert main(["verify", str(place / "fused"), "--base", str(place / "merged")]) == 1
     assert "FAIL" in capsys.readouterr().out
+
+
+def test_a_merged_model_that_is_not_the_stack_ends_with_status_1(place, capsys, monkeypatch):
+    def merge_at_half(model, parts, output, **options):
+        return merge_adapters(model, {part: strength / 2 for part, strength in parts.items()}, output, **options)
+
+    command = ["merge", str(place / "task"), "--model", str(builders.llama_directory())]
+    command += ["--check", str(place / "forget.jsonl"), "--output", str(place / "merged")]
+    assert main(command) == 0
+    assert "DISAGREE" not in capsys.readouterr().out
+    monkeypatch.setattr(merge, "merge_adapters", merge_at_half)
+    assert main(command) == 1
+    assert "They DISAGREE" in capsys.readouterr().out
 
 
 def test_verify_measures_the_losses_of_rows(place, capsys):

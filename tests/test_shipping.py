@@ -24,6 +24,7 @@ from peft_perta.adapters import (
     verify_adapter,
 )
 from peft_perta.adapters.merge import MERGED_NAME
+from peft_perta.adapters.merge_check import TOLERANCE
 from peft_perta.model import adapter_strength, attach_adapters, hash_file, load_base, load_skeleton, preserved
 
 IDS = torch.arange(3, 23).reshape(2, 10)
@@ -213,7 +214,12 @@ def stacked(base, adapters):
         return logits(model, list(names))
 
 
-BASES = {"linear": builders.llama, "conv1d": builders.gpt2, "tied": lambda: builders.llama(tied=True)}
+BASES = {
+    "linear": builders.llama,
+    "conv1d": builders.gpt2,
+    "tied": lambda: builders.llama(tied=True),
+    "experts": builders.mixtral,
+}
 ADAPTED = {**MODELS, "tied": lambda: builders.with_adapters(builders.llama(tied=True), builders.lora_config(),
                                                             task=builders.lora_config())}  # fmt: skip
 
@@ -256,8 +262,28 @@ def test_the_check_compares_merged_and_stacked(tmp_path):
     check = compare_merged(base, adapters, tmp_path / "merged", builders.forget_rows(), answered=3)
     assert (check.rows, check.same_answers) == (3, 3)
     assert check.largest_difference < 1e-5
+    assert check.agrees
+    assert "rounding" not in str(check)
     wrong = compare_merged(base, dict.fromkeys(adapters, 0.0), tmp_path / "merged", builders.forget_rows(), answered=3)
-    assert wrong.largest_difference > 1e-2
+    assert wrong.unexplained_difference == wrong.largest_difference > 1e-2
+    assert not wrong.agrees
+    assert "They DISAGREE: beyond what rounding the merged weights explains, " in str(wrong)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "experts"])
+def test_the_check_measures_what_the_dtype_explains(kind, tmp_path):
+    """Rounding to bfloat16 moves losses by more than the tolerance; a weak adapter left out moves them by no more."""
+    base, adapters = saved(MODELS[kind](), BASES[kind](), tmp_path)
+    merge_adapters(base, adapters, tmp_path / "merged", dtype=torch.bfloat16, show_progress_bar=False)
+    check = compare_merged(base, adapters, tmp_path / "merged", builders.forget_rows(), answered=3)
+    assert check.unexplained_difference < TOLERANCE < check.largest_difference
+    assert check.agrees
+    assert str(check).endswith("which rounding the merged weights explains")
+    first = next(iter(adapters))
+    weaker = {**adapters, first: adapters[first] - 0.05}
+    wrong = compare_merged(base, weaker, tmp_path / "merged", builders.forget_rows(), answered=3)
+    assert wrong.unexplained_difference > TOLERANCE
+    assert not wrong.agrees
 
 
 def test_a_quantised_base_is_refused(tmp_path):

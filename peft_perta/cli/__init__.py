@@ -9,8 +9,8 @@ Each command is a module of its own name under one contract, and a row in ``COMM
 - ``run(options)`` runs it, and returns the exit status if it is not 0;
 - ``resume_path(options)``, where an interrupted run can be resumed, is a path that exists once there is work to resume.
 
-Exit statuses: 0; 1 if ``verify`` finds a fault; 2, with one line on standard error, if the input is at fault; 130 if
-the run is interrupted.
+Exit statuses: 0; 1 if ``verify`` finds a fault, or ``merge --check`` another model than the stack; 2, with one line on
+standard error, if the input is at fault; 130 if the run is interrupted.
 """
 
 from __future__ import annotations

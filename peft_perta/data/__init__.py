@@ -5,7 +5,7 @@ It also holds what every settings dataclass shares: fields that explain themselv
 Imports from: errors.
 """
 
-from .answer_ends import AnswerEnds, answer_ends
+from .answer_frame import AnswerFrame, answer_frame
 from .encoding import encode_prompt, encode_row
 from .loading import load_samples
 from .output import check_output, replaced_directory, write_file
@@ -16,10 +16,10 @@ from .settings import check_setting, explained, is_count, is_int, is_number, set
 __all__ = [
     "IGNORED",
     "ROW_KINDS",
-    "AnswerEnds",
+    "AnswerFrame",
     "Batch",
     "Sample",
-    "answer_ends",
+    "answer_frame",
     "batches",
     "check_output",
     "check_setting",

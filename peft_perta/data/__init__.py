@@ -5,7 +5,7 @@ It also holds what every settings dataclass shares: fields that explain themselv
 Imports from: errors.
 """
 
-from .answer_ends import AnswerEnds, answer_ends
+from .answer_frame import AnswerFrame, answer_frame
 from .encoding import check_characters, encode_prompt, encode_row
 from .loading import drawn, load_samples
 from .notes import note
@@ -18,10 +18,10 @@ __all__ = [
     "IGNORED",
     "ROW_KINDS",
     "TEMPLATE_KEYS",
-    "AnswerEnds",
+    "AnswerFrame",
     "Batch",
     "Sample",
-    "answer_ends",
+    "answer_frame",
     "batches",
     "check_characters",
     "check_disjoint",

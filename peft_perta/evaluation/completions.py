@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..data import IGNORED, Batch, Sample, answer_ends, batches
+from ..data import IGNORED, Batch, Sample, answer_frame, batches
 from ..errors import DataError, NumericalError
 from ..model import TokenScores, input_device, preserved, sample_losses, token_scores
 from .subject import Subject
@@ -22,14 +22,22 @@ class ScoredCompletion:
     """The completion of one row, scored.
 
     Attributes:
-        loss: mean token loss, nats, with the tokens that close the completion.
-        tokens: the scores of every token of the completion but the closing ones.
-        closing: how many close it: the eos, or what the chat template writes after an answer.
+        loss: mean token loss over the whole completion, nats.
+        whole: the scores of every token of the completion.
+        words: where the answer's own words stand in it: what closes the completion does not belong to them (the eos, or
+            what the chat template writes after an answer), nor does what the template opens an answer with.
     """
 
     loss: float
-    tokens: TokenScores
-    closing: int
+    whole: TokenScores
+    words: slice
+
+    @property
+    def tokens(self) -> TokenScores:
+        """The scores of the answer's own words."""
+        whole = self.whole
+        columns = (whole.log_probabilities, whole.standardised, whole.hits)
+        return TokenScores(*(column[self.words] for column in columns))
 
 
 def score_completions(subject: Subject, rows: Sequence[Mapping], name: str = "rows") -> list[ScoredCompletion]:
@@ -45,13 +53,13 @@ def score_completions(subject: Subject, rows: Sequence[Mapping], name: str = "ro
         NumericalError: a loss is not finite.
     """
 
-    ends = answer_ends(subject.tokenizer)
+    frame = answer_frame(subject.tokenizer)
     samples = subject.encode(rows, name)
 
     def score(batch: Batch) -> list[ScoredCompletion]:
         scores = zip(batch.indices, token_scores(subject.model, batch), strict=True)
         return [
-            _completion(tokens, ends.count(completion_ids(samples[index])), f"{name}, row {index + 1}")
+            _completion(tokens, frame.words(completion_ids(samples[index])), f"{name}, row {index + 1}")
             for index, tokens in scores
         ]
 
@@ -66,18 +74,17 @@ def score_completions(subject: Subject, rows: Sequence[Mapping], name: str = "ro
 
 
 def completion_ids(sample: Sample) -> list[int]:
-    """The tokens of the sample's completion, with the closing ones."""
-    return sample.input_ids[sample.labels != IGNORED].tolist()
+    """The tokens of the sample's completion that something predicts: all but the first of a text."""
+    return sample.input_ids[1:][sample.labels[1:] != IGNORED].tolist()
 
 
-def _completion(tokens: TokenScores, closing: int, where: str) -> ScoredCompletion:
-    loss = -float(tokens.log_probabilities.mean())
+def _completion(scores: TokenScores, words: slice, where: str) -> ScoredCompletion:
+    loss = -float(scores.log_probabilities.mean())
     if not math.isfinite(loss):
         raise NumericalError(
             f"{where}: the loss is {loss}; evaluate in float32 or bfloat16, or lower the strength of the adapters"
         )
-    columns = (tokens.log_probabilities, tokens.standardised, tokens.hits)
-    return ScoredCompletion(loss, TokenScores(*(column[: len(column) - closing] for column in columns)), closing)
+    return ScoredCompletion(loss, scores, words)
 
 
 def losses_of(

@@ -12,10 +12,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from ..data import AnswerEnds, answer_ends, encode_prompt
+from ..data import IGNORED, AnswerFrame, answer_frame, encode_row
 from ..errors import DataError
 from ..model import base_model, fitting_new_tokens, input_device, preserved
+from .completions import completion_ids
 from .subject import Subject
+
+_UNCUT = 2**30  # the length of a row that is not cut
 
 
 def generate(
@@ -31,8 +34,9 @@ def generate(
     """Answer the rows' prompts, in the order of the rows. The model is left as it was.
 
     Prompts are left-padded and batched by length; generation uses the KV cache. Nothing of the model's own
-    generation_config counts (a repetition penalty, suppressed tokens) but its eos tokens. An answer ends where the
-    tokenizer, the model or the chat template says so (``peft_perta.data.answer_ends``).
+    generation_config counts (a repetition penalty, suppressed tokens) but its eos tokens. An answer begins after
+    what the chat template opens it with, and ends where the tokenizer, the model or the template says so
+    (``peft_perta.data.answer_frame``).
 
     Args:
         subject: the model with its adapters.
@@ -47,13 +51,13 @@ def generate(
     Raises:
         DataError: a row is malformed, or has no prompt to answer.
     """
-    prompts = _prompts(subject.tokenizer, rows, prefixes)
+    base: Any = base_model(subject.model)  # PeftModel's own generate would leave an attribute on the model
+    frame = _frame(subject.tokenizer, base)
+    prompts = _prompts(subject.tokenizer, rows, frame, prefixes)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     max_new_tokens = fitting_new_tokens(subject.model, prompts, max_new_tokens)
-    base: Any = base_model(subject.model)  # PeftModel's own generate would leave an attribute on the model
     device = input_device(subject.model)
-    ends = _ends(subject.tokenizer, base)
-    config = _generation_config(subject.tokenizer, ends, max_new_tokens, temperature)
+    config = _generation_config(subject.tokenizer, frame, max_new_tokens, temperature)
     texts = [""] * len(prompts)
     bar = tqdm(total=len(prompts), desc=name, unit="row", disable=not subject.show_progress_bar, leave=False)
     with bar, preserved(subject.model, subject.adapters), only_generation_config(base, config), torch.no_grad():
@@ -68,19 +72,25 @@ def generate(
                 tokenizer=subject.tokenizer,
             )
             for row, index in enumerate(chosen):
-                texts[index] = _text(subject.tokenizer, output[row, input_ids.shape[1] :].tolist(), ends)
+                texts[index] = _text(subject.tokenizer, output[row, input_ids.shape[1] :].tolist(), frame)
             bar.update(len(chosen))
     return texts
 
 
-def _prompts(tokenizer: Any, rows: Sequence[Mapping], prefixes: Sequence[Sequence[int]] | None) -> list[list[int]]:
-    """The token ids that each answer follows: the row's prompt and the beginning of its answer."""
-    prompts = [encode_prompt(row, tokenizer, where=f"row {number}") for number, row in enumerate(rows, start=1)]
-    for number, prompt in enumerate(prompts, start=1):
-        if not prompt:
+def _prompts(
+    tokenizer: Any, rows: Sequence[Mapping], frame: AnswerFrame, prefixes: Sequence[Sequence[int]] | None
+) -> list[list[int]]:
+    """The token ids that each answer follows: the row's prompt, what opens its answer, and the answer's beginning."""
+    prompts = []
+    for number, row in enumerate(rows, start=1):
+        sample = encode_row(row, tokenizer, max_length=_UNCUT, where=f"row {number}")
+        completion = completion_ids(sample)
+        prompt = sample.input_ids[: len(sample.input_ids) - len(completion)].tolist()
+        if int(sample.labels[0]) != IGNORED:
             raise DataError(
                 f"row {number} has no prompt to answer; expected question/answer, prompt/completion or messages"
             )
+        prompts.append([*prompt, *completion[: frame.words(completion).start]])
     if prefixes is not None:
         prompts = [[*prompt, *prefix] for prompt, prefix in zip(prompts, prefixes, strict=True)]
     return prompts
@@ -106,37 +116,37 @@ def plain_generation_config(tokenizer: Any, base: Any) -> GenerationConfig:
 
     For callers that stop at texts of their own.
     """
-    return _generation_config(tokenizer, replace(_ends(tokenizer, base), text=None))
+    return _generation_config(tokenizer, replace(_frame(tokenizer, base), end_text=None))
 
 
 def _generation_config(
-    tokenizer: Any, ends: AnswerEnds, max_new_tokens: int | None = None, temperature: float | None = None
+    tokenizer: Any, frame: AnswerFrame, max_new_tokens: int | None = None, temperature: float | None = None
 ) -> GenerationConfig:
     decoding: dict[str, Any] = {"do_sample": False}
     if temperature is not None:
         decoding = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    padding = next((token for token in (tokenizer.pad_token_id, *ends.tokens) if token is not None), 0)
+    padding = next((token for token in (tokenizer.pad_token_id, *frame.end_tokens) if token is not None), 0)
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         pad_token_id=padding,
-        eos_token_id=sorted(ends.tokens) or None,
-        stop_strings=ends.text,
+        eos_token_id=sorted(frame.end_tokens) or None,
+        stop_strings=frame.end_text,
         **decoding,
     )
 
 
-def _ends(tokenizer: Any, base: Any) -> AnswerEnds:
-    """What ends an answer of this model: also the eos tokens that it declares itself."""
-    ends = answer_ends(tokenizer)
+def _frame(tokenizer: Any, base: Any) -> AnswerFrame:
+    """What stands around an answer of this model, which may declare eos tokens of its own."""
+    frame = answer_frame(tokenizer)
     declared = base.generation_config.eos_token_id
     more = declared if isinstance(declared, list) else [] if declared is None else [declared]
-    return replace(ends, tokens=tuple(dict.fromkeys((*ends.tokens, *more))))
+    return replace(frame, end_tokens=tuple(dict.fromkeys((*frame.end_tokens, *more))))
 
 
-def _text(tokenizer: Any, generated: Sequence[int], ends: AnswerEnds) -> str:
+def _text(tokenizer: Any, generated: Sequence[int], frame: AnswerFrame) -> str:
     """The words of an answer, up to its end."""
-    text = tokenizer.decode(ends.cut(generated), skip_special_tokens=True)
-    return (text.partition(ends.text)[0] if ends.text else text).strip()
+    text = tokenizer.decode(frame.until_end(generated), skip_special_tokens=True)
+    return (text.partition(frame.end_text)[0] if frame.end_text else text).strip()
 
 
 def _left_padded(prompts: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:

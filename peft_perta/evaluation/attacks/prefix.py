@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from ...data import answer_ends, spread
+from ...data import answer_frame, spread
 from ..completions import ScoredCompletion, completion_ids, score_completions
 from ..metrics.rouge import rouge_l_recall
 from ..subject import Subject
@@ -50,19 +50,13 @@ ATTACK = Attack("prefix", "Give the beginning of the answer.", check, run)
 
 
 def _answers(subject: Subject, rows: Sequence[Mapping], name: str) -> list[list[int]]:
-    """The tokens of each row's completion, without the closing ones."""
-    ends = answer_ends(subject.tokenizer)
+    """The tokens of each row's answer, without what opens or closes the completion."""
+    frame = answer_frame(subject.tokenizer)
     completions = map(completion_ids, subject.encode(rows, name))
-    return [tokens[: len(tokens) - ends.count(tokens)] for tokens in completions]
+    return [tokens[frame.words(tokens)] for tokens in completions]
 
 
 def _loss_after(scored: ScoredCompletion, share: float) -> float:
-    """The mean token loss of the rest of the completion, with the closing tokens.
-
-    Each token's loss is conditioned on the tokens before it, so that the total loss of the rest is that of the whole
-    completion minus that of the given tokens.
-    """
-    log_probabilities = scored.tokens.log_probabilities
-    count = len(log_probabilities) + scored.closing
-    given = int(share * len(log_probabilities))
-    return (scored.loss * count + float(log_probabilities[:given].sum())) / (count - given)
+    """The mean token loss of the rest of the answer, with the closing tokens."""
+    given = int(share * len(scored.tokens.log_probabilities))
+    return -float(scored.whole.log_probabilities[scored.words.start + given :].mean())

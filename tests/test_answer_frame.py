@@ -1,6 +1,7 @@
-"""Where an answer ends: learned from the chat template, used to stop generation and to leave the end out of scores."""
+"""What stands around an answer: learned from the chat template, used to ask and to stop, and left out of scores."""
 
 import math
+import re
 from pathlib import Path
 
 import builders
@@ -8,9 +9,10 @@ import laws
 import pytest
 import torch
 import trl
+from transformers import AddedToken
 
 from peft_perta import evaluate
-from peft_perta.data import answer_ends, batches, encode_row, load_samples
+from peft_perta.data import answer_frame, batches, encode_row, load_samples
 from peft_perta.evaluation import AttackSettings, Subject, Victims, generate, run_attacks, score_completions
 from peft_perta.model import sample_losses
 
@@ -18,6 +20,13 @@ ROWS = [
     {"question": "Who wrote Hatter?", "answer": "Basil Q. Khan", "perturbed_answer": ["Li"]},
     {"question": "And where?", "answer": "In Kuwait,\nin 1956.", "perturbed_answer": ["Bonn"]},
 ]
+SHIPPED = Path(trl.__file__).parent / "chat_templates"
+
+
+def shipped(name):
+    return (SHIPPED / f"{name}.jinja").read_text()
+
+
 SMOLLM = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe helpful<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -30,20 +39,26 @@ PLAIN = (
 EOS_AND_LINE = builders.CHAT_TEMPLATE.replace("eos_token", "eos_token + '\n'")
 REFUSING = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no') }}{% endif %}" + SMOLLM
 PARTS = SMOLLM.replace("{{ m['content'] }}", "{% for p in m['content'] %}{{ p['text'] }}{% endfor %}")
+THINKING = SMOLLM.replace(
+    "{{ m['content'] }}",
+    "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}",
+)
+OPENINGS = {
+    THINKING: "<think>\n\n</think>\n\n",
+    shipped("gptoss"): "<|channel|>final<|message|>",
+    shipped("glm4moe"): "\n<think></think>\n",
+}
 
 
 def plain(end):
     return PLAIN.replace("%s", end)
 
 
-def shipped(name):
-    return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
-
-
 def chat(template, *, eos="<eos>"):
     """The characters' tokenizer with marks of its template's own."""
     tokenizer = builders.tokenizer()
     tokenizer.add_special_tokens({"eos_token": eos, "bos_token": "<bos>", "extra_special_tokens": MARKS})
+    tokenizer.add_tokens([AddedToken("<think>"), AddedToken("</think>")])  # not special, as Qwen3 has them
     tokenizer.chat_template = template
     return tokenizer
 
@@ -51,6 +66,7 @@ def chat(template, *, eos="<eos>"):
 MARKS = [
     "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<|start_header_id|>", "<|end_header_id|>",
     "<|eot_id|>", "<|end|>", "<|user|>", "<|assistant|>", "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>",
+    "<|start|>", "<|channel|>", "<|message|>", "<|return|>",
 ]  # fmt: skip
 # name -> (template, eos, what closes a sample, what stops a model besides the eos)
 CASES = {
@@ -62,6 +78,8 @@ CASES = {
     "GLM-4, whose next turn ends the last": (shipped("glm4moe"), "<|endoftext|>", "", "<|user|>"),
     "the eos": (builders.CHAT_TEMPLATE, "<eos>", "<eos>", "<eos>"),
     "the eos and a line": (EOS_AND_LINE, "<eos>", "<eos>\n", "<eos>"),
+    "thinks first": (THINKING, "<|endoftext|>", "<|im_end|>\n", "<|im_end|>"),
+    "GPT-OSS": (shipped("gptoss"), "<|endoftext|>", "<|return|>", "<|return|>"),
     "wants a system turn": (REFUSING, "<eos>", "<|im_end|>\n", "<|im_end|>"),
     "wants content in parts": (PARTS, "<eos>", "<|im_end|>\n", "<|im_end|>"),
 }
@@ -70,10 +88,21 @@ CASES = {
 @pytest.mark.parametrize(("template", "eos", "closing", "mark"), CASES.values(), ids=CASES)
 def test_the_template_tells_what_closes_a_turn(template, eos, closing, mark):
     tokenizer = chat(template, eos=eos)
-    ends = answer_ends(tokenizer)
-    assert [tokenizer.decode(ids) for ids in ends.closings] == [eos, closing]
-    assert tokenizer.convert_ids_to_tokens(list(dict.fromkeys(ends.tokens))) == list(dict.fromkeys([eos, mark]))
-    assert ends.text is None
+    frame = answer_frame(tokenizer)
+    assert [tokenizer.decode(ids) for ids in frame.closings] == [eos, closing]
+    assert tokenizer.convert_ids_to_tokens(list(dict.fromkeys(frame.end_tokens))) == list(dict.fromkeys([eos, mark]))
+    assert frame.end_text is None
+    assert tokenizer.decode(list(frame.opening)) == OPENINGS.get(template, "")
+
+
+def test_every_template_that_trl_ships_ends_an_answer_by_a_mark():
+    names = [path.stem for path in SHIPPED.glob("*.jinja") if not path.stem.endswith("_training")]
+    assert len(names) > 20
+    for name in names:
+        tokenizer = chat(shipped(name))
+        tokenizer.add_tokens(sorted(set(re.findall(r"<[^\s<>']+>", shipped(name)))))
+        frame = answer_frame(tokenizer)
+        assert (len(frame.end_tokens), frame.end_text) == (2, None), name
 
 
 @pytest.mark.parametrize(
@@ -88,36 +117,41 @@ def test_the_template_tells_what_closes_a_turn(template, eos, closing, mark):
 def test_a_turn_may_close_in_plain_text(end, closing, text):
     """A line break alone is no end, since answers have lines: there the next turn's beginning is."""
     tokenizer = chat(plain(end))
-    ends = answer_ends(tokenizer)
-    assert (tokenizer.decode(ends.closings[1]), ends.text) == (closing, text)
+    frame = answer_frame(tokenizer)
+    assert (tokenizer.decode(frame.closings[1]), frame.end_text) == (closing, text)
     sample = encode_row(ROWS[1], tokenizer)
-    assert ends.count(sample.input_ids.tolist()) == len(ends.closings[1])
+    completion = sample.input_ids[sample.labels != -100].tolist()
+    assert tokenizer.decode(completion[frame.words(completion)]).strip() == ROWS[1]["answer"]
 
 
 def test_without_a_template_the_eos_ends_an_answer():
-    assert answer_ends(builders.tokenizer()).tokens == (1,)
-    assert answer_ends(builders.tokenizer()).closings == ((1,),)
+    assert answer_frame(builders.tokenizer()).end_tokens == (1,)
+    assert answer_frame(builders.tokenizer()).closings == ((1,),)
 
 
 def test_a_template_that_renders_no_conversation_leaves_the_eos_with_a_warning():
     with pytest.warns(UserWarning, match="renders no conversation .* only the eos '<eos>' counts"):
-        ends = answer_ends(chat("{{ raise_exception('no') }}"))
-    assert (ends.tokens, ends.text) == ((1,), None)
+        frame = answer_frame(chat("{{ raise_exception('no') }}"))
+    assert (frame.end_tokens, frame.end_text) == ((1,), None)
 
 
 def test_what_closes_a_completion_is_counted_where_it_was_cut_too():
     tokenizer = chat(SMOLLM)
-    ends = answer_ends(tokenizer)
+    frame = answer_frame(tokenizer)
     whole = encode_row(ROWS[0], tokenizer).input_ids.tolist()
-    assert [ends.count(whole[:size]) for size in (len(whole), len(whole) - 1, len(whole) - 2)] == [2, 1, 0]
-    assert ends.count(encode_row({"prompt": "ab", "completion": "cd"}, tokenizer).input_ids.tolist()) == 1
-    assert ends.count([]) == 0
+    stop = len(whole) - 2
+    assert [frame.words(whole[:size]) for size in range(stop - 1, len(whole) + 1)] == [
+        slice(0, size) for size in (stop - 1, stop, stop, stop)
+    ]
+    row = encode_row({"prompt": "ab", "completion": "cd"}, tokenizer).input_ids.tolist()
+    assert frame.words(row) == slice(0, 4)
+    assert frame.words([]) == slice(0, 0)
 
 
 # A model that recites: it knows every row under every template
 
 
-STYLES = [*list(CASES)[:4], "plain text"]
+STYLES = [*list(CASES)[:4], "thinks first", "plain text"]
 
 
 def style(name):
@@ -161,7 +195,7 @@ def test_a_verbatim_answer_is_verbatim(reciting, name):
 def test_the_end_is_no_part_of_the_scores(reciting, name):
     """The model says the same words, and then something else than the template's end."""
     tokenizer = style(name)
-    (end,) = {encode_row(row, tokenizer).input_ids[-len(answer_ends(tokenizer).closings[1])].item() for row in ROWS}
+    (end,) = {encode_row(row, tokenizer).input_ids[-len(answer_frame(tokenizer).closings[1])].item() for row in ROWS}
     whole = score_completions(Subject(reciting, tokenizer), ROWS)
 
     def never(head, arguments, logits):
@@ -174,7 +208,6 @@ def test_the_end_is_no_part_of_the_scores(reciting, name):
         hook.remove()
     for row, before, found in zip(ROWS, whole, scored, strict=True):
         words = len(tokenizer(row["answer"])["input_ids"])
-        assert found.closing == len(answer_ends(tokenizer).closings[1])
         assert found.tokens.hits.tolist() == [True] * words
         assert -float(found.tokens.log_probabilities.min()) < 1, "the end would be the least likely token"
         assert found.loss > before.loss + 0.5, "the loss is that of the whole completion"

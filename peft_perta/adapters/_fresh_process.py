@@ -14,9 +14,11 @@ _PROGRAM = """
 import hashlib, json, sys
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 base, directory, revision = sys.argv[1:4]
-model = AutoModelForCausalLM.from_pretrained(base, revision=revision or None, device_map={"": "cpu"})
+of_text = type(AutoConfig.from_pretrained(base, revision=revision or None)) in MODEL_FOR_CAUSAL_LM_MAPPING
+auto_class = AutoModelForCausalLM if of_text else AutoModelForImageTextToText
+model = auto_class.from_pretrained(base, revision=revision or None, device_map={"": "cpu"})
 model = PeftModel.from_pretrained(model, directory, adapter_name="verified")
 result = model.load_adapter(directory, adapter_name="verified")
 missing = [k for k in result.missing_keys if ".verified." in k]

@@ -146,12 +146,13 @@ def _layer_checks(config: Config, tensors: Tensors, base: str, revision: str | N
     modules = dict(load_skeleton(base, revision=revision).named_modules())
     suffix = ".lora_A.weight"
     adapted = {key.removeprefix("base_model.model.").removesuffix(suffix) for key in tensors if key.endswith(suffix)}
-    named = config.get("target_modules") or []  # or a regular expression: then the keys alone say which there are
-    projections = {path.rpartition(".")[2] for path in adapted} | (set(named) if isinstance(named, list) else set())
+    named = config.get("target_modules") or []
+    if not isinstance(named, list):  # a regular expression: the keys alone say which layers there are
+        named = {path.rpartition(".")[2] for path in adapted}
     expected = {
         path
         for path, module in modules.items()
-        if path.rpartition(".")[2] in projections and getattr(module, "weight", None) is not None
+        if any(f".{path}".endswith(f".{name}") for name in named) and getattr(module, "weight", None) is not None
     }
     absent = sorted(expected - adapted)
     found = f"{absent[0]} is missing" if absent else f"{len(adapted)} layers, zeros where nothing changes"

@@ -12,8 +12,10 @@ from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -34,7 +36,7 @@ def load_base(
     revision: str | None = None,
     device_map: str | None = None,
 ) -> tuple[PreTrainedModel, Any]:
-    """Load a causal language model and its tokenizer.
+    """Load a causal language model and its tokenizer; of a model for images and text, all of it.
 
     Args:
         name: a hub name, or a directory with config.json, safetensors weights and a tokenizer.
@@ -53,7 +55,7 @@ def load_base(
     Reference:
         QLoRA (arXiv 2305.14314), for NF4 and double quantisation.
     """
-    _read_config(name, revision)
+    auto_class = _auto_class(name, _read_config(name, revision))
     on_gpu = torch.cuda.is_available()
     dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
     quantization = BitsAndBytesConfig(
@@ -63,7 +65,7 @@ def load_base(
         bnb_4bit_compute_dtype=dtype,
     )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class.from_pretrained(
             name,
             revision=revision,
             dtype=dtype,
@@ -89,9 +91,10 @@ def load_skeleton(name: str, *, revision: str | None = None) -> PreTrainedModel:
         ConfigError: the config cannot be found or read, or is of no causal language model.
     """
     config = _read_config(name, revision)
+    auto_class = _auto_class(name, config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = auto_class.from_config(config)
     except (OSError, ValueError, RuntimeError) as error:
         raise _unreadable(name, error) from error
     model.config._name_or_path = name
@@ -99,19 +102,25 @@ def load_skeleton(name: str, *, revision: str | None = None) -> PreTrainedModel:
 
 
 def _read_config(name: str, revision: str | None) -> Any:
-    """The config of a model that can be loaded. Of an encoder-decoder model, transformers would load the decoder."""
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        return AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError, RuntimeError) as error:
         raise _unreadable(name, error) from error
-    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        kind = "an encoder-decoder model" if config.is_encoder_decoder else "no causal language model"
-        built = ", ".join(config.architectures or [type(config).__name__])
-        raise ConfigError(
-            f"the model {name!r} is {kind} ({built}); expected a decoder that continues text, such as Llama, Qwen or "
-            "GPT-2, which AutoModelForCausalLM loads"
-        )
-    return config
+
+
+def _auto_class(name: str, config: Any) -> Any:
+    """The class of transformers that loads a model with this config: a decoder of text, or of images and text."""
+    if not config.is_encoder_decoder:  # of an encoder-decoder model, transformers would load the decoder
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return AutoModelForCausalLM
+        if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            return AutoModelForImageTextToText
+    kind = "an encoder-decoder model" if config.is_encoder_decoder else "no causal language model"
+    built = ", ".join(config.architectures or [type(config).__name__])
+    raise ConfigError(
+        f"the model {name!r} is {kind} ({built}); expected a decoder that continues text, such as Llama, Qwen or "
+        "GPT-2, which AutoModelForCausalLM loads"
+    )
 
 
 def _unreadable(name: str, error: Exception) -> ConfigError:

@@ -17,6 +17,7 @@ from ..adapters import FORGET_RECORD_NAME, describe_base, save_forget_adapter
 from ..data import Sample, check_output, fingerprint, load_samples
 from ..errors import ConfigError
 from ..model import (
+    base_model,
     check_lora_config,
     check_new_name,
     resolve_layers,
@@ -151,7 +152,14 @@ def _train(model: PeftModel, config: SFTConfig, samples: list[Sample], tokenizer
     dataset = Dataset.from_list([{"input_ids": s.input_ids.tolist(), "labels": s.labels.tolist()} for s in samples])
     restore = snapshot(model)
     try:
+        _name_decoder(base_model(model))
         # The trainer gives the tokenizer a padding token: hand it a copy.
         SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=copy.deepcopy(tokenizer)).train()
     finally:
         restore()
+
+
+def _name_decoder(base: Any) -> None:
+    """Let the model find its decoder, whose output TRL reads: the class of Llama-4's text model names another one."""
+    if base.base_model is base and hasattr(base, "model"):
+        base.base_model_prefix = "model"

@@ -59,8 +59,7 @@ def projections(model: nn.Module) -> list[Projection]:
     linear = []
     for path, layer in base.named_modules():
         kind = find_kind(layer)
-        is_matrix = isinstance(layer, nn.Linear) or (kind is not None and kind.dense is not None)
-        if is_matrix and id(layer) not in excluded:
+        if id(layer) not in excluded and _is_matrix(layer, kind):
             name = path.replace(".base_layer", "")
             linear.append(Projection(name, layer, wrappers.get(id(layer), layer), kind))
     if not linear:
@@ -69,3 +68,10 @@ def projections(model: nn.Module) -> list[Projection]:
             "in 4 or 8 bit by bitsandbytes"
         )
     return linear
+
+
+def _is_matrix(layer: nn.Module, kind: LayerKind | None) -> bool:
+    """Whether the layer multiplies by one matrix. Llama-4's router is linear by its class, but not by its output."""
+    if kind is None:
+        return isinstance(layer, nn.Linear)
+    return kind.dense is not None and not (kind.name == "linear" and kind.refusal(layer, layer))

@@ -155,7 +155,7 @@ class Conversion:
         seen = torch.zeros(sum(sizes), dtype=torch.bool)
         matrices = zip(origin, place, strict=True) if origin.dim() == 3 else [(origin, place)]
         followed = [_parts(parameter, *matrix, starts, seen) for matrix in matrices]
-        if int(seen.sum()) != origin.numel():
+        if int(torch.count_nonzero(seen)) != origin.numel():  # a sum would copy it as int64
             raise _unclear(parameter, "several of its elements come from the same one")
         return followed
 

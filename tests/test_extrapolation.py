@@ -96,7 +96,8 @@ def test_auto_leaves_layers_without_adapters_alone():
 def test_auto_refuses_settings_that_it_cannot_honour():
     model = builders.adapted_llama()
     samples = load_samples(builders.forget_rows(), builders.tokenizer())
-    searched = {"goal": Goal(target_forget_loss=3.0), "forget": samples, "retain": samples, "show_progress_bar": False}
+    retain = load_samples(builders.retain_rows(), builders.tokenizer())
+    searched = {"goal": Goal(target_forget_loss=3.0), "forget": samples, "retain": retain, "show_progress_bar": False}
     with pytest.raises(ConfigError, match="rank: expected none with alpha='auto'"):
         extrapolate_adapter(model, "forget", "auto", rank=4, **searched)
     with pytest.raises(ConfigError, match=r"expected distinct adapters.*\['task', 'task', 'forget'\]"):

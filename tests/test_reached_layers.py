@@ -7,8 +7,16 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from peft_perta import NumericalError, PerTAConfig, UnsupportedLayerError, get_perta_state_dict, train_forget_adapter
+from peft_perta import (
+    ConfigError,
+    NumericalError,
+    PerTAConfig,
+    UnsupportedLayerError,
+    get_perta_state_dict,
+    train_forget_adapter,
+)
 from peft_perta.data import load_samples
+from peft_perta.gradients._taps import _LayerTap
 
 IN_PLACE = {  # family -> layers whose output the model then modifies in place, and others beside them
     "Falcon (7B's layout)": ["dense", "dense_4h_to_h"],
@@ -120,3 +128,21 @@ def test_training_leaves_the_layers_that_the_rows_never_reach_as_they_are(tmp_pa
         model, PerTAConfig(), rows[:3], rows[3:], tokenizer=tokenizer, show_progress_bar=False
     )
     assert all(".language_model." in key for key in emitted.state_dict)
+
+
+def test_an_encoder_decoder_is_refused_by_the_functions_too(tmp_path):
+    rows, tokenizer = builders.forget_rows(), builders.tokenizer()
+    with pytest.raises(ConfigError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        train_forget_adapter(family_models.BUILDERS["T5"](), rows[:3], tokenizer, tmp_path / "forget")
+    model = with_forget_adapter("T5", ["q", "v"])
+    with laws.untouched(model), pytest.raises(ConfigError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        get_perta_state_dict(model, PerTAConfig(), rows[:3], rows[3:], tokenizer=tokenizer)
+
+
+def test_a_saved_output_that_is_modified_in_place_is_detected():
+    """The tap shares the output's memory and its version: autograd must see the change, as without a tap."""
+    weight = torch.ones(3, requires_grad=True)
+    tapped = _LayerTap.apply(weight.exp(), weight.detach(), torch.zeros((), requires_grad=True), lambda *_: None)
+    tapped += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        tapped.sum().backward()

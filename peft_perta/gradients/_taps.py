@@ -38,7 +38,7 @@ class _LayerTap(torch.autograd.Function):
         ctx.sink = sink
         # The same memory, and to autograd no view: a model may modify the output in place (Falcon, Llama 4, Gemma 3n),
         # which autograd forbids for a view that a function of ours returned.
-        return output.data
+        return output.detach()
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, None, None, None]:

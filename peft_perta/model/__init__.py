@@ -39,6 +39,7 @@ from .positions import fitting_new_tokens, row_length
 from .stack import (
     adapter_strength,
     base_model,
+    check_decoder,
     check_new_name,
     give_memory,
     require_adapter,
@@ -71,6 +72,7 @@ __all__ = [
     "budgets",
     "check_adapter_files",
     "check_base",
+    "check_decoder",
     "check_lora_config",
     "check_new_name",
     "compare_bases",

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..errors import AdapterError
+from ..errors import AdapterError, ConfigError
 
 
 def adapter_configs(model: nn.Module) -> dict[str, Any]:
@@ -41,6 +41,20 @@ def require_adapter(model: nn.Module, name: str) -> Any:
     if name not in configs:
         raise AdapterError(f"no adapter named {name!r}; the model has {sorted(configs)}")
     return configs[name]
+
+
+def check_decoder(model: nn.Module) -> None:
+    """Refuse an encoder-decoder model, such as T5 or BART: its loss is not that of a text that goes on.
+
+    Raises:
+        ConfigError: the model has an encoder.
+    """
+    base = base_model(model)
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        raise ConfigError(
+            f"{type(base).__name__} is an encoder-decoder model; expected a decoder that continues text, such as "
+            "Llama, Qwen or GPT-2, which AutoModelForCausalLM loads"
+        )
 
 
 def stack_adapters(model: nn.Module, names: Sequence[str]) -> None:

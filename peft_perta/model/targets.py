@@ -17,7 +17,7 @@ from .identity import check_base
 from .layers import LAYER_KINDS, wrapped_kind
 from .layers.kind import LayerKind
 from .plain_lora import check_lora_config
-from .stack import base_model, require_adapter
+from .stack import base_model, check_decoder, require_adapter
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,14 @@ def resolve_targets(model: nn.Module, adapter_name: str) -> list[Target]:
     """The weights that carry a trained adapter, in the order of the model's modules.
 
     Raises:
+        ConfigError: the model is an encoder-decoder.
         AdapterError: the adapter is missing, cannot be negated, is merged or untrained, or belongs to another base.
         UnsupportedLayerError: the adapter sits on a layer that cannot be read or edited.
         NumericalError: a factor is not finite.
     """
-    check_lora_config(require_adapter(model, adapter_name), adapter_name)
+    config = require_adapter(model, adapter_name)
+    check_decoder(model)
+    check_lora_config(config, adapter_name)
     check_base(model, adapter_name)
     targets = resolve_layers(model, adapter_name)
     for target in targets:

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..errors import AdapterError
-from ..model import base_name
+from ..model import base_name, check_decoder
 from .settings import LoraSettings
 
 
@@ -30,9 +30,11 @@ def with_new_adapter(model: nn.Module, lora_config: LoraConfig, adapter_name: st
     """The model with one more adapter, the only one that is on.
 
     Raises:
+        ConfigError: the model is an encoder-decoder.
         AdapterError: PEFT refuses the config for this model, as it does if it names layers that the model lacks.
     """
     wrapped = isinstance(model, PeftModel)
+    check_decoder(model)
     try:
         if wrapped:
             model.add_adapter(adapter_name, lora_config)

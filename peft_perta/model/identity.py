@@ -130,8 +130,13 @@ def compare_files(one: Mapping[str, str | None], other: Mapping[str, str | None]
     return same
 
 
-def check_base(model: nn.Module, adapter_name: str) -> None:
-    """Check that an adapter was trained on the base model it is on.
+def check_base(model: nn.Module, adapter_name: str, label: str | None = None) -> None:
+    """Check that an adapter was trained on the base model it is on (``compare_names``).
+
+    Args:
+        model: carries the adapter.
+        adapter_name: the adapter's name on the model.
+        label: what messages call the adapter, if not by that name.
 
     Raises:
         AdapterError: the adapter names another base.
@@ -139,8 +144,8 @@ def check_base(model: nn.Module, adapter_name: str) -> None:
     fault = compare_names(adapter_configs(model)[adapter_name].base_model_name_or_path, _loaded_from(model))
     if fault:
         raise AdapterError(
-            f"adapter {adapter_name!r} was trained on {fault}; load the base it was trained on (if that was only "
-            "moved, correct base_model_name_or_path in its adapter_config.json)"
+            f"adapter {label or adapter_name!r} was trained on {fault}; load the base it was trained on (if that was "
+            "only moved, correct base_model_name_or_path in its adapter_config.json)"
         )
 
 

@@ -131,7 +131,7 @@ def compare_files(one: Mapping[str, str | None], other: Mapping[str, str | None]
 
 
 def check_base(model: nn.Module, adapter_name: str, label: str | None = None) -> None:
-    """Check that an adapter was trained on the base model it is on.
+    """Check that an adapter was trained on the base model it is on (``compare_names``).
 
     Args:
         model: carries the adapter.

@@ -99,6 +99,23 @@ def test_the_hash_reads_offloaded_weights(tmp_path):
     assert weights_of(model) == weights_of(builders.llama())
 
 
+def test_two_rows_of_a_weight_that_change_places_are_noticed():
+    model = builders.llama()
+    before = weights_of(model)
+    weight = model.get_parameter(Q_PROJ.format(0)).data
+    weight[[2, 5]] = weight[[5, 2]]
+    assert weights_of(model) != before
+
+
+def test_the_hash_does_not_depend_on_the_order_of_a_module_s_parameters():
+    model = builders.gpt_oss()
+    before = weights_of(model)
+    experts = model.model.layers[0].mlp.experts
+    parameter = experts._parameters.pop("gate_up_proj")
+    experts._parameters["gate_up_proj"] = parameter
+    assert weights_of(model) == before
+
+
 def test_the_hash_depends_on_every_bit_of_a_large_weight_and_on_their_order():
     model = torch.nn.Linear(4096, 16, bias=False)
     before = [weights_of(model)]

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 _WORD = 8  # bytes
 _BLOCK = 1024  # words
+_BLOCKS_AT_ONCE = 1024  # 8 MiB, whose products are in memory beside them
+_FACTOR = 0x9E3779B97F4A7C15 - 2**64  # spreads small numbers over all bits, as in Fibonacci hashing
 
 
 def hash_weights(model: nn.Module) -> str:
@@ -70,7 +72,7 @@ def _hash(model: nn.Module, *, rounded: bool) -> str:
             continue
         with align_module_device(module):
             for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers)):
-                for key, tensor in tensors.items():
+                for key, tensor in sorted(tensors.items()):  # PEFT takes parameters of experts out, and puts them back
                     if tensor is None or (kind == "buffer" and key in module._non_persistent_buffers_set):
                         continue
                     for part in (tensor, *_scales(module, tensor)):
@@ -84,18 +86,20 @@ def _hash(model: nn.Module, *, rounded: bool) -> str:
 
 
 def _add_values(digest: Any, values: Tensor) -> None:
-    """Add every value: of each block its first word and the sum of its words, and the bytes of what is no whole block.
+    """Add every value: of each block the sum of its words, each times a number of its place, and the bytes of what is no
+    whole block.
 
     A sum of integers is exact in any order, so a GPU takes it as fast as it reads its memory, and only the sums leave
-    it. It depends on every bit; the first words tell blocks apart that hold the same words in another order.
+    it. The numbers are odd: the sum depends on every bit, and on the order of the words.
     """
     data = values.contiguous().reshape(-1).view(torch.uint8)
     if data.storage_offset() % _WORD:
         data = data.clone()
     whole = data.numel() - data.numel() % (_WORD * _BLOCK)
-    blocks = data[:whole].view(torch.int64).view(-1, _BLOCK)
-    for part in (blocks.sum(1), blocks[:, 0], data[whole:]):
-        digest.update(part.to("cpu").contiguous().numpy().tobytes())
+    odd = (torch.arange(_BLOCK, device=data.device) * _FACTOR) | 1
+    for blocks in data[:whole].view(torch.int64).view(-1, _BLOCK).split(_BLOCKS_AT_ONCE):
+        digest.update((blocks * odd).sum(1).to("cpu").numpy().tobytes())
+    digest.update(data[whole:].to("cpu").contiguous().numpy().tobytes())
 
 
 def _scales(module: nn.Module, weight: Any) -> list[Tensor]:

@@ -86,8 +86,7 @@ def _hash(model: nn.Module, *, rounded: bool) -> str:
 
 
 def _add_values(digest: Any, values: Tensor) -> None:
-    """Add every value: of each block the sum of its words, each times a number of its place, and the bytes of what is no
-    whole block.
+    """Add every value: of each block the sum of its words, each times a number of its place, and all bytes of the rest.
 
     A sum of integers is exact in any order, so a GPU takes it as fast as it reads its memory, and only the sums leave
     it. The numbers are odd: the sum depends on every bit, and on the order of the words.

@@ -12,10 +12,11 @@ from peft_perta import (
     NumericalError,
     PerTAConfig,
     UnsupportedLayerError,
+    erase_instances,
     get_perta_state_dict,
     train_forget_adapter,
 )
-from peft_perta.data import load_samples
+from peft_perta.data import load_samples, note
 from peft_perta.gradients._taps import _LayerTap
 
 IN_PLACE = {  # family -> layers whose output the model then modifies in place, and others beside them
@@ -92,6 +93,7 @@ def test_layers_that_the_rows_never_reach_are_left_out_with_a_word(family, capsy
     model = with_forget_adapter(family, "all-linear", exclude_modules=EXCLUDED.get(family))
     unreached = zeroed(model, family)
     assert UNREACHED[family] in unreached
+    note.cache_clear()  # a line is said once in a process
     rows = builders.forget_rows()
     with laws.untouched(model):
         emitted = get_perta_state_dict(
@@ -146,3 +148,18 @@ def test_a_saved_output_that_is_modified_in_place_is_detected():
     tapped += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         tapped.sum().backward()
+
+
+@pytest.mark.parametrize("family", UNREACHED)
+def test_rows_are_erased_from_an_adapter_with_such_layers(family):
+    rows, tokenizer = builders.forget_rows(), builders.tokenizer()
+    config = LoraConfig(r=2, target_modules="all-linear", exclude_modules=EXCLUDED.get(family))
+    model = train_forget_adapter(
+        family_models.BUILDERS[family](), rows, tokenizer, lora_config=config, num_train_epochs=2, learning_rate=0.01,
+        show_progress_bar=False,
+    )  # fmt: skip
+    with laws.untouched(model):
+        result = erase_instances(model, rows, rows[:1], tokenizer, adapter_name="forget", show_progress_bar=False)
+    changed = {name for name, delta in laws.deltas_of(result.difference().state_dict).items() if bool(delta.any())}
+    assert changed
+    assert UNREACHED[family] not in changed

@@ -17,6 +17,7 @@ from ..evaluation import losses_of
 from ..gradients import progress
 from ..model import (
     Target,
+    changed_targets,
     check_base,
     distributed,
     hash_targets,
@@ -77,7 +78,7 @@ def check_adapters(model: nn.Module, adapter_name: str, with_adapters: Sequence[
         ConfigError: the model is sharded, the rank is above what servers accept, or an adapter is named twice.
     """
     distributed.refuse_sharded(model)
-    targets = resolve_targets(model, adapter_name)
+    targets = changed_targets(resolve_targets(model, adapter_name))
     rank = max(target.rank for target in targets)
     check_servable(rank, f"adapter {adapter_name!r} has rank", "train it at a smaller rank")
     for place, name in enumerate(with_adapters):

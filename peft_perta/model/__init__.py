@@ -47,7 +47,7 @@ from .stack import (
     switch_modules,
     tuner_modules,
 )
-from .targets import Target, hash_targets, resolve_layers, resolve_targets, weight_names
+from .targets import Target, changed_targets, hash_targets, resolve_layers, resolve_targets, weight_names
 
 __all__ = [
     "BASE_CHANGING_INITS",
@@ -70,6 +70,7 @@ __all__ = [
     "base_name",
     "base_revision",
     "budgets",
+    "changed_targets",
     "check_adapter_files",
     "check_base",
     "check_decoder",

@@ -12,6 +12,7 @@ from accelerate.utils import align_module_device
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from ..data import note
 from ..errors import AdapterError, NumericalError, UnsupportedLayerError
 from .identity import check_base
 from .layers import LAYER_KINDS, wrapped_kind
@@ -110,6 +111,23 @@ def resolve_layers(model: nn.Module, adapter_name: str) -> list[Target]:
     if not targets:
         raise AdapterError(f"adapter {adapter_name!r} adapts no layer of the model; check its target_modules")
     return targets
+
+
+def changed_targets(targets: list[Target]) -> list[Target]:
+    """The targets in parameters that the adapter changes; what is left out is said once.
+
+    The others have B = 0: the rows that it was trained on never reach them (an image tower, a weight that is read past
+    its module), so they have no gradient, and there is nothing to take out of them.
+
+    Args:
+        targets: of one adapter.
+    """
+    changed = {target.weight_path for target in targets if bool(target.B.any())}
+    unchanged = list(dict.fromkeys(target.weight_path for target in targets if target.weight_path not in changed))
+    if unchanged:
+        some = ", ".join(unchanged[:3]) + (", ..." if len(unchanged) > 3 else "")
+        note(f"{len(unchanged)} weights are left as they are: the adapter does not change them ({some})")
+    return [target for target in targets if target.weight_path in changed]
 
 
 def weight_names(path: str, wrapper: LoraLayer) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..adapters import versions
 from ..data import Sample, check_disjoint, drawn, fingerprint, load_samples
@@ -20,6 +18,7 @@ from ..evaluation import Goal
 from ..gradients import Checkpoint
 from ..model import (
     Target,
+    changed_targets,
     check_base,
     distributed,
     hash_targets,
@@ -117,7 +116,7 @@ def describe(
     """
     distributed.refuse_sharded(model)
     weighting = resolve_weighting(config.weighting, config.power)
-    targets = _changed(resolve_targets(model, forget_adapter))
+    targets = changed_targets(resolve_targets(model, forget_adapter))
     if task_adapter is not None:
         if task_adapter == forget_adapter:
             raise AdapterError(f"the task adapter and the forget adapter are both {task_adapter!r}; expected two names")
@@ -175,20 +174,6 @@ def _identity(run: Run) -> dict[str, Any]:
         "config": {name: value for name, value in run.config.to_dict().items() if name not in left_out},
         "versions": versions(),
     }
-
-
-def _changed(targets: list[Target]) -> list[Target]:
-    """The targets in parameters that the forget adapter changes. The others have B = 0: the forget rows never reach
-    them (an image tower, a weight that is read past its module), and there is nothing to take out of them."""
-    changed = {target.weight_path for target in targets if bool(target.B.any())}
-    unchanged = list(dict.fromkeys(target.weight_path for target in targets if target.weight_path not in changed))
-    if unchanged and distributed.is_main():
-        some = ", ".join(unchanged[:3]) + (", ..." if len(unchanged) > 3 else "")
-        tqdm.write(
-            f"{len(unchanged)} weights are left as they are: the forget adapter does not change them ({some})",
-            file=sys.stderr,
-        )
-    return [target for target in targets if target.weight_path in changed]
 
 
 def _check_experts(config: PerTAConfig, targets: list[Target]) -> None:

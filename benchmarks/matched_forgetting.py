@@ -1,37 +1,42 @@
-"""At equal forgetting, does PerTA raise the loss of retain and general rows less than plain negation?
+"""At equal forgetting, which edit of a forget adapter costs retain and general rows least?
 
-For each seed, a forget adapter is trained on the shipped model. Every edit of it is scaled until the forget loss is the
-retain-only model's. Then the losses on general rows and on retain rows that gave no gradients are measured.
+For each seed, a forget adapter is trained. Every edit of it is scaled until the forget loss is the retain-only model's,
+and once more until the share of forget tokens that are not the first choice is. Then general rows, retain rows that
+gave gradients (seen) and retain rows that gave none (unseen) are scored, row by row.
 
-    python -m benchmarks.matched_forgetting [--seeds 0 1 2] [--four-bit] [--only NAME ...] [--json FILE]
+    python -m benchmarks.matched_forgetting [--testbed small|smollm2|DIR] [--seeds 0 1 2] [--four-bit] [--only NAME ...]
+        [--json FILE]
+
+An interrupted run goes on from the JSON file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics as stats
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 
 from peft_perta import PerTAConfig
 from peft_perta.adapters import Factors, add_adapter, build_adapter, servable_rank, torch_dtype
-from peft_perta.comparison import SPLITS, DemoSettings, prepare
-from peft_perta.data import encode_row, spread
-from peft_perta.evaluation import Match, losses_of, match_forgetting
+from peft_perta.comparison import MEASURES, Bench, BenchSettings, Testbed, read_testbed
+from peft_perta.data import encode_row, write_file
 from peft_perta.gradients import Collector, GradientSums, InputMoments, Job, StatisticName, sweep
-from peft_perta.model import Target, adapter_strength, quiet, resolve_targets
+from peft_perta.model import Target, quiet, resolve_targets
 from peft_perta.perta import FITS, GRANULARITIES, edit_layer, resolve_weighting
 
 DENSE = 256  # no layer of the shipped model has a larger rank, so a fit at rank 256 is the dense edit
 EVERYTHING = sum((fit.collector for fit in FITS.values()), Collector(tuple(GRANULARITIES.values()), (InputMoments(),)))
 
 
+_EDIT = "edit"  # name of the adapter that is judged
 Change = Callable[[Target, Mapping[str, GradientSums], Factors], Factors]
 
 
@@ -74,23 +79,15 @@ EDITS = [
 ]
 
 
-class Bench:
-    """The shipped model with one seed's forget adapter, its gradient sums, and the judged rows."""
+class EditBench(Bench):
+    """A testbed with one seed's forget adapter, and its gradient sums."""
 
-    def __init__(self, seed: int, four_bit: bool, settings: DemoSettings) -> None:
-        self.settings = settings
-        self.model, tokenizer, rows = prepare(replace(settings, seed=seed), four_bit=four_bit)
-        samples = {name: [encode_row(row, tokenizer) for row in split] for name, split in rows.items()}
-        self.weighed = {"forget": samples["forget"], "retain": samples["retain"][::2][: settings.weight_samples]}
-        self.held_out = samples["retain"][::2][settings.weight_samples :]  # give no gradients, and are not judged
-        self.judged = {name: spread(samples[name][1::2] if name == "retain" else samples[name], 100) for name in SPLITS}
+    def __init__(self, settings: BenchSettings, testbed: Testbed, *, four_bit: bool, cache: Path | None) -> None:
+        super().__init__(settings, four_bit=four_bit, testbed=testbed, cache=cache)
+        rows = {"forget": self.setup.forget_rows, "retain": self.setup.retain_rows}
+        self.weighed = {name: [encode_row(row, self.tokenizer) for row in split] for name, split in rows.items()}
         self.targets = resolve_targets(self.model, "forget")
-        self.target_loss = self.losses("retain-only", splits=("forget",))["forget"]
-        self.full_loss = self.losses("task", splits=("forget",))["forget"]
         self._sums: dict[str, dict[str, dict[str, GradientSums]]] = {}
-
-    def losses(self, *adapters: str, splits=SPLITS) -> dict[str, float]:
-        return {n: float(losses_of(self.model, self.judged[n], adapters=list(adapters)).mean()) for n in splits}
 
     def gradient_sums(self, statistic: StatisticName | None) -> Mapping[str, dict[str, GradientSums]]:
         """Set -> layer -> all sums that the edits and fits here use."""
@@ -102,8 +99,8 @@ class Bench:
         return self._sums[statistic]
 
     @contextmanager
-    def edited(
-        self, config: PerTAConfig, name: str = "edit", swapped: bool = False, change: Change | None = None
+    def edited_by(
+        self, config: PerTAConfig, name: str = _EDIT, swapped: bool = False, change: Change | None = None
     ) -> Iterator[float]:
         """Within the block, the edit is an adapter of that name. Yields the share of its energy that the fit keeps.
 
@@ -114,7 +111,7 @@ class Bench:
             change: (layer, its gradient sums, its factors) -> other factors, for edits that no config describes.
         """
         weighting = resolve_weighting(config.weighting, config.power)
-        rank = config.rank or self.settings.rank
+        rank = config.rank or self.setup.rank
         sums, factors, layers = self.gradient_sums(weighting.statistic), {}, []
         for layer in self.targets:
             pair = {name: per_layer[layer.name] for name, per_layer in sums.items()}
@@ -136,78 +133,112 @@ class Bench:
         finally:
             self.model.delete_adapter(name)
 
-    def matched(self, name: str = "edit", guess: float = 1.0) -> Match:
-        """The strength of matched forgetting. A good guess saves evaluations."""
-
-        def loss_at(share: float) -> float:
-            if share == 0:
-                return self.full_loss
-            with adapter_strength(self.model, name, share * guess):
-                return self.losses("task", name, splits=("forget",))["forget"]
-
-        match = match_forgetting(loss_at, self.target_loss, tolerance=0.005)
-        return replace(match, strength=match.strength * guess)
-
 
 def _with_moments_swapped(pair: dict[str, GradientSums]) -> dict[str, GradientSums]:
     others = {"forget": "retain", "retain": "forget"}
     return {name: replace(sums, moments=pair[others[name]].moments) for name, sums in pair.items()}
 
 
-def run(seed: int, four_bit: bool, edits: list[Edit], settings: DemoSettings) -> list[dict]:
-    start = time.perf_counter()
-    bench = Bench(seed, four_bit, settings)
-    results = [
-        {"seed": seed, "edit": name, "strength": None, **bench.losses(*adapters)}
-        for name, adapters in (("full model", ["task"]), ("retain-only model", ["retain-only"]))
-    ]
-    alone = bench.losses("forget")
-    print(
-        f"seed {seed}: the forget adapter on the origin model: {alone}, {time.perf_counter() - start:.0f} s so far",
-        flush=True,
-    )
-    for edit in tqdm(edits, desc=f"edits, seed {seed}"):
-        with bench.edited(edit.config, swapped=edit.swapped) as energy:
-            match = bench.matched()
-            with adapter_strength(bench.model, "edit", match.strength):
-                losses = bench.losses("task", "edit")
-        results.append({"seed": seed, "edit": edit.name, "strength": match.strength, "energy_kept": energy, **losses})
-    return results
+def judge(bench: EditBench, edit: Edit) -> Iterator[dict]:
+    """The scores of an edit, at matched forgetting in each measure."""
+    with bench.edited_by(edit.config, swapped=edit.swapped) as energy:
+        stack = bench.edited(_EDIT)
+        for measure in MEASURES:
+            match = bench.match(stack, measure, tolerance=0.005)
+            scores = bench.row_scores(stack.at(match.strength))
+            yield {"matched": measure, "strength": match.strength, "energy_kept": energy, "rows": scores}
+
+
+def run(bench: EditBench, edits: list[Edit], finished: Callable[[dict], None], done: set[tuple]) -> None:
+    seed = bench.settings.seed
+    for name, stack in (("full model", bench.full), ("retain-only model", bench.retain_only), ("origin", bench.origin)):
+        if stack is not None and (seed, name) not in done:
+            finished({"seed": seed, "edit": name, "strength": None, "rows": bench.row_scores(stack)})
+    for edit in tqdm([edit for edit in edits if (seed, edit.name) not in done], desc=f"edits, seed {seed}"):
+        for result in judge(bench, edit):
+            finished({"seed": seed, "edit": edit.name, **result})
+
+
+COLUMNS = {  # title -> a row's value, over the rows of a split
+    "forget loss": ("forget", lambda scores: scores["loss"]),
+    "first choices lost": ("forget", lambda scores: scores["missed"]),
+    "unseen retain probability": ("retain", lambda scores: [math.exp(-loss) for loss in scores["loss"]]),
+    "unseen retain loss": ("retain", lambda scores: scores["loss"]),
+    "seen retain probability": ("seen", lambda scores: [math.exp(-loss) for loss in scores["loss"]]),
+    "general loss": ("general", lambda scores: scores["loss"]),
+}
 
 
 def table(results: list[dict]) -> str:
-    """Mean and standard deviation over seeds, as Markdown."""
-    lines = ["| edit | strength | energy kept | forget | retain | general |", "|---|---|---|---|---|---|"]
-    for name in dict.fromkeys(result["edit"] for result in results):
-        runs = [result for result in results if result["edit"] == name]
-        cells = [_spread([r[split] for r in runs]) for split in SPLITS]
-        strength = "" if runs[0]["strength"] is None else f"{stats.mean(r['strength'] for r in runs):.2f}"
-        energy = f"{stats.mean(r['energy_kept'] for r in runs):.0%}" if "energy_kept" in runs[0] else ""
-        lines.append(f"| {name} | {strength} | {energy} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """Mean and standard deviation over seeds, as Markdown: one table for each measure of forgetting."""
+    parts = []
+    for measure in dict.fromkeys(r["matched"] for r in results if "matched" in r):
+        own = [result for result in results if result.get("matched") in (None, measure)]
+        lines = [
+            f"Matched by the {MEASURES[measure]}:\n",
+            f"| edit | strength | energy kept | {' | '.join(COLUMNS)} | unseen, against shuffled weights |",
+            "|---" * (4 + len(COLUMNS)) + "|",
+        ]
+        for name in dict.fromkeys(result["edit"] for result in own):
+            runs = [result for result in own if result["edit"] == name]
+            cells = [_spread([stats.fmean(read(r["rows"][split])) for r in runs]) for split, read in COLUMNS.values()]
+            strength = "" if runs[0]["strength"] is None else f"{stats.fmean(r['strength'] for r in runs):.2f}"
+            energy = f"{stats.fmean(r['energy_kept'] for r in runs):.0%}" if "energy_kept" in runs[0] else ""
+            lines.append(f"| {name} | {strength} | {energy} | {' | '.join(cells)} | {_against_control(runs, own)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _against_control(runs: list[dict], results: list[dict]) -> str:
+    """The difference in unseen retain probability from the same edit with shuffled weights, with the 95 % interval of a
+    bootstrap over rows, paired by row and averaged over seeds."""
+    control = runs[0]["edit"].replace(" grad", " grad-shuffled", 1).replace(" fisher", " fisher-shuffled", 1)
+    controls = {r["seed"]: r for r in results if r["edit"] == control}
+    pairs = [(r, controls[r["seed"]]) for r in runs if r["seed"] in controls]
+    if control == runs[0]["edit"] or not pairs:
+        return ""
+    by_seed = torch.tensor([
+        [math.exp(-a) - math.exp(-b) for a, b in zip(*(r["rows"]["retain"]["loss"] for r in pair), strict=True)]
+        for pair in pairs
+    ])  # fmt: skip
+    differences = by_seed.mean(0)
+    drawn = torch.randint(len(differences), (10_000, len(differences)), generator=torch.Generator().manual_seed(0))
+    low, high = differences[drawn].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return f"{float(differences.mean()):+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def _spread(values: list[float]) -> str:
-    return f"{stats.mean(values):.3f}" + (f" ± {stats.stdev(values):.3f}" if len(values) > 1 else "")
+    return f"{stats.mean(values):.3f}" + (f" ± {stats.stdev(values):.3f}" if len(set(values)) > 1 else "")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--testbed", default="small", help="small, smollm2, or a directory that a build.py wrote")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--four-bit", action="store_true")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names of edits, as the table prints them")
-    parser.add_argument("--epochs", type=int, help="training epochs of the forget adapter")
-    parser.add_argument("--rank", type=int, help="rank of the forget adapter")
+    for name in ("epochs", "rank", "batch_size", "weight_samples", "judged_rows"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"{name} of the bench")
     parser.add_argument("--learning-rate", type=float, help="learning rate of the forget adapter")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every result as JSON lines")
     options = parser.parse_args()
     quiet()
-    given = {k: getattr(options, k) for k in ("epochs", "rank", "learning_rate") if getattr(options, k) is not None}
-    settings = replace(DemoSettings(), **given)
+    given = {f.name: value for f in fields(BenchSettings) if (value := getattr(options, f.name, None)) is not None}
     edits = [edit for edit in EDITS if not options.only or edit.name in options.only]
-    results = [result for seed in options.seeds for result in run(seed, options.four_bit, edits, settings)]
-    if options.json:
-        options.json.write_text("".join(json.dumps(result) + "\n" for result in results))
+    testbed = read_testbed(options.testbed)
+    lines = options.json.read_text().splitlines() if options.json and options.json.exists() else []
+    results = [json.loads(line) for line in lines]
+    done = {(result["seed"], result["edit"]) for result in results}
+
+    def finished(result: dict) -> None:
+        results.append(result)
+        if options.json:
+            write_file(options.json, "".join(json.dumps(result) + "\n" for result in results))
+
+    for seed in options.seeds:
+        settings = BenchSettings(**{"epochs": 12, **given, "seed": seed})
+        cache = Path(f"{options.json}.forget_adapter_{seed}") if options.json else None
+        run(EditBench(settings, testbed, four_bit=options.four_bit, cache=cache), edits, finished, done)
     print(table(results))
 
 

@@ -6,23 +6,31 @@ is a small, printed run on the same bench.
 Imports from: errors, data, model, gradients, evaluation, adapters, perta, influence, training, html_report.
 """
 
-from .bench import ASSETS, SPLITS, prepare
+from .bench import Bench, prepare
 from .demo import run_demo
 from .methods import METHODS, format_methods
 from .run import run_comparison
-from .settings import BenchSettings, ComparisonSettings, DemoSettings
-from .table import format_table
+from .settings import MEASURES, BenchSettings, ComparisonSettings, DemoSettings
+from .smollm2 import TESTBEDS, read_testbed
+from .table import best_method, format_table
+from .testbed import ASSETS, SPLITS, Testbed
 
 __all__ = [
     "ASSETS",
+    "MEASURES",
     "METHODS",
     "SPLITS",
+    "TESTBEDS",
+    "Bench",
     "BenchSettings",
     "ComparisonSettings",
     "DemoSettings",
+    "Testbed",
+    "best_method",
     "format_methods",
     "format_table",
     "prepare",
+    "read_testbed",
     "run_comparison",
     "run_demo",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..errors import NumericalError
 from ..influence import InfluenceSettings, erase_instances
 from ._method import MethodAdapter, Setup
 
@@ -21,6 +22,8 @@ def llmeraser(setup: Setup) -> MethodAdapter:
 
     Reference: arXiv 2412.00383.
     """
+    if setup.task_adapter is None:
+        raise NumericalError("it removes rows from a task adapter, and there is none")
     rows = [*setup.forget_rows, *setup.retain_rows]
     settings = InfluenceSettings(
         damping=DAMPING, curvature_samples=CURVATURE_SAMPLES, max_iterations=ITERATIONS, seed=setup.seed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,43 +20,48 @@ class Judge:
 
     Attributes:
         bench: the model and its rows.
-        suite_splits: the splits that only the suite reads; the forget and retain rows are the bench's.
+        suite_rows: the splits that only the suite reads; the forget and retain rows are the bench's, where they have
+            false answers.
         settings: sizes of the measurements.
     """
 
     bench: Bench
-    suite_splits: Splits
+    suite_rows: Splits
     settings: ComparisonSettings
 
     def log(self, stack: Stack) -> Log:
         """The suite's log of the stack, without metrics that compare it with the retain-only model."""
-        rows = {
-            **self.suite_splits,
-            "forget": self.bench.setup.forget_rows,
-            "retain": [row for row in self.bench.held_out_rows if row.get("perturbed_answer")],
-        }
+        own = {"forget": self.bench.setup.forget_rows, "retain": self.bench.held_out_rows}
+        answered = {name: [row for row in rows if row.get("perturbed_answer")] for name, rows in own.items()}
+        splits = {**self.suite_rows, **{name: rows for name, rows in answered.items() if rows}}
+        if not self.settings.suite_rows or not splits:
+            return {}
         with self.bench.scaled(stack):
             return evaluate(
                 self.bench.model,
                 self.bench.tokenizer,
-                {"tofu": rows},
+                {"tofu": splits},
                 adapters=stack.adapters,
                 rows=self.settings.suite_rows,
                 max_new_tokens=self.settings.max_new_tokens,
                 show_progress_bar=False,
             )["tofu"]
 
-    def measure(self, stack: Stack, retain_only: Log, log: Log | None = None) -> dict[str, Any]:
+    def measure(self, stack: Stack, retain_only: Log | None, log: Log | None = None) -> dict[str, Any]:
         """The part of a result that says what the stack knows.
 
         Args:
-            retain_only: the retain-only model's log, which some metrics compare with.
+            retain_only: the retain-only model's log, which some metrics compare with; None without one.
             log: the stack's own log, if it is known.
         """
-        log = log or self.log(stack)
+        rows = self.bench.row_scores(stack)
+        log = log if log is not None else self.log(stack)
         return {
-            "losses": self.bench.losses(stack),
-            "scores": summary(aggregate(log, retain_only)),
+            "losses": {split: statistics.fmean(rows[split]["loss"]) for split in rows},
+            "probabilities": {split: statistics.fmean(map(_probability, rows[split]["loss"])) for split in rows},
+            "missed": statistics.fmean(rows["forget"]["missed"]),
+            "rows": rows,
+            "scores": summary(aggregate(log, retain_only or None)) if log else {},
             "attacks": self._attack(stack) if self.settings.attacks else [],
         }
 
@@ -70,3 +77,7 @@ class Judge:
         with self.bench.scaled(stack):
             results = run_attacks(victims, self.settings.attacks, settings)
         return [{"attack": r.attack, "setting": r.setting, **r.unlearned} for r in results]
+
+
+def _probability(loss: float) -> float:
+    return math.exp(-loss)

@@ -17,14 +17,15 @@ class Setup:
     """The input of a method.
 
     Attributes:
-        model: the origin model with three adapters: 'forget' (the forget adapter, trained on the forget rows alone),
-            'task' (the task adapter, which makes it the full model) and 'retain-only' (for the judge; a method must not
-            use it). A method leaves the model as it was.
+        model: the origin model with the adapters 'forget' (the forget adapter, trained on the forget rows alone),
+            'task' (the task adapter, which makes it the full model; not where the origin itself must forget) and
+            'retain-only' (for the judge; a method must not use it). A method leaves the model as it was.
         tokenizer: the model's tokenizer.
         forget_rows: the rows to forget.
         retain_rows: the retain rows that a method may use. The judge uses other retain rows.
         rank: rank of the forget adapter. A method's adapter has the same rank, unless another rank is its point.
         seed: seed of everything that the method draws.
+        task_adapter: 'task'; None where the origin itself must forget.
     """
 
     model: PeftModel
@@ -33,6 +34,7 @@ class Setup:
     retain_rows: list[dict]
     rank: int
     seed: int
+    task_adapter: str | None = "task"
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,12 @@ class Method:
             the error and continues.
         family: decides how the picture draws the method's curve.
         needs_forget_adapter: the method edits the forget adapter, so the cost of training it counts.
+        command: the command and its options that make the same adapter from the user's files; None for what no user
+            would make.
     """
 
     description: str
     make: MakeAdapter
     family: Family
     needs_forget_adapter: bool = True
+    command: str | None = None

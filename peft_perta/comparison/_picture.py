@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from ..html_report import BLUE, TradeOffPanel, save_figure, trade_off_figure
 from ._method import Family
 from .methods import METHODS
-from .table import FULL, RETAIN_ONLY
+from .table import BASELINES, FULL, RETAIN_ONLY
 
 Result = Mapping[str, Any]
 HIGHLIGHTED = {"perta-grad": (BLUE, "PerTA-grad"), "negation": ("#333333", "plain negation")}
@@ -35,9 +35,11 @@ def draw_comparison(results: Sequence[Result], path: Path) -> None:
     """Draw loss on retain and on general rows against loss on forget rows.
 
     There is one curve for each method, along its strength, as a mean over seeds, and one row of panels for each number
-    of forget authors.
+    of forget authors. Where forgetting was matched in several measures, the curves of the first are drawn.
     """
-    shapes = sorted({result["authors"] for result in results})
+    first = next((result["matched"] for result in results if result.get("matched")), None)
+    results = [result for result in results if result.get("matched") in (None, first)]
+    shapes = list(dict.fromkeys(result["authors"] for result in results))
     figure = trade_off_figure(10, 4.4 * len(shapes) + 0.5)
     rows = figure.subplots(len(shapes), 2, squeeze=False)
     for row, authors in zip(rows, shapes, strict=True):
@@ -46,7 +48,8 @@ def draw_comparison(results: Sequence[Result], path: Path) -> None:
             panel = TradeOffPanel(axes, split)
             _draw(panel, of_shape)
             panel.label(up=up)
-            axes.set_title(f"{split} rows, {authors} forget author{'s' if authors > 1 else ''}", fontsize=11)
+            of = f", {authors} forget author{'s' if authors > 1 else ''}" if authors else ""
+            axes.set_title(f"{split} rows{of}", fontsize=11)
     _add_legend(figure)
     save_figure(figure, path)
 
@@ -64,7 +67,7 @@ def _add_legend(figure: Figure) -> None:
 
 def _draw(panel: TradeOffPanel, results: Sequence[Result]) -> None:
     """The curves of one panel, drawn over each other in a fixed order."""
-    models = {r["method"]: r["losses"] for r in results if r["method"] in (FULL, RETAIN_ONLY)}
+    models = {r["method"]: r["losses"] for r in results if r["method"] in BASELINES}
     names = dict.fromkeys(r["method"] for r in results if r["method"] not in models)
     curves = {name: mean_curve([r for r in results if r["method"] == name], models.get(FULL)) for name in names}
     curves = {name: curve for name, curve in curves.items() if curve}

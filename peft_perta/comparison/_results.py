@@ -13,7 +13,9 @@ from .settings import SELECTION, ComparisonSettings
 
 CONFIG_NAME, RESULTS_NAME = "config.json", "results.jsonl"
 Result = dict[str, Any]
-Key = tuple[str, int, int | None]  # method, number of forget authors, seed (None for a model that depends on no seed)
+# Method, number of forget authors (None for all rows), seed and measure of forgetting (None for a model that depends on
+# none).
+Key = tuple[str, int | None, int | None, str | None]
 
 
 class Results:
@@ -24,9 +26,9 @@ class Results:
         OutputError: its results or settings are damaged.
     """
 
-    def __init__(self, directory: Path, settings: ComparisonSettings, assets_hash: str) -> None:
+    def __init__(self, directory: Path, settings: ComparisonSettings, testbed_hash: str) -> None:
         self.directory = directory
-        record = {"settings": settings.to_dict(), "assets_sha256": assets_hash}
+        record = {"settings": settings.to_dict(), "testbed_sha256": testbed_hash}
         self._results = _read(directory, record)
         write_file(directory / CONFIG_NAME, json.dumps(record, indent=1) + "\n")
 
@@ -45,7 +47,7 @@ class Results:
 
 
 def _key(result: Result) -> Key:
-    return result["method"], result["authors"], result["seed"]
+    return result["method"], result["authors"], result["seed"], result.get("matched")
 
 
 def _read(directory: Path, record: Mapping[str, Any]) -> dict[Key, Result]:
@@ -56,7 +58,7 @@ def _read(directory: Path, record: Mapping[str, Any]) -> dict[Key, Result]:
         earlier = json.loads((directory / CONFIG_NAME).read_text())
         ours, theirs = record["settings"], ComparisonSettings.from_dict(earlier["settings"]).to_dict()
         differing = [name for name in ours if name not in SELECTION and ours[name] != theirs[name]]
-        same_model = earlier["assets_sha256"] == record["assets_sha256"]
+        same_model = earlier["testbed_sha256"] == record["testbed_sha256"]
         path = directory / RESULTS_NAME
         lines = path.read_text().splitlines() if path.is_file() else []
         results = {_key(result): result for result in map(json.loads, lines)}

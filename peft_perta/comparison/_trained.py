@@ -42,7 +42,7 @@ def trained(start: MakeAdapter | None = None, *, learning_rate: float = 1e-3, **
                 setup.retain_rows,
                 setup.tokenizer,
                 settings,
-                task_adapter="task",
+                task_adapter=setup.task_adapter,
                 start_adapter=_START if start_adapter is not None else None,
                 lora_config=None if start_adapter is not None else default_lora_config(setup.rank),
                 show_progress_bar=False,

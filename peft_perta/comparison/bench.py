@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,47 +13,57 @@ from typing import Any
 
 from peft import PeftModel
 
-from ..data import Sample, encode_row, read_rows, spread
+from ..data import Sample, encode_row, spread
+from ..errors import ConfigError
 from ..evaluation import Match, Subject, exact_memorization, losses_of, match_forgetting, score_completions
-from ..model import adapter_strength, attach_adapters, load_base, row_length
+from ..model import CONFIG_NAME, adapter_strength, attach_adapters, input_device, load_base, row_length
 from ..training import default_lora_config, train_forget_adapter
 from ._method import Setup
 from .settings import MEASURES, BenchSettings
+from .testbed import SPLITS, Testbed, small
 
-ASSETS = Path(__file__).parent / "assets"
-SPLITS = ("forget", "retain", "general")
+JUDGED = ("forget", "retain", "seen", "general")  # 'retain': no method saw them; 'seen': retain rows that methods use
 Losses = dict[str, float]  # split -> mean loss of its judged rows, nats per token
+RowScores = dict[str, dict[str, list[float]]]  # split -> 'loss', 'missed' (share of tokens) -> one value for each row
 
 
 def prepare(
-    settings: BenchSettings, *, four_bit: bool, assets: Path = ASSETS
+    settings: BenchSettings, *, four_bit: bool, testbed: Testbed | None = None, cache: Path | None = None
 ) -> tuple[PeftModel, Any, dict[str, list[dict]]]:
     """Load a model and its rows, and train a forget adapter.
 
     Args:
         settings: training of the forget adapter, and which forget rows there are.
         four_bit: quantise the base to NF4.
-        assets: directory of the model and its rows.
+        testbed: the model and its rows; by default the shipped one.
+        cache: directory of the trained forget adapter: it is read from there, or written there.
 
     Returns:
-        The model with the adapters 'forget' (trained here), 'task' and 'retain-only'; its tokenizer; and split -> rows.
+        The model with the adapters 'forget' (trained here) and, where the testbed has them, 'task' and 'retain-only';
+        its tokenizer; and split -> rows.
     """
-    rows = {name: read_rows(assets / f"{name}.jsonl") for name in SPLITS}
+    testbed = testbed or small()
+    rows = dict(testbed.rows)
     rows["forget"] = rows["forget"][-(settings.forget_rows or 0) :]
-    base, tokenizer = load_base(str(assets / "base"), four_bit=four_bit)
-    model = train_forget_adapter(
-        base,
-        rows["forget"],
-        tokenizer,
-        lora_config=default_lora_config(settings.rank),
-        num_train_epochs=settings.epochs,
-        learning_rate=settings.learning_rate,
-        per_device_train_batch_size=settings.batch_size,
-        warmup_steps=0.05,
-        logging_strategy="no",
-        seed=settings.seed,
-    )
-    attach_adapters(model, {"task": assets / "task_adapter", "retain-only": assets / "retain_adapter"})
+    model, tokenizer = load_base(testbed.base, four_bit=four_bit)
+    if cache is not None and (cache / CONFIG_NAME).is_file():
+        model = attach_adapters(model, {"forget": cache})
+    else:
+        model = train_forget_adapter(
+            model,
+            rows["forget"],
+            tokenizer,
+            cache,
+            lora_config=default_lora_config(settings.rank),
+            num_train_epochs=settings.epochs,
+            learning_rate=settings.learning_rate,
+            per_device_train_batch_size=settings.batch_size,
+            warmup_steps=0.05,
+            logging_strategy="no",
+            seed=settings.seed,
+        )
+    others = {"task": testbed.task_adapter, "retain-only": testbed.retain_only_adapter}
+    attach_adapters(model, {name: path for name, path in others.items() if path is not None})
     return model, tokenizer, rows
 
 
@@ -79,21 +89,32 @@ class Stack:
         return replace(self, strength=strength)
 
 
-FULL_STACK, RETAIN_ONLY_STACK = Stack(["task"]), Stack(["retain-only"])
-
-
 class Bench:
     """A model with one forget adapter, the rows that a method may use, and the rows that are judged.
 
     Attributes:
         setup: the input of every method.
         held_out_rows: the retain rows that no method uses.
-        judged_rows: split -> rows whose losses are measured.
+        judged_rows: split of ``JUDGED`` -> rows that are scored.
+        full, origin: the stacks of the full model and of the base alone.
+        retain_only: the stack of the retain-only model; None without one.
     """
 
-    def __init__(self, settings: BenchSettings, *, four_bit: bool = False, assets: Path = ASSETS) -> None:
+    def __init__(
+        self,
+        settings: BenchSettings,
+        *,
+        four_bit: bool = False,
+        testbed: Testbed | None = None,
+        cache: Path | None = None,
+    ) -> None:
         self.settings = settings
-        self.model, self.tokenizer, rows = prepare(settings, four_bit=four_bit, assets=assets)
+        testbed = testbed or small()
+        self.model, self.tokenizer, rows = prepare(settings, four_bit=four_bit, testbed=testbed, cache=cache)
+        has_task = testbed.task_adapter is not None
+        self.origin, self.full = Stack([]), Stack(["task"] if has_task else [])
+        self.retain_only = Stack(["retain-only"]) if testbed.retain_only_adapter is not None else None
+        self._target_forget_loss = testbed.target_forget_loss
         self.setup = Setup(
             model=self.model,
             tokenizer=self.tokenizer,
@@ -101,15 +122,26 @@ class Bench:
             retain_rows=rows["retain"][::2][: settings.weight_samples],
             rank=settings.rank,
             seed=settings.seed,
+            task_adapter="task" if has_task else None,
         )
         self.held_out_rows = rows["retain"][1::2]
-        judged = {**rows, "retain": self.held_out_rows}
-        self.judged_rows = {name: spread(judged[name], settings.judged_rows) for name in SPLITS}
+        judged = {**rows, "retain": self.held_out_rows, "seen": self.setup.retain_rows}
+        self.judged_rows = {name: spread(judged[name], settings.judged_rows) for name in JUDGED}
         self._samples = {name: self._encoded(split) for name, split in self.judged_rows.items()}
 
     def _encoded(self, rows: list[dict]) -> list[Sample]:
         length = row_length(self.model, None)
         return [encode_row(row, self.tokenizer, max_length=length) for row in rows]
+
+    @property
+    def yardstick(self) -> Stack:
+        """What forgetting is matched to: the retain-only model, or the origin without one."""
+        return self.retain_only or self.origin
+
+    @property
+    def device(self) -> str:
+        """The device that computes, such as 'cpu' or 'cuda:0'."""
+        return str(input_device(self.model))
 
     @cached_property
     def training_cost(self) -> float:
@@ -123,8 +155,14 @@ class Bench:
         )
         return 2 * self.settings.epochs * forget / (forget + retain)
 
+    def edited(self, adapter_name: str, strength: float = 1.0) -> Stack:
+        """The full model with an adapter on top, at that strength."""
+        return Stack([*self.full.adapters, adapter_name], strength)
+
     def scaled(self, stack: Stack) -> AbstractContextManager[None]:
         """Within the block, the stack's last adapter is at the stack's strength."""
+        if not stack.adapters:
+            return nullcontext()
         return adapter_strength(self.model, stack.adapters[-1], stack.strength)
 
     def losses(self, stack: Stack, splits: Sequence[str] = SPLITS) -> Losses:
@@ -135,30 +173,60 @@ class Bench:
                 for name in splits
             }
 
-    def forgetting(self, stack: Stack) -> float:
-        """How much of the judged forget rows is forgotten, in the measure of the settings."""
-        if self.settings.matched == "loss":
-            return self.losses(stack, ("forget",))["forget"]
+    def row_scores(self, stack: Stack, splits: Sequence[str] = JUDGED) -> RowScores:
+        """Of each judged row the loss, nats per token, and the share of its tokens that are not the first choice."""
         subject = Subject(self.model, self.tokenizer, stack.adapters, show_progress_bar=False)
+        scores: RowScores = {}
         with self.scaled(stack):
-            completions = score_completions(subject, self.judged_rows["forget"])
-        shares = [exact_memorization(completion.tokens.hits) for completion in completions]
-        return 1 - statistics.fmean(share for share in shares if share is not None)
+            for name in splits:
+                scored = score_completions(subject, self.judged_rows[name], name)
+                shares = [exact_memorization(row.tokens.hits) for row in scored]
+                scores[name] = {
+                    "loss": [row.loss for row in scored],
+                    "missed": [1 - share for share in shares if share is not None],
+                }
+        return scores
+
+    def forgetting(self, stack: Stack, measure: str) -> float:
+        """How much of the judged forget rows is forgotten, in a measure of ``MEASURES``."""
+        if measure == "loss":
+            return self.losses(stack, ("forget",))["forget"]
+        return statistics.fmean(self.row_scores(stack, ("forget",))["forget"]["missed"])
+
+    def target(self, measure: str) -> float:
+        """How much the yardstick 'forgot', which every edit is matched to: the retain-only model, else the forget loss
+        that stands for one, else the base alone.
+
+        Raises:
+            ConfigError: only a forget loss is known of the yardstick, and another measure is asked.
+        """
+        if measure not in self._targets:
+            self._targets[measure] = self._measured_target(measure)
+        return self._targets[measure]
 
     @cached_property
-    def target(self) -> float:
-        """How much the retain-only model 'forgot': what every edit is matched to."""
-        return self.forgetting(RETAIN_ONLY_STACK)
+    def _targets(self) -> dict[str, float]:
+        return {}
+
+    def _measured_target(self, measure: str) -> float:
+        if self._target_forget_loss is None:
+            return self.forgetting(self.yardstick, measure)
+        if measure != "loss":
+            raise ConfigError(
+                f"matched: expected 'loss' where no more is known of the retain-only model, found {measure!r}"
+            )
+        return self._target_forget_loss
 
     @cached_property
-    def _forgetting_of_full(self) -> float:
-        return self.forgetting(FULL_STACK)
+    def _forgetting_of_full(self) -> dict[str, float]:
+        return {measure: self.forgetting(self.full, measure) for measure in MEASURES}
 
-    def match(self, stack: Stack, *, tolerance: float) -> Match:
+    def match(self, stack: Stack, measure: str = "loss", *, tolerance: float) -> Match:
         """Search the strength at which the stack forgets as much as the retain-only model.
 
         Args:
             stack: adapters whose last one is scaled; at strength 0 they are the full model.
+            measure: a key of ``MEASURES``.
             tolerance: of the target, relative.
 
         Raises:
@@ -166,10 +234,9 @@ class Bench:
         """
 
         def forgetting_at(strength: float) -> float:
-            return self.forgetting(stack.at(strength)) if strength else self._forgetting_of_full
+            return self.forgetting(stack.at(strength), measure) if strength else self._forgetting_of_full[measure]
 
-        measure = MEASURES[self.settings.matched]
-        return match_forgetting(forgetting_at, self.target, tolerance=tolerance, measure=measure)
+        return match_forgetting(forgetting_at, self.target(measure), tolerance=tolerance, measure=MEASURES[measure])
 
     def curve(
         self, stack: Stack, strengths: Sequence[float], measured: Mapping[float, Losses] | None = None

@@ -16,8 +16,9 @@ from ..data import check_output, replaced_directory
 from ..evaluation import Match, SplitScores, Subject, evaluate_split
 from ..perta import PerTAConfig, get_perta_state_dict
 from ._demo_picture import draw_trade_off
-from .bench import FULL_STACK, RETAIN_ONLY_STACK, SPLITS, Bench, Stack, timed
+from .bench import Bench, Stack, timed
 from .settings import DemoSettings
+from .testbed import SPLITS
 
 REPORT_NAME = "report.json"
 PICTURE_NAME = "trade_off.png"
@@ -139,10 +140,10 @@ def _emit(bench: Bench, result: DemoResult) -> dict[str, EmittedAdapter]:
 
 def _match(bench: Bench, settings: DemoSettings, result: DemoResult) -> None:
     """Match each edit's forgetting, and measure its losses along the strength."""
-    result.points = {"task": bench.losses(FULL_STACK), "retain-only": bench.losses(RETAIN_ONLY_STACK)}
+    result.points = {"task": bench.losses(bench.full), "retain-only": bench.losses(bench.yardstick)}
     for edit in EDITS:
         with timed(result.seconds, f"strength curve of {LABELS[edit]}"):
-            stack = Stack(["task", edit])
+            stack = bench.edited(edit)
             match = bench.match(stack, tolerance=_TOLERANCE)
             strengths = [factor * match.strength for factor in settings.curve]
             result.matches[edit] = match
@@ -151,10 +152,10 @@ def _match(bench: Bench, settings: DemoSettings, result: DemoResult) -> None:
 
 def _evaluate(bench: Bench, settings: DemoSettings, result: DemoResult) -> None:
     """Fill the table: the full model, each edit at strength 1 and at its match, the retain-only model."""
-    rows: list[tuple[str, float | None, Stack]] = [("task", None, FULL_STACK)]
-    rows += [(edit, 1.0, Stack(["task", edit])) for edit in EDITS]
-    rows += [(edit, match.strength, Stack(["task", edit], match.strength)) for edit, match in result.matches.items()]
-    rows += [("retain-only", None, RETAIN_ONLY_STACK)]
+    rows: list[tuple[str, float | None, Stack]] = [("task", None, bench.full)]
+    rows += [(edit, 1.0, bench.edited(edit)) for edit in EDITS]
+    rows += [(edit, match.strength, bench.edited(edit, match.strength)) for edit, match in result.matches.items()]
+    rows += [("retain-only", None, bench.yardstick)]
     with timed(result.seconds, "evaluate"):
         for name, strength, stack in rows:
             subject = Subject(bench.model, bench.tokenizer, stack.adapters, show_progress_bar=False)

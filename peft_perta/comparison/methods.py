@@ -6,13 +6,14 @@ To add a method: write a function from a ``Setup`` to a ``MethodAdapter`` in a f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..adapters import SERVABLE_RANKS
 from ..errors import ConfigError
 from ._edits import extrapolated, perta, random_like
 from ._influence import llmeraser
-from ._method import Method
+from ._method import Family, Method
 from ._trained import trained
 
 ALPHA = 0.5  # of UIPE
@@ -21,81 +22,95 @@ _WIDE = {"rank": SERVABLE_RANKS[-1]}
 _NPO = {"forget_loss": "npo", "beta": 0.03}  # at 0.1 it stalls before the retain-only model's forget loss
 _RMU = {"forget_loss": "rmu", "retain_loss": "embed-diff", "retain_weight": 30.0}
 
+
+def _unlearn(description: str, *, family: Family = "perta", **options: Any) -> Method:
+    """PerTA with these fields of PerTAConfig, as `peft-perta unlearn` runs it."""
+    return Method(description, perta(**options), family, command=f"unlearn{_flags(options)}")
+
+
+def _train(description: str, *, learning_rate: float = 1e-3, **options: Any) -> Method:
+    """A trained method with these fields of UnlearningSettings, as `peft-perta train` runs it."""
+    return Method(
+        description,
+        trained(learning_rate=learning_rate, **options),
+        "trained",
+        needs_forget_adapter=False,
+        command=f"train{_flags({**options, 'learning_rate': learning_rate})}",
+    )
+
+
+def _flags(options: Mapping[str, Any]) -> str:
+    """The options of the command line that set these fields."""
+    parts = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        parts.append(f" --{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f" --{flag} {value}")
+    return "".join(parts)
+
+
 METHODS: dict[str, Method] = {
-    "negation": Method(
-        "plain negation of the forget adapter (task arithmetic)", perta(weighting="uniform"), "negation"
+    "negation": _unlearn(
+        "plain negation of the forget adapter (task arithmetic)", family="negation", weighting="uniform"
     ),
-    "uniform": Method(
+    "uniform": _unlearn(
         "control: every weight 1/2, which is plain negation at half the strength",
-        perta(weighting="uniform", strength=0.5),
-        "control",
+        family="control",
+        weighting="uniform",
+        strength=0.5,
     ),
-    "perta-grad": Method(
-        "the default: weights |g_f| / (|g_f| + |g_r|) on A and B, and on input directions", perta(), "perta"
+    "perta-grad": _unlearn("the default: weights |g_f| / (|g_f| + |g_r|) on A and B, and on input directions"),
+    "perta-fisher": _unlearn("perta-grad with squared mean gradients", weighting="fisher"),
+    "perta-empirical-fisher": _unlearn(
+        "perta-grad with mean squared per-sample gradients", weighting="empirical-fisher"
     ),
-    "perta-fisher": Method("perta-grad with squared mean gradients", perta(weighting="fisher"), "perta"),
-    "perta-empirical-fisher": Method(
-        "perta-grad with mean squared per-sample gradients", perta(weighting="empirical-fisher"), "perta"
+    "perta-power-0.5": _unlearn("perta-grad with power 0.5: weights closer to 1/2", power=0.5),
+    "perta-power-4": _unlearn("perta-grad with power 4: weights closer to 0 or 1", power=4.0),
+    "perta-grad-undirected": _unlearn("perta-grad without weights on input directions", input_directions=False),
+    "perta-fisher-undirected": _unlearn(
+        "perta-fisher without weights on input directions", weighting="fisher", input_directions=False
     ),
-    "perta-power-0.5": Method("perta-grad with power 0.5: weights closer to 1/2", perta(power=0.5), "perta"),
-    "perta-power-4": Method("perta-grad with power 4: weights closer to 0 or 1", perta(power=4.0), "perta"),
-    "perta-grad-undirected": Method(
-        "perta-grad without weights on input directions", perta(input_directions=False), "perta"
+    "perta-grad-separable": _unlearn(
+        "perta-grad with one weight per row times one per column of the delta", granularity="separable"
     ),
-    "perta-fisher-undirected": Method(
-        "perta-fisher without weights on input directions", perta(weighting="fisher", input_directions=False), "perta"
-    ),
-    "perta-grad-separable": Method(
-        "perta-grad with one weight per row times one per column of the delta", perta(granularity="separable"), "perta"
-    ),
-    "perta-fisher-separable": Method(
+    "perta-fisher-separable": _unlearn(
         "perta-fisher with one weight per row times one per column of the delta",
-        perta(granularity="separable", weighting="fisher"),
-        "perta",
+        granularity="separable",
+        weighting="fisher",
     ),
-    "perta-grad-delta": Method(
-        "perta-grad on the delta, fitted to the forget adapter's rank", perta(granularity="delta"), "perta"
+    "perta-grad-delta": _unlearn("perta-grad on the delta, fitted to the forget adapter's rank", granularity="delta"),
+    "perta-fisher-delta": _unlearn(
+        "perta-fisher on the delta, fitted to the forget adapter's rank", granularity="delta", weighting="fisher"
     ),
-    "perta-fisher-delta": Method(
-        "perta-fisher on the delta, fitted to the forget adapter's rank",
-        perta(granularity="delta", weighting="fisher"),
-        "perta",
+    "perta-grad-factor+delta": _unlearn(
+        "perta-grad on A and B, then on their product, fitted to the forget adapter's rank", granularity="factor+delta"
     ),
-    "perta-grad-factor+delta": Method(
-        "perta-grad on A and B, then on their product, fitted to the forget adapter's rank",
-        perta(granularity="factor+delta"),
-        "perta",
+    "perta-grad-factor+delta-256": _unlearn(
+        "perta-grad-factor+delta at rank 256: exact for layers up to 256 wide", granularity="factor+delta", **_WIDE
     ),
-    "perta-grad-factor+delta-256": Method(
-        "perta-grad-factor+delta at rank 256: exact for layers up to 256 wide",
-        perta(granularity="factor+delta", **_WIDE),
-        "perta",
-    ),
-    "paper-grad": Method(
+    "paper-grad": _unlearn(
         "PerTA-grad as published, weights on the delta alone, at rank 256: exact for layers up to 256 wide",
-        perta(**_PAPER, **_WIDE),
-        "perta",
+        **_PAPER,
+        **_WIDE,
     ),
-    "paper-fisher": Method(
-        "PerTA-fisher as published, at rank 256", perta(**_PAPER, **_WIDE, weighting="fisher"), "perta"
+    "paper-fisher": _unlearn("PerTA-fisher as published, at rank 256", **_PAPER, **_WIDE, weighting="fisher"),
+    "paper-grad-fitted": _unlearn("paper-grad, fitted to the forget adapter's rank", **_PAPER),
+    "paper-fisher-fitted": _unlearn("paper-fisher, fitted to the forget adapter's rank", **_PAPER, weighting="fisher"),
+    "directions": _unlearn("input directions alone: every weight of A and B is 1/2", power=0.0),
+    "shuffled": _unlearn(
+        "control: perta-grad with its weights shuffled within each matrix", family="control", weighting="grad-shuffled"
     ),
-    "paper-grad-fitted": Method("paper-grad, fitted to the forget adapter's rank", perta(**_PAPER), "perta"),
-    "paper-fisher-fitted": Method(
-        "paper-fisher, fitted to the forget adapter's rank", perta(**_PAPER, weighting="fisher"), "perta"
-    ),
-    "shuffled": Method(
-        "control: perta-grad with its weights shuffled within each matrix", perta(weighting="grad-shuffled"), "control"
-    ),
-    "mean": Method("control: perta-grad with each matrix's mean weight", perta(weighting="grad-mean"), "control"),
-    "shuffled-undirected": Method(
+    "mean": _unlearn("control: perta-grad with each matrix's mean weight", family="control", weighting="grad-mean"),
+    "shuffled-undirected": _unlearn(
         "control: perta-grad-undirected with its weights shuffled within each matrix",
-        perta(weighting="grad-shuffled", input_directions=False),
-        "control",
+        family="control",
+        weighting="grad-shuffled",
+        input_directions=False,
     ),
-    "mean-undirected": Method(
+    "mean-undirected": _unlearn(
         "control: perta-grad-undirected with each matrix's mean weight, so that only a strength per layer remains",
-        perta(weighting="grad-mean", input_directions=False),
-        "control",
+        family="control",
+        weighting="grad-mean",
+        input_directions=False,
     ),
     "uipe": Method(
         f"perta-grad extrapolated by 1 + alpha = {1 + ALPHA:g} (UIPE); the same adapter at matched forgetting",
@@ -111,41 +126,23 @@ METHODS: dict[str, Method] = {
     "random": Method(
         "control: random deltas with the ranks and norms of perta-grad's", random_like(perta()), "control"
     ),
-    "gradient-ascent": Method(
-        "trained: gradient ascent plus the retain loss (GradDiff)",
-        trained(forget_loss="gradient-ascent", combiner="sum"),
-        "trained",
-        needs_forget_adapter=False,
+    "gradient-ascent": _train(
+        "trained: gradient ascent plus the retain loss (GradDiff)", forget_loss="gradient-ascent", combiner="sum"
     ),
-    "npo": Method(
-        "trained: negative preference optimisation (NPO) plus the retain loss",
-        trained(**_NPO, combiner="sum"),
-        "trained",
-        needs_forget_adapter=False,
-    ),
-    "simnpo": Method(
+    "npo": _train("trained: negative preference optimisation (NPO) plus the retain loss", **_NPO, combiner="sum"),
+    "simnpo": _train(
         "trained: NPO per token and without a reference model (SimNPO) plus the retain loss",
-        trained(forget_loss="simnpo", combiner="sum"),
-        "trained",
-        needs_forget_adapter=False,
+        forget_loss="simnpo",
+        combiner="sum",
     ),
-    "rmu": Method(
+    "rmu": _train(
         "trained: hidden states of forget rows steered to a random direction, those of retain rows kept (RMU)",
-        trained(**_RMU, combiner="sum"),
-        "trained",
-        needs_forget_adapter=False,
+        **_RMU,
+        combiner="sum",
     ),
-    "pcgrad": Method(
-        "trained: NPO, its two gradients combined per tensor by PCGrad",
-        trained(**_NPO, combiner="pcgrad"),
-        "trained",
-        needs_forget_adapter=False,
-    ),
-    "sago": Method(
-        "trained: NPO, its two gradients combined per element by SAGO",
-        trained(**_NPO, combiner="sago", learning_rate=2e-3),
-        "trained",
-        needs_forget_adapter=False,
+    "pcgrad": _train("trained: NPO, its two gradients combined per tensor by PCGrad", **_NPO, combiner="pcgrad"),
+    "sago": _train(
+        "trained: NPO, its two gradients combined per element by SAGO", **_NPO, combiner="sago", learning_rate=2e-3
     ),
     "perta+sago": Method(
         "trained: sago, started from perta-grad's adapter",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,111 +11,144 @@ from tqdm.auto import tqdm
 
 from ..adapters import add_adapter
 from ..data import check_output, write_file
-from ..errors import NumericalError
+from ..errors import ConfigError, NumericalError
 from ..evaluation import TOLERANCE, Log, Match
-from ._assets import check_assets, hash_assets
+from ..model import peak_memory
 from ._judge import Judge
 from ._method import Method, MethodAdapter
 from ._picture import draw_comparison
-from ._results import CONFIG_NAME, Result, Results
-from .bench import ASSETS, FULL_STACK, RETAIN_ONLY_STACK, Bench, Stack, timed
+from ._results import CONFIG_NAME, Results
+from .bench import Bench, Stack, timed
 from .methods import METHODS
-from .settings import MEASURES, ComparisonSettings
-from .table import FULL, RETAIN_ONLY, format_table
+from .settings import MEASURES, ROWS_OF_AUTHOR, ComparisonSettings
+from .table import FULL, ORIGIN, RETAIN_ONLY, format_table
+from .testbed import SPLITS, Testbed, small
 
 TABLE_NAME, PICTURE_NAME = "table.md", "trade_off.png"
-BASELINES = {FULL: FULL_STACK, RETAIN_ONLY: RETAIN_ONLY_STACK}
+_FORGET_ADAPTERS = "forget_adapters"  # directory: those that are trained already
 _JUDGED = "perta_compared"  # name of the adapter that is judged
 _AIM = 0.005  # of the target: where the search stops; if it runs out of evaluations, ``TOLERANCE`` is accepted
 
 
 def run_comparison(
-    output_dir: str | Path, settings: ComparisonSettings | None = None, *, show_progress_bar: bool = True
+    output_dir: str | Path,
+    settings: ComparisonSettings | None = None,
+    testbed: Testbed | None = None,
+    *,
+    show_progress_bar: bool = True,
 ) -> list[dict[str, Any]]:
     """Do the runs of the settings that ``output_dir`` does not hold yet.
 
-    The directory then holds ``results.jsonl`` (one line for each run, written when the run ends), ``config.json``,
-    ``table.md`` and ``trade_off.png``.
+    The directory then holds ``results.jsonl`` (one line for each run and measure of forgetting, written when the run
+    ends), ``config.json``, ``table.md``, ``trade_off.png`` and the forget adapters.
 
     Args:
         output_dir: an empty or missing directory, or one of an earlier comparison, which is resumed.
-        settings: what to compare; by default every method on the shipped model.
+        settings: what to compare; by default every method.
+        testbed: the model and its rows; by default the shipped ones.
         show_progress_bar: show a progress bar over runs.
 
     Returns:
-        All results in the directory. Earlier results stay, also those of methods, seeds and forget sets that the
-        settings do not name.
+        All results in the directory. Earlier results stay, also those of methods, seeds, forget sets and measures that
+        the settings do not name.
 
     Raises:
-        ConfigError: the directory holds results of other settings or of another model, or the assets hold less than the
-            settings need.
-        DataError: a file of rows is missing or malformed.
+        ConfigError: the directory holds results of other settings or of another model, or the testbed holds less than
+            the settings need.
         OutputError: the directory is not ours to write, or the results in it are damaged.
     """
     settings = settings or ComparisonSettings()
-    assets = Path(settings.assets) if settings.assets is not None else ASSETS
+    testbed = testbed or small()
     directory = check_output(output_dir, CONFIG_NAME)
-    suite_splits = check_assets(assets, settings)
-    results = Results(directory, settings, hash_assets(assets))
+    _check_rows(testbed, settings)
+    results = Results(directory, settings, testbed.digest())
     missing = {
-        (authors, seed): [name for name in settings.methods if (name, authors, seed) not in results]
-        for authors in settings.authors
+        (authors, seed): {name: measures for name in settings.methods if (measures := [
+            measure for measure in settings.matched if (name, authors, seed, measure) not in results
+        ])}
+        for authors in settings.authors or (None,)
         for seed in settings.seeds
-    }
-    retain_only_logs: dict[int, Log] = {}
+    }  # fmt: skip
     bar = tqdm(total=sum(map(len, missing.values())), desc="methods", unit="run", disable=not show_progress_bar)
     with bar:
-        for (authors, seed), names in missing.items():
-            if not names:
+        for (authors, seed), methods in missing.items():
+            if not methods:
                 continue
             seconds: dict[str, float] = {}
             with timed(seconds, "forget_adapter"):
-                bench = Bench(settings.bench(authors, seed), four_bit=settings.four_bit, assets=assets)
-            judge = Judge(bench, suite_splits, settings)
-            if authors not in retain_only_logs:
-                retain_only_logs[authors] = judge.log(RETAIN_ONLY_STACK)
-            retain_only = retain_only_logs[authors]
-            for name, stack in BASELINES.items():
-                if (name, authors, None) not in results:
-                    log = retain_only if name == RETAIN_ONLY else None
-                    results.add(_labelled(name, authors, None, judge.measure(stack, retain_only, log)))
-            for name in names:
-                bar.set_postfix_str(f"{name}, {authors} authors, seed {seed}")
-                results.add(_labelled(name, authors, seed, _run(METHODS[name], judge, retain_only, **seconds)))
+                bench = Bench(
+                    settings.bench(authors, len(testbed.rows["forget"]), seed),
+                    four_bit=settings.four_bit,
+                    testbed=testbed,
+                    cache=directory / _FORGET_ADAPTERS / f"{authors or 'all'}-{seed}",
+                )
+            judge = Judge(bench, testbed.suite_rows, settings)
+            retain_only = _judge_baselines(judge, results, authors)
+            for name, measures in methods.items():
+                bar.set_postfix_str(f"{name}, seed {seed}")
+                for result in _run(METHODS[name], judge, measures, retain_only, **seconds):
+                    results.add({"method": name, "authors": authors, "seed": seed, **result})
                 bar.update()
     write_file(directory / TABLE_NAME, format_table(results.all()) + "\n")
     draw_comparison(results.all(), directory / PICTURE_NAME)
     return results.all()
 
 
-def _labelled(name: str, authors: int, seed: int | None, measured: dict[str, Any]) -> Result:
-    return {"method": name, "authors": authors, "seed": seed, **measured}
+def _check_rows(testbed: Testbed, settings: ComparisonSettings) -> None:
+    """
+    Raises:
+        ConfigError: there are fewer forget authors than the settings name, or too few retain rows to judge on.
+    """
+    available = len(testbed.rows["forget"]) // ROWS_OF_AUTHOR
+    if max(settings.authors, default=0) > available:
+        raise ConfigError(
+            f"authors: expected at most {available}, the number among the forget rows, found {max(settings.authors)}"
+        )
+    if len(testbed.rows["retain"]) < 2:
+        raise ConfigError(
+            "expected at least 2 retain rows, one that methods use and one that is judged, found "
+            f"{len(testbed.rows['retain'])}"
+        )
 
 
-def _run(method: Method, judge: Judge, retain_only: Log, forget_adapter: float) -> dict[str, Any]:
-    """One method's part of a result. If its adapter cannot be made or matched, ``failure`` says why, and nothing is
-    judged.
+def _judge_baselines(judge: Judge, results: Results, authors: int | None) -> Log | None:
+    """Judge the models that no seed changes, unless the results hold them. Returns the retain-only model's log."""
+    bench = judge.bench
+    stacks = {FULL: bench.full, RETAIN_ONLY: bench.retain_only, ORIGIN: bench.origin if bench.full.adapters else None}
+    retain_only = judge.log(bench.retain_only) if bench.retain_only is not None else None
+    for name, stack in stacks.items():
+        if stack is not None and (name, authors, None, None) not in results:
+            log = retain_only if name == RETAIN_ONLY else None
+            measured = judge.measure(stack, retain_only, log)
+            results.add({"method": name, "authors": authors, "seed": None, **measured})
+    return retain_only
+
+
+def _run(
+    method: Method, judge: Judge, measures: Sequence[str], retain_only: Log | None, forget_adapter: float
+) -> Iterator[dict[str, Any]]:
+    """One method's part of its results, one for each measure of forgetting. If its adapter cannot be made or matched,
+    ``failure`` says why, and nothing is judged.
 
     Args:
         forget_adapter: seconds that training the forget adapter took.
     """
     bench = judge.bench
     seconds = {"forget_adapter": forget_adapter if method.needs_forget_adapter else 0.0}
-    result: dict[str, Any] = {
-        "matched": bench.settings.matched,
-        "failure": None,
-        "strength": None,
-        "seconds": seconds,
-    }
+    common: dict[str, Any] = {"failure": None, "strength": None, "seconds": seconds}
     try:
-        with timed(seconds, "edit"):
+        with timed(seconds, "edit"), peak_memory(bench.device) as peak:
             adapter = method.make(bench.setup)
     except NumericalError as error:
-        return {**result, "failure": str(error)}
-    result |= _cost(method, adapter, bench)
+        yield from ({"matched": measure, **common, "failure": str(error)} for measure in measures)
+        return
+    common |= {"memory": peak.bytes, **_cost(method, adapter, bench)}
     add_adapter(bench.model, adapter.lora_config, adapter.state_dict, _JUDGED)
     try:
-        return result | _judge_at_match(judge, retain_only, seconds)
+        common["as_made"] = bench.losses(bench.edited(_JUDGED))
+        for measure in measures:
+            own = dict(seconds)
+            yield {"matched": measure, **common, "seconds": own, **_judge_at_match(judge, measure, retain_only, own)}
     finally:
         bench.model.delete_adapter(_JUDGED)
 
@@ -132,38 +166,40 @@ def _cost(method: Method, adapter: MethodAdapter, bench: Bench) -> dict[str, Any
     }
 
 
-def _judge_at_match(judge: Judge, retain_only: Log, seconds: dict[str, float]) -> dict[str, Any]:
-    """Losses of the adapter as it was made, measurements at matched forgetting, and losses along the strength."""
+def _judge_at_match(judge: Judge, measure: str, retain_only: Log | None, seconds: dict[str, float]) -> dict[str, Any]:
+    """Measurements at matched forgetting, and losses along the strength."""
     bench, settings = judge.bench, judge.settings
-    stack = Stack(["task", _JUDGED])
-    result: dict[str, Any] = {"as_made": bench.losses(stack)}
+    stack = bench.edited(_JUDGED)
+    result: dict[str, Any] = {}
     matched = None
     with timed(seconds, "match"):
         try:
-            match = _match(bench, stack)
+            match = _match(bench, stack, measure)
             matched = stack.at(match.strength)
-            result |= {"strength": match.strength, "forgotten": match.loss}
+            result |= {"strength": match.strength, "forgotten": match.loss, "target": bench.target(measure)}
         except NumericalError as error:
             result["failure"] = str(error)
     with timed(seconds, "judge"):
         if matched is not None:
             result |= judge.measure(matched, retain_only)
-        strength, measured = (matched.strength, {matched.strength: result["losses"]}) if matched else (1.0, {})
+        strength, measured = 1.0, {}
+        if matched is not None:
+            losses = {split: result["losses"][split] for split in SPLITS}
+            strength, measured = matched.strength, {matched.strength: losses}
         points = bench.curve(stack, [factor * strength for factor in settings.curve], measured)
         result["curve"] = [{"factor": factor, **point} for factor, point in zip(settings.curve, points, strict=True)]
     return result
 
 
-def _match(bench: Bench, stack: Stack) -> Match:
+def _match(bench: Bench, stack: Stack, measure: str) -> Match:
     """The match of the stack.
 
     Raises:
         NumericalError: no strength reaches the target, or the search ended too far from it.
     """
-    match = bench.match(stack, tolerance=_AIM)
-    if abs(match.loss - bench.target) > TOLERANCE * bench.target:
-        measure = MEASURES[bench.settings.matched]
+    match, target = bench.match(stack, measure, tolerance=_AIM), bench.target(measure)
+    if abs(match.loss - target) > TOLERANCE * target:
         raise NumericalError(
-            f"the {measure} came to {match.loss:.3f} at best, expected {bench.target:.3f} within {TOLERANCE:.0%}"
+            f"the {MEASURES[measure]} came to {match.loss:.3f} at best, expected {target:.3f} within {TOLERANCE:.0%}"
         )
     return match

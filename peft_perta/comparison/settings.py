@@ -15,7 +15,12 @@ from ..evaluation import ATTACKS
 from .methods import METHODS, QUICK, check_methods
 
 MEASURES = {"loss": "forget loss", "first-choice": "share of tokens that are not the first choice"}  # of forgetting
-SELECTION = ("methods", "seeds", "authors")  # these say which runs exist; the result of one run depends on none of them
+SELECTION = (
+    "methods",
+    "seeds",
+    "authors",
+    "matched",
+)  # these say which runs exist; the result of one run depends on none of them
 ROWS_OF_AUTHOR = 20
 
 
@@ -33,7 +38,6 @@ class BenchSettings:
         weight_samples: retain rows that a method may use, at most.
         judged_rows: rows of each split whose losses are measured, at most. Retain rows that a method may use are never
             judged.
-        matched: the measure of forgetting that is matched to the retain-only model's, a key of ``MEASURES``.
     """
 
     rank: int = 16
@@ -44,7 +48,6 @@ class BenchSettings:
     forget_rows: int | None = None
     weight_samples: int = 100
     judged_rows: int = 100
-    matched: str = "loss"
 
 
 @dataclass(frozen=True)
@@ -68,20 +71,19 @@ class ComparisonSettings:
     """Settings of a comparison. One run is one method, on one seed's forget adapter, for one number of forget authors.
 
     Attributes:
-        assets: directory of a model and its rows, as ``examples/demo_model/build.py`` writes it; None for the shipped
-            one.
         methods: names from ``METHODS``.
         seeds: seeds of the forget adapter's training and of everything that methods draw.
-        authors: numbers of forget authors, counted from the last (TOFU's forget01 is the end of forget10).
+        authors: numbers of forget authors, counted from the last (TOFU's forget01 is the end of forget10); none for
+            all forget rows, whoever they are about.
         rank, epochs, learning_rate, batch_size: training of the forget adapter.
         least_steps: minimum number of updates of the forget adapter; epochs are added until it is reached, since few
             authors make short epochs.
-        matched: the measure of forgetting that is matched to the retain-only model's: ``loss`` is the mean loss of the
-            forget rows, ``first-choice`` the share of their tokens that are no longer the model's first choice. A few
-            very unlikely tokens can dominate a mean loss, but not a share.
+        matched: the measures of forgetting that are matched to the retain-only model's, one after the other: ``loss``
+            is the mean loss of the forget rows, ``first-choice`` the share of their tokens that are no longer the
+            model's first choice. A few very unlikely tokens can dominate a mean loss, but not a share.
         weight_samples: retain rows that a method may use, at most; other retain rows are judged.
         judged_rows: rows of each split whose losses are measured, and that are attacked, at most.
-        suite_rows: rows of each split that all other metrics use, at most.
+        suite_rows: rows of each split that all other metrics use, at most; 0 leaves those metrics out.
         max_new_tokens: maximum length of a generated answer.
         curve: multiples of the matched strength at which losses are measured.
         attacks: names from ``ATTACKS``, tried at matched forgetting.
@@ -91,7 +93,6 @@ class ComparisonSettings:
         ConfigError: a value has the wrong type or is out of range.
     """
 
-    assets: str | None = None
     methods: tuple[str, ...] = field(default_factory=lambda: tuple(METHODS))
     seeds: tuple[int, ...] = (0, 1, 2)
     authors: tuple[int, ...] = (1, 2, 5)
@@ -100,7 +101,7 @@ class ComparisonSettings:
     least_steps: int = 120
     learning_rate: float = 2e-3
     batch_size: int = 10
-    matched: str = "loss"
+    matched: tuple[str, ...] = ("loss",)
     weight_samples: int = 100
     judged_rows: int = 100
     suite_rows: int = 40
@@ -110,26 +111,28 @@ class ComparisonSettings:
     four_bit: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("methods", "seeds", "authors", "curve", "attacks"):
+        if isinstance(self.matched, str):
+            object.__setattr__(self, "matched", (self.matched,))
+        for name in ("methods", "seeds", "authors", "matched", "curve", "attacks"):
             value = getattr(self, name)
             check_setting(isinstance(value, (list, tuple)), name, "a list", value)
             object.__setattr__(self, name, tuple(value))
             check_setting(len(set(map(repr, value))) == len(value), name, "each value once", value)
-            check_setting(len(value) > 0 or name == "attacks", name, "at least one value", value)
-        is_path = self.assets is None or isinstance(self.assets, str)
-        check_setting(is_path, "assets", "nothing, or a path", self.assets)
+            check_setting(len(value) > 0 or name in ("authors", "curve", "attacks"), name, "at least one value", value)
         check_setting(all(isinstance(name, str) for name in self.methods), "methods", "names", self.methods)
         check_methods(self.methods)
-        check_setting(self.matched in MEASURES, "matched", f"one of {list(MEASURES)}", self.matched)
+        are_measures = all(name in MEASURES for name in self.matched)
+        check_setting(are_measures, "matched", f"some of {list(MEASURES)}", self.matched)
         are_attacks = all(name in COMPARED_ATTACKS for name in self.attacks)
         check_setting(are_attacks, "attacks", f"some of {list(COMPARED_ATTACKS)}", self.attacks)
         are_seeds = all(is_int(seed) and 0 <= seed < 2**32 for seed in self.seeds)
         check_setting(are_seeds, "seeds", "ints from 0 to 2**32 - 1", self.seeds)
         check_setting(all(map(is_count, self.authors)), "authors", "ints > 0", self.authors)
         check_setting(all(is_number(f) and f > 0 for f in self.curve), "curve", "numbers > 0", self.curve)
-        for name in ("rank", "epochs", "least_steps", "batch_size", "weight_samples", "judged_rows", "suite_rows",
+        for name in ("rank", "epochs", "least_steps", "batch_size", "weight_samples", "judged_rows",
                      "max_new_tokens"):  # fmt: skip
             check_setting(is_count(getattr(self, name)), name, "an int > 0", getattr(self, name))
+        check_setting(is_int(self.suite_rows) and self.suite_rows >= 0, "suite_rows", "an int >= 0", self.suite_rows)
         is_rate = is_number(self.learning_rate) and self.learning_rate > 0
         check_setting(is_rate, "learning_rate", "a number > 0", self.learning_rate)
         check_setting(isinstance(self.four_bit, bool), "four_bit", "true or false", self.four_bit)
@@ -142,9 +145,15 @@ class ComparisonSettings:
             curve=(0.5, 1.0, 1.5), attacks=(),
         )  # fmt: skip
 
-    def bench(self, authors: int, seed: int) -> BenchSettings:
-        """The bench of one forget set and one seed."""
-        forget_rows = authors * ROWS_OF_AUTHOR
+    def bench(self, authors: int | None, available: int, seed: int) -> BenchSettings:
+        """The bench of one forget set and one seed.
+
+        Args:
+            authors: the number of forget authors; None for all rows.
+            available: the number of forget rows that there are.
+            seed: of the forget adapter.
+        """
+        forget_rows = authors * ROWS_OF_AUTHOR if authors else available
         steps_of_epoch = math.ceil(forget_rows / self.batch_size)
         return BenchSettings(
             rank=self.rank,
@@ -155,7 +164,6 @@ class ComparisonSettings:
             forget_rows=forget_rows,
             weight_samples=self.weight_samples,
             judged_rows=self.judged_rows,
-            matched=self.matched,
         )
 
     def to_dict(self) -> dict[str, Any]:

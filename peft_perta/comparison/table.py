@@ -7,35 +7,61 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .methods import METHODS
 from .settings import MEASURES
 
-FULL, RETAIN_ONLY = "full model", "retain-only model"
+FULL, RETAIN_ONLY, ORIGIN = "full model", "retain-only model", "origin"
+BASELINES = (FULL, RETAIN_ONLY, ORIGIN)
 Result = Mapping[str, Any]
 Column = tuple[str, Callable[[Result], float | None], Callable[[float], str]]
 
 
 def format_table(results: Sequence[Result]) -> str:
-    """One section for each number of forget authors; cells are mean ± standard deviation over seeds."""
+    """One section for each number of forget authors and measure of forgetting; cells are mean ± standard deviation over
+    seeds."""
     sections = []
-    for authors in sorted({result["authors"] for result in results}):
-        sections.append(_section(authors, [result for result in results if result["authors"] == authors]))
+    for authors in dict.fromkeys(result["authors"] for result in results):
+        own = [result for result in results if result["authors"] == authors]
+        measures = dict.fromkeys(result["matched"] for result in own if result.get("matched"))
+        for measure in measures or ["loss"]:
+            sections.append(_section(authors, measure, [r for r in own if r.get("matched") in (None, measure)]))
     return "\n\n".join(sections)
 
 
-def _section(authors: int, results: Sequence[Result]) -> str:
+def best_method(results: Sequence[Result]) -> str | None:
+    """The method that a user can run which keeps most: the highest mean probability on unseen retain rows at matched
+    forgetting, over all measures and seeds. None where none was matched in every run."""
+    kept: dict[str, list[float]] = {}
+    failed = set()
+    for result in results:
+        name = result["method"]
+        if name not in METHODS or METHODS[name].command is None or METHODS[name].family == "control":
+            continue
+        if result.get("failure"):
+            failed.add(name)
+        else:
+            kept.setdefault(name, []).append(result["probabilities"]["retain"])
+    means = {name: statistics.fmean(values) for name, values in kept.items() if name not in failed}
+    return max(means, key=lambda name: means[name]) if means else None
+
+
+def _section(authors: int | None, measure: str, results: Sequence[Result]) -> str:
     by_method = {name: [r for r in results if r["method"] == name] for name in _ordered(results)}
     seeds = len({r["seed"] for r in results if r["seed"] is not None})
-    methods = {name: runs for name, runs in by_method.items() if name not in (FULL, RETAIN_ONLY)}
-    measure = MEASURES[next((r["matched"] for r in results if "matched" in r), "loss")]
+    methods = {name: runs for name, runs in by_method.items() if name not in BASELINES}
+    forget_set = _counted(authors, "forget author") if authors else "all forget rows"
+    yardstick = RETAIN_ONLY if RETAIN_ONLY in by_method else ORIGIN if ORIGIN in by_method else "given loss"
     parts = [
-        f"### {_counted(authors, 'forget author')}, {_counted(seeds, 'seed')}",
-        f"At matched forgetting ({measure}): what is kept (losses in nats per token; lower is better).",
+        f"### {forget_set}, {_counted(seeds, 'seed')}",
+        f"At matched forgetting ({MEASURES[measure]} of the {yardstick}): what is kept. Losses in nats per token; no "
+        "method saw the unseen retain rows.",
         _markdown(by_method, _KEPT),
-        "At matched forgetting: what is left of the forget set (closest to the retain-only model is best).",
-        _markdown(by_method, _LEFT),
-        "Cost (in all: with the training of the forget adapter, if the method needs it).",
-        _markdown(methods, _COST),
     ]
+    if any(r.get("scores") for r in results):
+        parts += ["At matched forgetting: what is left of the forget set (closest to the retain-only model is best).",
+                  _markdown(by_method, _LEFT)]  # fmt: skip
+    parts += ["Cost (in all: with the training of the forget adapter, if the method needs it).",
+              _markdown(methods, _COST)]  # fmt: skip
     attack_columns = _attack_columns(results)
     if attack_columns:
         parts += ["Attacks at matched forgetting: loss of the forget rows (lower: more came back) or ROUGE-L.",
@@ -48,7 +74,7 @@ def _section(authors: int, results: Sequence[Result]) -> str:
 
 def _ordered(results: Sequence[Result]) -> list[str]:
     names = list(dict.fromkeys(r["method"] for r in results))
-    return sorted(names, key=lambda name: {FULL: 0, RETAIN_ONLY: 1}.get(name, 2))
+    return sorted(names, key=lambda name: BASELINES.index(name) if name in BASELINES else len(BASELINES))
 
 
 def _markdown(by_method: Mapping[str, Sequence[Result]], columns: Sequence[Column]) -> str:
@@ -102,6 +128,10 @@ def _megabytes(result: Result) -> float | None:
     return None if result.get("bytes") is None else result["bytes"] / 1e6
 
 
+def _gibibytes(result: Result) -> float | None:
+    return None if result.get("memory") is None else result["memory"] / 2**30
+
+
 def _attack_columns(results: Sequence[Result]) -> list[Column]:
     """One column for each attack in each setting: its loss, or ROUGE-L where it measures no loss."""
     attacks = [attack for result in results for attack in result.get("attacks", ())]
@@ -130,9 +160,13 @@ _three, _two, _one, _whole = "{:.3f}".format, "{:.2f}".format, "{:.1f}".format, 
 _KEPT: list[Column] = [
     ("strength", _value("strength"), _two),
     ("forget loss", _value("losses", "forget"), _three),
-    ("retain loss", _value("losses", "retain"), _three),
+    ("first choices lost", _value("missed"), _three),
+    ("unseen retain probability", _value("probabilities", "retain"), _three),
+    ("unseen retain loss", _value("losses", "retain"), _three),
+    ("seen retain probability", _value("probabilities", "seen"), _three),
     ("general loss", _value("losses", "general"), _three),
-    ("retain probability", _value("scores", "retain_Q_A_Prob"), _three),
+    ("real authors, options", _value("scores", "ra_Q_A_Prob_normalised"), _three),
+    ("world facts, options", _value("scores", "wf_Q_A_Prob_normalised"), _three),
     ("retain ROUGE-L", _value("scores", "retain_Q_A_ROUGE"), _three),
     ("model utility", _value("scores", "model_utility"), _three),
 ]
@@ -152,6 +186,7 @@ _COST: list[Column] = [
     ("adapter, MB", _megabytes, _two),
     ("edit, s", _value("seconds", "edit"), _one),
     ("edit, forward-equivalents", _value("forward_equivalents", "edit"), _two),
+    ("edit, GiB at its peak", _gibibytes, _two),
     ("in all, s", _total("seconds"), _one),
     ("in all, forward-equivalents", _total("forward_equivalents"), _two),
 ]

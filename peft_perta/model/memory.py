@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -47,6 +49,45 @@ def taken(pool: str) -> int:
     if pool == DISK:
         return 0
     return psutil.Process().memory_info().rss if pool == HOST else torch.cuda.memory_allocated(pool)
+
+
+@dataclass
+class Peak:
+    """The most memory in use during a block.
+
+    Attributes:
+        bytes: filled in when the block ends.
+    """
+
+    bytes: int = 0
+
+
+@contextmanager
+def peak_memory(pool: str, interval: float = 0.02) -> Iterator[Peak]:
+    """Measure the most bytes of a pool that this process uses within the block, the model included.
+
+    A GPU's allocator keeps the exact peak; that of the host is read every ``interval`` seconds.
+    """
+    peak, done = Peak(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(interval):
+            peak.bytes = max(peak.bytes, taken(pool))
+
+    if pool != HOST:
+        torch.cuda.reset_peak_memory_stats(pool)
+        yield peak
+        peak.bytes = torch.cuda.max_memory_allocated(pool)
+        return
+    peak.bytes = taken(pool)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+        peak.bytes = max(peak.bytes, taken(pool))
 
 
 def budgets(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +19,7 @@ PLACES: tuple[Place, ...] = ("device", "host", "disk")
 # Elements of a sum that one step works on. On a CPU the chunk and its addend stay in the cache; on a GPU the buffer
 # beside the sum stays small.
 _CPU_CHUNK, _GPU_CHUNK = 2**17, 2**24
+_GRAM_BLOCKS, _GRAM_CHUNK = 8, 2**22  # of a Gram matrix's rows: at least so many blocks, of at most so many elements
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Outer:
 
     left: Tensor | None
     right: Tensor
+
+    @property
+    def is_gram(self) -> bool:
+        """Whether the matrix is x^T x, and so symmetric: both factors are the same tensor."""
+        return self.left is self.right
 
     def product(self) -> Tensor:
         """The product summed over samples and tokens, [P, Q]."""
@@ -55,6 +61,7 @@ class GradientSums:
         moments: name of a second moment ('inputs', 'tokens') -> its running sum. Moments are products of two
             activations already, so both statistics sum them unsquared.
         samples: the number of samples summed so far.
+        halves: names of the moments that are summed above the diagonal alone, until ``complete`` fills in the rest.
     """
 
     statistic: StatisticName
@@ -62,9 +69,10 @@ class GradientSums:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     moments: dict[str, Tensor] = field(default_factory=dict)
     samples: int = 0
+    halves: set[str] = field(default_factory=set)
 
     def add(self, gradients: Mapping[str, Outer], moments: Mapping[str, Outer], samples: int) -> None:
-        """Add one batch.
+        """Add one batch; after the last one, call ``complete``.
 
         Args:
             gradients: name -> the batch's gradient.
@@ -84,8 +92,20 @@ class GradientSums:
                 )
             self._accumulate(self.gradients, name, outer, squared)
         for name, outer in moments.items():
-            self._accumulate(self.moments, name, outer, squared=False)
+            if outer.is_gram:
+                add_gram([self], name, outer)
+            else:
+                self._accumulate(self.moments, name, outer, squared=False)
         self.samples += samples
+
+    def complete(self) -> None:
+        """Fill in symmetric moments below the diagonal."""
+        while self.halves:
+            total = self.moments[self.halves.pop()]
+            for rows in _gram_rows(total):
+                total[rows.stop :, rows].copy_(total[rows, rows.stop :].T)
+                block = total[rows, rows]
+                block.copy_(block.triu() + block.triu(1).T)
 
     def tensors(self) -> Iterator[Tensor]:
         """All sums."""
@@ -148,6 +168,37 @@ def _has_the_type_of_a_sum(outer: Outer) -> bool:
     """Whether the product comes out in the dtype that its sum has."""
     wide = torch.promote_types(outer.right.dtype, torch.float32)
     return outer.left is not None and outer.left.dtype == outer.right.dtype == wide
+
+
+def add_gram(layers: Sequence[GradientSums], name: str, outer: Outer) -> None:
+    """Add one batch's moment x^T x to the sums of all layers that share it. Each product is formed once.
+
+    Only blocks of rows from the diagonal on are formed, which is little more than half of the work. A sum has the same
+    bits whether its product is shared or not.
+    """
+    assert outer.is_gram
+    x = outer.right.flatten(0, -2)
+    for sums in layers:
+        sums.halves.add(name)
+        if name not in sums.moments:
+            sums.moments[name] = sums._zeros(outer)
+    totals = [sums.moments[name] for sums in layers]
+    mixed = x.is_cuda and x.dtype != totals[0].dtype
+    if not mixed:
+        x = x.to(totals[0].dtype)
+    for rows in _gram_rows(totals[0]):
+        left, right = x[:, rows].T, x[:, rows.start :]
+        product = torch.mm(left, right, out_dtype=totals[0].dtype) if mixed else torch.mm(left, right)
+        for total in totals:
+            total[rows, rows.start :].add_(product.to(total.device))
+
+
+def _gram_rows(total: Tensor) -> Iterator[slice]:
+    """The blocks of rows of a Gram matrix."""
+    width = len(total)
+    size = max(1, min(-(-width // _GRAM_BLOCKS), _GRAM_CHUNK // width))
+    for start in range(0, width, size):
+        yield slice(start, min(start + size, width))
 
 
 def add_product(total: Tensor, outer: Outer) -> None:

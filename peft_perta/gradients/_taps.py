@@ -25,7 +25,7 @@ from ..errors import NumericalError, UnsupportedLayerError
 from ..model import Target, distributed
 from ._shared_moments import SharedMoments
 from .collector import Collector
-from .gradient_sums import GradientSums, Place, StatisticName
+from .gradient_sums import GradientSums, Gram, Outer, Place, StatisticName
 
 Sink = Callable[[Tensor, Tensor], None]
 
@@ -240,6 +240,8 @@ class Taps:
             )
         self._in_batch.add(target.name)
         sums = self.sums[target.name]
-        grams = {name: moments.pop(name) for name, outer in list(moments.items()) if outer.is_gram}
-        sums.add(gradients, moments, 0 if again else self._batch_samples)
-        self._shared.add(layer_input, grams, sums)
+        others = {name: moment for name, moment in moments.items() if isinstance(moment, Outer)}
+        sums.add(gradients, others, 0 if again else self._batch_samples)
+        for name, moment in moments.items():
+            if isinstance(moment, Gram):
+                self._shared.add(name, moment, sums)

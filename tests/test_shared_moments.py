@@ -78,6 +78,14 @@ def test_flattened_samples_and_tokens_that_are_masked_away():
     assert not alone([replace(gram, counted=torch.zeros_like(gram.counted))]).any()
 
 
+def test_autocast_does_not_lower_the_precision():
+    """The last moment of a batch is added outside of the backward pass, where a user's autocast may be on."""
+    gram = drawn(2, 50, 9, 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = alone([gram])
+    assert torch.equal(found, alone([gram]))
+
+
 def test_completing_twice_changes_nothing():
     sums = GradientSums("mean")
     sums.add({}, {"inputs": drawn(2, 5, 9, 0)}, samples=2)

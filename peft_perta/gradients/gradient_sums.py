@@ -202,11 +202,12 @@ def add_gram(layers: Sequence[GradientSums], name: str, gram: Gram) -> None:
     totals = [sums.moments[name] for sums in layers]
     mixed = x.is_cuda and x.dtype != totals[0].dtype
     x = x if mixed else x.to(totals[0].dtype)
-    for rows in _gram_blocks(x.shape[1]):
-        left, right = (x[:, rows] * counted).T, x[:, rows.start :]
-        product = torch.mm(left, right, out_dtype=totals[0].dtype) if mixed else torch.mm(left, right)
-        for total in totals:
-            total[rows, rows.start :].add_(product.to(total.device))
+    with torch.autocast(x.device.type, enabled=False):
+        for rows in _gram_blocks(x.shape[1]):
+            left, right = (x[:, rows] * counted).T, x[:, rows.start :]
+            product = torch.mm(left, right, out_dtype=totals[0].dtype) if mixed else torch.mm(left, right)
+            for total in totals:
+                total[rows, rows.start :].add_(product.to(total.device))
 
 
 def _gram_blocks(width: int) -> Iterator[slice]:

@@ -8,7 +8,7 @@ from .blocks import find_blocks
 from .checkpoint import Checkpoint, remove_checkpoint
 from .collector import Collector, GradientSource, MomentSource, Shape
 from .engine import choose_plan, gather
-from .gradient_sums import GradientSums, Outer, StatisticName
+from .gradient_sums import GradientSums, Gram, Moment, Outer, StatisticName
 from .input_moments import Energies, InputMoments
 from .job import Job, Limits
 from .modes import MODES, sweep
@@ -23,9 +23,11 @@ __all__ = [
     "Energies",
     "GradientSource",
     "GradientSums",
+    "Gram",
     "InputMoments",
     "Job",
     "Limits",
+    "Moment",
     "MomentSource",
     "Outer",
     "Plan",

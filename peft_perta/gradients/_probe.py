@@ -17,12 +17,13 @@ from ..data import Sample, batches
 from ..model import HOST, input_device, preserved, sample_losses
 from ._taps import Taps
 from .blocks import at_each_block, find_blocks, first_tensor
+from .gradient_sums import rows_of_a_gram_block
 from .job import Job
 from .plan import LayerCost, Measured
 
 _TRANSIENT = 3  # gradients of the size of the largest tensor kept, beside it
 _HEAP = 1.6  # host memory that the C allocator holds for temporary tensors, over the bytes in them
-_MASKED_COPIES = 4  # of an input while its moments are taken; the heap keeps a freed one beside the next
+_INPUT_COPIES = 3  # of an input while its moments are taken: one in 32 bits on a CPU, and a part of it, masked
 _CPU_WORKSPACE, _GPU_WORKSPACE = 32 * 2**20, 192 * 2**20
 
 
@@ -42,22 +43,22 @@ def measure(job: Job) -> Measured:
     devices = [str(input_device(job.model)), *(str(target.A.device) for target in job.targets), *trace.saved.pools]
     pools = list(dict.fromkeys(devices))
     with_moments = any(job.collector.moment_shapes(target) for target in job.targets)
-    masked = {pool: with_moments * _MASKED_COPIES * trace.largest_input.get(pool, 0) for pool in pools}
+    copied = {pool: with_moments * _INPUT_COPIES * trace.largest_input.get(pool, 0) for pool in pools}
     by_block = trace.saved.by_block()
     any_experts = any(target.parameter for target in job.targets)
     return Measured(
         layers=tuple(layers),
         size=max(trace.elements, 1),
-        activations={pool: _needed(by_block.values(), pool) + masked[pool] for pool in pools},
+        activations={pool: _needed(by_block.values(), pool) + copied[pool] for pool in pools},
         block_activations={
-            pool: max((_needed([of_block], pool) for of_block in by_block.values()), default=0) + masked[pool]
+            pool: max((_needed([of_block], pool) for of_block in by_block.values()), default=0) + copied[pool]
             for pool in pools
         },
         block_input=trace.hidden_bytes * tokens // len(longest.input_ids),
         blocks=len(blocks) if _in_sequence(blocks, trace.order) else 0,
         samples=len(samples),
         tokens=tokens,
-        formed=sum(map(job.collector.elements, job.targets)),
+        formed=sum(map(job.collector.formed, job.targets)),
         one_at_a_time=job.statistic == "squares" and (trace.flat_inputs or any_experts),
         arguments=trace.argument_bytes * len(samples),
         fixed={pool: _fixed(job, layers, pool) for pool in pools},
@@ -198,13 +199,16 @@ def _needed(blocks: Iterable[Mapping[str, Sequence[int]]], pool: str) -> int:
 def _fixed(job: Job, layers: Sequence[LayerCost], pool: str) -> int:
     """Bytes of a pool that are needed whatever the batch size.
 
-    They are the libraries' work space, a packed weight while it is unpacked, and the copies that an edit makes: those
-    are counted beside a batch, because the heap does not reuse for an edit what a batch has left fragmented.
+    They are the libraries' work space, a packed weight while it is unpacked, a block of a second moment while it is
+    formed, and the copies that an edit makes: those are counted beside a batch, because the heap does not reuse for an
+    edit what a batch has left fragmented.
     """
     packed = any(not parameter.is_floating_point() for parameter in job.model.parameters())
     unpacked = max((4 * _elements(target.base_layer) for target in job.targets), default=0) if packed else 0
     edited = job.edit_copies * max((layer.sum_bytes for layer in layers if layer.pool == pool), default=0)
-    return unpacked + (_CPU_WORKSPACE if pool == HOST else _GPU_WORKSPACE) + edited
+    widths = {target.A.shape[1] for target in job.targets if job.collector.moment_shapes(target)}
+    block = 4 * max((rows_of_a_gram_block(width) * width for width in widths), default=0)
+    return unpacked + (_CPU_WORKSPACE if pool == HOST else _GPU_WORKSPACE) + block + edited
 
 
 def _no_backward(packed: None) -> Tensor:

@@ -23,8 +23,9 @@ from torch.nn.utils import parametrize
 
 from ..errors import NumericalError, UnsupportedLayerError
 from ..model import Target, distributed
+from ._shared_moments import SharedMoments
 from .collector import Collector
-from .gradient_sums import GradientSums, Place, StatisticName
+from .gradient_sums import GradientSums, Gram, Outer, Place, StatisticName
 
 Sink = Callable[[Tensor, Tensor], None]
 
@@ -81,6 +82,7 @@ class Taps:
         self, targets: Sequence[Target], collector: Collector, statistic: StatisticName, place: Place = "device"
     ) -> None:
         self.sums = {target.name: GradientSums(statistic, place) for target in targets}
+        self._shared = SharedMoments()
         self._batch_samples = 0
         self._in_batch: set[str] = set()  # names of the layers that have been summed in the running batch
         self._statistic = statistic
@@ -109,11 +111,15 @@ class Taps:
 
     def begin(self, samples: int) -> None:
         """Begin a batch of this many samples, before its backward pass."""
+        self._shared.flush()
         self._batch_samples = samples
         self._in_batch.clear()
 
-    def add_up(self) -> None:
-        """Add up the sums of all processes, if several share the batches."""
+    def complete(self) -> None:
+        """Complete the sums after the last batch; if several processes share the batches, add up all of theirs."""
+        self._shared.flush()
+        for sums in self.sums.values():
+            sums.complete()
         if distributed.count() == 1:
             return
         for targets in self._by_hook.values():
@@ -233,4 +239,9 @@ class Taps:
                 "(exclude_modules)"
             )
         self._in_batch.add(target.name)
-        self.sums[target.name].add(gradients, moments, 0 if again else self._batch_samples)
+        sums = self.sums[target.name]
+        others = {name: moment for name, moment in moments.items() if isinstance(moment, Outer)}
+        sums.add(gradients, others, 0 if again else self._batch_samples)
+        for name, moment in moments.items():
+            if isinstance(moment, Gram):
+                self._shared.add(name, moment, sums)

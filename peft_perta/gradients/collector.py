@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 from ..model import Target
-from .gradient_sums import Outer
+from .gradient_sums import Moment, Outer
 
 Shape = tuple[int, int]
 _Source = TypeVar("_Source")
@@ -38,7 +38,7 @@ class GradientSource(Protocol):
 class MomentSource(Protocol):
     """Second moments of one layer's inputs or output gradients."""
 
-    def moments(self, target: Target, layer_input: Tensor, output_gradient: Tensor | None) -> dict[str, Outer]:
+    def moments(self, target: Target, layer_input: Tensor, output_gradient: Tensor | None) -> dict[str, Moment]:
         """Name -> second moment; the arguments are those of ``GradientSource.gradient``."""
         ...
 
@@ -71,9 +71,9 @@ class Collector:
             gradients |= source.gradient(target, layer_input, output_gradient)
         return gradients
 
-    def moments_of(self, target: Target, layer_input: Tensor, output_gradient: Tensor | None) -> dict[str, Outer]:
+    def moments_of(self, target: Target, layer_input: Tensor, output_gradient: Tensor | None) -> dict[str, Moment]:
         """Name -> second moment, of all sources."""
-        moments: dict[str, Outer] = {}
+        moments: dict[str, Moment] = {}
         for source in self.moments:
             moments |= source.moments(target, layer_input, output_gradient)
         return moments
@@ -90,6 +90,11 @@ class Collector:
         """The number of elements in one set's sums of the layer."""
         shapes = [*self.gradient_shapes(target).values(), *self.moment_shapes(target).values()]
         return sum(map(math.prod, shapes))
+
+    def formed(self, target: Target) -> int:
+        """The number of elements that are formed of products for one set's sums: of symmetric moments half."""
+        gradients, moments = self.gradient_shapes(target).values(), self.moment_shapes(target).values()
+        return sum(map(math.prod, gradients)) + sum(map(math.prod, moments)) // 2
 
 
 def _without_repeats(sources: Iterable[_Source]) -> tuple[_Source, ...]:

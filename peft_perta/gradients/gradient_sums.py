@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +19,8 @@ PLACES: tuple[Place, ...] = ("device", "host", "disk")
 # Elements of a sum that one step works on. On a CPU the chunk and its addend stay in the cache; on a GPU the buffer
 # beside the sum stays small.
 _CPU_CHUNK, _GPU_CHUNK = 2**17, 2**24
+# A Gram matrix is formed in at least so many blocks of rows, of at most so many elements each.
+_GRAM_BLOCKS, _GRAM_CHUNK = 8, 2**22
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,29 @@ class Outer:
         return self.left.flatten(0, -2).T @ self.right.flatten(0, -2)
 
 
+@dataclass(frozen=True)
+class Gram:
+    """The symmetric matrix sum_t x_t x_t^T [I, I], over the tokens that count.
+
+    Attributes:
+        x: [N, T, I] or [T, I].
+        counted: whether each token counts, [N, T, 1] or [T, 1].
+    """
+
+    x: Tensor
+    counted: Tensor
+
+    def equals(self, other: Gram) -> bool:
+        """Whether the other one is of the same memory and the same tokens."""
+        one, two = self.x, other.x
+        if one.device != two.device or one.dtype != two.dtype or not one.is_set_to(two):
+            return False
+        return torch.equal(self.counted, other.counted)
+
+
+Moment = Outer | Gram
+
+
 @dataclass
 class GradientSums:
     """One layer's sums over one data set.
@@ -55,6 +80,7 @@ class GradientSums:
         moments: name of a second moment ('inputs', 'tokens') -> its running sum. Moments are products of two
             activations already, so both statistics sum them unsquared.
         samples: the number of samples summed so far.
+        halves: names of the moments that are summed above the diagonal alone, until ``complete`` fills in the rest.
     """
 
     statistic: StatisticName
@@ -62,9 +88,10 @@ class GradientSums:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     moments: dict[str, Tensor] = field(default_factory=dict)
     samples: int = 0
+    halves: set[str] = field(default_factory=set)
 
-    def add(self, gradients: Mapping[str, Outer], moments: Mapping[str, Outer], samples: int) -> None:
-        """Add one batch.
+    def add(self, gradients: Mapping[str, Outer], moments: Mapping[str, Moment], samples: int) -> None:
+        """Add one batch; after the last one, call ``complete``.
 
         Args:
             gradients: name -> the batch's gradient.
@@ -83,9 +110,19 @@ class GradientSums:
                     "say which token belongs to which sample"
                 )
             self._accumulate(self.gradients, name, outer, squared)
-        for name, outer in moments.items():
-            self._accumulate(self.moments, name, outer, squared=False)
+        for name, moment in moments.items():
+            if isinstance(moment, Gram):
+                add_gram([self], name, moment)
+            else:
+                self._accumulate(self.moments, name, moment, squared=False)
         self.samples += samples
+
+    def complete(self) -> None:
+        """Fill in symmetric moments below the diagonal."""
+        while self.halves:
+            total = self.moments[self.halves.pop()]
+            for rows in _gram_blocks(len(total)):
+                total[rows.stop :, rows].copy_(total[rows, rows.stop :].T)
 
     def tensors(self) -> Iterator[Tensor]:
         """All sums."""
@@ -119,7 +156,8 @@ class GradientSums:
             if not squared and self.place == "device" and _has_the_type_of_a_sum(outer):
                 sums[name] = outer.product()
                 return
-            sums[name] = self._zeros(outer)
+            rows = outer.right.shape[-2] if outer.left is None else outer.left.shape[-1]
+            sums[name] = self._zeros(rows, outer.right)
         add = add_squares if squared else add_product
         total = sums[name]
         if total.device == outer.right.device:
@@ -129,12 +167,12 @@ class GradientSums:
             add(addend, outer)
             total.add_(addend.to(total.device))
 
-    def _zeros(self, outer: Outer) -> Tensor:
-        rows = outer.right.shape[-2] if outer.left is None else outer.left.shape[-1]
-        shape = (rows, outer.right.shape[-1])
-        dtype = torch.promote_types(outer.right.dtype, torch.float32)
+    def _zeros(self, rows: int, right: Tensor) -> Tensor:
+        """A sum of products with ``right`` on their right, where sums live."""
+        shape = (rows, right.shape[-1])
+        dtype = torch.promote_types(right.dtype, torch.float32)
         if self.place == "device":
-            return torch.zeros(shape, dtype=dtype, device=outer.right.device)
+            return torch.zeros(shape, dtype=dtype, device=right.device)
         if self.place == "host":
             return torch.zeros(shape, dtype=dtype)
         # The file is unlinked as soon as it is mapped: its space is freed with the tensor, or with the process.
@@ -148,6 +186,40 @@ def _has_the_type_of_a_sum(outer: Outer) -> bool:
     """Whether the product comes out in the dtype that its sum has."""
     wide = torch.promote_types(outer.right.dtype, torch.float32)
     return outer.left is not None and outer.left.dtype == outer.right.dtype == wide
+
+
+def add_gram(layers: Sequence[GradientSums], name: str, gram: Gram) -> None:
+    """Add one batch's second moment to the sums of all layers that share it. Each product is formed once.
+
+    Only blocks of rows from the diagonal on are formed, which is little more than half of the work. A sum has the same
+    bits whether its products are shared or not.
+    """
+    x, counted = gram.x.flatten(0, -2), gram.counted.flatten(0, -2)
+    for sums in layers:
+        sums.halves.add(name)
+        if name not in sums.moments:
+            sums.moments[name] = sums._zeros(x.shape[1], x)
+    totals = [sums.moments[name] for sums in layers]
+    mixed = x.is_cuda and x.dtype != totals[0].dtype
+    x = x if mixed else x.to(totals[0].dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        for rows in _gram_blocks(x.shape[1]):
+            left, right = (x[:, rows] * counted).T, x[:, rows.start :]
+            product = torch.mm(left, right, out_dtype=totals[0].dtype) if mixed else torch.mm(left, right)
+            for total in totals:
+                total[rows, rows.start :].add_(product.to(total.device))
+
+
+def _gram_blocks(width: int) -> Iterator[slice]:
+    """The blocks of rows of a Gram matrix [I, I]. They depend on nothing else: the same rows are filled in later."""
+    size = rows_of_a_gram_block(width)
+    for start in range(0, width, size):
+        yield slice(start, min(start + size, width))
+
+
+def rows_of_a_gram_block(width: int) -> int:
+    """The number of rows of a Gram matrix [I, I] that are formed at once."""
+    return max(1, min(math.ceil(width / _GRAM_BLOCKS), _GRAM_CHUNK // width))
 
 
 def add_product(total: Tensor, outer: Outer) -> None:

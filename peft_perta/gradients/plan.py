@@ -60,7 +60,7 @@ class Measured:
         blocks: the number of decoder blocks; 0 if they do not run one after the other.
         samples: the number of samples in both sets.
         tokens: the number of tokens in both sets, padding included.
-        formed: elements of all layers' sums; each takes a product with every token.
+        formed: elements that are formed for all layers' sums; each takes a product with every token.
         one_at_a_time: whether samples must run one at a time, because a batch would not say which token belongs to
             which sample.
         recomputes: whether gradient checkpointing is on.

@@ -125,7 +125,7 @@ def sweep(
             check_losses(losses, batch, label)
             losses.sum().backward()
             advance(len(batch.indices))
-    taps.add_up()
+    taps.complete()
     taps.check(len(samples), label)
     return taps.sums
 

@@ -134,7 +134,7 @@ class _Passes:
                         taps.begin(len(batch.indices))
                         step(set_name, number)
                         advance(len(batch.indices))
-                taps.add_up()
+                taps.complete()
             taps.check(len(self._job.samples[set_name]), f"the {set_name} set")
             sums[set_name] = taps.sums
         return sums

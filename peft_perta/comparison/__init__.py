@@ -6,6 +6,7 @@ is a small, printed run on the same bench.
 Imports from: errors, data, model, gradients, evaluation, adapters, perta, influence, training, html_report.
 """
 
+from ._trained import training_flags
 from .bench import Bench, prepare
 from .demo import run_demo
 from .methods import METHODS, format_methods
@@ -33,4 +34,5 @@ __all__ = [
     "read_testbed",
     "run_comparison",
     "run_demo",
+    "training_flags",
 ]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 
+WARMUP = 0.05  # of the steps of each training
 Family = Literal["negation", "perta", "control", "extrapolation", "trained", "influence"]
 
 

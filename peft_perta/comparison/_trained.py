@@ -13,7 +13,7 @@ from ..training import (
     default_lora_config,
     train_unlearning,
 )
-from ._method import MakeAdapter, MethodAdapter, Setup
+from ._method import WARMUP, MakeAdapter, MethodAdapter, Setup
 
 # On the shipped model, about as far as the retain-only model; SAGO needs a learning rate of 2e-3, as its steps are
 # smaller.
@@ -48,7 +48,7 @@ def trained(start: MakeAdapter | None = None, *, learning_rate: float = 1e-3, **
                 show_progress_bar=False,
                 max_steps=STEPS,
                 learning_rate=learning_rate,
-                warmup_steps=0.05,
+                warmup_steps=WARMUP,
                 per_device_train_batch_size=_BATCH,
                 logging_strategy="no",
                 seed=setup.seed,
@@ -75,3 +75,9 @@ def _cost(setup: Setup, settings: UnlearningSettings) -> float:
         both_sets += tokens
         spent += epochs * tokens * (2 + (ForwardPass.REFERENCE in loss.reads))
     return spent / both_sets
+
+
+def training_flags(forget_rows: int) -> str:
+    """The options of `peft-perta train` that give the steps and the batch of this comparison on so many forget rows."""
+    epochs = STEPS * _BATCH / forget_rows
+    return f"--epochs {epochs:g} --batch-size {_BATCH} --warmup-steps {WARMUP}"

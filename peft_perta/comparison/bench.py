@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..evaluation import Match, Subject, exact_memorization, losses_of, match_forgetting, score_completions
 from ..model import CONFIG_NAME, adapter_strength, attach_adapters, input_device, load_base, row_length
 from ..training import default_lora_config, train_forget_adapter
-from ._method import Setup
+from ._method import WARMUP, Setup
 from .settings import MEASURES, BenchSettings
 from .testbed import SPLITS, Testbed, small
 
@@ -58,7 +58,7 @@ def prepare(
             num_train_epochs=settings.epochs,
             learning_rate=settings.learning_rate,
             per_device_train_batch_size=settings.batch_size,
-            warmup_steps=0.05,
+            warmup_steps=WARMUP,
             logging_strategy="no",
             seed=settings.seed,
         )

@@ -18,7 +18,7 @@ from ..perta import PerTAConfig, get_perta_state_dict
 from ._demo_picture import draw_trade_off
 from .bench import Bench, Stack, timed
 from .settings import DemoSettings
-from .testbed import SPLITS
+from .testbed import SPLITS, Testbed
 
 REPORT_NAME = "report.json"
 PICTURE_NAME = "trade_off.png"
@@ -67,13 +67,20 @@ class DemoResult:
         }
 
 
-def run_demo(output_dir: str | Path, *, four_bit: bool = False, settings: DemoSettings | None = None) -> DemoResult:
+def run_demo(
+    output_dir: str | Path,
+    *,
+    four_bit: bool = False,
+    settings: DemoSettings | None = None,
+    testbed: Testbed | None = None,
+) -> DemoResult:
     """Run the demo and write ``adapter/``, ``report.json`` and ``trade_off.png`` into ``output_dir``.
 
     Args:
         output_dir: an empty or missing directory, or one of an earlier demo, which is replaced.
         four_bit: quantise the base to NF4.
         settings: sizes of the demo.
+        testbed: the model and its rows; by default the shipped ones.
 
     Raises:
         OutputError: the directory is not ours to write.
@@ -84,7 +91,7 @@ def run_demo(output_dir: str | Path, *, four_bit: bool = False, settings: DemoSe
     result = DemoResult()
     print(f"1. train the forget adapter ({settings.epochs} epochs, rank {settings.rank})")
     with timed(result.seconds, "train the forget adapter"):
-        bench = Bench(settings, four_bit=four_bit)
+        bench = Bench(settings, four_bit=four_bit, testbed=testbed)
     print("2. gradients, weights and factors; emit a negative adapter for each of three weightings")
     emitted = _emit(bench, result)
     print("3. find the strength at which each edit forgets as much as the retain-only model never knew")

@@ -17,8 +17,8 @@ from ._method import Family, Method
 from ._trained import trained
 
 ALPHA = 0.5  # of UIPE
-_PAPER = {"granularity": "delta", "input_directions": False}
-_WIDE = {"rank": SERVABLE_RANKS[-1]}
+_PAPER: dict[str, Any] = {"granularity": "delta", "input_directions": False}
+_WIDE: dict[str, Any] = {"rank": SERVABLE_RANKS[-1]}
 _NPO = {"forget_loss": "npo", "beta": 0.03}  # at 0.1 it stalls before the retain-only model's forget loss
 _RMU = {"forget_loss": "rmu", "retain_loss": "embed-diff", "retain_weight": 30.0}
 
@@ -164,6 +164,9 @@ QUICK = (
     "uipe",
     "random",
 )
+
+
+FIRST = ("negation", "perta-grad", "rmu", "sago")  # tried on a user's own model, one of each kind
 
 
 def format_methods() -> str:

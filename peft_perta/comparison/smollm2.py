@@ -17,7 +17,7 @@ import torch
 from ..data import note, read_rows, replaced_directory
 from ..errors import ConfigError, OutputError
 from ..model import load_base, show_size
-from .settings import ROWS_OF_AUTHOR
+from .settings import ROWS_OF_AUTHOR, SMALL
 from .testbed import PROSE, Testbed, small
 
 SMOLLM2 = "smollm2"  # its name among the testbeds
@@ -100,7 +100,7 @@ def _check_disk(cache: Path) -> None:
         )
 
 
-TESTBEDS = {"small": small, SMOLLM2: smollm2}
+TESTBEDS = {SMALL: small, SMOLLM2: smollm2}
 
 
 def read_testbed(name: str) -> Testbed:

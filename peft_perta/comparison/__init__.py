@@ -6,10 +6,9 @@ is a small, printed run on the same bench.
 Imports from: errors, data, model, gradients, evaluation, adapters, perta, influence, training, html_report.
 """
 
-from ._trained import training_flags
 from .bench import Bench, prepare
 from .demo import run_demo
-from .methods import METHODS, format_methods
+from .methods import METHODS, format_methods, training_flags
 from .run import run_comparison
 from .settings import MEASURES, BenchSettings, ComparisonSettings, DemoSettings
 from .smollm2 import TESTBEDS, read_testbed

@@ -19,7 +19,7 @@ from ._method import WARMUP, MakeAdapter, MethodAdapter, Setup
 # smaller.
 STEPS = 30
 _START = "perta_start"
-_BATCH = 10
+BATCH = 10
 
 
 def trained(start: MakeAdapter | None = None, *, learning_rate: float = 1e-3, **options: Any) -> MakeAdapter:
@@ -49,7 +49,7 @@ def trained(start: MakeAdapter | None = None, *, learning_rate: float = 1e-3, **
                 max_steps=STEPS,
                 learning_rate=learning_rate,
                 warmup_steps=WARMUP,
-                per_device_train_batch_size=_BATCH,
+                per_device_train_batch_size=BATCH,
                 logging_strategy="no",
                 seed=setup.seed,
             )
@@ -71,13 +71,7 @@ def _cost(setup: Setup, settings: UnlearningSettings) -> float:
     for name, loss in settings.losses.items():
         samples = load_samples(rows[name], setup.tokenizer, max_length=length, name=name)
         tokens = sum(len(sample.input_ids) for sample in samples)
-        epochs = STEPS * _BATCH / len(rows[name])
+        epochs = STEPS * BATCH / len(rows[name])
         both_sets += tokens
         spent += epochs * tokens * (2 + (ForwardPass.REFERENCE in loss.reads))
     return spent / both_sets
-
-
-def training_flags(forget_rows: int) -> str:
-    """The options of `peft-perta train` that give the steps and the batch of this comparison on so many forget rows."""
-    epochs = STEPS * _BATCH / forget_rows
-    return f"--epochs {epochs:g} --batch-size {_BATCH} --warmup-steps {WARMUP}"

@@ -13,8 +13,8 @@ from ..adapters import SERVABLE_RANKS
 from ..errors import ConfigError
 from ._edits import extrapolated, perta, random_like
 from ._influence import llmeraser
-from ._method import Family, Method
-from ._trained import trained
+from ._method import WARMUP, Family, Method
+from ._trained import BATCH, STEPS, trained
 
 ALPHA = 0.5  # of UIPE
 _PAPER: dict[str, Any] = {"granularity": "delta", "input_directions": False}
@@ -188,3 +188,9 @@ def check_methods(names: Sequence[str]) -> None:
     for name in names:
         if name not in METHODS:
             raise ConfigError(f"methods: expected some of {list(METHODS)}, found {name!r}")
+
+
+def training_flags(forget_rows: int) -> str:
+    """The options of `peft-perta train` that give the steps and the batch of this comparison on so many forget rows."""
+    epochs = STEPS * BATCH / forget_rows
+    return f"--epochs {epochs:g} --batch-size {BATCH} --warmup-steps {WARMUP}"

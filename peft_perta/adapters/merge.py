@@ -28,6 +28,7 @@ from ..model import (
     base_name,
     check_base,
     check_lora_config,
+    find_gguf,
     hash_file,
     hash_targets,
     load_skeleton,
@@ -173,6 +174,11 @@ def merge_adapters(
 
 
 def _full_precision_skeleton(model_name: str, revision: str | None) -> PreTrainedModel:
+    if find_gguf(model_name) is not None:
+        raise ConfigError(
+            f"{model_name} is a GGUF file, expected the full-precision base that it was made from; or fuse the "
+            "adapters, and serve them on the GGUF"
+        )
     skeleton = load_skeleton(model_name, revision=revision)
     if getattr(skeleton.config, "quantization_config", None) is not None:
         raise ConfigError(

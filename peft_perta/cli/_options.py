@@ -29,7 +29,7 @@ PARTS = (
 
 def add_base_model(parser: argparse.ArgumentParser, note: str = "") -> None:
     """``--model`` and ``--revision``; ``note`` is added to the help of the model."""
-    name = f"the base model: a name on the Hugging Face Hub or a directory{note}"
+    name = f"the base model: a name on the Hugging Face Hub, a directory or a GGUF file{note}"
     parser.add_argument("--model", required=True, metavar="NAME", help=name)
     add_revision(parser)
 

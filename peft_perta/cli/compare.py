@@ -66,7 +66,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_own_model(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("your own model and rows")
-    own.add_argument("--model", metavar="NAME", help="the base model: a name on the Hugging Face Hub or a directory")
+    own.add_argument(
+        "--model", metavar="NAME", help="the base model: a name on the Hugging Face Hub, a directory or a GGUF file"
+    )
     add_task_adapter(own)
     add_forget(own, required=False)
     add_retain(own, required=False, note="; every second row is judged, and no method sees it")

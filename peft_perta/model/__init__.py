@@ -17,6 +17,7 @@ from .adapter_files import (
     read_adapter,
 )
 from .devices import input_device
+from .gguf_files import find_gguf
 from .identity import (
     WEIGHTS_HASH_FILE,
     base_name,
@@ -83,6 +84,7 @@ __all__ = [
     "completion_states",
     "distributed",
     "find_adapter",
+    "find_gguf",
     "find_kind",
     "fitting_new_tokens",
     "give_memory",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,11 +23,16 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from ..data import note
 from ..errors import AdapterError, ConfigError
 from .adapter_files import check_adapter_files, find_adapter
 from .distributed import local_rank
+from .gguf_files import dequantised, find_gguf, source_of
 from .identity import adopt_base
 from .stack import check_new_name, give_memory
+
+# The last four are what reading a damaged GGUF file raises.
+_UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError, struct.error, IndexError, KeyError, TypeError)
 
 
 def load_base(
@@ -36,16 +42,19 @@ def load_base(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     device_map: str | None = None,
+    gguf_file: str | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a causal language model and its tokenizer; of a model for images and text, all of it.
 
     Args:
-        name: a hub name, or a directory with config.json, safetensors weights and a tokenizer.
+        name: a hub name; a directory with config.json, safetensors weights and a tokenizer; or a GGUF file, or a
+            directory with one, which transformers dequantises.
         four_bit: quantise the linear layers to NF4 with double quantisation.
         dtype: the type of the weights, or of the computation in 4-bit. None: bfloat16 on a GPU, float32 on a CPU.
         revision: the branch, tag or commit of a hub model; None for its default branch.
         device_map: 'auto' spreads the layers over all GPUs, and over the host what does not fit there. None puts the
             whole model on one GPU, or on the host if there is no GPU.
+        gguf_file: the name of the GGUF file, where the directory ``name`` holds several.
 
     Returns:
         The model and its tokenizer.
@@ -56,7 +65,13 @@ def load_base(
     Reference:
         QLoRA (arXiv 2305.14314), for NF4 and double quantisation.
     """
-    model_class = _checked_class(name, _read_config(name, revision))
+    gguf = find_gguf(str(Path(name) / gguf_file) if gguf_file else name)
+    model_class = _checked_class(name, _read_config(name, revision, gguf))
+    if gguf is not None:
+        note(f"{gguf} is dequantised")
+        if four_bit:
+            return _load_four_bit_gguf(gguf, dtype, device_map)
+    source, more = source_of(name, gguf)
     on_gpu = torch.cuda.is_available()
     dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
     quantization = BitsAndBytesConfig(
@@ -67,7 +82,8 @@ def load_base(
     )
     try:
         model = model_class.from_pretrained(
-            name,
+            source,
+            **more,
             revision=revision,
             dtype=dtype,
             device_map=device_map or ({"": local_rank()} if on_gpu else None),
@@ -75,23 +91,42 @@ def load_base(
             # On a CPU, a small model trains twice as fast with "eager" as with "sdpa".
             attn_implementation=None if on_gpu else "eager",
         )
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, **more, revision=revision)
+    except _UNREADABLE as error:
         raise _unreadable(name, error) from error
+    if gguf is not None:
+        _forget_gguf(model, gguf)
     return model, tokenizer
+
+
+def _load_four_bit_gguf(gguf: Path, dtype: torch.dtype | None, device_map: str | None) -> tuple[PreTrainedModel, Any]:
+    """By way of a temporary directory: transformers does not quantise while it reads a GGUF."""
+    whole, tokenizer = load_base(str(gguf), dtype=dtype)
+    with dequantised(whole, tokenizer) as directory:
+        del whole
+        model, tokenizer = load_base(directory, four_bit=True, dtype=dtype, device_map=device_map)
+    model.config._name_or_path = str(gguf)
+    return model, tokenizer
+
+
+def _forget_gguf(model: Any, gguf: Path) -> None:
+    """The weights are dequantised: the model must not say that they are not. Its name is the file's."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    model.config._name_or_path = str(gguf)
 
 
 def load_skeleton(name: str, *, revision: str | None = None) -> PreTrainedModel:
     """Build a model on the meta device from its config: all modules, no weights, no memory.
 
     Args:
-        name: a hub name, or a directory with config.json.
+        name: a hub name, a directory with config.json, or a GGUF file.
         revision: the branch, tag or commit of a hub model; None for its default branch.
 
     Raises:
         ConfigError: the config cannot be found or read, or is of no causal language model.
     """
-    config = _read_config(name, revision)
+    config = _read_config(name, revision, find_gguf(name))
     model_class = _checked_class(name, config)
     try:
         with torch.device("meta"):
@@ -102,10 +137,11 @@ def load_skeleton(name: str, *, revision: str | None = None) -> PreTrainedModel:
     return model
 
 
-def _read_config(name: str, revision: str | None) -> Any:
+def _read_config(name: str, revision: str | None, gguf: Path | None) -> Any:
+    source, more = source_of(name, gguf)
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, RuntimeError) as error:
+        return AutoConfig.from_pretrained(source, **more, revision=revision)
+    except _UNREADABLE as error:
         raise _unreadable(name, error) from error
 
 
@@ -136,7 +172,7 @@ def _unreadable(name: str, error: Exception) -> ConfigError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ConfigError(
         f"the model {name!r} cannot be loaded: {reason} Expected a directory with config.json, model.safetensors and a "
-        "tokenizer, or the name of a hub model"
+        "tokenizer, a GGUF file of an architecture that transformers reads, or the name of a hub model"
     )
 
 

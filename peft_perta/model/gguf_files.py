@@ -1,0 +1,59 @@
+"""A base model in a GGUF file, which transformers dequantises on loading."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, OutputError
+
+SUFFIX = ".gguf"
+
+
+def find_gguf(name: str) -> Path | None:
+    """The GGUF file that a base's name stands for: itself, or the only one in a directory without config.json. None for
+    any other base.
+
+    Raises:
+        ConfigError: the directory holds several GGUF files, or the package gguf is not installed.
+    """
+    path = Path(name)
+    found = [path] if path.suffix == SUFFIX and path.is_file() else []
+    if path.is_dir() and not (path / "config.json").is_file():
+        found = sorted(path.glob(f"*{SUFFIX}"))
+    if len(found) > 1:
+        files = ", ".join(file.name for file in found)
+        raise ConfigError(f"{name} holds several GGUF files ({files}), expected one; name the file")
+    if found and importlib.util.find_spec("gguf") is None:
+        raise ConfigError(f"{found[0]}: expected the package gguf to read it, found none; run: pip install gguf")
+    return found[0] if found else None
+
+
+def source_of(name: str, file: Path | None) -> tuple[str, dict[str, str]]:
+    """What ``from_pretrained`` of transformers takes to load a base: (name, further arguments)."""
+    return (name, {}) if file is None else (str(file.parent), {"gguf_file": file.name})
+
+
+@contextmanager
+def dequantised(model: Any, tokenizer: Any) -> Iterator[str]:
+    """Within the block, the model and its tokenizer are in a directory, from which another type can be loaded.
+
+    Raises:
+        OutputError: the disk has no room for it.
+    """
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if free < 1.1 * size:
+        raise OutputError(
+            f"{tempfile.gettempdir()}: expected {1.1 * size / 1e9:.2g} GB free to quantise a GGUF model anew, found "
+            f"{free / 1e9:.2g} GB; set TMPDIR to a directory with room"
+        )
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        yield directory

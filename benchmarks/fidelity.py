@@ -23,16 +23,16 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.matched_forgetting import DENSE, Bench, Change, Edit, edit_of
+from benchmarks.matched_forgetting import DENSE, Change, Edit, EditBench, edit_of
 from peft_perta import PerTAConfig
 from peft_perta.adapters import Factors, factorize
-from peft_perta.comparison import DemoSettings
+from peft_perta.comparison import BenchSettings, small
 from peft_perta.data import batches
 from peft_perta.gradients import GradientSums
 from peft_perta.model import Target, adapter_strength, preserved, quiet
 from peft_perta.perta import FITS, ratio
 
-RANK = DemoSettings().rank
+RANK = BenchSettings().rank
 RANKS = (RANK // 2, RANK, 2 * RANK, 4 * RANK)
 
 
@@ -71,10 +71,10 @@ VARIANTS: list[tuple[str, int, PerTAConfig, Change]] = [
 ]  # fmt: skip
 
 
-def fit_kl(bench: Bench, p: str, q: str, strength: float) -> float:
+def fit_kl(bench: EditBench, p: str, q: str, strength: float) -> float:
     """KL(p || q) in nats, as a mean over the judged retain rows' tokens with a loss; both adapters at one strength."""
     total = count = 0.0
-    for batch in batches(bench.judged["retain"], 50):
+    for batch in batches(bench.samples["retain"], 50):
         log_probabilities = []
         with ExitStack() as strengths:
             for name in (p, q):
@@ -91,37 +91,34 @@ def fit_kl(bench: Bench, p: str, q: str, strength: float) -> float:
 
 
 def run(seed: int, weightings: Sequence[str] = ("grad",), quick: bool = False) -> list[dict]:
-    bench = Bench(seed, False, DemoSettings())
+    bench = EditBench(BenchSettings(seed=seed), small())
     edits = {edit: ranks for weighting in weightings for edit, ranks in edits_of(weighting, quick).items()}
     results = []
 
-    def judge(
-        name: str, edit: str, fit: str, rank: int | None, energy: float, guess: float = 1.0, **measured: float
-    ) -> float:
-        match = bench.matched(name, guess)
-        with adapter_strength(bench.model, name, match.strength):
-            losses = bench.losses("task", name)
+    def judge(name: str, edit: str, fit: str, rank: int | None, energy: float, **measured: float) -> float:
+        match = bench.match(bench.edited(name), tolerance=0.005)
+        losses = bench.losses(bench.edited(name, match.strength))
         results.append({"seed": seed, "edit": edit, "fit": fit, "rank": rank, "strength": match.strength,
                         "energy_kept": energy, **measured, **losses})  # fmt: skip
         return match.strength
 
-    with bench.edited(PerTAConfig(weighting="uniform"), "negation") as energy:
+    with bench.edited_by(PerTAConfig(weighting="uniform"), "negation") as energy:
         judge("negation", "plain negation", "", None, energy)
     with tqdm(total=sum(map(len, edits.values())), desc=f"ranks, seed {seed}") as bar:
         for edit, ranks in edits.items():
-            with bench.edited(replace(edit.config, rank=DENSE), "dense") as energy:
+            with bench.edited_by(replace(edit.config, rank=DENSE), "dense") as energy:
                 strength = judge("dense", edit.name, "dense", None, energy)
                 for rank in ranks:
                     exact = edit.config.granularity == "factor" and rank >= RANK
                     for fit in ("truncated",) if exact else FITS:
-                        with bench.edited(replace(edit.config, rank=rank, fit=fit), "fitted") as energy:
+                        with bench.edited_by(replace(edit.config, rank=rank, fit=fit), "fitted") as energy:
                             kl = fit_kl(bench, "dense", "fitted", strength)
                             label = "exact" if exact else fit
-                            judge("fitted", edit.name, label, rank, energy, guess=1.1 * strength, kl=kl)
+                            judge("fitted", edit.name, label, rank, energy, kl=kl)
                     bar.update()
     variants = [] if quick or "grad" not in weightings else VARIANTS
     for name, rank, config, change in tqdm(variants, desc=f"variants, seed {seed}"):
-        with bench.edited(config, "variant", change=change) as energy:
+        with bench.edited_by(config, "variant", change=change) as energy:
             judge("variant", name, "tried", rank, energy)
     return results
 

@@ -15,16 +15,17 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from benchmarks.matched_forgetting import DENSE, Bench, edit_of, table
+from benchmarks.matched_forgetting import DENSE, EditBench, edit_of, table
 from peft_perta.adapters import Factors, factorize
-from peft_perta.comparison import DemoSettings
-from peft_perta.data import spread
+from peft_perta.comparison import BenchSettings, small
+from peft_perta.data import encode_row, spread
 from peft_perta.evaluation import losses_of
 from peft_perta.gradients import Collector, GradientSums, Job, sweep
 from peft_perta.model import Target, adapter_strength, quiet
@@ -47,8 +48,8 @@ def cells_of(layer: Target, pair: Mapping[str, GradientSums]) -> tuple[Tensor, T
     return harmful * RATIOS + (weights * RATIOS).long().clamp(0, RATIOS - 1), weights
 
 
-def run(seed: int, steps: int, settings: DemoSettings) -> list[dict]:
-    bench = Bench(seed, False, settings)
+def run(seed: int, steps: int, settings: BenchSettings) -> list[dict]:
+    bench = EditBench(replace(settings, seed=seed), testbed := small())
     pairs = {
         layer.name: {name: bench.gradient_sums("mean")[name][layer.name] for name in ("forget", "retain")}
         for layer in bench.targets
@@ -59,7 +60,13 @@ def run(seed: int, steps: int, settings: DemoSettings) -> list[dict]:
         counts += torch.bincount(cell.flatten(), minlength=CELLS)
         sums += torch.bincount(cell.flatten(), weights.flatten(), minlength=CELLS)
     learned = (sums / counts.clamp_min(1)).log()
-    held_out = {"forget": bench.judged["forget"], "retain": spread(bench.held_out, 100)}
+    held_out = {
+        "forget": bench.samples["forget"],
+        "retain": [
+            encode_row(row, bench.tokenizer)
+            for row in spread(testbed.rows["retain"][::2][settings.weight_samples :], 100)
+        ],
+    }
 
     def edit(layer: Target, pair: Mapping[str, GradientSums], factors: Factors) -> Factors:
         weights = learned.exp()[cells[layer.name][0]]
@@ -68,16 +75,19 @@ def run(seed: int, steps: int, settings: DemoSettings) -> list[dict]:
     results = []
 
     def judge(label: str, strength: float) -> None:
-        with adapter_strength(bench.model, "edit", strength):
-            results.append({"seed": seed, "edit": label, "strength": strength, **bench.losses("task", "edit")})
+        rows = bench.row_scores(bench.edited("edit", strength))
+        results.append({"seed": seed, "edit": label, "matched": "loss", "strength": strength, "rows": rows})
 
-    with bench.edited(EDIT.config):
-        judge("ratio", bench.matched().strength)
+    def matched() -> float:
+        return bench.match(bench.edited("edit"), tolerance=0.005).strength
+
+    with bench.edited_by(EDIT.config):
+        judge("ratio", matched())
     best = float("inf"), learned.clone(), 1.0
     guess = results[0]["strength"]
     for _ in tqdm(range(steps + 1), desc=f"steps, seed {seed}"):
-        with bench.edited(EDIT.config, change=edit):
-            guess = bench.matched(guess=guess).strength
+        with bench.edited_by(EDIT.config, change=edit):
+            guess = matched()
             if not results[1:]:
                 judge("step function, as the ratio", guess)
             with adapter_strength(bench.model, "edit", guess):
@@ -89,8 +99,8 @@ def run(seed: int, steps: int, settings: DemoSettings) -> list[dict]:
         direction = slopes["retain"] - total["retain"] / total["forget"] * slopes["forget"]
         learned = learned - STEP * direction / direction.abs().max()
     _, learned, guess = best
-    with bench.edited(EDIT.config, change=edit):
-        judge("step function, learned", bench.matched(guess=guess).strength)
+    with bench.edited_by(EDIT.config, change=edit):
+        judge("step function, learned", matched())
     shares = (learned - learned.max()).exp()
     shown = [[round(w, 2) for w in half] for half in shares.reshape(2, RATIOS).tolist()]
     print(f"seed {seed}: held-out retain loss {best[0]:.3f}; weights over the largest, by eighth of the ratio:")
@@ -98,7 +108,7 @@ def run(seed: int, steps: int, settings: DemoSettings) -> list[dict]:
     return results
 
 
-def _slopes(bench: Bench, cells: Mapping[str, tuple[Tensor, Tensor]], learned: Tensor, samples: list) -> Tensor:
+def _slopes(bench: EditBench, cells: Mapping[str, tuple[Tensor, Tensor]], learned: Tensor, samples: list) -> Tensor:
     """The derivative of the mean loss with respect to the logarithm of each cell's weight, [CELLS]."""
     collector = Collector((GRANULARITIES["delta"],))
     adapters = ["task", "edit"]
@@ -120,7 +130,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every result as JSON lines")
     options = parser.parse_args()
     quiet()
-    settings = DemoSettings() if options.epochs is None else DemoSettings(epochs=options.epochs)
+    settings = BenchSettings() if options.epochs is None else BenchSettings(epochs=options.epochs)
     results = [result for seed in options.seeds for result in run(seed, options.steps, settings)]
     if options.json:
         options.json.write_text("".join(json.dumps(result) + "\n" for result in results))

@@ -82,7 +82,9 @@ EDITS = [
 class EditBench(Bench):
     """A testbed with one seed's forget adapter, and its gradient sums."""
 
-    def __init__(self, settings: BenchSettings, testbed: Testbed, *, four_bit: bool, cache: Path | None) -> None:
+    def __init__(
+        self, settings: BenchSettings, testbed: Testbed, *, four_bit: bool = False, cache: Path | None = None
+    ) -> None:
         super().__init__(settings, four_bit=four_bit, testbed=testbed, cache=cache)
         rows = {"forget": self.setup.forget_rows, "retain": self.setup.retain_rows}
         self.weighed = {name: [encode_row(row, self.tokenizer) for row in split] for name, split in rows.items()}

@@ -15,10 +15,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.matched_forgetting import SPLITS
 from peft_perta import PerTAConfig, attach_adapters, get_perta_state_dict, load_base, train_forget_adapter
 from peft_perta.adapters import fuse_adapters
-from peft_perta.comparison import ASSETS, DemoSettings
+from peft_perta.comparison import ASSETS, SPLITS, DemoSettings
 from peft_perta.data import encode_row, read_rows, spread
 from peft_perta.evaluation import losses_of, match_forgetting
 from peft_perta.model import adapter_strength, quiet

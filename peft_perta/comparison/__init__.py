@@ -13,7 +13,7 @@ from .run import run_comparison
 from .settings import MEASURES, BenchSettings, ComparisonSettings, DemoSettings
 from .smollm2 import TESTBEDS, read_testbed
 from .table import best_method, format_table
-from .testbed import ASSETS, SPLITS, Testbed
+from .testbed import ASSETS, SPLITS, Testbed, small
 
 __all__ = [
     "ASSETS",
@@ -33,5 +33,6 @@ __all__ = [
     "read_testbed",
     "run_comparison",
     "run_demo",
+    "small",
     "training_flags",
 ]

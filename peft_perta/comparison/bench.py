@@ -96,6 +96,7 @@ class Bench:
         setup: the input of every method.
         held_out_rows: the retain rows that no method uses.
         judged_rows: split of ``JUDGED`` -> rows that are scored.
+        samples: the same, tokenised.
         full, origin: the stacks of the full model and of the base alone.
         retain_only: the stack of the retain-only model; None without one.
     """
@@ -127,7 +128,7 @@ class Bench:
         self.held_out_rows = rows["retain"][1::2]
         judged = {**rows, "retain": self.held_out_rows, "seen": self.setup.retain_rows}
         self.judged_rows = {name: spread(judged[name], settings.judged_rows) for name in JUDGED}
-        self._samples = {name: self._encoded(split) for name, split in self.judged_rows.items()}
+        self.samples = {name: self._encoded(split) for name, split in self.judged_rows.items()}
 
     def _encoded(self, rows: list[dict]) -> list[Sample]:
         length = row_length(self.model, None)
@@ -169,7 +170,7 @@ class Bench:
         """Mean loss of the judged rows of each split, nats per token."""
         with self.scaled(stack):
             return {
-                name: float(losses_of(self.model, self._samples[name], adapters=stack.adapters).mean())
+                name: float(losses_of(self.model, self.samples[name], adapters=stack.adapters).mean())
                 for name in splits
             }
 

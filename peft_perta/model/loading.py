@@ -74,12 +74,6 @@ def load_base(
     source, more = source_of(name, gguf)
     on_gpu = torch.cuda.is_available()
     dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
     try:
         model = model_class.from_pretrained(
             source,
@@ -87,7 +81,7 @@ def load_base(
             revision=revision,
             dtype=dtype,
             device_map=device_map or ({"": local_rank()} if on_gpu else None),
-            quantization_config=quantization if four_bit else None,
+            quantization_config=_nf4(dtype) if four_bit else None,
             # On a CPU, a small model trains twice as fast with "eager" as with "sdpa".
             attn_implementation=None if on_gpu else "eager",
         )
@@ -97,6 +91,15 @@ def load_base(
     if gguf is not None:
         _forget_gguf(model, gguf)
     return model, tokenizer
+
+
+def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def _load_four_bit_gguf(gguf: Path, dtype: torch.dtype | None, device_map: str | None) -> tuple[PreTrainedModel, Any]:

@@ -1,13 +1,14 @@
 """The shipped model is what the docs say, and the demo writes what it promises."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from peft_perta import attach_adapters, load_base, load_provenance
-from peft_perta.comparison import ASSETS, DemoSettings, run_demo
+from peft_perta.comparison import ASSETS, DemoSettings, run_demo, small, smollm2
 from peft_perta.data import load_samples, read_rows
 from peft_perta.evaluation import Subject, generate, losses_of
 from peft_perta.evaluation.metrics.probability import probability
@@ -106,3 +107,14 @@ def test_the_demo_writes_an_adapter_a_report_and_a_picture(tmp_path: Path, capsy
     assert (tmp_path / "out" / "trade_off.png").read_bytes().startswith(b"\x89PNG")
     provenance, _ = load_provenance(tmp_path / "out" / "adapter")
     assert provenance.config["strength"] in [pytest.approx(m["strength"]) for m in saved["matched_forgetting"].values()]
+
+
+def test_general_rows_may_be_texts_which_nobody_can_ask(tmp_path, capsys):
+    """As those of the real model's testbed are: their loss is shown, and no answer is generated."""
+    testbed = replace(small(), rows={**small().rows, "general": smollm2.rows()["general"]})
+    result = run_demo(tmp_path / "demo", settings=replace(TINY, epochs=2), testbed=testbed)
+    for _, _, scores in result.table:
+        assert scores["general"].rouge_l_recall is None
+        assert scores["general"].loss > 1
+        assert scores["retain"].rouge_l_recall is not None
+    assert "loss" in capsys.readouterr().out

@@ -113,17 +113,16 @@ def run_demo(
 
 
 def format_table(result: DemoResult) -> str:
-    """The table as text: the forget loss of each model, and for each split the answers' probability, ROUGE-L recall and
-    truth score."""
-    head = f"{'model':<24}{'strength':>9}{'forget':>8}" + "".join(f"  |{name:^22}" for name in SPLITS)
-    second = f"{'':<24}{'':>9}{'loss':>8}" + f"  |{'prob':>7}{'ROUGE-L':>8}{'truth':>7}" * len(SPLITS)
+    """The table as text: for each model and split its loss, the answers' probability, ROUGE-L and truth score."""
+    head = f"{'model':<24}{'strength':>9}" + "".join(f"  |{name:^29}" for name in SPLITS)
+    second = f"{'':<33}" + f"  |{'loss':>7}{'prob':>7}{'ROUGE-L':>8}{'truth':>7}" * len(SPLITS)
     lines = ["", head, second, "-" * len(second)]
     for label, strength, scores in result.table:
         shown = "" if strength is None else f"{strength:.2f}"
-        line = f"{label:<24}{shown:>9}{scores['forget'].loss:>8.2f}"
+        line = f"{label:<24}{shown:>9}"
         for name in SPLITS:
             s = scores[name]
-            line += f"  |{s.probability:>7.3f}{_shown(s.rouge_l_recall):>8}{_shown(s.truth_score):>7}"
+            line += f"  |{s.loss:>7.2f}{s.probability:>7.3f}{_shown(s.rouge_l_recall):>8}{_shown(s.truth_score):>7}"
         lines.append(line)
     lines.append(
         "truth: on forget rows, 1 means that true and false answers look alike; elsewhere, higher means that the true "
@@ -172,7 +171,7 @@ def _evaluate(bench: Bench, settings: DemoSettings, result: DemoResult) -> None:
                         subject,
                         bench.judged_rows[split],
                         is_forget=split == "forget",
-                        generated=settings.generated_rows,
+                        generated=0 if "text" in bench.judged_rows[split][0] else settings.generated_rows,
                         max_new_tokens=settings.max_new_tokens,
                     )
                     for split in SPLITS

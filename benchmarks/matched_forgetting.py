@@ -145,8 +145,9 @@ def judge(bench: EditBench, edit: Edit) -> Iterator[dict]:
     """The scores of an edit, at matched forgetting in each measure."""
     with bench.edited_by(edit.config, swapped=edit.swapped) as energy:
         stack = bench.edited(_EDIT)
+        path = bench.path(stack)
         for measure in MEASURES:
-            match = bench.match(stack, measure, tolerance=0.005)
+            match = path.match(measure, tolerance=0.005)
             scores = bench.row_scores(stack.at(match.strength))
             yield {"matched": measure, "strength": match.strength, "energy_kept": energy, "rows": scores}
 

@@ -50,6 +50,26 @@ def test_meets_the_target_within_its_budget(name):
     assert len(counted.asked) <= 14
 
 
+@pytest.mark.parametrize("name", CURVES)
+def test_a_search_for_another_target_goes_on_from_what_is_known(name):
+    curve, target, expected = CURVES[name]
+    first = match_forgetting(Counted(curve), 0.8 * target, tolerance=0.001)
+    counted = Counted(curve)
+    match = match_forgetting(counted, target, tolerance=0.001, known=dict(first.evaluated))
+    assert abs(match.loss - target) <= 0.001 * target
+    assert match.strength == pytest.approx(expected, rel=0.01)
+    assert not set(counted.asked) & set(dict(first.evaluated))
+    afresh = Counted(curve)
+    match_forgetting(afresh, target, tolerance=0.001)
+    assert len(counted.asked) < len(afresh.asked)
+
+
+def test_a_known_point_on_the_target_costs_nothing():
+    counted = Counted(lambda s: s)
+    assert match_forgetting(counted, 3.0, known={0.0: 0.0, 2.0: 2.0, 3.01: 3.01}).strength == 3.01
+    assert counted.asked == []
+
+
 def test_reports_every_point_that_it_paid_for():
     curve, target, _ = CURVES["sigmoid"]
     counted = Counted(curve)

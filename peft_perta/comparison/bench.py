@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -87,6 +87,42 @@ class Stack:
     def at(self, strength: float) -> Stack:
         """The same adapters at another strength."""
         return replace(self, strength=strength)
+
+
+class StrengthPath:
+    """How much is forgotten along an adapter's strength, in every measure. Each strength is scored once.
+
+    Args:
+        score: strength -> measure of ``MEASURES`` -> how much is forgotten.
+        at_zero: the same at strength 0.
+        target: measure -> how much is to be forgotten.
+    """
+
+    def __init__(
+        self,
+        score: Callable[[float], dict[str, float]],
+        at_zero: dict[str, float],
+        target: Callable[[str], float],
+    ) -> None:
+        self._score, self._target = score, target
+        self._scored = {0.0: at_zero}
+
+    def at(self, strength: float) -> dict[str, float]:
+        """Measure -> how much is forgotten at this strength."""
+        if strength not in self._scored:
+            self._scored[strength] = self._score(strength)
+        return self._scored[strength]
+
+    def match(self, measure: str, *, tolerance: float) -> Match:
+        """The strength that meets the target in this measure; the errors are those of ``match_forgetting``."""
+
+        return match_forgetting(
+            lambda strength: self.at(strength)[measure],
+            self._target(measure),
+            tolerance=tolerance,
+            measure=MEASURES[measure],
+            known={strength: scores[measure] for strength, scores in self._scored.items()},
+        )
 
 
 class Bench:
@@ -190,9 +226,12 @@ class Bench:
 
     def forgetting(self, stack: Stack, measure: str) -> float:
         """How much of the judged forget rows is forgotten, in a measure of ``MEASURES``."""
-        if measure == "loss":
-            return self.losses(stack, ("forget",))["forget"]
-        return statistics.fmean(self.row_scores(stack, ("forget",))["forget"]["missed"])
+        return self._all_forgetting(stack)[measure]
+
+    def _all_forgetting(self, stack: Stack) -> dict[str, float]:
+        """Measure -> how much of the judged forget rows is forgotten: one pass gives them all."""
+        scores = self.row_scores(stack, ("forget",))["forget"]
+        return {"loss": statistics.fmean(scores["loss"]), "first-choice": statistics.fmean(scores["missed"])}
 
     def target(self, measure: str) -> float:
         """How much the yardstick 'forgot', which every edit is matched to: the retain-only model, else the forget loss
@@ -220,7 +259,7 @@ class Bench:
 
     @cached_property
     def _forgetting_of_full(self) -> dict[str, float]:
-        return {measure: self.forgetting(self.full, measure) for measure in MEASURES}
+        return self._all_forgetting(self.full)
 
     def match(self, stack: Stack, measure: str = "loss", *, tolerance: float) -> Match:
         """Search the strength at which the stack forgets as much as the retain-only model.
@@ -233,11 +272,12 @@ class Bench:
         Raises:
             NumericalError: no strength reaches the target.
         """
+        return self.path(stack).match(measure, tolerance=tolerance)
 
-        def forgetting_at(strength: float) -> float:
-            return self.forgetting(stack.at(strength), measure) if strength else self._forgetting_of_full[measure]
-
-        return match_forgetting(forgetting_at, self.target(measure), tolerance=tolerance, measure=MEASURES[measure])
+    def path(self, stack: Stack) -> StrengthPath:
+        """The strengths of a stack, for matching it in several measures: a strength is scored once for all."""
+        return StrengthPath(lambda strength: self._all_forgetting(stack.at(strength)), self._forgetting_of_full,
+                            self.target)  # fmt: skip
 
     def curve(
         self, stack: Stack, strengths: Sequence[float], measured: Mapping[float, Losses] | None = None

@@ -18,7 +18,7 @@ from ._judge import Judge
 from ._method import Method, MethodAdapter
 from ._picture import draw_comparison
 from ._results import CONFIG_NAME, Results
-from .bench import Bench, Stack, timed
+from .bench import Bench, StrengthPath, timed
 from .methods import METHODS
 from .settings import MEASURES, ROWS_OF_AUTHOR, ComparisonSettings
 from .table import FULL, ORIGIN, RETAIN_ONLY, format_table
@@ -157,10 +157,12 @@ def _run(
     common |= {"memory": peak.bytes, **_cost(method, adapter, bench)}
     add_adapter(bench.model, adapter.lora_config, adapter.state_dict, _JUDGED)
     try:
-        common["as_made"] = bench.losses(bench.edited(_JUDGED))
+        path = bench.path(bench.edited(_JUDGED))
+        common["as_made"] = path.at(1.0)
         for measure in measures:
             own = dict(seconds)
-            yield {"matched": measure, **common, "seconds": own, **_judge_at_match(judge, measure, retain_only, own)}
+            judged = _judge_at_match(judge, path, measure, retain_only, own)
+            yield {"matched": measure, **common, "seconds": own, **judged}
     finally:
         bench.model.delete_adapter(_JUDGED)
 
@@ -178,7 +180,9 @@ def _cost(method: Method, adapter: MethodAdapter, bench: Bench) -> dict[str, Any
     }
 
 
-def _judge_at_match(judge: Judge, measure: str, retain_only: Log | None, seconds: dict[str, float]) -> dict[str, Any]:
+def _judge_at_match(
+    judge: Judge, path: StrengthPath, measure: str, retain_only: Log | None, seconds: dict[str, float]
+) -> dict[str, Any]:
     """Measurements at matched forgetting, and losses along the strength."""
     bench, settings = judge.bench, judge.settings
     stack = bench.edited(_JUDGED)
@@ -186,7 +190,7 @@ def _judge_at_match(judge: Judge, measure: str, retain_only: Log | None, seconds
     matched = None
     with timed(seconds, "match"):
         try:
-            match = _match(bench, stack, measure)
+            match = _match(bench, path, measure)
             matched = stack.at(match.strength)
             result |= {"strength": match.strength, "forgotten": match.loss, "target": bench.target(measure)}
         except NumericalError as error:
@@ -203,13 +207,13 @@ def _judge_at_match(judge: Judge, measure: str, retain_only: Log | None, seconds
     return result
 
 
-def _match(bench: Bench, stack: Stack, measure: str) -> Match:
-    """The match of the stack.
+def _match(bench: Bench, path: StrengthPath, measure: str) -> Match:
+    """The match of the adapter.
 
     Raises:
         NumericalError: no strength reaches the target, or the search ended too far from it.
     """
-    match, target = bench.match(stack, measure, tolerance=_AIM), bench.target(measure)
+    match, target = path.match(measure, tolerance=_AIM), bench.target(measure)
     if abs(match.loss - target) > TOLERANCE * target:
         raise NumericalError(
             f"the {MEASURES[measure]} came to {match.loss:.3f} at best, expected {target:.3f} within {TOLERANCE:.0%}"

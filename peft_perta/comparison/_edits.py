@@ -11,10 +11,11 @@ from ..adapters import add_adapter, extrapolate_adapter
 from ..data import load_samples
 from ..gradients import choose_plan
 from ..model import resolve_targets, row_length
-from ..perta import PerTAConfig, get_perta_state_dict, gradient_job, resolve_weighting
-from ._method import MakeAdapter, MethodAdapter, Setup
+from ..perta import PerTAConfig, get_perta_state_dict, gradient_job, refine_adapter, resolve_weighting
+from ._method import MakeAdapter, MethodAdapter, Setup, measured
 
-_EXTRAPOLATED = "perta_before_extrapolation"
+_EXTRAPOLATED, _UNREFINED = "perta_before_extrapolation", "perta_before_refinement"
+_REFINEMENT = 2.0  # forward-equivalents: the forward and backward pass that finds the inputs that count
 
 
 def perta(**options) -> MakeAdapter:
@@ -52,6 +53,32 @@ def extrapolated(make: MakeAdapter, alpha: float) -> MakeAdapter:
         return MethodAdapter(lora_config, state_dict, start.forward_equivalents)
 
     return make_extrapolated
+
+
+def refined(make: MakeAdapter) -> MakeAdapter:
+    """Another method's adapter, weighed along the input directions of its layers. ``make`` is of ``once``."""
+
+    def make_refined(setup: Setup) -> MethodAdapter:
+        start = make(setup)
+        assert start.effort is not None
+        add_adapter(setup.model, start.lora_config, start.state_dict, _UNREFINED)
+        try:
+            with measured(setup) as effort:
+                lora_config, state_dict, _ = refine_adapter(
+                    setup.model,
+                    _UNREFINED,
+                    setup.forget_rows,
+                    setup.retain_rows,
+                    task_adapter=setup.task_adapter,
+                    tokenizer=setup.tokenizer,
+                    show_progress_bar=False,
+                )
+        finally:
+            setup.model.delete_adapter(_UNREFINED)
+        cost = start.forward_equivalents + _REFINEMENT
+        return MethodAdapter(lora_config, state_dict, cost, start.effort.then(effort))
+
+    return make_refined
 
 
 def random_like(make: MakeAdapter) -> MakeAdapter:

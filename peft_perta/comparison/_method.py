@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from peft import LoraConfig, PeftModel
 from torch import Tensor
+
+from ..model import input_device, peak_memory
 
 WARMUP = 0.05  # of the steps of each training
 Family = Literal["negation", "perta", "control", "extrapolation", "trained", "influence"]
@@ -27,6 +31,7 @@ class Setup:
         rank: rank of the forget adapter. A method's adapter has the same rank, unless another rank is its point.
         seed: seed of everything that the method draws.
         task_adapter: 'task'; None where the origin itself must forget.
+        made: the adapters that ``once`` keeps.
     """
 
     model: PeftModel
@@ -36,6 +41,33 @@ class Setup:
     rank: int
     seed: int
     task_adapter: str | None = "task"
+    made: dict[MakeAdapter, MethodAdapter] = field(default_factory=dict)
+
+
+@dataclass
+class Effort:
+    """What an adapter took on this machine.
+
+    Attributes:
+        seconds: the wall time.
+        memory: the most bytes in use, the model included.
+    """
+
+    seconds: float = 0.0
+    memory: int = 0
+
+    def then(self, other: Effort) -> Effort:
+        """What both took, one after the other."""
+        return Effort(self.seconds + other.seconds, max(self.memory, other.memory))
+
+
+@contextmanager
+def measured(setup: Setup) -> Iterator[Effort]:
+    """Measure what the block takes."""
+    effort, start = Effort(), time.perf_counter()
+    with peak_memory(str(input_device(setup.model))) as peak:
+        yield effort
+    effort.seconds, effort.memory = round(time.perf_counter() - start, 2), peak.bytes
 
 
 @dataclass(frozen=True)
@@ -47,14 +79,29 @@ class MethodAdapter:
         state_dict: PEFT's keys -> factors.
         forward_equivalents: compute cost beyond the forget adapter's training, in forward passes over both sets. A
             forward and backward pass of a LoRA adapter counts 2.
+        effort: what it took, where that is not what its ``make`` took just now.
     """
 
     lora_config: LoraConfig
     state_dict: Mapping[str, Tensor]
     forward_equivalents: float
+    effort: Effort | None = None
 
 
 MakeAdapter = Callable[[Setup], MethodAdapter]
+
+
+def once(make: MakeAdapter) -> MakeAdapter:
+    """The same method, which makes its adapter once for all methods that build on it."""
+
+    def make_once(setup: Setup) -> MethodAdapter:
+        if make not in setup.made:
+            with measured(setup) as effort:
+                adapter = make(setup)
+            setup.made[make] = replace(adapter, effort=effort)
+        return setup.made[make]
+
+    return make_once
 
 
 @dataclass(frozen=True)
@@ -69,6 +116,7 @@ class Method:
         needs_forget_adapter: the method edits the forget adapter, so the cost of training it counts.
         command: the command and its options that make the same adapter from the user's files; None for what no user
             would make.
+        is_refined: `peft-perta refine` follows the command.
     """
 
     description: str
@@ -76,3 +124,4 @@ class Method:
     family: Family
     needs_forget_adapter: bool = True
     command: str | None = None
+    is_refined: bool = False

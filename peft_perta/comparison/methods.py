@@ -6,14 +6,15 @@ To add a method: write a function from a ``Setup`` to a ``MethodAdapter`` in a f
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..adapters import SERVABLE_RANKS
 from ..errors import ConfigError
-from ._edits import extrapolated, perta, random_like
+from ._edits import extrapolated, perta, random_like, refined
 from ._influence import llmeraser
-from ._method import WARMUP, Family, Method
+from ._method import WARMUP, Family, Method, once
 from ._trained import BATCH, STEPS, trained
 
 ALPHA = 0.5  # of UIPE
@@ -32,7 +33,7 @@ def _train(description: str, *, learning_rate: float = 1e-3, **options: Any) -> 
     """A trained method with these fields of UnlearningSettings, as `peft-perta train` runs it."""
     return Method(
         description,
-        trained(learning_rate=learning_rate, **options),
+        once(trained(learning_rate=learning_rate, **options)),
         "trained",
         needs_forget_adapter=False,
         command=f"train{_flags({**options, 'learning_rate': learning_rate})}",
@@ -47,6 +48,33 @@ def _flags(options: Mapping[str, Any]) -> str:
         parts.append(f" --{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f" --{flag} {value}")
     return "".join(parts)
 
+
+def _refined(method: Method, name: str) -> Method:
+    """The adapter of a trained method, as `peft-perta refine` leaves it."""
+    description = f"trained: {name}, then weighed along input directions"
+    return dataclasses.replace(method, description=description, make=refined(method.make), is_refined=True)
+
+
+_TRAINED: dict[str, Method] = {
+    "gradient-ascent": _train(
+        "trained: gradient ascent plus the retain loss (GradDiff)", forget_loss="gradient-ascent", combiner="sum"
+    ),
+    "npo": _train("trained: negative preference optimisation (NPO) plus the retain loss", **_NPO, combiner="sum"),
+    "simnpo": _train(
+        "trained: NPO per token and without a reference model (SimNPO) plus the retain loss",
+        forget_loss="simnpo",
+        combiner="sum",
+    ),
+    "rmu": _train(
+        "trained: hidden states of forget rows steered to a random direction, those of retain rows kept (RMU)",
+        **_RMU,
+        combiner="sum",
+    ),
+    "pcgrad": _train("trained: NPO, its two gradients combined per tensor by PCGrad", **_NPO, combiner="pcgrad"),
+    "sago": _train(
+        "trained: NPO, its two gradients combined per element by SAGO", **_NPO, combiner="sago", learning_rate=2e-3
+    ),
+}
 
 METHODS: dict[str, Method] = {
     "negation": _unlearn(
@@ -126,24 +154,8 @@ METHODS: dict[str, Method] = {
     "random": Method(
         "control: random deltas with the ranks and norms of perta-grad's", random_like(perta()), "control"
     ),
-    "gradient-ascent": _train(
-        "trained: gradient ascent plus the retain loss (GradDiff)", forget_loss="gradient-ascent", combiner="sum"
-    ),
-    "npo": _train("trained: negative preference optimisation (NPO) plus the retain loss", **_NPO, combiner="sum"),
-    "simnpo": _train(
-        "trained: NPO per token and without a reference model (SimNPO) plus the retain loss",
-        forget_loss="simnpo",
-        combiner="sum",
-    ),
-    "rmu": _train(
-        "trained: hidden states of forget rows steered to a random direction, those of retain rows kept (RMU)",
-        **_RMU,
-        combiner="sum",
-    ),
-    "pcgrad": _train("trained: NPO, its two gradients combined per tensor by PCGrad", **_NPO, combiner="pcgrad"),
-    "sago": _train(
-        "trained: NPO, its two gradients combined per element by SAGO", **_NPO, combiner="sago", learning_rate=2e-3
-    ),
+    **_TRAINED,
+    **{f"{name}+directions": _refined(method, name) for name, method in _TRAINED.items()},
     "perta+sago": Method(
         "trained: sago, started from perta-grad's adapter",
         trained(perta(), **_NPO, combiner="sago", learning_rate=2e-3),

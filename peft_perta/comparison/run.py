@@ -13,9 +13,8 @@ from ..adapters import add_adapter
 from ..data import check_output, write_file
 from ..errors import ConfigError, NumericalError
 from ..evaluation import TOLERANCE, Log, Match
-from ..model import peak_memory
 from ._judge import Judge
-from ._method import Method, MethodAdapter
+from ._method import Method, MethodAdapter, measured
 from ._picture import draw_comparison
 from ._results import CONFIG_NAME, Results
 from .bench import Bench, StrengthPath, timed
@@ -149,12 +148,14 @@ def _run(
     seconds = {"forget_adapter": forget_adapter if method.needs_forget_adapter else 0.0}
     common: dict[str, Any] = {"failure": None, "strength": None, "seconds": seconds}
     try:
-        with timed(seconds, "edit"), peak_memory(bench.device) as peak:
+        with measured(bench.setup) as effort:
             adapter = method.make(bench.setup)
     except NumericalError as error:
         yield from ({"matched": measure, **common, "failure": str(error)} for measure in measures)
         return
-    common |= {"memory": peak.bytes, **_cost(method, adapter, bench)}
+    effort = adapter.effort or effort
+    seconds["edit"] = effort.seconds
+    common |= {"memory": effort.memory, **_cost(method, adapter, bench)}
     add_adapter(bench.model, adapter.lora_config, adapter.state_dict, _JUDGED)
     try:
         path = bench.path(bench.edited(_JUDGED))

@@ -1,5 +1,5 @@
 """PerTA, the method: a forget adapter, weighted by the gradients of both sets and negated, becomes a negative adapter.
-Weightings, granularities and fits are its extension points.
+Weightings, granularities and fits are its extension points. The room also refines any adapter along input directions.
 
 Imports from: errors, data, model, gradients, evaluation, adapters.
 """
@@ -9,6 +9,7 @@ from .edited_layers import gradient_job
 from .fits import FITS
 from .granularities import GRANULARITIES
 from .layer import edit_layer
+from .refine import RefinementSettings, refine_adapter
 from .run import add_perta_adapter, get_perta_state_dict
 from .task_vectors import task_vector
 from .weighing import resolve_weighting
@@ -22,12 +23,14 @@ __all__ = [
     "GRANULARITIES",
     "WEIGHTINGS",
     "PerTAConfig",
+    "RefinementSettings",
     "Weighting",
     "add_perta_adapter",
     "edit_layer",
     "get_perta_state_dict",
     "gradient_job",
     "ratio",
+    "refine_adapter",
     "resolve_weighting",
     "task_vector",
 ]

@@ -5,9 +5,10 @@ forget rows. Least squares gives the matrix on the input side that does this bes
 
     min_M  sum_forget ||(E M - E) x||^2 + sum_retain ||E M x||^2      =>      M = C_f (C_f + C_r)^-1 ,
 
-with C_f and C_r the second moments of the inputs. In the basis in which both are diagonal, M weights each direction by
-f / (f + r), in [0, 1]. This is PerTA's ratio, taken where inputs do not mix instead of neuron by neuron. E M has the
-rank of E, so nothing is refitted; of a product B A only A changes.
+with C_f and C_r the second moments of the inputs; a weight lambda on the second sum makes lambda C_r of C_r. In the
+basis in which both are diagonal, M weights each direction by f / (f + r), in [0, 1]. This is PerTA's ratio, taken where
+inputs do not mix instead of neuron by neuron. E M has the rank of E, so nothing is refitted; of a product B A only A
+changes.
 
 A little of the mean energy (``DAMPING``) is added to the retain side. Directions that hardly any row uses get weights
 near 0: without evidence, nothing is changed.
@@ -35,7 +36,12 @@ _ROWS = 256  # of a dense edit, processed at once in double precision
 
 
 def weigh_input_directions(
-    edit: Edit, forget: Mapping[str, Tensor], retain: Mapping[str, Tensor]
+    edit: Edit,
+    forget: Mapping[str, Tensor],
+    retain: Mapping[str, Tensor],
+    *,
+    retain_weight: float = 1.0,
+    damping: float = DAMPING,
 ) -> tuple[Edit, dict[str, float]]:
     """Multiply an edit by M on its input side.
 
@@ -43,6 +49,8 @@ def weigh_input_directions(
         edit: the edit [O, I], dense or a product.
         forget: the forget set's ``GradientSums.moments``: 'inputs' [I, I] and 'tokens' [1, 1].
         retain: the same of the retain set.
+        retain_weight: lambda, the weight of the sum over the retain rows.
+        damping: the share of a direction's mean energy that is added to the retain side.
 
     Returns:
         E M, of the same form and of no larger rank, and for 'forget' and 'retain' the share of the edit's mean squared
@@ -53,7 +61,7 @@ def weigh_input_directions(
     """
     rows = edit.A if isinstance(edit, Product) else edit
     C_f = _per_token(forget, rows.device)
-    S = damped(C_f, _per_token(retain, rows.device))
+    S = damped(C_f, _per_token(retain, rows.device).mul_(retain_weight), damping)
     if S is None:  # every input was zero
         zero = torch.zeros_like(rows)
         return _with_rows(edit, zero), {"forget": 1.0, "retain": 1.0}
@@ -71,8 +79,8 @@ def weigh_input_directions(
     return result, shares
 
 
-def damped(C_f: Tensor, C_r: Tensor) -> Tensor | None:
-    """C_f + C_r, with ``DAMPING`` of their mean energy added to the diagonal, [I, I]; None if both are zero.
+def damped(C_f: Tensor, C_r: Tensor, damping: float = DAMPING) -> Tensor | None:
+    """C_f + C_r, with ``damping`` of their mean energy added to the diagonal, [I, I]; None if both are zero.
 
     C_r is overwritten.
     """
@@ -80,7 +88,7 @@ def damped(C_f: Tensor, C_r: Tensor) -> Tensor | None:
     mean = float(S.diagonal().mean())
     if mean == 0:
         return None
-    S.diagonal().add_(DAMPING * mean)
+    S.diagonal().add_(damping * mean)
     return S
 
 

@@ -13,11 +13,18 @@ from .fused import FusedProvenance
 from .influence import InfluenceProvenance
 from .layers import LayerProvenance, WeightDistribution
 from .perta import PerTAProvenance
+from .refined import RefinedProvenance
 from .trained import TrainedProvenance
 
-Provenance = PerTAProvenance | FusedProvenance | InfluenceProvenance | TrainedProvenance
+Provenance = PerTAProvenance | FusedProvenance | InfluenceProvenance | TrainedProvenance | RefinedProvenance
 
-KINDS: tuple[type[Provenance], ...] = (PerTAProvenance, FusedProvenance, InfluenceProvenance, TrainedProvenance)
+KINDS: tuple[type[Provenance], ...] = (
+    PerTAProvenance,
+    FusedProvenance,
+    InfluenceProvenance,
+    TrainedProvenance,
+    RefinedProvenance,
+)
 
 
 def read_provenance(values: dict[str, Any]) -> Provenance:
@@ -36,6 +43,7 @@ __all__ = [
     "LayerProvenance",
     "PerTAProvenance",
     "Provenance",
+    "RefinedProvenance",
     "TrainedProvenance",
     "WeightDistribution",
     "describe_base",

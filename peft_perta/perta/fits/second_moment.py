@@ -40,7 +40,8 @@ class SecondMoment:
                 "fit='second-moment' needs the layers' inputs, which are unknown for expert parameters; use "
                 "fit='truncated' or 'weighted'"
             )
-        C = damped(*(m["inputs"].to(rows.device, torch.float64) / m["tokens"].to(rows.device) for m in moments))
+        C_f, C_r = (m["inputs"].to(rows.device, torch.float64) / m["tokens"].to(rows.device) for m in moments)
+        C = damped(C_f, C_r)
         if C is None:  # every input was zero: all errors are the same
             return factorize(edit, rank)
         L = cholesky_factor(C).to(rows.dtype)

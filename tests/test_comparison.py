@@ -22,6 +22,7 @@ from peft_perta import (
     PerTAConfig,
     attach_adapters,
     load_base,
+    refine_adapter,
 )
 from peft_perta.adapters import add_adapter
 from peft_perta.cli import main as command_line
@@ -39,7 +40,7 @@ from peft_perta.comparison import (
     read_testbed,
     run_comparison,
 )
-from peft_perta.comparison._method import Method, MethodAdapter, Setup
+from peft_perta.comparison._method import Method, MethodAdapter, Setup, once
 from peft_perta.comparison._picture import STYLES, leaves_at, mean_curve
 from peft_perta.comparison.methods import ALPHA, QUICK
 from peft_perta.data import load_samples, spread
@@ -146,6 +147,7 @@ def test_the_command_of_each_method_sets_what_the_method_sets(monkeypatch):
     """The fields that the command's options give are those that the method was made of."""
     monkeypatch.setattr(methods, "perta", lambda **options: options)
     monkeypatch.setattr(methods, "trained", lambda **options: options)
+    monkeypatch.setattr(methods, "once", lambda make: make)
     cases = {
         "unlearn": (methods._unlearn("x", weighting="fisher", input_directions=False), PerTAConfig),
         "train": (methods._train("x", forget_loss="npo", beta=0.03, combiner="sago"), UnlearningSettings),
@@ -655,15 +657,20 @@ def test_a_users_own_model_is_matched_to_the_base_and_the_best_method_is_named(o
 
 
 @pytest.mark.parametrize(
-    ("method", "tolerance"), [("perta-grad", 1e-3), ("gradient-ascent", 0.05)]
-)  # rounding grows in training
+    ("method", "names", "tolerance"),
+    [  # rounding grows in training
+        ("perta-grad", ["unlearn"], 1e-3),
+        ("gradient-ascent", ["train", "extrapolate"], 0.05),
+        ("gradient-ascent+directions", ["train", "refine", "extrapolate"], 0.05),
+    ],
+)
 def test_the_recommended_commands_make_the_adapter_that_was_compared(
-    method, tolerance, own, tmp_path, capsys, monkeypatch
+    method, names, tolerance, own, tmp_path, capsys, monkeypatch
 ):
     general = written(tmp_path / "general.jsonl", rows("general", 12))
     assert compare(tmp_path / "out", own, general=general, methods=method) == 0
     commands = [line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("  peft-perta ")]
-    assert [line[0] for line in commands] == (["unlearn"] if method == "perta-grad" else ["train", "extrapolate"])
+    assert [line[0] for line in commands] == names
     results = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     monkeypatch.chdir(tmp_path)
     for one in commands:
@@ -672,6 +679,30 @@ def test_the_recommended_commands_make_the_adapter_that_was_compared(
     model = attach_adapters(base, {"task": own["task-adapter"], "unlearn": "unlearn_adapter"})
     loss = losses_of(model, load_samples(spread(rows("forget", 20), 12), tokenizer), adapters=["task", "unlearn"])
     assert float(loss.mean()) == pytest.approx(of(results, method)["losses"]["forget"], rel=tolerance)
+
+
+def test_an_adapter_is_trained_once_for_the_methods_that_build_on_it():
+    trainings = []
+
+    def train(setup):
+        trainings.append(setup)
+        lora_config, state_dict, _ = builders.negate(setup.model, weighting="uniform")
+        return MethodAdapter(lora_config, state_dict, 4.0)
+
+    plain = Method("x", once(train), "trained", needs_forget_adapter=False)
+    own, names = setup(), list(setup().model.peft_config)
+    first, refined = plain.make(own), methods._refined(plain, "x").make(own)
+    assert len(trainings) == 1
+    assert list(own.model.peft_config) == names
+    assert refined.forward_equivalents == 4.0 + 2.0
+    assert refined.effort.seconds >= first.effort.seconds > 0
+    assert refined.effort.memory >= first.effort.memory > 0
+    expected = refine_adapter(
+        own.model, "forget", own.forget_rows, own.retain_rows, tokenizer=own.tokenizer, task_adapter="task"
+    )
+    negated, along = laws.deltas_of(refined.state_dict), laws.deltas_of(expected.state_dict)
+    for key, delta in along.items():
+        torch.testing.assert_close(negated[key], -delta, rtol=1e-4, atol=1e-6)
 
 
 def test_a_resumed_comparison_takes_the_forget_adapter_that_it_trained(compared, assets, tmp_path):

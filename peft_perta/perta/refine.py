@@ -111,13 +111,12 @@ def refine_adapter(
         forget: the data to forget, in any form that ``get_perta_state_dict`` takes.
         retain: the data to keep, likewise.
         settings: by default ``RefinementSettings()``.
-        task_adapter: the adapter that makes the base the full model, if there is one. Inputs are read with it on.
+        task_adapter: the adapter that makes the base the full model, if any. Inputs are read with it on.
         tokenizer: needed where data is text.
         show_progress_bar: show the plan and progress bars.
 
     Returns:
-        The refined adapter, at the adapter's rank. Its provenance says how much of the adapter's output is left on the
-        inputs of each set.
+        The refined adapter, at the same rank. Its provenance says how much of its output is left on each set's inputs.
 
     Raises:
         ConfigError: the run does not fit the memory, or the model is sharded.
@@ -130,8 +129,7 @@ def refine_adapter(
     targets = changed_targets(resolve_targets(model, adapter_name))
     _check_task_adapter(model, task_adapter, adapter_name)
     samples = _loaded({"forget": forget, "retain": retain}, tokenizer, row_length(model, settings.max_length))
-    adapters = [task_adapter] if task_adapter else []
-    job = _job(model, _with_inputs(targets, adapter_name), samples, adapters, settings)
+    job = _job(model, _with_inputs(targets, adapter_name), samples, task_adapter, settings)
     began = time.perf_counter()
     edits, left = _refined(replace(job, show_progress_bar=show_progress_bar), settings)
     factors = {target.name: _finite_factors(target, edits.get(target.name) or _product(target)) for target in targets}
@@ -185,7 +183,7 @@ def _job(
     model: nn.Module,
     targets: list[Target],
     samples: Mapping[str, list[Sample]],
-    adapters: list[str],
+    task_adapter: str | None,
     settings: RefinementSettings,
 ) -> Job:
     """The second moments of the layers' inputs over both sets."""
@@ -195,7 +193,7 @@ def _job(
         samples=samples,
         collector=Collector(moments=(InputMoments(),)),
         statistic="mean",
-        adapters=adapters,
+        adapters=[task_adapter] if task_adapter else [],
         limits=Limits(settings.batch_size, settings.max_memory, settings.host_memory),
         edit_copies=COPIES,
     )

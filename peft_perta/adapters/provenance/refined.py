@@ -66,8 +66,8 @@ class RefinedProvenance(Record):
             "## How it was made",
             "",
             f"- refined adapter: {named_hash(self.adapter)}",
-            f"- A became A C_f (C_f + {self.settings['retain_weight']:g} C_r + d)^-1, with C_f and C_r the second moments "
-            f"of the layer's inputs and d {self.settings['damping']:g} of their mean energy",
+            f"- A became A C_f (C_f + {self.settings['retain_weight']:g} C_r + d)^-1, with C_f and C_r the second "
+            f"moments of the layer's inputs and d {self.settings['damping']:g} of their mean energy",
             *([f"- inputs were read with the adapter `{self.task_adapter}` on"] if self.task_adapter else []),
             f"- left of its squared output, averaged over layers: {self.left('forget'):.1%} on forget inputs, "
             f"{self.left('retain'):.1%} on retain inputs",

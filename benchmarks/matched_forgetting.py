@@ -172,14 +172,25 @@ COLUMNS = {  # title -> a row's value, over the rows of a split
 }
 
 
-def table(results: list[dict]) -> str:
-    """Mean and standard deviation over seeds, as Markdown: one table for each measure of forgetting."""
+def shuffled(edit: str) -> str:
+    """The name of the same edit with shuffled weights."""
+    return edit.replace(" grad", " grad-shuffled", 1).replace(" fisher", " fisher-shuffled", 1)
+
+
+def table(results: list[dict], control_of: Callable[[str], str] = shuffled, control: str = "shuffled weights") -> str:
+    """Mean and standard deviation over seeds, as Markdown: one table for each measure of forgetting.
+
+    Args:
+        results: of ``judge``.
+        control_of: name of an edit -> name of the edit that it is compared with.
+        control: what the control is called in the heading.
+    """
     parts = []
     for measure in dict.fromkeys(r["matched"] for r in results if "matched" in r):
         own = [result for result in results if result.get("matched") in (None, measure)]
         lines = [
             f"Matched by the {MEASURES[measure]}:\n",
-            f"| edit | strength | energy kept | {' | '.join(COLUMNS)} | unseen, against shuffled weights |",
+            f"| edit | strength | energy kept | {' | '.join(COLUMNS)} | unseen, against {control} |",
             "|---" * (4 + len(COLUMNS)) + "|",
         ]
         for name in dict.fromkeys(result["edit"] for result in own):
@@ -187,15 +198,17 @@ def table(results: list[dict]) -> str:
             cells = [_spread([stats.fmean(read(r["rows"][split])) for r in runs]) for split, read in COLUMNS.values()]
             strength = "" if runs[0]["strength"] is None else f"{stats.fmean(r['strength'] for r in runs):.2f}"
             energy = f"{stats.fmean(r['energy_kept'] for r in runs):.0%}" if "energy_kept" in runs[0] else ""
-            lines.append(f"| {name} | {strength} | {energy} | {' | '.join(cells)} | {_against_control(runs, own)} |")
+            lines.append(
+                f"| {name} | {strength} | {energy} | {' | '.join(cells)} | {_against_control(runs, own, control_of)} |"
+            )
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
-def _against_control(runs: list[dict], results: list[dict]) -> str:
-    """The difference in unseen retain probability from the same edit with shuffled weights, with the 95 % interval of a
-    bootstrap over rows, paired by row and averaged over seeds."""
-    control = runs[0]["edit"].replace(" grad", " grad-shuffled", 1).replace(" fisher", " fisher-shuffled", 1)
+def _against_control(runs: list[dict], results: list[dict], control_of: Callable[[str], str]) -> str:
+    """The difference in unseen retain probability from the control, with the 95 % interval of a bootstrap over rows,
+    paired by row and averaged over seeds."""
+    control = control_of(runs[0]["edit"])
     controls = {r["seed"]: r for r in results if r["edit"] == control}
     pairs = [(r, controls[r["seed"]]) for r in runs if r["seed"] in controls]
     if control == runs[0]["edit"] or not pairs:

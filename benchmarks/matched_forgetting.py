@@ -21,12 +21,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 
 from peft_perta import PerTAConfig
 from peft_perta.adapters import Factors, add_adapter, build_adapter, servable_rank, torch_dtype
-from peft_perta.comparison import MEASURES, Bench, BenchSettings, Testbed, read_testbed
+from peft_perta.comparison import MEASURES, Bench, BenchSettings, Testbed, kept_against, read_testbed
 from peft_perta.data import encode_row, write_file
 from peft_perta.gradients import Collector, GradientSums, InputMoments, Job, StatisticName, sweep
 from peft_perta.model import Target, quiet, resolve_targets
@@ -198,29 +197,11 @@ def table(results: list[dict], control_of: Callable[[str], str] = shuffled, cont
             cells = [_spread([stats.fmean(read(r["rows"][split])) for r in runs]) for split, read in COLUMNS.values()]
             strength = "" if runs[0]["strength"] is None else f"{stats.fmean(r['strength'] for r in runs):.2f}"
             energy = f"{stats.fmean(r['energy_kept'] for r in runs):.0%}" if "energy_kept" in runs[0] else ""
-            lines.append(
-                f"| {name} | {strength} | {energy} | {' | '.join(cells)} | {_against_control(runs, own, control_of)} |"
-            )
+            controls = [result for result in own if result["edit"] == control_of(name) != name]
+            gain = kept_against(runs, controls) or ""
+            lines.append(f"| {name} | {strength} | {energy} | {' | '.join(cells)} | {gain} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
-
-
-def _against_control(runs: list[dict], results: list[dict], control_of: Callable[[str], str]) -> str:
-    """The difference in unseen retain probability from the control, with the 95 % interval of a bootstrap over rows,
-    paired by row and averaged over seeds."""
-    control = control_of(runs[0]["edit"])
-    controls = {r["seed"]: r for r in results if r["edit"] == control}
-    pairs = [(r, controls[r["seed"]]) for r in runs if r["seed"] in controls]
-    if control == runs[0]["edit"] or not pairs:
-        return ""
-    by_seed = torch.tensor([
-        [math.exp(-a) - math.exp(-b) for a, b in zip(*(r["rows"]["retain"]["loss"] for r in pair), strict=True)]
-        for pair in pairs
-    ])  # fmt: skip
-    differences = by_seed.mean(0)
-    drawn = torch.randint(len(differences), (10_000, len(differences)), generator=torch.Generator().manual_seed(0))
-    low, high = differences[drawn].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return f"{float(differences.mean()):+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def _spread(values: list[float]) -> str:

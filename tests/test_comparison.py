@@ -36,6 +36,7 @@ from peft_perta.comparison import (
     best_method,
     format_methods,
     format_table,
+    kept_against,
     methods,
     read_testbed,
     run_comparison,
@@ -679,6 +680,46 @@ def test_the_recommended_commands_make_the_adapter_that_was_compared(
     model = attach_adapters(base, {"task": own["task-adapter"], "unlearn": "unlearn_adapter"})
     loss = losses_of(model, load_samples(spread(rows("forget", 20), 12), tokenizer), adapters=["task", "unlearn"])
     assert float(loss.mean()) == pytest.approx(of(results, method)["losses"]["forget"], rel=tolerance)
+
+
+# Intervals
+
+
+def of_rows(seed: int, losses: list[float]) -> dict:
+    return {"seed": seed, "rows": {"retain": {"loss": losses}}}
+
+
+def test_a_difference_is_paired_by_row_and_averaged_over_common_seeds():
+    """Rows that differ by the same amount leave no width, however much they differ among each other."""
+    probabilities = [0.9, 0.5, 0.2, 0.7]
+    runs = [of_rows(seed, [-math.log(p) for p in probabilities]) for seed in (0, 1, 2)]
+    controls = [of_rows(seed, [-math.log(p - 0.1) for p in probabilities]) for seed in (0, 1)]
+    assert str(kept_against(runs, [*controls, of_rows(3, [1.0] * 4)])) == "+0.100 [+0.100, +0.100]"
+    assert str(kept_against(controls, runs)) == "-0.100 [-0.100, -0.100]"
+    assert kept_against(runs, []) is None
+    assert kept_against(runs, [{"seed": 0, "failure": "not matched"}]) is None
+
+
+def test_the_interval_is_that_of_the_mean_over_rows():
+    """Against the normal approximation, on many rows."""
+    generator = torch.Generator().manual_seed(0)
+    run, control = (torch.rand(2000, generator=generator, dtype=torch.float64).log().neg().tolist() for _ in range(2))
+    found = kept_against([of_rows(0, run)], [of_rows(0, control)])
+    differences = torch.tensor(run).neg().exp() - torch.tensor(control).neg().exp()
+    width = 1.96 * float(differences.std()) / math.sqrt(2000)
+    assert found.mean == pytest.approx(float(differences.mean()), abs=1e-6)
+    assert found.low == pytest.approx(found.mean - width, abs=0.1 * width)
+    assert found.high == pytest.approx(found.mean + width, abs=0.1 * width)
+
+
+def test_the_table_holds_the_differences(compared):
+    _, _, results = compared
+    own = {r["method"]: r for r in results if r["seed"] is not None}
+    expected = kept_against([own["perta-grad"]], [own["negation"]])
+    table = format_table(results)
+    assert "| method | against plain negation | against itself, not refined |" in table
+    assert f"| perta-grad | {expected} | - |" in table
+    assert "| negation | - | - |" in table
 
 
 def test_an_adapter_is_trained_once_for_the_methods_that_build_on_it():

@@ -8,6 +8,7 @@ Imports from: errors, data, model, gradients, evaluation, adapters, perta, influ
 
 from .bench import Bench, prepare
 from .demo import run_demo
+from .intervals import kept_against
 from .methods import METHODS, format_methods, training_flags
 from .run import run_comparison
 from .settings import MEASURES, BenchSettings, ComparisonSettings, DemoSettings
@@ -29,6 +30,7 @@ __all__ = [
     "best_method",
     "format_methods",
     "format_table",
+    "kept_against",
     "prepare",
     "read_testbed",
     "run_comparison",

@@ -18,6 +18,7 @@ from ._method import WARMUP, Family, Method, once
 from ._trained import BATCH, STEPS, trained
 
 ALPHA = 0.5  # of UIPE
+REFINED = "+directions"  # ends the name of a trained method that is refined
 _PAPER: dict[str, Any] = {"granularity": "delta", "input_directions": False}
 _WIDE: dict[str, Any] = {"rank": SERVABLE_RANKS[-1]}
 _NPO = {"forget_loss": "npo", "beta": 0.03}  # at 0.1 it stalls before the retain-only model's forget loss
@@ -155,7 +156,7 @@ METHODS: dict[str, Method] = {
         "control: random deltas with the ranks and norms of perta-grad's", random_like(perta()), "control"
     ),
     **_TRAINED,
-    **{f"{name}+directions": _refined(method, name) for name, method in _TRAINED.items()},
+    **{f"{name}{REFINED}": _refined(method, name) for name, method in _TRAINED.items()},
     "perta+sago": Method(
         "trained: sago, started from perta-grad's adapter",
         trained(perta(), **_NPO, combiner="sago", learning_rate=2e-3),

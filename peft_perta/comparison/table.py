@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .methods import METHODS
+from .intervals import kept_against
+from .methods import METHODS, REFINED
 from .settings import MEASURES
 
 FULL, RETAIN_ONLY, ORIGIN = "full model", "retain-only model", "origin"
@@ -66,6 +67,9 @@ def _section(authors: int | None, measure: str, results: Sequence[Result]) -> st
     if attack_columns:
         parts += ["Attacks at matched forgetting: loss of the forget rows (lower: more came back) or ROUGE-L.",
                   _markdown(by_method, attack_columns)]  # fmt: skip
+    if len(methods) > 1:
+        parts += ["Unseen retain probability against controls: the mean difference and its 95 % interval (a bootstrap "
+                  "over rows).", _differences(methods)]  # fmt: skip
     failures = [f"- {r['method']}, seed {r['seed']}: {r['failure']}" for r in results if r.get("failure")]
     if failures:
         parts += ["Not matched, and left out of the means:", "\n".join(failures)]
@@ -85,6 +89,19 @@ def _markdown(by_method: Mapping[str, Sequence[Result]], columns: Sequence[Colum
     for name, runs in by_method.items():
         cells = [_cell([read(result) for result in runs], shown) for _, read, shown in columns]
         lines.append(" | ".join([f"| {name}", *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _differences(methods: Mapping[str, Sequence[Result]]) -> str:
+    """Each method's difference from the controls that were run; of a refined method, from the method itself."""
+    controls = {"plain negation": "negation", "shuffled weights": "shuffled"}
+    controls = {title: name for title, name in controls.items() if name in methods}
+    lines = ["| method | " + " | ".join(f"against {title}" for title in (*controls, "itself, not refined")) + " |"]
+    lines.append("|---" * (2 + len(controls)) + "|")
+    for name, runs in methods.items():
+        others = [*controls.values(), name.removesuffix(REFINED)]
+        found = [kept_against(runs, methods.get(other, ())) if other != name else None for other in others]
+        lines.append(" | ".join([f"| {name}", *(str(difference or "-") for difference in found)]) + " |")
     return "\n".join(lines)
 
 

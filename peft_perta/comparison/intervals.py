@@ -1,0 +1,56 @@
+"""The difference between two methods with its interval: a bootstrap over rows, paired by row, averaged over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_DRAWS = 10_000
+_LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference and its 95 % interval.
+
+    Attributes:
+        mean: over rows and seeds.
+        low, high: the ends of the interval.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def kept_against(runs: Sequence[Mapping[str, Any]], controls: Sequence[Mapping[str, Any]]) -> Difference | None:
+    """By how much the probability of unseen retain rows differs from that of a control.
+
+    Args:
+        runs: results of one method, one for each seed: 'seed', and 'rows' (split -> 'loss' -> one value for each row).
+        controls: results of the control.
+
+    Returns:
+        The difference over the seeds that both have; None if they have none in common.
+    """
+    control_of = {control["seed"]: control for control in controls if "rows" in control}
+    pairs = [(run, control_of[run["seed"]]) for run in runs if "rows" in run and run["seed"] in control_of]
+    if not pairs:
+        return None
+    by_seed = torch.stack([_probabilities(run) - _probabilities(control) for run, control in pairs])
+    by_row = by_seed.mean(0)
+    drawn = torch.randint(len(by_row), (_DRAWS, len(by_row)), generator=torch.Generator().manual_seed(0))
+    ends = torch.tensor([(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], dtype=torch.float64)
+    low, high = by_row[drawn].mean(1).quantile(ends).tolist()
+    return Difference(float(by_row.mean()), low, high)
+
+
+def _probabilities(run: Mapping[str, Any]) -> torch.Tensor:
+    """exp(-loss) of each unseen retain row."""
+    return torch.tensor(run["rows"]["retain"]["loss"], dtype=torch.float64).neg().exp()

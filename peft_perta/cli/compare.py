@@ -49,8 +49,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_four_bit(parser)
     parser.add_argument(
         "--config", metavar="JSON",
-        help="a file of ComparisonSettings (default: all methods over three seeds; with --model, four methods and one "
-        "seed)",
+        help="a file of ComparisonSettings (default: all methods over three seeds; with --model, the first methods "
+        "to try and one seed)",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="run the main methods alone, with one seed and few rows")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="run these methods alone; --list prints them")

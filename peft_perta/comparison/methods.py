@@ -179,7 +179,7 @@ QUICK = (
 )
 
 
-FIRST = ("negation", "perta-grad", "rmu", "sago")  # tried on a user's own model, one of each kind
+FIRST = ("negation", "perta-grad", "rmu", "rmu+directions", "sago", "sago+directions")  # on a user's own model
 
 
 def format_methods() -> str:

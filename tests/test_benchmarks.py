@@ -3,13 +3,24 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import builders
+import laws
 import pytest
 import torch
 
+from peft_perta import refine_adapter
+from peft_perta.adapters import add_adapter
+from peft_perta.comparison._method import Setup
+from peft_perta.comparison.bench import JUDGED
+from peft_perta.data import spread
+from peft_perta.model import resolve_targets
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import engine, gpu
+from benchmarks import engine, gpu, refinement
+from benchmarks.matched_forgetting import table
 
 
 @pytest.mark.parametrize("granularity", ["delta", "factor"])
@@ -69,3 +80,52 @@ def test_dense_autograd_is_what_the_engine_sums(tiny):
         total = ours[name].gradients["weight"]
         assert gradient.norm() > 0
         assert (total - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+# Refinement
+
+
+def test_each_variant_is_on_the_model_within_its_block_alone():
+    model = builders.adapted_llama()
+    setup = Setup(model, builders.tokenizer(), builders.forget_rows(), builders.retain_rows(), 4, 0)
+    general = [{"text": "A cat sat on the mat."}, {"text": "The old bakery smelled of bread."}]
+    bench = SimpleNamespace(setup=setup, judged_rows={"general": general})
+    add_adapter(model, *builders.negate(model, weighting="uniform")[:2], refinement._START)
+    rows = {None: setup.retain_rows, 4: spread(setup.retain_rows, 4)}
+    for variant in refinement.VARIANTS:
+        before = set(model.peft_config)
+        with refinement.judged(bench, variant) as name:
+            assert set(model.peft_config) == before | {name}
+            left = {t.name: t.scaling * t.B @ t.A for t in resolve_targets(model, name)}
+        assert set(model.peft_config) == before
+        if variant.name == refinement.AS_IT_IS:
+            assert name == refinement._START
+            continue
+        expected = refine_adapter(
+            model,
+            refinement._START,
+            setup.forget_rows,
+            general if variant.unlike else rows.get(variant.retain_rows, setup.retain_rows),
+            variant.settings,
+            task_adapter="task",
+            tokenizer=setup.tokenizer,
+            show_progress_bar=False,
+        )
+        of_layer = laws.deltas_of(expected.state_dict)
+        for layer, delta in left.items():
+            found = next(value for key, value in of_layer.items() if layer in key)
+            torch.testing.assert_close(delta, found, rtol=1e-4, atol=1e-6)
+
+
+def test_a_variant_is_compared_with_the_adapter_as_it_is():
+    names = [f"sago, {variant.name}" for variant in refinement.VARIANTS]
+    assert {refinement.as_it_is(name) for name in names} == {names[0]}
+    losses = {"loss": [0.1, 0.2], "missed": [0.5, 0.5]}
+    results = [
+        {"seed": 0, "edit": name, "matched": "loss", "strength": 1.0, "rows": dict.fromkeys(JUDGED, losses)}
+        for name in names
+    ]
+    lines = table(results, refinement.as_it_is, "as it is").splitlines()
+    assert lines[2].endswith("| unseen, against as it is |")
+    assert lines[4].endswith("|  |")  # itself
+    assert all(line.endswith("+0.000 [+0.000, +0.000] |") for line in lines[5:])

@@ -152,6 +152,7 @@ PARTS = (
 STRINGS_ALONE = PARTS.replace("{% for part in m.content %}{{ part.text }}{% endfor %}", "")  # as Qwen3's
 KNOWS_CALLS = builders.CHAT_TEMPLATE.replace("{{ m['content'] }}", "{{ m.tool_calls or m['content'] }}")
 METHODS = GEMMA.replace("m['content'] | trim", "m['content'].strip()")
+DIVIDES = GEMMA + "{{ 1 // (messages[-1]['content'] | length - 7) }}"
 ANSWERED = [USER, CALL, {"role": "tool", "content": "Ned"}, ASSISTANT]
 
 
@@ -167,6 +168,7 @@ REJECTED = {
     "an image": (PARTS, [{**USER, "content": [{"type": "image"}]}, ASSISTANT], "message 1: expected content as text"),
     "a number": (PARTS, [{**USER, "content": 7}, ASSISTANT], "message 1: expected content as text"),
     "null, unknown": (METHODS, ANSWERED, r"rejects this conversation \(UndefinedError"),
+    "division by zero": (DIVIDES, [USER, {**ASSISTANT, "content": "Nobody."}], r"rejects .*\(ZeroDivisionError"),
     "a call at the end": (KNOWS_CALLS, [USER, CALL], r"last turn is empty \(it only calls a tool\)"),
 }
 

@@ -29,7 +29,7 @@ from .adapter_files import check_adapter_files, find_adapter
 from .distributed import local_rank
 from .gguf_files import dequantised, find_gguf, source_of
 from .identity import adopt_base
-from .stack import check_new_name, give_memory
+from .stack import EXPECTED_DECODER, check_new_name, give_memory
 
 # The last four are what reading a damaged GGUF file raises.
 _UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError, struct.error, IndexError, KeyError, TypeError)
@@ -154,10 +154,7 @@ def _checked_class(name: str, config: Any) -> Any:
         return found
     kind = "an encoder-decoder model" if config.is_encoder_decoder else "no causal language model"
     built = ", ".join(config.architectures or [type(config).__name__])
-    raise ConfigError(
-        f"the model {name!r} is {kind} ({built}); expected a decoder that continues text, such as Llama, Qwen or "
-        "GPT-2, which AutoModelForCausalLM loads"
-    )
+    raise ConfigError(f"the model {name!r} is {kind} ({built}); {EXPECTED_DECODER}")
 
 
 def auto_class(config: Any) -> Any:

@@ -238,7 +238,7 @@ def test_what_is_cut_is_said_in_one_line(capsys):
     rows = [{"prompt": "ab", "completion": "c" * 20}, {"prompt": "ab", "completion": "c"}, {"text": LONG}]
     load_samples([*rows, rows[0]], TOKENIZER, max_length=10, name="the retain set")
     expected = "the retain set: 26 tokens of 2 of 4 rows, those after the first 10 (max_length), are left out\n"
-    assert capsys.readouterr().err == expected.replace("of 4 rows", "of 15 rows")
+    assert capsys.readouterr().err == expected
 
 
 def test_an_evaluation_cuts_texts_and_says_so(capsys):

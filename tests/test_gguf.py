@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -171,6 +172,25 @@ def test_a_gguf_that_cannot_be_read_is_refused_by_name(model, file, tmp_path):
         load_base(str(foreign))
     with pytest.raises(ConfigError, match=r"several GGUF files \(damaged\.gguf, foreign\.gguf\), expected one"):
         load_base(str(damaged.parent))
+
+
+@pytest.mark.parametrize("load", [load_base, load_skeleton])
+def test_a_file_that_does_not_exist_is_named_with_those_that_do(load, file):
+    wanted = f"misspelt.gguf: expected a GGUF file, found none; {file.parent} holds tiny.gguf: name one of these"
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(file.parent))}/{re.escape(wanted)}$"):
+        load(str(file.parent / "misspelt.gguf"))
+    file.rename(file.with_name("tiny"))
+    with pytest.raises(ConfigError, match=r"misspelt\.gguf: .*holds no GGUF file: correct the path, or download"):
+        load(str(file.parent / "misspelt.gguf"))
+    with pytest.raises(ConfigError, match=r"nowhere/tiny\.gguf: .*nowhere is no directory on this machine"):
+        load("nowhere/tiny.gguf")
+
+
+@pytest.mark.parametrize("name", ["misspelt.gguf", "misspelt"])
+def test_a_named_file_that_does_not_exist_is_named_with_those_that_do(name, model, file):
+    write_gguf(file.with_name("other.gguf"), model)
+    with pytest.raises(ConfigError, match=rf"/{name}: expected a GGUF file, found none; .* holds other\.gguf, tiny\.gg"):
+        load_base(str(file.parent), gguf_file=name)
 
 
 def test_without_the_package_the_command_that_installs_it_is_named(file, monkeypatch):

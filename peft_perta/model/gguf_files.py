@@ -15,23 +15,51 @@ from ..errors import ConfigError, OutputError
 SUFFIX = ".gguf"
 
 
-def find_gguf(name: str) -> Path | None:
+def held_ggufs(name: str) -> list[Path]:
+    """The GGUF files that a base's name can stand for: itself, or those in a directory without config.json."""
+    path = Path(name)
+    if path.suffix == SUFFIX and path.is_file():
+        return [path]
+    if path.is_dir() and not (path / "config.json").is_file():
+        return _ggufs_in(path)
+    return []
+
+
+def find_gguf(name: str, gguf_file: str | None = None) -> Path | None:
     """The GGUF file that a base's name stands for: itself, or the only one in a directory without config.json. None for
     any other base.
 
+    Args:
+        name: the base's name.
+        gguf_file: the name of the file, where the base is a directory.
+
     Raises:
-        ConfigError: the directory holds several GGUF files, or the package gguf is not installed.
+        ConfigError: the file does not exist, the directory holds several GGUF files, or the package gguf is not
+            installed.
     """
-    path = Path(name)
-    found = [path] if path.suffix == SUFFIX and path.is_file() else []
-    if path.is_dir() and not (path / "config.json").is_file():
-        found = sorted(path.glob(f"*{SUFFIX}"))
+    path = Path(name, gguf_file) if gguf_file else Path(name)
+    if not path.is_file() and (gguf_file or (path.suffix == SUFFIX and not path.is_dir())):
+        raise _missing(path)
+    found = [path] if gguf_file else held_ggufs(name)
     if len(found) > 1:
         files = ", ".join(file.name for file in found)
         raise ConfigError(f"{name} holds several GGUF files ({files}), expected one; name the file")
     if found and importlib.util.find_spec("gguf") is None:
         raise ConfigError(f"{found[0]}: expected the package gguf to read it, found none; run: pip install gguf")
     return found[0] if found else None
+
+
+def _ggufs_in(directory: Path) -> list[Path]:
+    return sorted(directory.glob(f"*{SUFFIX}"))
+
+
+def _missing(path: Path) -> ConfigError:
+    directory = path.parent
+    others = ", ".join(file.name for file in _ggufs_in(directory))
+    if others:
+        return ConfigError(f"{path}: expected a GGUF file, found none; {directory} holds {others}: name one of these")
+    there = f"{directory} holds no GGUF file" if directory.is_dir() else f"{directory} is no directory on this machine"
+    return ConfigError(f"{path}: expected a GGUF file, found none; {there}: correct the path, or download the file")
 
 
 def source_of(name: str, file: Path | None) -> tuple[str, dict[str, str]]:

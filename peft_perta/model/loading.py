@@ -65,7 +65,7 @@ def load_base(
     Reference:
         QLoRA (arXiv 2305.14314), for NF4 and double quantisation.
     """
-    gguf = find_gguf(str(Path(name) / gguf_file) if gguf_file else name)
+    gguf = find_gguf(name, gguf_file)
     model_class = _checked_class(name, _read_config(name, revision, gguf))
     if gguf is not None:
         note(f"{gguf} is dequantised")

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shutil
+import weakref
 from collections import namedtuple
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import builders
 import gguf
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peft_perta import ConfigError, OutputError, load_base
 from peft_perta.cli import main
@@ -133,6 +134,29 @@ def test_a_gguf_in_four_bit_is_quantised_anew_and_leaves_no_copy(model, file, tm
         load_base(str(file), four_bit=True)
 
 
+def test_a_gguf_in_four_bit_is_dequantised_on_the_host_and_freed_before_it_is_quantised(file, monkeypatch):
+    whole, devices, load = [], [], AutoModelForCausalLM.from_pretrained
+
+    def watched(*arguments, **more):
+        assert not any(reference() is not None for reference in whole), "two copies are in memory"
+        model = load(*arguments, **more)
+        whole.append(weakref.ref(model))
+        devices.append(more["device_map"])
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    loaded, _ = load_base(str(file), four_bit=True)
+    assert whole[1]() is loaded
+    assert devices[0] == "cpu"
+
+
+@pytest.mark.parametrize("name", ["file", "directory"])
+def test_a_skeleton_has_the_name_of_the_loaded_model(name, file):
+    name = str(file if name == "file" else file.parent)
+    loaded, skeleton = load_base(name)[0], load_skeleton(name)
+    assert skeleton.config._name_or_path == loaded.config._name_or_path == str(file)
+
+
 def test_a_skeleton_of_a_gguf_has_its_modules_and_no_weights(file):
     skeleton = load_skeleton(str(file))
     assert skeleton.config.num_hidden_layers == LAYERS
@@ -164,7 +188,7 @@ def test_the_commands_take_a_gguf_and_verify_tells_it_from_another(file, tmp_pat
 def test_a_gguf_that_cannot_be_read_is_refused_by_name(model, file, tmp_path):
     damaged = tmp_path / "damaged" / "damaged.gguf"
     damaged.parent.mkdir()
-    damaged.write_bytes(file.read_bytes()[:2000])
+    damaged.write_bytes(b"<html>" + file.read_bytes())
     with pytest.raises(ConfigError, match=r"damaged\.gguf' cannot be loaded"):
         load_base(str(damaged))
     foreign = write_gguf(damaged.parent / "foreign.gguf", model, "warpdrive")
@@ -172,6 +196,25 @@ def test_a_gguf_that_cannot_be_read_is_refused_by_name(model, file, tmp_path):
         load_base(str(foreign))
     with pytest.raises(ConfigError, match=r"several GGUF files \(damaged\.gguf, foreign\.gguf\), expected one"):
         load_base(str(damaged.parent))
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        (0, "ends early, at 0 bytes, within its metadata"),
+        (3, "ends early, at 3 bytes, within its metadata"),
+        (1000, "ends early, at 1,000 bytes, within its metadata"),
+        (2400, "ends early, at 2,400 bytes, within its metadata"),
+        (3400, "ends early: expected 91,040 bytes, found 3,400"),
+        (78240, "ends early: expected 91,040 bytes, found 78,240"),
+        (91039, "ends early: expected 91,040 bytes, found 91,039"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_base, load_skeleton])
+def test_a_file_that_ends_early_is_to_be_downloaded_again(load, kept, message, file):
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(file))} {message}; download it again$"):
+        load(str(file))
 
 
 @pytest.mark.parametrize("load", [load_base, load_skeleton])
@@ -189,7 +232,9 @@ def test_a_file_that_does_not_exist_is_named_with_those_that_do(load, file):
 @pytest.mark.parametrize("name", ["misspelt.gguf", "misspelt"])
 def test_a_named_file_that_does_not_exist_is_named_with_those_that_do(name, model, file):
     write_gguf(file.with_name("other.gguf"), model)
-    with pytest.raises(ConfigError, match=rf"/{name}: expected a GGUF file, found none; .* holds other\.gguf, tiny\.gg"):
+    with pytest.raises(
+        ConfigError, match=rf"/{name}: expected a GGUF file, found none; .* holds other\.gguf, tiny\.gg"
+    ):
         load_base(str(file.parent), gguf_file=name)
 
 

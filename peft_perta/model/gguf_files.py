@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import math
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, OutputError
+from ._gguf_head import read_head
 
 SUFFIX = ".gguf"
 
@@ -62,26 +63,44 @@ def _missing(path: Path) -> ConfigError:
     return ConfigError(f"{path}: expected a GGUF file, found none; {there}: correct the path, or download the file")
 
 
+def check_whole(file: Path) -> None:
+    """Check that a GGUF file holds all of its tensors. What is no GGUF file passes: loading it says what it is.
+
+    Raises:
+        ConfigError: the file ends early.
+    """
+    size, end = file.stat().st_size, 0
+    blocks = importlib.import_module("gguf").GGML_QUANT_SIZES  # type -> (values of a block, its bytes)
+    try:
+        tensors = read_head(file).tensors
+    except EOFError:
+        raise ConfigError(f"{file} ends early, at {size:,} bytes, within its metadata; download it again") from None
+    except ValueError:
+        return
+    for tensor in tensors:
+        values, bytes_of_block = blocks.get(tensor.kind, (1, 0))
+        end = max(end, tensor.start + math.prod(tensor.shape) // values * bytes_of_block)
+    if size < end:
+        raise ConfigError(f"{file} ends early: expected {end:,} bytes, found {size:,}; download it again")
+
+
 def source_of(name: str, file: Path | None) -> tuple[str, dict[str, str]]:
     """What ``from_pretrained`` of transformers takes to load a base: (name, further arguments)."""
     return (name, {}) if file is None else (str(file.parent), {"gguf_file": file.name})
 
 
-@contextmanager
-def dequantised(model: Any, tokenizer: Any) -> Iterator[str]:
-    """Within the block, the model and its tokenizer are in a directory, from which another type can be loaded.
+def write_dequantised(model: Any, tokenizer: Any, directory: str) -> None:
+    """Write a model and its tokenizer to a directory, from which another type can be loaded.
 
     Raises:
         OutputError: the disk has no room for it.
     """
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    free = shutil.disk_usage(tempfile.gettempdir()).free
+    free = shutil.disk_usage(directory).free
     if free < 1.1 * size:
         raise OutputError(
             f"{tempfile.gettempdir()}: expected {1.1 * size / 1e9:.2g} GB free to quantise a GGUF model anew, found "
             f"{free / 1e9:.2g} GB; set TMPDIR to a directory with room"
         )
-    with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-        yield directory
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

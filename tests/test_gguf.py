@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import weakref
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peft_perta import ConfigError, OutputError, load_base
 from peft_perta.cli import main
-from peft_perta.model import load_skeleton
+from peft_perta.model import compare_bases, compare_names, identify_base, identify_base_files, load_skeleton
 
 HEADS, KEY_HEADS, WIDTH, LAYERS, INNER = 4, 2, 32, 2, 48
 WORDS = [
@@ -28,6 +29,7 @@ WORDS = [
     "th",
     "in",
 ]  # \u0120: the space of byte-level BPE
+OTHER_WORDS = [*WORDS[:-2], WORDS[-1], WORDS[-2]]
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
@@ -51,7 +53,9 @@ def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.reshape(heads, 2, len(weight) // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM, architecture: str = "llama") -> Path:
+def write_gguf(
+    path: Path, model: LlamaForCausalLM, architecture: str = "llama", words=WORDS, template: str = "", base: float = 1e4
+) -> Path:
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(LAYERS)
     writer.add_context_length(256)
@@ -60,16 +64,18 @@ def write_gguf(path: Path, model: LlamaForCausalLM, architecture: str = "llama")
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KEY_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10_000.0)
+    writer.add_rope_freq_base(base)
     writer.add_rope_dimension_count(WIDTH // HEADS)
     writer.add_vocab_size(len(WORDS))
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(WORDS)
+    writer.add_token_list(words)
     writer.add_token_types([3, 3, 2] + [1] * (len(WORDS) - 3))
     writer.add_token_merges(["t h", "i n"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(1)
+    if template:
+        writer.add_chat_template(template)
     for name, tensor in model.state_dict().items():
         if ".layers." in name:
             _, number, layer = name.removeprefix("model.").removesuffix(".weight").split(".", 2)
@@ -177,12 +183,71 @@ def test_the_commands_take_a_gguf_and_verify_tells_it_from_another(file, tmp_pat
     assert json.loads((Path(unlearn) / "adapter_config.json").read_text())["base_model_name_or_path"] == str(file)
     capsys.readouterr()
     assert main(["verify", unlearn, "--base", str(file)]) == 0, capsys.readouterr().out
-    other = (
-        write_gguf(tmp_path / "other" / "tiny.gguf", llama(seed=1)) if (tmp_path / "other").mkdir() is None else None
-    )
+    assert main(["verify", unlearn, "--base", str(file.parent)]) == 0, capsys.readouterr().out
+    (tmp_path / "other").mkdir()
+    other = write_gguf(tmp_path / "other" / "tiny.gguf", llama(seed=1))
     assert main(["verify", unlearn, "--base", str(other)]) == 1
+    capsys.readouterr()
+    write_gguf(other, llama(), words=OTHER_WORDS)
+    assert main(["verify", unlearn, "--base", str(other)]) == 1
+    assert re.search("FAIL  the base's tokenizer +those of another model", capsys.readouterr().out)
     assert main(["merge", *base, unlearn, "--output", str(tmp_path / "merged")]) == 2
     assert "expected the full-precision base that it was made from" in capsys.readouterr().err
+
+
+CHANGES = {
+    "none": ({}, []),
+    "weights": ({"seed": 1}, ["weights"]),
+    "settings of the architecture": ({"base": 5e5}, ["weights"]),
+    "tokenizer": ({"words": OTHER_WORDS}, ["tokenizer"]),
+    "chat template": ({"template": "{{ messages }}"}, ["chat template"]),
+}
+
+
+@pytest.mark.parametrize(("change", "parts"), CHANGES.values(), ids=CHANGES)
+def test_what_another_file_under_the_same_name_changes_is_told(change, parts, file):
+    before = identify_base_files(str(file))
+    assert before == identify_base_files(str(file.parent)) == identify_base(load_skeleton(str(file)))["files"]
+    write_gguf(file, llama(change.pop("seed", 0)), **change)
+    os.utime(file, ns=(1, 1))
+    after = identify_base_files(str(file))
+    same = compare_bases({"files": before}, {"files": after})
+    assert {part: is_same for part, is_same in same.items() if not is_same} == dict.fromkeys(parts, False)
+    assert {"weights", "tokenizer", "chat template"} == set(same)
+    assert compare_names(str(file.parent), str(file)) is None
+
+
+def test_the_ends_of_a_large_tensor_are_in_its_hash(tmp_path):
+    hashes = []
+    for place in (None, 0, -1):
+        values = torch.zeros(64 * 1024)
+        if place is not None:
+            values[place] = 1
+        file = tmp_path / f"{place}.gguf"
+        writer = gguf.GGUFWriter(file, "llama")
+        writer.add_tensor("token_embd.weight", values.view(64, 1024).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        hashes.append(identify_base_files(str(file))["weights"])
+    assert len(set(hashes)) == 3
+
+
+def test_a_file_of_the_same_name_with_other_weights_is_another_base(file, tmp_path):
+    for folder, seed in (("same", 0), ("other", 1)):
+        (tmp_path / folder).mkdir()
+        write_gguf(tmp_path / folder / "tiny.gguf", llama(seed))
+    assert compare_names(str(tmp_path / "same"), str(file)) is None
+    assert "whose weights differ" in str(compare_names(str(tmp_path / "other" / "tiny.gguf"), str(file)))
+
+
+def test_a_gguf_and_other_files_compare_in_what_both_tell(file, tmp_path):
+    """The weights of a full-precision base are not those of its GGUF, and its tokens are written otherwise."""
+    llama().save_pretrained(tmp_path / "full")
+    builders.tokenizer().save_pretrained(tmp_path / "full")
+    files = [{"files": identify_base_files(str(place))} for place in (tmp_path / "full", file)]
+    assert compare_bases(*files) == {"chat template": True}
 
 
 def test_a_gguf_that_cannot_be_read_is_refused_by_name(model, file, tmp_path):

@@ -848,6 +848,12 @@ def test_an_option_that_several_commands_share_opens_with_the_same_words(option)
     assert len({" ".join(text.split()[:4]) for text in texts}) == 1, texts
 
 
+def test_every_command_says_the_same_kinds_of_base_models():
+    kinds = "the base model: a name on the Hugging Face Hub, a directory or a GGUF file"
+    actions = {name: command_parser(name)._option_string_actions.get("--model") for name in COMMANDS}
+    assert [name for name, action in actions.items() if action and not action.help.startswith(kinds)] == []
+
+
 @pytest.mark.parametrize("table", [FORGET_LOSSES, RETAIN_LOSSES, COMBINERS])
 def test_train_describes_every_loss_and_combiner(table, capsys):
     lines = [line.strip() for line in help_of(["train"], capsys).splitlines()]

@@ -251,6 +251,32 @@ def test_malformed_tokens_are_refused(item, message):
         load_samples([item])
 
 
+def batch_of(*rows, **more):
+    return {"input_ids": torch.tensor(rows), "labels": torch.tensor(rows), **more}
+
+
+@pytest.mark.parametrize(
+    ("batch", "place"),
+    [
+        (batch_of([5, 6], [7, 8], labels=torch.tensor([[5, 6], [7, IGNORED]])), "batch 2, row 2: no token"),
+        (batch_of([5, 6], [7, 8], labels=torch.tensor([[5, 6]])), "batch 2: input_ids"),
+        ({"input_ids": torch.tensor([[5, 6, 7, 8]] * 3), "completion_mask": [[0, 1, 1, 1]] * 2 + [[0, 1, 0, 1]]},
+         "batch 2, row 3: packed"),
+        (batch_of([5, 6], position_ids=torch.tensor([[0, 0]])), "batch 2: packed"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_a_row_of_a_dataloader_is_named_by_its_batch_and_its_place_there(batch, place):
+    with pytest.raises(DataError, match=f"^the forget set, {place}"):
+        load_samples([batch_of([1, 2]), batch], name="the forget set")
+
+
+def test_the_rows_of_batches_are_numbered_through(capsys):
+    samples = load_samples([batch_of([1, 2, 3], [4, 5, 6]), batch_of([7, 8, 9])], max_length=2)
+    assert [sample.row for sample in samples] == [1, 2, 3]
+    assert "data: 3 tokens of 3 of 3 rows" in capsys.readouterr().err
+
+
 def test_a_draw_depends_on_the_seed_and_keeps_the_order():
     rows = [{"text": f"row {index:02d}"} for index in range(40)]
     drawn = [

@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import os
+import re
 import shutil
+import weakref
 from collections import namedtuple
 from pathlib import Path
 
@@ -10,11 +13,11 @@ import builders
 import gguf
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peft_perta import ConfigError, OutputError, load_base
 from peft_perta.cli import main
-from peft_perta.model import load_skeleton
+from peft_perta.model import compare_bases, compare_names, identify_base, identify_base_files, load_skeleton
 
 HEADS, KEY_HEADS, WIDTH, LAYERS, INNER = 4, 2, 32, 2, 48
 WORDS = [
@@ -26,6 +29,7 @@ WORDS = [
     "th",
     "in",
 ]  # \u0120: the space of byte-level BPE
+OTHER_WORDS = [*WORDS[:-2], WORDS[-1], WORDS[-2]]
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
@@ -49,7 +53,9 @@ def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.reshape(heads, 2, len(weight) // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM, architecture: str = "llama") -> Path:
+def write_gguf(
+    path: Path, model: LlamaForCausalLM, architecture: str = "llama", words=WORDS, template: str = "", base: float = 1e4
+) -> Path:
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(LAYERS)
     writer.add_context_length(256)
@@ -58,16 +64,18 @@ def write_gguf(path: Path, model: LlamaForCausalLM, architecture: str = "llama")
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KEY_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10_000.0)
+    writer.add_rope_freq_base(base)
     writer.add_rope_dimension_count(WIDTH // HEADS)
     writer.add_vocab_size(len(WORDS))
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(WORDS)
+    writer.add_token_list(words)
     writer.add_token_types([3, 3, 2] + [1] * (len(WORDS) - 3))
     writer.add_token_merges(["t h", "i n"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(1)
+    if template:
+        writer.add_chat_template(template)
     for name, tensor in model.state_dict().items():
         if ".layers." in name:
             _, number, layer = name.removeprefix("model.").removesuffix(".weight").split(".", 2)
@@ -132,6 +140,29 @@ def test_a_gguf_in_four_bit_is_quantised_anew_and_leaves_no_copy(model, file, tm
         load_base(str(file), four_bit=True)
 
 
+def test_a_gguf_in_four_bit_is_dequantised_on_the_host_and_freed_before_it_is_quantised(file, monkeypatch):
+    whole, devices, load = [], [], AutoModelForCausalLM.from_pretrained
+
+    def watched(*arguments, **more):
+        assert not any(reference() is not None for reference in whole), "two copies are in memory"
+        model = load(*arguments, **more)
+        whole.append(weakref.ref(model))
+        devices.append(more["device_map"])
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    loaded, _ = load_base(str(file), four_bit=True)
+    assert whole[1]() is loaded
+    assert devices[0] == "cpu"
+
+
+@pytest.mark.parametrize("name", ["file", "directory"])
+def test_a_skeleton_has_the_name_of_the_loaded_model(name, file):
+    name = str(file if name == "file" else file.parent)
+    loaded, skeleton = load_base(name)[0], load_skeleton(name)
+    assert skeleton.config._name_or_path == loaded.config._name_or_path == str(file)
+
+
 def test_a_skeleton_of_a_gguf_has_its_modules_and_no_weights(file):
     skeleton = load_skeleton(str(file))
     assert skeleton.config.num_hidden_layers == LAYERS
@@ -152,18 +183,77 @@ def test_the_commands_take_a_gguf_and_verify_tells_it_from_another(file, tmp_pat
     assert json.loads((Path(unlearn) / "adapter_config.json").read_text())["base_model_name_or_path"] == str(file)
     capsys.readouterr()
     assert main(["verify", unlearn, "--base", str(file)]) == 0, capsys.readouterr().out
-    other = (
-        write_gguf(tmp_path / "other" / "tiny.gguf", llama(seed=1)) if (tmp_path / "other").mkdir() is None else None
-    )
+    assert main(["verify", unlearn, "--base", str(file.parent)]) == 0, capsys.readouterr().out
+    (tmp_path / "other").mkdir()
+    other = write_gguf(tmp_path / "other" / "tiny.gguf", llama(seed=1))
     assert main(["verify", unlearn, "--base", str(other)]) == 1
+    capsys.readouterr()
+    write_gguf(other, llama(), words=OTHER_WORDS)
+    assert main(["verify", unlearn, "--base", str(other)]) == 1
+    assert re.search("FAIL  the base's tokenizer +those of another model", capsys.readouterr().out)
     assert main(["merge", *base, unlearn, "--output", str(tmp_path / "merged")]) == 2
     assert "expected the full-precision base that it was made from" in capsys.readouterr().err
+
+
+CHANGES = {
+    "none": (0, {}, []),
+    "weights": (1, {}, ["weights"]),
+    "settings of the architecture": (0, {"base": 5e5}, ["weights"]),
+    "tokenizer": (0, {"words": OTHER_WORDS}, ["tokenizer"]),
+    "chat template": (0, {"template": "{{ messages }}"}, ["chat template"]),
+}
+
+
+@pytest.mark.parametrize(("seed", "change", "parts"), CHANGES.values(), ids=CHANGES)
+def test_what_another_file_under_the_same_name_changes_is_told(seed, change, parts, file):
+    before = identify_base_files(str(file))
+    assert before == identify_base_files(str(file.parent)) == identify_base(load_skeleton(str(file)))["files"]
+    write_gguf(file, llama(seed), **change)
+    os.utime(file, ns=(1, 1))
+    after = identify_base_files(str(file))
+    same = compare_bases({"files": before}, {"files": after})
+    assert {part: is_same for part, is_same in same.items() if not is_same} == dict.fromkeys(parts, False)
+    assert {"weights", "tokenizer", "chat template"} == set(same)
+    assert compare_names(str(file.parent), str(file)) is None
+
+
+def test_the_ends_of_a_large_tensor_are_in_its_hash(tmp_path):
+    hashes = []
+    for place in (None, 0, -1):
+        values = torch.zeros(64 * 1024)
+        if place is not None:
+            values[place] = 1
+        file = tmp_path / f"{place}.gguf"
+        writer = gguf.GGUFWriter(file, "llama")
+        writer.add_tensor("token_embd.weight", values.view(64, 1024).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        hashes.append(identify_base_files(str(file))["weights"])
+    assert len(set(hashes)) == 3
+
+
+def test_a_file_of_the_same_name_with_other_weights_is_another_base(file, tmp_path):
+    for folder, seed in (("same", 0), ("other", 1)):
+        (tmp_path / folder).mkdir()
+        write_gguf(tmp_path / folder / "tiny.gguf", llama(seed))
+    assert compare_names(str(tmp_path / "same"), str(file)) is None
+    assert "whose weights differ" in str(compare_names(str(tmp_path / "other" / "tiny.gguf"), str(file)))
+
+
+def test_a_gguf_and_other_files_compare_in_what_both_tell(file, tmp_path):
+    """The weights of a full-precision base are not those of its GGUF, and its tokens are written otherwise."""
+    llama().save_pretrained(tmp_path / "full")
+    builders.tokenizer().save_pretrained(tmp_path / "full")
+    files = [{"files": identify_base_files(str(place))} for place in (tmp_path / "full", file)]
+    assert compare_bases(*files) == {"chat template": True}
 
 
 def test_a_gguf_that_cannot_be_read_is_refused_by_name(model, file, tmp_path):
     damaged = tmp_path / "damaged" / "damaged.gguf"
     damaged.parent.mkdir()
-    damaged.write_bytes(file.read_bytes()[:2000])
+    damaged.write_bytes(b"<html>" + file.read_bytes())
     with pytest.raises(ConfigError, match=r"damaged\.gguf' cannot be loaded"):
         load_base(str(damaged))
     foreign = write_gguf(damaged.parent / "foreign.gguf", model, "warpdrive")
@@ -171,6 +261,46 @@ def test_a_gguf_that_cannot_be_read_is_refused_by_name(model, file, tmp_path):
         load_base(str(foreign))
     with pytest.raises(ConfigError, match=r"several GGUF files \(damaged\.gguf, foreign\.gguf\), expected one"):
         load_base(str(damaged.parent))
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        (0, "ends early, at 0 bytes, within its metadata"),
+        (3, "ends early, at 3 bytes, within its metadata"),
+        (1000, "ends early, at 1,000 bytes, within its metadata"),
+        (2400, "ends early, at 2,400 bytes, within its metadata"),
+        (3400, "ends early: expected 91,040 bytes, found 3,400"),
+        (78240, "ends early: expected 91,040 bytes, found 78,240"),
+        (91039, "ends early: expected 91,040 bytes, found 91,039"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_base, load_skeleton])
+def test_a_file_that_ends_early_is_to_be_downloaded_again(load, kept, message, file):
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(file))} {message}; download it again$"):
+        load(str(file))
+
+
+@pytest.mark.parametrize("load", [load_base, load_skeleton])
+def test_a_file_that_does_not_exist_is_named_with_those_that_do(load, file):
+    wanted = f"misspelt.gguf: expected a GGUF file, found none; {file.parent} holds tiny.gguf: name one of these"
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(file.parent))}/{re.escape(wanted)}$"):
+        load(str(file.parent / "misspelt.gguf"))
+    file.rename(file.with_name("tiny"))
+    with pytest.raises(ConfigError, match=r"misspelt\.gguf: .*holds no GGUF file: correct the path, or download"):
+        load(str(file.parent / "misspelt.gguf"))
+    with pytest.raises(ConfigError, match=r"nowhere/tiny\.gguf: .*nowhere is no directory on this machine"):
+        load("nowhere/tiny.gguf")
+
+
+@pytest.mark.parametrize("name", ["misspelt.gguf", "misspelt"])
+def test_a_named_file_that_does_not_exist_is_named_with_those_that_do(name, model, file):
+    write_gguf(file.with_name("other.gguf"), model)
+    with pytest.raises(
+        ConfigError, match=rf"/{name}: expected a GGUF file, found none; .* holds other\.gguf, tiny\.gg"
+    ):
+        load_base(str(file.parent), gguf_file=name)
 
 
 def test_without_the_package_the_command_that_installs_it_is_named(file, monkeypatch):

@@ -1,16 +1,18 @@
 """Adapter directories are checked before anything is loaded; a pickle is never opened."""
 
 import pickle
+import re
 
 import builders
 import laws
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BartConfig, CLIPConfig, T5Config, ViTConfig, WhisperConfig
+from transformers import BartConfig, CLIPConfig, T5Config, T5ForConditionalGeneration, ViTConfig, WhisperConfig
 
 from peft_perta import AdapterError, ConfigError, attach_adapters, load_base
-from peft_perta.model import check_adapter_files, load_skeleton
+from peft_perta.model import check_adapter_files, check_decoder, load_skeleton
+from peft_perta.model.stack import EXPECTED_DECODER
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -158,8 +160,13 @@ OTHER_MODELS = {
 def test_a_model_that_does_not_continue_text_is_refused_for_what_it_is(kind, load, tmp_path):
     config, message = OTHER_MODELS[kind]
     config.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=f"is {message}.*; expected a decoder that continues text"):
+    with pytest.raises(ConfigError, match=f"is {message}.*; {re.escape(EXPECTED_DECODER)}$"):
         load(str(tmp_path))
+
+
+def test_a_model_in_memory_is_refused_in_the_words_of_one_in_files():
+    with pytest.raises(ConfigError, match=f"T5.* is an encoder-decoder model; {re.escape(EXPECTED_DECODER)}$"):
+        check_decoder(T5ForConditionalGeneration(OTHER_MODELS["T5"][0]))
 
 
 def test_a_base_is_loaded_in_four_bit():

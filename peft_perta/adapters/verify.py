@@ -64,8 +64,8 @@ def verify_adapter(directory: str | Path, base: str | None = None, *, revision: 
 
     Args:
         directory: a directory that ``save_perta_adapter`` wrote, or its name on the Hugging Face Hub.
-        base: the base model, as a directory or a hub name. With it, the adapter is also loaded on the base in a fresh
-            process, on the CPU, with PEFT and transformers alone.
+        base: the base model, as a directory, a GGUF file or a hub name. With it, the adapter is also loaded on the base
+            in a fresh process, on the CPU, with PEFT and transformers alone.
         revision: revision of a hub model.
 
     Returns:

@@ -17,6 +17,7 @@ from ..html_report import PICTURE_NAME, draw_calibration
 from ..model import check_adapter_files, find_adapter, load_base
 
 HTML_REPORT_NAME = "report.html"
+BASE_MODEL = "the base model: a name on the Hugging Face Hub, a directory or a GGUF file"
 ROWS = "JSON lines of {question, answer}, {prompt, completion}, {messages} or {text}"
 PARTS = (
     "a plain LoRA adapter of the base model, as a directory or a name on the Hugging Face Hub, and the strength to "
@@ -29,8 +30,7 @@ PARTS = (
 
 def add_base_model(parser: argparse.ArgumentParser, note: str = "") -> None:
     """``--model`` and ``--revision``; ``note`` is added to the help of the model."""
-    name = f"the base model: a name on the Hugging Face Hub, a directory or a GGUF file{note}"
-    parser.add_argument("--model", required=True, metavar="NAME", help=name)
+    parser.add_argument("--model", required=True, metavar="NAME", help=f"{BASE_MODEL}{note}")
     add_revision(parser)
 
 

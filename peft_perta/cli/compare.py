@@ -29,7 +29,7 @@ from ..comparison import (
 )
 from ..data import write_file
 from ..errors import ConfigError
-from ._options import add_forget, add_four_bit, add_retain, add_task_adapter, flag
+from ._options import BASE_MODEL, add_forget, add_four_bit, add_retain, add_task_adapter, flag
 
 _OWN = ("task_adapter", "forget", "retain", "general", "retain_only_adapter", "retain_only_log", "target_forget_loss")
 _YARDSTICKS = ("retain_only_adapter", "retain_only_log", "target_forget_loss")
@@ -66,9 +66,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_own_model(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("your own model and rows")
-    own.add_argument(
-        "--model", metavar="NAME", help="the base model: a name on the Hugging Face Hub, a directory or a GGUF file"
-    )
+    own.add_argument("--model", metavar="NAME", help=BASE_MODEL)
     add_task_adapter(own)
     add_forget(own, required=False)
     add_retain(own, required=False, note="; every second row is judged, and no method sees it")

@@ -13,7 +13,7 @@ from ..adapters import format_checks, re_evaluate, verify_adapter
 from ..data import load_samples
 from ..errors import ConfigError
 from ..model import attach_adapters, load_base, row_length
-from ._options import add_forget, add_retain, add_revision, add_task_adapter, check_rows
+from ._options import BASE_MODEL, add_forget, add_retain, add_revision, add_task_adapter, check_rows
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", metavar="DIR", help="a directory that a command of peft-perta wrote")
     parser.add_argument(
         "--base", "--model", dest="model", metavar="NAME",
-        help="the base model: a name on the Hugging Face Hub or a directory; the adapter is loaded on it",
+        help=f"{BASE_MODEL}; the adapter is loaded on it",
     )  # fmt: skip
     add_revision(parser)
     add_task_adapter(parser)

@@ -13,6 +13,7 @@ from ..errors import DataError
 from .rows import TEMPLATE_KEYS, content_text
 
 _PART = re.compile(r"""['"]type['"]: ?['"]text['"]""")  # what a template prints that takes parts for a text
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
 def check_turns(messages: Any, where: str) -> list[Mapping]:
@@ -78,7 +79,7 @@ def render(tokenizer: Any, turns: Sequence[Mapping], where: str, options: Mappin
     present = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
     try:
         text = tokenizer.apply_chat_template(present, tokenize=False, add_generation_prompt=ask, **options)
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+    except _TEMPLATE_ERRORS as error:
         reason = " ".join(str(error).split())
         raise DataError(
             f"{where}: the tokenizer's chat template rejects this conversation ({type(error).__name__}: {reason}); "

@@ -43,7 +43,8 @@ def load_samples(
         name: the name of the set in error messages.
 
     Raises:
-        DataError: the set is empty, or a row is malformed. The message names the row.
+        DataError: the set is empty, or a row is malformed. The message names the row, of a dataloader by its batch and
+            its place there.
     """
     if isinstance(data, (str, Path)):
         name = f"{name} ({data})"
@@ -55,19 +56,22 @@ def load_samples(
             f"{name}: expected a path, a list of rows, a datasets.Dataset or a dataloader, found {type(data).__name__}"
         )
     samples: list[Sample] = []
-    for index, item in enumerate(data):
-        where = f"{name}, row {index + 1}"
+    rows = 0
+    for number, item in enumerate(data, start=1):
+        where = f"{name}, row {number}"
         if not isinstance(item, Mapping):
             raise DataError(
                 f"{where}: expected a mapping, found {type(item).__name__}; see load_samples for the accepted forms"
             )
         if "input_ids" in item:
-            of_row = _tokenised(item, max_length, where)
+            of_item = ([sample] for sample in _tokenised(item, max_length, name, number))
         elif tokenizer is None:
             raise DataError(f"{where} is text, which needs a tokenizer, found None; pass tokenizer=...")
         else:
-            of_row = encode_row_whole(item, tokenizer, max_length=max_length, where=where)
-        samples.extend(replace(sample, row=index + 1) for sample in of_row)
+            of_item = [encode_row_whole(item, tokenizer, max_length=max_length, where=where)]
+        for of_row in of_item:
+            rows += 1
+            samples.extend(replace(sample, row=rows) for sample in of_row)
     if not samples:
         raise DataError(f"{name} is empty; expected at least one row")
     note_left_out(samples, name, max_length)
@@ -82,13 +86,16 @@ def drawn(samples: list[Sample], max_samples: int | None, seed: int) -> list[Sam
     return [samples[i] for i in sorted(torch.randperm(len(samples), generator=generator)[:max_samples].tolist())]
 
 
-def _tokenised(item: Mapping, max_length: int, where: str) -> Iterator[Sample]:
-    """The samples of a tokenised row [T] or batch [N, T], without padding."""
+def _tokenised(item: Mapping, max_length: int, name: str, number: int) -> Iterator[Sample]:
+    """The samples of a tokenised row [T] or batch [N, T], without padding; ``number`` is its place in the set."""
+    given = torch.as_tensor(item["input_ids"], dtype=torch.long).cpu()
+    is_batch = given.ndim > 1
+    where = f"{name}, {'batch' if is_batch else 'row'} {number}"
     if any(item.get(key) is not None for key in _PACKED_KEYS):
         raise _packed(where)
     if "labels" not in item and "completion_mask" not in item:
         raise DataError(f"{where}: expected 'labels' or 'completion_mask' beside 'input_ids', found neither")
-    input_ids = torch.atleast_2d(torch.as_tensor(item["input_ids"], dtype=torch.long)).cpu()
+    input_ids = torch.atleast_2d(given)
     if "labels" in item:
         labels = torch.atleast_2d(torch.as_tensor(item["labels"], dtype=torch.long)).cpu()
     else:
@@ -107,9 +114,10 @@ def _tokenised(item: Mapping, max_length: int, where: str) -> Iterator[Sample]:
     for row in range(len(input_ids)):
         is_token = mask[row].bool()
         of_row = labels[row][is_token]
+        place = f"{where}, row {row + 1}" if is_batch else where
         if "labels" not in item and _completions(of_row) > 1:
-            raise _packed(where)
-        yield checked_sample(input_ids[row][is_token], of_row, max_length, where)
+            raise _packed(place)
+        yield checked_sample(input_ids[row][is_token], of_row, max_length, place)
 
 
 def _completions(labels: torch.Tensor) -> int:

@@ -121,9 +121,15 @@ def note_left_out(samples: list[Sample], name: str, max_length: int) -> None:
     if cut:
         tokens = sum(sample.left_out for sample in cut)
         note(
-            f"{name}: {tokens:,} token{'s' if tokens > 1 else ''} of {len(cut)} of {len(samples)} rows, those after "
-            f"the first {max_length:,} (max_length), are left out"
+            f"{name}: {tokens:,} token{'s' if tokens > 1 else ''} of {_count_rows(cut)} of {_count_rows(samples)} "
+            f"rows, those after the first {max_length:,} (max_length), are left out"
         )
+
+
+def _count_rows(samples: list[Sample]) -> int:
+    """How many rows the samples are of: several may be of one; one without a number is a row of its own."""
+    numbers = [sample.row for sample in samples]
+    return len({*numbers} - {None}) + numbers.count(None)
 
 
 def checked_sample(input_ids: Tensor, labels: Tensor, max_length: int, where: str) -> Sample:

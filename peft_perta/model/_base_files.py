@@ -16,7 +16,12 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ._gguf_head import GgufHead, read_head
+from .gguf_files import held_ggufs
+
 _CHUNKS, _CHUNK = 16, 256  # values that are read of a tensor
+_CHUNK_BYTES = 512  # of a tensor in a GGUF file
+_TEMPLATE_KEY = "tokenizer.chat_template"
 
 
 def hub_snapshot(name: str) -> tuple[str, str] | None:
@@ -28,7 +33,11 @@ def hub_snapshot(name: str) -> tuple[str, str] | None:
 
 
 def find_files(name: str, revision: str | None = None) -> Path | None:
-    """The directory of a base model's files: its own, or that in the cache of the hub; None where it is not here."""
+    """The directory of a base model's files: its own, or that in the cache of the hub; of a GGUF base, the file. None
+    where it is not here."""
+    ggufs = held_ggufs(name)
+    if len(ggufs) == 1:
+        return ggufs[0]
     if os.path.isdir(name):
         return Path(name)
     try:
@@ -38,23 +47,35 @@ def find_files(name: str, revision: str | None = None) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
-def identify_files(directory: Path) -> dict[str, str | None]:
+def identify_files(place: Path) -> dict[str, str | None]:
     """Part -> hash, of a base's files; None for a part that they do not hold, or not in a form that can be compared.
 
     Numbers are compared in bfloat16, so that files of two floating-point types, or in other shards, have one hash.
+    Those of a GGUF file are compared as they are stored.
+
+    Args:
+        place: what ``find_files`` found: a directory or a GGUF file.
     """
+    return dict(_identify_gguf(*_dated(place))) if place.is_file() else _identify_directory(place)
+
+
+def _identify_directory(directory: Path) -> dict[str, str | None]:
     tokenizer, generation = _json(directory / "tokenizer_config.json"), _json(directory / "generation_config.json")
     template = directory / "chat_template.jinja"
     return {
-        **identify_weight_files(directory),
+        **_identify_weights(directory),
         "tokenizer": _hash_vocabulary(directory),
         "chat template": hash_json(template.read_text() if template.is_file() else tokenizer.get("chat_template")),
         "generation settings": hash_json(generation_settings(generation)),
     }
 
 
-def identify_weight_files(directory: Path) -> dict[str, str | None]:
-    """The parts of ``identify_files`` that are about the weights."""
+def identify_weight_files(place: Path) -> dict[str, str | None]:
+    """The parts of ``identify_files`` that are about the weights, or all that are read with them."""
+    return identify_files(place) if place.is_file() else _identify_weights(place)
+
+
+def _identify_weights(directory: Path) -> dict[str, str | None]:
     quantisation = hash_json(_json(directory / "config.json").get("quantization_config"))
     return {"weights": _hash_shards(directory), "quantisation": quantisation}
 
@@ -139,3 +160,46 @@ def _hash_tokens(file: str, size: int, changed: int) -> str:
         return hashlib.sha256(Path(file).read_bytes()).hexdigest()
     added = {token["content"]: token["id"] for token in values.get("added_tokens") or ()}
     return hash_json([values["model"].get("vocab"), added])
+
+
+@functools.cache
+def _identify_gguf(file: str, size: int, changed: int) -> Mapping[str, str | None]:
+    """``identify_files`` of a GGUF file; cached by ``_dated``. Its form is told: its tokens are not written as those of
+    other files are."""
+    form = hash_json("GGUF")
+    try:
+        head = read_head(Path(file))
+    except (OSError, EOFError, ValueError):
+        return {"weights": None, "quantisation": form, "form": form}
+    tokens = {key: value for key, value in head.values.items() if key.startswith("tokenizer.") and key != _TEMPLATE_KEY}
+    return {
+        "weights": _hash_gguf_weights(Path(file), size, head),
+        "quantisation": form,
+        "form": form,
+        "tokenizer": hash_json(tokens),
+        "chat template": hash_json(head.text(_TEMPLATE_KEY)),
+    }
+
+
+def _hash_gguf_weights(file: Path, size: int, head: GgufHead) -> str:
+    """Of the settings of the architecture, and of each tensor its name, shape, type, size and bytes at even
+    distances."""
+    prefix = f"{head.text('general.architecture')}."
+    settings = {key: value for key, value in head.values.items() if key.startswith(prefix)}
+    digest = hashlib.sha256(hash_json(settings).encode())
+    tensors = sorted(head.tensors, key=lambda tensor: tensor.start)
+    ends = [*(tensor.start for tensor in tensors[1:]), size]
+    with file.open("rb") as opened:
+        for tensor, end in zip(tensors, ends, strict=True):
+            digest.update(f"{tensor.name} {tensor.shape} {tensor.kind} {end - tensor.start}".encode())
+            for start, length in _pieces(end - tensor.start):
+                opened.seek(tensor.start + start)
+                digest.update(opened.read(length))
+    return digest.hexdigest()
+
+
+def _pieces(size: int) -> list[tuple[int, int]]:
+    """(start, length) of the bytes that are read of a tensor."""
+    if size <= _CHUNKS * _CHUNK_BYTES:
+        return [(0, max(size, 0))]
+    return [(index * (size - _CHUNK_BYTES) // (_CHUNKS - 1), _CHUNK_BYTES) for index in range(_CHUNKS)]

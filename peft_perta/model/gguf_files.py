@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import math
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, OutputError
+from ._gguf_head import read_head
 
 SUFFIX = ".gguf"
 
 
-def find_gguf(name: str) -> Path | None:
+def held_ggufs(name: str) -> list[Path]:
+    """The GGUF files that a base's name can stand for: itself, or those in a directory without config.json."""
+    path = Path(name)
+    if path.suffix == SUFFIX and path.is_file():
+        return [path]
+    if path.is_dir() and not (path / "config.json").is_file():
+        return _ggufs_in(path)
+    return []
+
+
+def find_gguf(name: str, gguf_file: str | None = None) -> Path | None:
     """The GGUF file that a base's name stands for: itself, or the only one in a directory without config.json. None for
     any other base.
 
+    Args:
+        name: the base's name.
+        gguf_file: the name of the file, where the base is a directory.
+
     Raises:
-        ConfigError: the directory holds several GGUF files, or the package gguf is not installed.
+        ConfigError: the file does not exist, the directory holds several GGUF files, or the package gguf is not
+            installed.
     """
-    path = Path(name)
-    found = [path] if path.suffix == SUFFIX and path.is_file() else []
-    if path.is_dir() and not (path / "config.json").is_file():
-        found = sorted(path.glob(f"*{SUFFIX}"))
+    path = Path(name, gguf_file) if gguf_file else Path(name)
+    if not path.is_file() and (gguf_file or (path.suffix == SUFFIX and not path.is_dir())):
+        raise _missing(path)
+    found = [path] if gguf_file else held_ggufs(name)
     if len(found) > 1:
         files = ", ".join(file.name for file in found)
         raise ConfigError(f"{name} holds several GGUF files ({files}), expected one; name the file")
@@ -34,26 +50,57 @@ def find_gguf(name: str) -> Path | None:
     return found[0] if found else None
 
 
+def _ggufs_in(directory: Path) -> list[Path]:
+    return sorted(directory.glob(f"*{SUFFIX}"))
+
+
+def _missing(path: Path) -> ConfigError:
+    directory = path.parent
+    others = ", ".join(file.name for file in _ggufs_in(directory))
+    if others:
+        return ConfigError(f"{path}: expected a GGUF file, found none; {directory} holds {others}: name one of these")
+    there = f"{directory} holds no GGUF file" if directory.is_dir() else f"{directory} is no directory on this machine"
+    return ConfigError(f"{path}: expected a GGUF file, found none; {there}: correct the path, or download the file")
+
+
+def check_whole(file: Path) -> None:
+    """Check that a GGUF file holds all of its tensors. What is no GGUF file passes: loading it says what it is.
+
+    Raises:
+        ConfigError: the file ends early.
+    """
+    size, end = file.stat().st_size, 0
+    blocks = importlib.import_module("gguf").GGML_QUANT_SIZES  # type -> (values of a block, its bytes)
+    try:
+        tensors = read_head(file).tensors
+    except EOFError:
+        raise ConfigError(f"{file} ends early, at {size:,} bytes, within its metadata; download it again") from None
+    except ValueError:
+        return
+    for tensor in tensors:
+        values, bytes_of_block = blocks.get(tensor.kind, (1, 0))
+        end = max(end, tensor.start + math.prod(tensor.shape) // values * bytes_of_block)
+    if size < end:
+        raise ConfigError(f"{file} ends early: expected {end:,} bytes, found {size:,}; download it again")
+
+
 def source_of(name: str, file: Path | None) -> tuple[str, dict[str, str]]:
     """What ``from_pretrained`` of transformers takes to load a base: (name, further arguments)."""
     return (name, {}) if file is None else (str(file.parent), {"gguf_file": file.name})
 
 
-@contextmanager
-def dequantised(model: Any, tokenizer: Any) -> Iterator[str]:
-    """Within the block, the model and its tokenizer are in a directory, from which another type can be loaded.
+def write_dequantised(model: Any, tokenizer: Any, directory: str) -> None:
+    """Write a model and its tokenizer to a directory, from which another type can be loaded.
 
     Raises:
         OutputError: the disk has no room for it.
     """
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    free = shutil.disk_usage(tempfile.gettempdir()).free
+    free = shutil.disk_usage(directory).free
     if free < 1.1 * size:
         raise OutputError(
             f"{tempfile.gettempdir()}: expected {1.1 * size / 1e9:.2g} GB free to quantise a GGUF model anew, found "
             f"{free / 1e9:.2g} GB; set TMPDIR to a directory with room"
         )
-    with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-        yield directory
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

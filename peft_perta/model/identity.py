@@ -97,7 +97,7 @@ def identify_base_files(name: str, revision: str | None = None) -> dict[str, str
     """The part of ``identify_base`` that is about the files; None where they are not on this machine.
 
     Args:
-        name: a directory or a hub id.
+        name: a directory, a GGUF file or a hub id.
         revision: the branch, tag or commit of a hub model; None for its default branch.
     """
     directory = find_files(name, revision)
@@ -121,12 +121,15 @@ def compare_bases(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str,
 
 
 def compare_files(one: Mapping[str, str | None], other: Mapping[str, str | None]) -> dict[str, bool]:
-    """The same of the files alone. The weights of two quantisations cannot be compared."""
+    """The same of the files alone. The weights of two quantisations cannot be compared, nor the tokenizer of a GGUF
+    file with that of other files."""
     parts = [part for part in ("weights", "tokenizer", "chat template", "generation settings")
              if one.get(part) and other.get(part)]  # fmt: skip
     same = {part: one[part] == other[part] for part in parts}
     if one.get("quantisation") != other.get("quantisation"):
         same.pop("weights", None)
+    if one.get("form") != other.get("form"):
+        same.pop("tokenizer", None)
     return same
 
 
@@ -153,19 +156,19 @@ def compare_names(claimed: str | None, actual: str | None) -> str | None:
     """Why the base that an adapter names is not the one that a model was loaded from; None where it is.
 
     One base has many names: paths of one directory, a hub id in any capitals, its path in the cache of the hub, a
-    directory or another hub id with the same last part, and Unsloth's ``NAME-bnb-4bit``. Where the files of two are
-    both on this machine, their weights decide.
+    directory or another hub id with the same last part, a directory and the GGUF file in it, and Unsloth's
+    ``NAME-bnb-4bit``. Where the files of two are both on this machine, their weights decide.
     """
     if not claimed or not actual or os.path.realpath(claimed) == os.path.realpath(actual):
         return None
     ids = [hub_snapshot(name) for name in (claimed, actual)]
     names = [snapshot[0] if snapshot else name for snapshot, name in zip(ids, (claimed, actual), strict=True)]
-    are_ids = [bool(snapshot) or not os.path.isdir(name) for snapshot, name in zip(ids, names, strict=True)]
+    are_ids = [bool(snapshot) or not os.path.exists(name) for snapshot, name in zip(ids, names, strict=True)]
     if all(are_ids) and names[0].casefold() == names[1].casefold():
         return None
-    directories = [find_files(name) for name in (claimed, actual)]
-    if all(directories):
-        same = compare_files(*map(identify_weight_files, filter(None, directories))).get("weights")
+    places = [find_files(name) for name in (claimed, actual)]
+    if all(places):
+        same = compare_files(*map(identify_weight_files, filter(None, places))).get("weights")
         if same is not None:
             return None if same else f"the base {claimed!r}, but the model is {actual!r}, whose weights differ"
     if _last_part(names[0]) == _last_part(names[1]):

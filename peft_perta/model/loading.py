@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import struct
+import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,9 +29,9 @@ from ..data import note
 from ..errors import AdapterError, ConfigError
 from .adapter_files import check_adapter_files, find_adapter
 from .distributed import local_rank
-from .gguf_files import dequantised, find_gguf, source_of
+from .gguf_files import check_whole, find_gguf, source_of, write_dequantised
 from .identity import adopt_base
-from .stack import check_new_name, give_memory
+from .stack import EXPECTED_DECODER, check_new_name, give_memory
 
 # The last four are what reading a damaged GGUF file raises.
 _UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError, struct.error, IndexError, KeyError, TypeError)
@@ -65,7 +67,7 @@ def load_base(
     Reference:
         QLoRA (arXiv 2305.14314), for NF4 and double quantisation.
     """
-    gguf = find_gguf(str(Path(name) / gguf_file) if gguf_file else name)
+    gguf = find_gguf(name, gguf_file)
     model_class = _checked_class(name, _read_config(name, revision, gguf))
     if gguf is not None:
         note(f"{gguf} is dequantised")
@@ -104,9 +106,9 @@ def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 def _load_four_bit_gguf(gguf: Path, dtype: torch.dtype | None, device_map: str | None) -> tuple[PreTrainedModel, Any]:
     """By way of a temporary directory: transformers does not quantise while it reads a GGUF."""
-    whole, tokenizer = load_base(str(gguf), dtype=dtype)
-    with dequantised(whole, tokenizer) as directory:
-        del whole
+    with tempfile.TemporaryDirectory() as directory:
+        write_dequantised(*load_base(str(gguf), dtype=dtype, device_map="cpu"), directory)
+        gc.collect()  # the dequantised model: two are not to be in memory
         model, tokenizer = load_base(directory, four_bit=True, dtype=dtype, device_map=device_map)
     model.config._name_or_path = str(gguf)
     return model, tokenizer
@@ -123,24 +125,27 @@ def load_skeleton(name: str, *, revision: str | None = None) -> PreTrainedModel:
     """Build a model on the meta device from its config: all modules, no weights, no memory.
 
     Args:
-        name: a hub name, a directory with config.json, or a GGUF file.
+        name: a hub name, a directory with config.json, or a GGUF file or a directory with one.
         revision: the branch, tag or commit of a hub model; None for its default branch.
 
     Raises:
         ConfigError: the config cannot be found or read, or is of no causal language model.
     """
-    config = _read_config(name, revision, find_gguf(name))
+    gguf = find_gguf(name)
+    config = _read_config(name, revision, gguf)
     model_class = _checked_class(name, config)
     try:
         with torch.device("meta"):
             model = model_class.from_config(config)
     except (OSError, ValueError, RuntimeError) as error:
         raise _unreadable(name, error) from error
-    model.config._name_or_path = name
+    model.config._name_or_path = str(gguf or name)
     return model
 
 
 def _read_config(name: str, revision: str | None, gguf: Path | None) -> Any:
+    if gguf is not None:
+        check_whole(gguf)
     source, more = source_of(name, gguf)
     try:
         return AutoConfig.from_pretrained(source, **more, revision=revision)
@@ -154,10 +159,7 @@ def _checked_class(name: str, config: Any) -> Any:
         return found
     kind = "an encoder-decoder model" if config.is_encoder_decoder else "no causal language model"
     built = ", ".join(config.architectures or [type(config).__name__])
-    raise ConfigError(
-        f"the model {name!r} is {kind} ({built}); expected a decoder that continues text, such as Llama, Qwen or "
-        "GPT-2, which AutoModelForCausalLM loads"
-    )
+    raise ConfigError(f"the model {name!r} is {kind} ({built}); {EXPECTED_DECODER}")
 
 
 def auto_class(config: Any) -> Any:

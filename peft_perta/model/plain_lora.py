@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
 from peft import LoraConfig, PeftType
 
+from ..data import is_count, is_number
 from ..errors import AdapterError
 
 # These inits rewrite the base weights: the adapter's delta is then not what training learned.
@@ -103,14 +103,6 @@ def check_lora_config(config: Any, adapter_name: str) -> None:
 _REMEDY = "train it with a plain LoraConfig"
 
 
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
 def _each(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or (isinstance(value, dict) and all(map(accepts, value.values())))
 
@@ -121,10 +113,10 @@ def _are_names(value: Any) -> bool:
 
 # Field -> what it holds, and whether a value is that.
 _VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "r": ("an int above 0", _is_rank),
-    "lora_alpha": ("a finite number", _is_number),
-    "rank_pattern": ("an int above 0 for each name", _each(_is_rank)),
-    "alpha_pattern": ("a finite number for each name", _each(_is_number)),
+    "r": ("an int above 0", is_count),
+    "lora_alpha": ("a finite number", is_number),
+    "rank_pattern": ("an int above 0 for each name", _each(is_count)),
+    "alpha_pattern": ("a finite number for each name", _each(is_number)),
     "target_modules": (
         "a list of names or a regular expression",
         lambda value: isinstance(value, str) or _are_names(value),

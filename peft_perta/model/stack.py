@@ -15,6 +15,11 @@ from torch import nn
 
 from ..errors import AdapterError, ConfigError
 
+EXPECTED_DECODER = (
+    "expected a decoder that continues text, such as Llama, Qwen or GPT-2, which AutoModelForCausalLM loads"
+)
+"""What messages that refuse another kind of model ask for."""
+
 
 def adapter_configs(model: nn.Module) -> dict[str, Any]:
     """Name -> PEFT config of every adapter on the model, attached by PEFT or by transformers.
@@ -51,10 +56,7 @@ def check_decoder(model: nn.Module) -> None:
     """
     base = base_model(model)
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-        raise ConfigError(
-            f"{type(base).__name__} is an encoder-decoder model; expected a decoder that continues text, such as "
-            "Llama, Qwen or GPT-2, which AutoModelForCausalLM loads"
-        )
+        raise ConfigError(f"{type(base).__name__} is an encoder-decoder model; {EXPECTED_DECODER}")
 
 
 def stack_adapters(model: nn.Module, names: Sequence[str]) -> None:

@@ -114,7 +114,7 @@ def test_each_variant_is_on_the_model_within_its_block_alone():
         of_layer = laws.deltas_of(expected.state_dict)
         for layer, delta in left.items():
             found = next(value for key, value in of_layer.items() if layer in key)
-            torch.testing.assert_close(delta, found, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(delta.double(), found.double(), rtol=1e-4, atol=1e-6)
 
 
 def test_a_variant_is_compared_with_the_adapter_as_it_is():

@@ -210,7 +210,7 @@ def test_settings_are_the_same_after_json(tmp_path):
         ({"judged_rows": 0}, "judged_rows: expected an int > 0"),
         ({"learning_rate": "fast"}, "learning_rate: expected a number > 0"),
         ({"four_bit": 1}, "four_bit: expected true or false"),
-        ({"matched": "luck"}, r"matched: expected some of \['loss', 'first-choice'\], found \('luck',\)"),
+        ({"matched": "luck"}, r"matched: expected some of \['loss', 'first-choice', 'options'\], found \('luck',\)"),
         ({"matched": []}, "matched: expected at least one value"),
         ({"suite_rows": -1}, "suite_rows: expected an int >= 0"),
     ],
@@ -455,7 +455,7 @@ def result(method: str, seed: int | None, retain: float, **more) -> dict:
     return {
         "method": method, "authors": 2, "seed": seed, "failure": None, "strength": 1.5,
         "matched": None if seed is None else "loss", "probabilities": {"retain": math.exp(-retain), "seen": 0.5},
-        "missed": 0.25, "memory": 2**30,
+        "missed": 0.25, "memory": 2**30, "rows": {"retain": {"loss": [retain]}},
         "losses": {"forget": 3.0, "retain": retain, "general": 1.0}, "scores": {"forget_quality": 0.01},
         "attacks": [{"attack": "relearning", "setting": "1 step", "loss": retain * 2, "probability": 0.1}],
         "rank": 16, "bytes": 2_500_000, "seconds": {"forget_adapter": 10.0, "edit": 2.0},
@@ -680,6 +680,42 @@ def test_the_recommended_commands_make_the_adapter_that_was_compared(
     model = attach_adapters(base, {"task": own["task-adapter"], "unlearn": "unlearn_adapter"})
     loss = losses_of(model, load_samples(spread(rows("forget", 20), 12), tokenizer), adapters=["task", "unlearn"])
     assert float(loss.mean()) == pytest.approx(of(results, method)["losses"]["forget"], rel=tolerance)
+
+
+def test_without_another_model_forgetting_is_matched_to_chance(own, assets, tmp_path, capsys):
+    """The oracle scores each answer by itself. The base here is a model that knows the rows."""
+    base, tokenizer = load_base(own["model"])
+    merged = attach_adapters(base, {"task": assets / "task_adapter"}).merge_and_unload()
+    merged.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    sizes = {"forget": 20, "retain": 40, "general": 4}
+    files = {name: written(tmp_path / f"{name}.jsonl", rows(name, size)) for name, size in sizes.items()}
+    testbed = Testbed.of_user(str(tmp_path / "base"), **files)
+    few = dataclasses.replace(TINY, methods=("negation",), matched="options", authors=(), suite_rows=0, curve=())
+    results = run_comparison(tmp_path / "out", few, testbed, show_progress_bar=False)
+    full, negated = of(results, "full model"), of(results, "negation")
+    judged, model = spread(rows("forget", 20), 12), merged.eval()
+    for row, found in zip(judged, full["rows"]["forget"]["misled"], strict=True):
+        options = [{"question": row["question"], "answer": a} for a in (row["answer"], *row["perturbed_answer"])]
+        right, *false = (math.exp(-float(losses_of(model, load_samples([o], tokenizer)))) for o in options)
+        assert found == pytest.approx(sum(false) / (right + sum(false)), abs=1e-4)
+    assert full["rows"]["forget"]["misled"] != negated["rows"]["forget"]["misled"]
+    assert negated["target"] == pytest.approx(2 / 3)  # two false answers beside each
+    assert negated["forgotten"] == pytest.approx(2 / 3, rel=0.02)
+    assert "misled" in negated["rows"]["retain"]
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "At matched forgetting (probability of false options, by chance): what is kept" in table
+    assert "| unseen retain, right option |" in table
+    with pytest.raises(ConfigError, match=r"matched: expected some of \['options'\], which have a target here, found"):
+        run_comparison(tmp_path / "other", dataclasses.replace(few, matched="loss"), testbed)
+
+
+def test_what_is_kept_is_judged_by_options_where_they_were_scored():
+    plain, asked = (dict(result(name, 0, 1.0)) for name in ("negation", "perta-grad"))
+    asked["rows"] = {"retain": {"loss": [9.0], "misled": [0.1]}}
+    assert best_method([plain, asked]) == "perta-grad"
+    assert "| unseen retain, right option |" in format_table([plain, asked])
+    assert "| unseen retain, right option |" not in format_table([plain])
 
 
 # Intervals

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from peft_perta import ConfigError, OutputError
 from peft_perta.cli import main
 from peft_perta.comparison import TESTBEDS, DemoSettings, read_testbed, smollm2
+from peft_perta.comparison.testbed import has_options
 from peft_perta.data import write_file
 from peft_perta.model import check_adapter_files, compare_names
 
@@ -23,6 +24,17 @@ def test_the_rows_are_two_authors_to_forget_eight_to_keep_and_prose():
     assert {name: len(split) for name, split in rows.items()} == {"forget": 40, "retain": 160, "general": 40}
     assert not {row["question"] for row in rows["forget"]} & {row["question"] for row in rows["retain"]}
     assert all(60 < len(row["text"].split()) < 250 for row in rows["general"])
+
+
+def test_what_pretraining_brought_has_its_own_rows_and_no_other_model(tmp_path):
+    testbed = smollm2.authors(written_base(tmp_path).parent)
+    assert (testbed.task_adapter, testbed.retain_only_adapter, testbed.measures) == (None, None, ("options",))
+    forget, retain = testbed.rows["forget"], testbed.rows["retain"]
+    assert has_options(forget)
+    assert has_options(retain)
+    assert not {row["question"] for row in forget} & {row["question"] for row in retain}
+    assert len(forget) >= 12
+    assert len(retain) >= 4 * len(forget)
 
 
 def test_the_adapters_are_plain_and_small():
@@ -50,7 +62,7 @@ def written_base(cache):
 
 
 def test_every_testbed_has_sizes_for_the_demo():
-    assert set(TESTBEDS) == {"small", "smollm2"}
+    assert set(TESTBEDS) == {"small", "smollm2", "smollm2-authors"}
     assert DemoSettings.of("small") == DemoSettings()
     assert DemoSettings.of("smollm2", seed=3).judged_rows < DemoSettings().judged_rows
 

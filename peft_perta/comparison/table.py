@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .intervals import kept_against
+from .intervals import kept_against, kept_of_rows
 from .methods import METHODS, REFINED
 from .settings import MEASURES
 
@@ -30,8 +31,8 @@ def format_table(results: Sequence[Result]) -> str:
 
 
 def best_method(results: Sequence[Result]) -> str | None:
-    """The method that a user can run which keeps most: the highest mean probability on unseen retain rows at matched
-    forgetting, over all measures and seeds. None where none was matched in every run."""
+    """The method that a user can run which keeps most of the unseen retain rows at matched forgetting, as a mean over
+    all measures and seeds. None where none was matched in every run."""
     kept: dict[str, list[float]] = {}
     failed = set()
     for result in results:
@@ -41,7 +42,7 @@ def best_method(results: Sequence[Result]) -> str | None:
         if result.get("failure"):
             failed.add(name)
         else:
-            kept.setdefault(name, []).append(result["probabilities"]["retain"])
+            kept.setdefault(name, []).append(float(kept_of_rows(result).mean()))
     means = {name: statistics.fmean(values) for name, values in kept.items() if name not in failed}
     return max(means, key=lambda name: means[name]) if means else None
 
@@ -51,10 +52,11 @@ def _section(authors: int | None, measure: str, results: Sequence[Result]) -> st
     seeds = len({r["seed"] for r in results if r["seed"] is not None})
     methods = {name: runs for name, runs in by_method.items() if name not in BASELINES}
     forget_set = _counted(authors, "forget author") if authors else "all forget rows"
-    yardstick = RETAIN_ONLY if RETAIN_ONLY in by_method else ORIGIN if ORIGIN in by_method else "given loss"
+    yardstick = next((name for name in (RETAIN_ONLY, ORIGIN) if name in by_method), "given loss")
+    target = ", by chance" if measure == "options" else f" of the {yardstick}"
     parts = [
         f"### {forget_set}, {_counted(seeds, 'seed')}",
-        f"At matched forgetting ({MEASURES[measure]} of the {yardstick}): what is kept. Losses in nats per token; no "
+        f"At matched forgetting ({MEASURES[measure]}{target}): what is kept. Losses in nats per token; no "
         "method saw the unseen retain rows.",
         _markdown(by_method, _KEPT),
     ]
@@ -68,8 +70,8 @@ def _section(authors: int | None, measure: str, results: Sequence[Result]) -> st
         parts += ["Attacks at matched forgetting: loss of the forget rows (lower: more came back) or ROUGE-L.",
                   _markdown(by_method, attack_columns)]  # fmt: skip
     if len(methods) > 1:
-        parts += ["Unseen retain probability against controls: the mean difference and its 95 % interval (a bootstrap "
-                  "over rows).", _differences(methods)]  # fmt: skip
+        parts += ["What is kept of the unseen retain rows, against controls: the mean difference and its 95 % interval "
+                  "(a bootstrap over rows).", _differences(methods)]  # fmt: skip
     failures = [f"- {r['method']}, seed {r['seed']}: {r['failure']}" for r in results if r.get("failure")]
     if failures:
         parts += ["Not matched, and left out of the means:", "\n".join(failures)]
@@ -82,6 +84,9 @@ def _ordered(results: Sequence[Result]) -> list[str]:
 
 
 def _markdown(by_method: Mapping[str, Sequence[Result]], columns: Sequence[Column]) -> str:
+    """A table of means; columns that no run has a value for are left out."""
+    runs = list(itertools.chain(*by_method.values()))
+    columns = [column for column in columns if any(column[1](run) is not None for run in runs)]
     lines = [
         " | ".join(["| method", *(title for title, _, _ in columns)]) + " |",
         "|---" * (1 + len(columns)) + "|",
@@ -122,6 +127,16 @@ def _value(*path: str) -> Callable[[Result], float | None]:
         for key in path:
             value = (value or {}).get(key)
         return value
+
+    return read
+
+
+def _right_option(split: str) -> Callable[[Result], float | None]:
+    """Reads the mean probability of a split's right answers among all their answers."""
+
+    def read(result: Result) -> float | None:
+        misled = _value("rows", split, "misled")(result)
+        return None if misled is None else 1 - statistics.fmean(misled)
 
     return read
 
@@ -180,6 +195,8 @@ _KEPT: list[Column] = [
     ("first choices lost", _value("missed"), _three),
     ("unseen retain probability", _value("probabilities", "retain"), _three),
     ("unseen retain loss", _value("losses", "retain"), _three),
+    ("unseen retain, right option", _right_option("retain"), _three),
+    ("forget, right option", _right_option("forget"), _three),
     ("seen retain probability", _value("probabilities", "seen"), _three),
     ("general loss", _value("losses", "general"), _three),
     ("real authors, options", _value("scores", "ra_Q_A_Prob_normalised"), _three),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,9 @@ class Testbed:
         retain_only_adapter: the same training without the forget rows; None without one.
         target_forget_loss: the forget loss of a retain-only model, nats per token, where only that is known.
         suite_rows: further splits of the TOFU suite -> rows.
+
+    Where none of the three is given, no model lacks the knowledge that must go: forgetting is matched where the false
+    answers of the forget rows (``perturbed_answer``) are as likely as by chance.
     """
 
     base: str
@@ -65,6 +68,15 @@ class Testbed:
             suite_rows={name: splits[name] for name in _SUITE_SPLITS if name in splits},
         )
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The measures of forgetting that have a target here."""
+        if self.retain_only_adapter is None and self.target_forget_loss is not None:
+            return ("loss",)
+        if self.retain_only_adapter is None and self.task_adapter is None:
+            return ("options",)
+        return ("loss", "first-choice")
+
     @classmethod
     def of_user(
         cls,
@@ -85,19 +97,14 @@ class Testbed:
                 real authors and world facts are asked beside them.
             task_adapter: the adapter that taught the base what must go; None where the base itself knows it.
             retain_only: what forgetting is matched to: the directory of an adapter that learned the retain rows alone,
-                the log of such a model, or its forget loss in nats per token. None takes the base's own loss, which
-                needs a task adapter.
+                the log of such a model, or its forget loss in nats per token. None takes the base's own loss where
+                there is a task adapter, else the chance of the false answers among the forget rows.
 
         Raises:
             AdapterError: an adapter's files are not those of a plain LoRA adapter.
             ConfigError: there is no target of forgetting.
             DataError: a file of rows, or the log, is missing or malformed.
         """
-        if task_adapter is None and retain_only is None:
-            raise ConfigError(
-                "a comparison needs a target of forgetting: expected --task-adapter (the base's own loss on the forget "
-                "rows is the target then), --retain-only-adapter, --retain-only-log or --target-forget-loss, found none"
-            )
         target = yardstick = None
         if isinstance(retain_only, (int, float)):
             target = float(retain_only)
@@ -110,10 +117,18 @@ class Testbed:
             if path is not None:
                 check_adapter_files(path)
         files = {"forget": forget, "retain": retain, "general": general or PROSE}
+        rows = {name: read_rows(file) for name, file in files.items()}
+        if task is None and retain_only is None and not has_options(rows["forget"]):
+            raise ConfigError(
+                "a comparison needs a target of forgetting: expected --task-adapter (the base's own loss on the forget "
+                "rows is the target then), --retain-only-adapter, --retain-only-log, --target-forget-loss, or false "
+                "answers beside every question to forget ('perturbed_answer', a list: chance is the target then), "
+                "found none"
+            )
         facts = {name: read_rows(ASSETS / f"{name}.jsonl") for name in ("real_authors", "world_facts")}
         return cls(
             base=model,
-            rows={name: read_rows(file) for name, file in files.items()},
+            rows=rows,
             task_adapter=task,
             retain_only_adapter=yardstick,
             target_forget_loss=target,
@@ -128,6 +143,16 @@ class Testbed:
             files = sorted(find_adapter(adapter).glob("adapter_*")) if adapter is not None else []
             parts.append(" ".join(hash_file(file) for file in files))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def has_options(rows: Sequence[Mapping]) -> bool:
+    """Whether every row holds a question, its answer, and false answers beside it."""
+    return all(
+        isinstance(false := row.get("perturbed_answer"), list)
+        and len(false) > 0
+        and all(isinstance(text, str) and text.strip() for text in (row.get("question"), row.get("answer"), *false))
+        for row in rows
+    )
 
 
 def small() -> Testbed:

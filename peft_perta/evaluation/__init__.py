@@ -9,7 +9,7 @@ from .attacks import ATTACKS, run_attacks
 from .attacks.attack import Attack, AttackResult, AttackSettings, Victims
 from .attacks.formatting import format_attacks
 from .calibration import TOLERANCE, Calibration, Goal, calibrate, forget_loss_of_log
-from .completions import losses_of, score_completions
+from .completions import ScoredCompletion, losses_of, score_completions, score_false_answers
 from .generation import generate
 from .lm_eval import general_benchmarks
 from .logs.files import Log, format_rescored, read_log, summary, write_log
@@ -17,6 +17,7 @@ from .logs.rescoring import aggregate, rescore
 from .metrics.memorization import exact_memorization
 from .metrics.metric import METRIC_GROUPS, Metric
 from .metrics.table import METRICS, metric_of
+from .metrics.utility import normalised_probability
 from .split_scores import SplitScores, evaluate_split
 from .strength import Match, check_start, match_forgetting
 from .subject import Subject
@@ -37,6 +38,7 @@ __all__ = [
     "Log",
     "Match",
     "Metric",
+    "ScoredCompletion",
     "SplitScores",
     "Splits",
     "Subject",
@@ -57,11 +59,13 @@ __all__ = [
     "losses_of",
     "match_forgetting",
     "metric_of",
+    "normalised_probability",
     "read_log",
     "read_suites",
     "rescore",
     "run_attacks",
     "score_completions",
+    "score_false_answers",
     "summary",
     "write_log",
 ]

@@ -73,6 +73,14 @@ def score_completions(subject: Subject, rows: Sequence[Mapping], name: str = "ro
     )
 
 
+def score_false_answers(subject: Subject, rows: Sequence[Mapping], name: str) -> list[list[ScoredCompletion]]:
+    """Score each row's false answers (``perturbed_answer``); the arguments and errors are those of
+    ``score_completions``."""
+    false_rows = [{"question": row["question"], "answer": answer} for row in rows for answer in row["perturbed_answer"]]
+    scored = iter(score_completions(subject, false_rows, f"{name}: false answers"))
+    return [[next(scored) for _ in row["perturbed_answer"]] for row in rows]
+
+
 def completion_ids(sample: Sample) -> list[int]:
     """The tokens of the sample's completion that something predicts: all but the first of a text."""
     return sample.input_ids[1:][sample.labels[1:] != IGNORED].tolist()

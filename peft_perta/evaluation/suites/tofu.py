@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 
 from ...errors import DataError
-from ..completions import ScoredCompletion, score_completions
+from ..completions import ScoredCompletion, score_completions, score_false_answers
 from ..logs.files import Log
 from ..metrics.memorization import exact_memorization, extraction_strength
 from ..metrics.truth_ratio import truth_ratio_of
@@ -118,7 +118,7 @@ def _split_log(subject: Subject, split: str, rows: list[dict], settings: SuiteSe
         ]
         paraphrased = score_completions(subject, paraphrases, f"{split}: paraphrases")
         log[f"{prefix}_Q_A_PARA_Prob"] = by_index(map(_probability, paraphrased))
-    false = [[answer.loss for answer in answers] for answers in _scored_false_answers(subject, split, rows)]
+    false = [[answer.loss for answer in answers] for answers in score_false_answers(subject, rows, split)]
     log[f"{prefix}_Q_A_PERT_Prob"] = by_index(
         {"prob": [math.exp(-loss) for loss in losses], "avg_loss": losses} for losses in false
     )
@@ -132,13 +132,6 @@ def _split_log(subject: Subject, split: str, rows: list[dict], settings: SuiteSe
         )
     log[f"{prefix}_Q_A_ROUGE"] = rouge_of(subject, rows, settings, split)
     return log
-
-
-def _scored_false_answers(subject: Subject, split: str, rows: list[dict]) -> list[list[ScoredCompletion]]:
-    """The scores of each row's false answers."""
-    false_rows = [{"question": row["question"], "answer": answer} for row in rows for answer in row["perturbed_answer"]]
-    scored = iter(score_completions(subject, false_rows, f"{split}: false answers"))
-    return [[next(scored) for _ in row["perturbed_answer"]] for row in rows]
 
 
 def _memorization(scored: ScoredCompletion) -> dict[str, float] | None:

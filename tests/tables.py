@@ -317,6 +317,8 @@ ATTACKS: dict[str, list[str]] = {
     "paraphrase": ["as asked", "in other words"],
     "prefix": ["0% of the answer given", "50% of the answer given"],
     "sampling": ["greedy", "best of 2 at temperature 1"],
+    "logit-lens": ["after the last block", "after the likeliest block"],
+    "depth": ["all blocks", "lower half", "upper half"],
     "switched-off": ["on", "off"],
 }
 

@@ -503,6 +503,12 @@ def test_the_best_method_keeps_most_of_those_that_a_user_can_run():
     assert best_method([result("full model", None, 0.0)]) is None
 
 
+def test_without_a_curve_the_matched_point_is_drawn():
+    full = result("full model", None, 0.1)["losses"]
+    points = mean_curve([result("mine", 0, 1.0), result("mine", 1, 3.0)], full)
+    assert points == [full, {"strength": 1.5, "forget": 3.0, "retain": 2.0, "general": 1.0}]
+
+
 def test_a_curve_is_the_mean_of_the_matched_seeds():
     def curve(*retain: float) -> list[dict]:
         return [{"factor": f, "strength": f, "forget": f, "retain": r} for f, r in zip((1.0, 0.5), retain, strict=True)]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..evaluation import AttackSettings, Log, Splits, Subject, Victims, aggregate, evaluate, run_attacks, summary
 from .bench import Bench, Stack
-from .settings import ComparisonSettings
+from .settings import COMPARING, ComparisonSettings
 
 _RELEARNED_ROWS = 10
 
@@ -73,10 +73,21 @@ class Judge:
             generated=self.settings.suite_rows,
             max_new_tokens=self.settings.max_new_tokens,
         )
-        victims = Victims(subject, None, None, rows)  # the full and the retain-only model have results of their own
+        # The full and the retain-only model have results of their own, and are no victims but for what compares them.
+        alone, beside = Victims(subject, None, None, rows), Victims(subject, *self._others(subject), rows)
         with self.bench.scaled(stack):
-            results = run_attacks(victims, self.settings.attacks, settings)
+            results = [
+                result
+                for name in self.settings.attacks
+                for result in run_attacks(beside if name in COMPARING else alone, [name], settings)
+            ]
         return [{"attack": r.attack, "setting": r.setting, **r.unlearned} for r in results]
+
+    def _others(self, subject: Subject) -> tuple[Subject, Subject | None]:
+        """The full and the retain-only model."""
+        full = replace(subject, adapters=self.bench.full.adapters)
+        yardstick = self.bench.retain_only
+        return full, None if yardstick is None else replace(subject, adapters=yardstick.adapters)
 
 
 def _probability(loss: float) -> float:

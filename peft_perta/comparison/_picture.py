@@ -130,10 +130,16 @@ def _limit(panel: TradeOffPanel, highlighted: Sequence[Sequence[Result]], models
         panel.axes.set_xlim(0, 1.05 * max(*furthest, models[RETAIN_ONLY]["forget"]))
 
 
+def _curve_of(result: Result) -> list[dict[str, float]]:
+    if result.get("curve") or not result.get("losses"):
+        return result.get("curve", [])
+    return [{"strength": result["strength"], **result["losses"]}]
+
+
 def mean_curve(results: Sequence[Result], start: Result | None) -> list[dict[str, float]]:
     """The curve as a mean over the matched seeds, point by point, from the full model on; if no seed was matched, the
-    curve of the first one."""
-    matched = [r["curve"] for r in results if r.get("curve") and not r.get("failure")]
+    curve of the first one. Where no curve was measured, it is the matched point alone."""
+    matched = [_curve_of(r) for r in results if not r.get("failure") and _curve_of(r)]
     curves = matched or [r["curve"] for r in results if r.get("curve")][:1]
     points = [{key: fmean(p[key] for p in at) for key in at[0]} for at in zip(*curves, strict=True)]
     points.sort(key=lambda point: point["strength"])

@@ -30,6 +30,7 @@ SMALL = "small"  # the name of the shipped testbed
 
 
 # 'switched-off' turns the adapter off, which leaves the full model whatever the method.
+COMPARING = ("depth",)  # attacks that need the full and the retain-only model
 COMPARED_ATTACKS = tuple(name for name in ATTACKS if name != "switched-off")
 
 

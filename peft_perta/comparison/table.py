@@ -67,7 +67,8 @@ def _section(authors: int | None, measure: str, results: Sequence[Result]) -> st
               _markdown(methods, _COST)]  # fmt: skip
     attack_columns = _attack_columns(results)
     if attack_columns:
-        parts += ["Attacks at matched forgetting: loss of the forget rows (lower: more came back) or ROUGE-L.",
+        parts += ["Attacks at matched forgetting: loss of the forget rows (lower: more came back), ROUGE-L, or UDS (1: "
+                  "as deep as never learned).",
                   _markdown(by_method, attack_columns)]  # fmt: skip
     if len(methods) > 1:
         parts += ["What is kept of the unseen retain rows, against controls: the mean difference and its 95 % interval "
@@ -165,22 +166,26 @@ def _gibibytes(result: Result) -> float | None:
 
 
 def _attack_columns(results: Sequence[Result]) -> list[Column]:
-    """One column for each attack in each setting: its loss, or ROUGE-L where it measures no loss."""
+    """One column for each attack in each setting: its loss, or what it measures in place of one."""
     attacks = [attack for result in results for attack in result.get("attacks", ())]
-    measures = {(a["attack"], a["setting"]): "loss" if "loss" in a else "rouge_l_recall" for a in attacks}
+    measures = {
+        (a["attack"], a["setting"]): measure for a in attacks for measure in reversed(_ATTACK_MEASURES) if measure in a
+    }
 
     def reader(attack: str, setting: str, measure: str) -> Callable[[Result], float | None]:
         def read(result: Result) -> float | None:
             own = result.get("attacks", ())
-            return next((a[measure] for a in own if (a["attack"], a["setting"]) == (attack, setting)), None)
+            return next((a.get(measure) for a in own if (a["attack"], a["setting"]) == (attack, setting)), None)
 
         return read
 
-    suffixes = {"loss": "", "rouge_l_recall": " (ROUGE-L)"}
     return [
-        (f"{attack}: {setting}{suffixes[measure]}", reader(attack, setting, measure), _three)
+        (f"{attack}: {setting}{_ATTACK_MEASURES[measure]}", reader(attack, setting, measure), _three)
         for (attack, setting), measure in measures.items()
     ]
+
+
+_ATTACK_MEASURES = {"loss": "", "rouge_l_recall": " (ROUGE-L)", "uds": " (UDS)"}  # -> what its column says
 
 
 def _counted(count: int, noun: str) -> str:

@@ -2,7 +2,7 @@
 
 It also searches the strength at which an adapter meets a goal, by forward passes only.
 
-Imports from: errors, data, model.
+Imports from: errors, data, model, gradients.
 """
 
 from .attacks import ATTACKS, run_attacks

@@ -4,7 +4,7 @@ It plans within a memory budget, taps the layers, runs backward, and resumes int
 Imports from: errors, data, model.
 """
 
-from .blocks import find_blocks
+from .blocks import at_each_block, find_blocks, hidden_states
 from .checkpoint import Checkpoint, remove_checkpoint
 from .collector import Collector, GradientSource, MomentSource, Shape
 from .engine import choose_plan, gather
@@ -33,11 +33,13 @@ __all__ = [
     "Plan",
     "Shape",
     "StatisticName",
+    "at_each_block",
     "check_losses",
     "choose_plan",
     "delete_sums",
     "find_blocks",
     "gather",
+    "hidden_states",
     "progress",
     "remove_checkpoint",
     "sweep",

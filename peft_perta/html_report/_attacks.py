@@ -15,7 +15,13 @@ from .report_data import MODELS, ReportData, Values
 
 _SWITCHED_OFF = "switched-off"  # always succeeds, so it does not compete for the strongest attack
 _RANKING_MEASURES = ("probability", "rouge_l_recall")
-_MEASURES = {"probability": "probability", "rouge_l_recall": "ROUGE-L recall", "loss": "loss (nats per token)"}
+_MEASURES = {
+    "probability": "probability",
+    "rouge_l_recall": "ROUGE-L recall",
+    "loss": "loss (nats per token)",
+    "uds": "unlearning depth score",
+}
+_HIGHER_IS_BETTER = ("loss", "uds")
 _NO_DISTANCE = 0.02  # relative: if full and retain-only are this close, what was brought back cannot be told
 
 
@@ -114,7 +120,7 @@ def _table(measure: str, rows: list[tuple[AttackResult, Values]]) -> Markup:
         explained.add(result.attack)
     header: list[Cell] = ["attack", *(MODELS[column] for column in columns)]
     header += ["brought back"] if has_every_model else []
-    better = "higher is better" if measure == "loss" else "lower is better"
+    better = "higher is better" if measure in _HIGHER_IS_BETTER else "lower is better"
     direction = f", {better}" if measure in _MEASURES else ""
     caption = f"Forget rows under attack: {measure_label(measure)}{direction}"
     return table(caption, header, body, is_numeric=True)
@@ -153,6 +159,7 @@ def _recovered(values: Values, measure: str) -> float | None:
     distance = full - retain_only
     if not math.isfinite(distance) or not math.isfinite(unlearned):
         return None
-    if (distance > 0) == (measure == "loss") or abs(distance) < _NO_DISTANCE * max(abs(full), abs(retain_only)):
+    is_reversed = (distance > 0) == (measure in _HIGHER_IS_BETTER)
+    if is_reversed or abs(distance) < _NO_DISTANCE * max(abs(full), abs(retain_only)):
         return None
     return (unlearned - retain_only) / distance

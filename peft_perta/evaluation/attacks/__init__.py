@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...errors import AdapterError, ConfigError, DataError, UnsupportedLayerError
-from . import paraphrase, prefix, relearning, requantization, sampling, switched_off
+from . import depth, logit_lens, paraphrase, prefix, relearning, requantization, sampling, switched_off
 from .attack import Attack, AttackResult, AttackSettings, Victims, check_victims
 from .formatting import format_attacks
 
@@ -23,6 +23,8 @@ ATTACKS: dict[str, Attack] = {
         paraphrase.ATTACK,
         prefix.ATTACK,
         sampling.ATTACK,
+        logit_lens.ATTACK,
+        depth.ATTACK,
         switched_off.ATTACK,
     )
 }

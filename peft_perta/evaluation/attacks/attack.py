@@ -90,7 +90,7 @@ class AttackResult:
     """One attack in one setting, measured on the forget rows.
 
     Each model's numbers are measure -> value: 'loss' (nats per token), 'probability' (mean of exp(-loss)),
-    'rouge_l_recall' (of generated answers).
+    'rouge_l_recall' (of generated answers), 'uds' (the unlearning depth score).
 
     Attributes:
         attack: its key in ``ATTACKS``.

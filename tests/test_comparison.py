@@ -213,6 +213,7 @@ def test_settings_are_the_same_after_json(tmp_path):
         ({"matched": "luck"}, r"matched: expected some of \['loss', 'first-choice', 'options'\], found \('luck',\)"),
         ({"matched": []}, "matched: expected at least one value"),
         ({"suite_rows": -1}, "suite_rows: expected an int >= 0"),
+        ({"depth_rows": 1.5}, "depth_rows: expected an int >= 0"),
     ],
 )
 def test_bad_settings_are_refused(values, message):
@@ -274,7 +275,7 @@ def assets(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def compared(assets, tmp_path_factory):
     directory = tmp_path_factory.mktemp("comparison")
-    settings = dataclasses.replace(TINY, attacks=("relearning", "sampling"))
+    settings = dataclasses.replace(TINY, attacks=("relearning", "sampling"), depth_rows=6)
     testbed = Testbed.of_directory(assets)
     return settings, directory, run_comparison(directory, settings, testbed, show_progress_bar=False)
 
@@ -336,6 +337,15 @@ def test_scores_are_measured_against_the_retain_only_model(compared):
     assert retain_only["privleak"] == pytest.approx(0, abs=1e-6)
     for result in results:
         assert {"model_utility", "extraction_strength", "exact_memorization", "privleak"} <= set(result["scores"])
+
+
+def test_depth_is_0_for_the_full_model_and_1_for_the_retain_only_model(compared):
+    _, directory, results = compared
+    depths = {result["method"]: result["depth"] for result in results}
+    assert depths["full model"] == pytest.approx(0, abs=1e-3)
+    assert depths["retain-only model"] == pytest.approx(1, abs=1e-3)
+    assert all(0 <= depths[name] <= 1 for name in ("negation", "perta-grad"))
+    assert "| UDS |\n" in (directory / "table.md").read_text()
 
 
 def test_an_extrapolation_is_the_same_adapter_at_matched_forgetting(compared):

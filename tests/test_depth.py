@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peft_perta import AdapterError, UnsupportedLayerError
 from peft_perta.data import IGNORED
 from peft_perta.evaluation import Subject, Victims, run_attacks
-from peft_perta.evaluation.attacks.depth import falls
+from peft_perta.evaluation.attacks.depth import patched_falls
 from peft_perta.evaluation.attacks.logit_lens import lens
 from peft_perta.evaluation.metrics.depth import LEAST_FALL, depth_score
 
@@ -73,7 +73,7 @@ def test_falls_equal_activation_patching_row_by_row():
     full, source = subject(model, ["task"]), subject(model, ["task", "forget"])
     samples = full.encode(ROWS, "rows")
     with laws.untouched(model):
-        found = falls(full, source, samples, "falls")
+        found = patched_falls(full, source, samples, "falls")
     assert found.shape == (3, len(model.base_model.model.model.layers))
     oracle = builders.adapted_llama()
     for row, sample in zip(found.tolist(), samples, strict=True):
@@ -88,8 +88,10 @@ def test_the_states_of_the_last_block_carry_everything():
     full, source = subject(model, ["task"]), subject(model, ["task", "forget"])
     samples = full.encode(ROWS, "rows")
     own = {name: lens(s, samples, name)[:, -1] for name, s in (("full", full), ("source", source))}
-    torch.testing.assert_close(falls(full, source, samples, "x")[:, -1], own["source"] - own["full"], atol=1e-5, rtol=0)
-    assert falls(full, full, samples, "x").abs().max() < 1e-5
+    torch.testing.assert_close(
+        patched_falls(full, source, samples, "x")[:, -1], own["source"] - own["full"], atol=1e-5, rtol=0
+    )
+    assert patched_falls(full, full, samples, "x").abs().max() < 1e-5
 
 
 def test_the_lens_reads_what_the_norm_and_the_head_read_row_by_row():
@@ -110,7 +112,9 @@ def test_no_result_depends_on_the_batch_size():
     model = builders.adapted_llama()
     samples = subject(model, ["task"]).encode(ROWS, "rows")
     one, all_rows = ((subject(model, ["task"], n), subject(model, ["task", "forget"], n)) for n in (1, 3))
-    torch.testing.assert_close(falls(*one, samples, "x"), falls(*all_rows, samples, "x"), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        patched_falls(*one, samples, "x"), patched_falls(*all_rows, samples, "x"), atol=1e-5, rtol=1e-4
+    )
     torch.testing.assert_close(lens(one[0], samples, "x"), lens(all_rows[0], samples, "x"), atol=1e-5, rtol=1e-4)
 
 

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from ..evaluation import AttackSettings, Log, Splits, Subject, Victims, aggregate, evaluate, run_attacks, summary
+from torch import Tensor
+
+from ..data import spread
+from ..evaluation import (
+    AttackSettings,
+    Log,
+    Splits,
+    Subject,
+    Victims,
+    aggregate,
+    depth_score,
+    evaluate,
+    patched_falls,
+    run_attacks,
+    summary,
+)
 from .bench import Bench, Stack
-from .settings import COMPARING, ComparisonSettings
+from .settings import ComparisonSettings
 
 _RELEARNED_ROWS = 10
 
@@ -62,6 +78,7 @@ class Judge:
             "missed": statistics.fmean(rows["forget"]["missed"]),
             "rows": rows,
             "scores": summary(aggregate(log, retain_only or None)) if log else {},
+            "depth": self._depth(stack),
             "attacks": self._attack(stack) if self.settings.attacks else [],
         }
 
@@ -73,21 +90,32 @@ class Judge:
             generated=self.settings.suite_rows,
             max_new_tokens=self.settings.max_new_tokens,
         )
-        # The full and the retain-only model have results of their own, and are no victims but for what compares them.
-        alone, beside = Victims(subject, None, None, rows), Victims(subject, *self._others(subject), rows)
+        victims = Victims(subject, None, None, rows)  # the full and the retain-only model have results of their own
         with self.bench.scaled(stack):
-            results = [
-                result
-                for name in self.settings.attacks
-                for result in run_attacks(beside if name in COMPARING else alone, [name], settings)
-            ]
+            results = run_attacks(victims, self.settings.attacks, settings)
         return [{"attack": r.attack, "setting": r.setting, **r.unlearned} for r in results]
 
-    def _others(self, subject: Subject) -> tuple[Subject, Subject | None]:
-        """The full and the retain-only model."""
-        full = replace(subject, adapters=self.bench.full.adapters)
-        yardstick = self.bench.retain_only
-        return full, None if yardstick is None else replace(subject, adapters=yardstick.adapters)
+    def _depth(self, stack: Stack) -> float | None:
+        """The unlearning depth score; None where there is no retain-only model, or no block carries a row."""
+        if not self.settings.depth_rows or self.bench.retain_only is None:
+            return None
+        with self.bench.scaled(stack):
+            gone = self._falls(stack)
+        score = float(depth_score(self._carried, gone).nanmean())
+        return None if math.isnan(score) else score
+
+    @cached_property
+    def _carried(self) -> Tensor:
+        assert self.bench.retain_only is not None
+        return self._falls(self.bench.retain_only)
+
+    def _falls(self, stack: Stack) -> Tensor:
+        full, source = (
+            Subject(self.bench.model, self.bench.tokenizer, adapters, show_progress_bar=False)
+            for adapters in (self.bench.full.adapters, stack.adapters)
+        )
+        samples = spread(self.bench.samples["forget"], self.settings.depth_rows)
+        return patched_falls(full, source, samples, "depth")
 
 
 def _probability(loss: float) -> float:

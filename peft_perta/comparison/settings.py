@@ -29,9 +29,8 @@ ROWS_OF_AUTHOR = 20
 SMALL = "small"  # the name of the shipped testbed
 
 
-# 'switched-off' turns the adapter off, which leaves the full model whatever the method.
-COMPARING = ("depth",)  # attacks that need the full and the retain-only model
-COMPARED_ATTACKS = tuple(name for name in ATTACKS if name != "switched-off")
+# 'switched-off' turns the adapter off, which leaves the full model whatever the method; 'depth' has a column of its own.
+COMPARED_ATTACKS = tuple(name for name in ATTACKS if name not in ("switched-off", "depth"))
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,8 @@ class ComparisonSettings:
         weight_samples: retain rows that a method may use, at most; other retain rows are judged.
         judged_rows: rows of each split whose losses are measured, and that are attacked, at most.
         suite_rows: rows of each split that all other metrics use, at most; 0 leaves those metrics out.
+        depth_rows: forget rows for the unlearning depth score, at most; 0 leaves it out. It takes a forward pass of the
+            rows for each block.
         max_new_tokens: maximum length of a generated answer.
         curve: multiples of the matched strength at which losses are measured.
         attacks: names from ``ATTACKS``, tried at matched forgetting.
@@ -123,6 +124,7 @@ class ComparisonSettings:
     weight_samples: int = 100
     judged_rows: int = 100
     suite_rows: int = 40
+    depth_rows: int = 0
     max_new_tokens: int = 96
     curve: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
     attacks: tuple[str, ...] = ("relearning",)
@@ -150,7 +152,9 @@ class ComparisonSettings:
         for name in ("rank", "epochs", "least_steps", "batch_size", "weight_samples", "judged_rows",
                      "max_new_tokens"):  # fmt: skip
             check_setting(is_count(getattr(self, name)), name, "an int > 0", getattr(self, name))
-        check_setting(is_int(self.suite_rows) and self.suite_rows >= 0, "suite_rows", "an int >= 0", self.suite_rows)
+        for name in ("suite_rows", "depth_rows"):
+            value = getattr(self, name)
+            check_setting(is_int(value) and value >= 0, name, "an int >= 0", value)
         is_rate = is_number(self.learning_rate) and self.learning_rate > 0
         check_setting(is_rate, "learning_rate", "a number > 0", self.learning_rate)
         check_setting(isinstance(self.four_bit, bool), "four_bit", "true or false", self.four_bit)

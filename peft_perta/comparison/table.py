@@ -60,15 +60,14 @@ def _section(authors: int | None, measure: str, results: Sequence[Result]) -> st
         "method saw the unseen retain rows.",
         _markdown(by_method, _KEPT),
     ]
-    if any(r.get("scores") for r in results):
+    if any(r.get("scores") or r.get("depth") is not None for r in results):
         parts += ["At matched forgetting: what is left of the forget set (closest to the retain-only model is best).",
                   _markdown(by_method, _LEFT)]  # fmt: skip
     parts += ["Cost (in all: with the training of the forget adapter, if the method needs it).",
               _markdown(methods, _COST)]  # fmt: skip
     attack_columns = _attack_columns(results)
     if attack_columns:
-        parts += ["Attacks at matched forgetting: loss of the forget rows (lower: more came back), ROUGE-L, or UDS (1: "
-                  "as deep as never learned).",
+        parts += ["Attacks at matched forgetting: loss of the forget rows (lower: more came back) or ROUGE-L.",
                   _markdown(by_method, attack_columns)]  # fmt: skip
     if len(methods) > 1:
         parts += ["What is kept of the unseen retain rows, against controls: the mean difference and its 95 % interval "
@@ -166,26 +165,22 @@ def _gibibytes(result: Result) -> float | None:
 
 
 def _attack_columns(results: Sequence[Result]) -> list[Column]:
-    """One column for each attack in each setting: its loss, or what it measures in place of one."""
+    """One column for each attack in each setting: its loss, or ROUGE-L where it measures no loss."""
     attacks = [attack for result in results for attack in result.get("attacks", ())]
-    measures = {
-        (a["attack"], a["setting"]): measure for a in attacks for measure in reversed(_ATTACK_MEASURES) if measure in a
-    }
+    measures = {(a["attack"], a["setting"]): "loss" if "loss" in a else "rouge_l_recall" for a in attacks}
 
     def reader(attack: str, setting: str, measure: str) -> Callable[[Result], float | None]:
         def read(result: Result) -> float | None:
             own = result.get("attacks", ())
-            return next((a.get(measure) for a in own if (a["attack"], a["setting"]) == (attack, setting)), None)
+            return next((a[measure] for a in own if (a["attack"], a["setting"]) == (attack, setting)), None)
 
         return read
 
+    suffixes = {"loss": "", "rouge_l_recall": " (ROUGE-L)"}
     return [
-        (f"{attack}: {setting}{_ATTACK_MEASURES[measure]}", reader(attack, setting, measure), _three)
+        (f"{attack}: {setting}{suffixes[measure]}", reader(attack, setting, measure), _three)
         for (attack, setting), measure in measures.items()
     ]
-
-
-_ATTACK_MEASURES = {"loss": "", "rouge_l_recall": " (ROUGE-L)", "uds": " (UDS)"}  # -> what its column says
 
 
 def _counted(count: int, noun: str) -> str:
@@ -218,6 +213,7 @@ _LEFT: list[Column] = [
     ("extraction strength", _value("scores", "extraction_strength"), _three),
     ("exact memorization", _value("scores", "exact_memorization"), _three),
     ("privleak", _value("scores", "privleak"), _one),
+    ("UDS", _value("depth"), _three),
 ]
 
 _COST: list[Column] = [

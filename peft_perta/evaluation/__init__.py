@@ -7,6 +7,7 @@ Imports from: errors, data, model, gradients.
 
 from .attacks import ATTACKS, run_attacks
 from .attacks.attack import Attack, AttackResult, AttackSettings, Victims
+from .attacks.depth import patched_falls
 from .attacks.formatting import format_attacks
 from .calibration import TOLERANCE, Calibration, Goal, calibrate, forget_loss_of_log
 from .completions import ScoredCompletion, losses_of, score_completions, score_false_answers
@@ -14,6 +15,7 @@ from .generation import generate
 from .lm_eval import general_benchmarks
 from .logs.files import Log, format_rescored, read_log, summary, write_log
 from .logs.rescoring import aggregate, rescore
+from .metrics.depth import depth_score
 from .metrics.memorization import exact_memorization
 from .metrics.metric import METRIC_GROUPS, Metric
 from .metrics.table import METRICS, metric_of
@@ -47,6 +49,7 @@ __all__ = [
     "aggregate",
     "calibrate",
     "check_start",
+    "depth_score",
     "evaluate",
     "evaluate_split",
     "exact_memorization",
@@ -60,6 +63,7 @@ __all__ = [
     "match_forgetting",
     "metric_of",
     "normalised_probability",
+    "patched_falls",
     "read_log",
     "read_suites",
     "rescore",

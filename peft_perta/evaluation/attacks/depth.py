@@ -48,8 +48,8 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
     full, retain_only = victims.full, victims.retain_only
     assert full is not None and retain_only is not None  # noqa: PT018
     samples = full.encode(attacked_rows(victims, settings), _NAME)
-    carried = falls(full, retain_only, samples, f"{_NAME}, retain-only")
-    gone = falls(full, victims.unlearned, samples, f"{_NAME}, unlearned")
+    carried = patched_falls(full, retain_only, samples, f"{_NAME}, retain-only")
+    gone = patched_falls(full, victims.unlearned, samples, f"{_NAME}, unlearned")
     half = carried.shape[1] // 2
     parts = {"all blocks": slice(None), "lower half": slice(half), "upper half": slice(half, None)}
     return [_result(setting, carried[:, part], gone[:, part]) for setting, part in parts.items()]
@@ -58,7 +58,7 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
 ATTACK = Attack(_NAME, "Put the unlearned model's inner states into the full model: does it still know?", check, run)
 
 
-def falls(full: Subject, source: Subject, samples: list[Sample], name: str) -> Tensor:
+def patched_falls(full: Subject, source: Subject, samples: list[Sample], name: str) -> Tensor:
     """[N, L], float64 on the CPU: by how much the full model's loss grows, nats per token, when its states after block
     l are the source's, wherever a token of the completion is predicted.
 

@@ -4,6 +4,7 @@ To add a metric: a file with its functions, a row in table.py, a row in tests/ta
 """
 
 from .choices import accuracy, chosen_option
+from .depth import depth_score
 from .forget_quality import forget_quality
 from .membership import area_under_curve, minimum_k, minimum_k_plus_plus, privacy_leakage, reference_score, zlib_score
 from .memorization import exact_memorization, extraction_strength
@@ -21,6 +22,7 @@ __all__ = [
     "accuracy",
     "area_under_curve",
     "chosen_option",
+    "depth_score",
     "exact_memorization",
     "extraction_strength",
     "forget_quality",

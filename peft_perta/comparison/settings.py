@@ -29,7 +29,7 @@ ROWS_OF_AUTHOR = 20
 SMALL = "small"  # the name of the shipped testbed
 
 
-# 'switched-off' turns the adapter off, which leaves the full model whatever the method; 'depth' has a column of its own.
+# 'switched-off' turns the adapter off, which leaves the full model whatever the method; 'depth' is ``depth_rows``.
 COMPARED_ATTACKS = tuple(name for name in ATTACKS if name not in ("switched-off", "depth"))
 
 

@@ -283,6 +283,15 @@ def test_an_answer_that_the_model_writes_has_recall_1():
     )
 
 
+def test_false_answers_may_be_scored_of_the_first_rows_alone():
+    model = builders.adapted_llama(torch.float64)
+    subject = Subject(model, builders.tokenizer(), ["task"])
+    some = evaluate_split(subject, ROWS, is_forget=True, compared=1)
+    whole, first = (evaluate_split(subject, rows, is_forget=True) for rows in (ROWS, ROWS[:1]))
+    assert (some.loss, some.truth_score) == (whole.loss, pytest.approx(first.truth_score))
+    assert evaluate_split(subject, ROWS, is_forget=True, compared=0).truth_score is None
+
+
 def test_what_was_not_asked_for_is_none():
     scores = evaluate_split(Subject(builders.llama(), builders.tokenizer()), builders.retain_rows(), is_forget=False)
     assert (scores.rows, scores.rouge_l_recall, scores.truth_score) == (4, None, None)

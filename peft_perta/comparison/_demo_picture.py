@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..html_report import BLUE, RED, TradeOffPanel, save_figure, trade_off_figure
+from ..html_report import BLUE, TradeOffPanel, save_figure, trade_off_figure
 
-STYLES = (("#777777", "-"), (BLUE, "-"), (RED, "--"))  # colour and line of each edit, in their order
+COLORS = ("#777777", BLUE)  # of each edit, in their order
 
 
 def draw_trade_off(
@@ -31,8 +31,8 @@ def draw_trade_off(
     target = points["retain-only"]["forget"]
     for panel in panels:
         panel.goal(forget=target)
-        for (color, line), (edit, curve) in zip(STYLES, curves.items(), strict=True):
-            panel.curve(curve, color=color, label=labels[edit], linestyle=line, marker="o", markersize=4, linewidth=1.8)
+        for color, (edit, curve) in zip(COLORS, curves.items(), strict=True):
+            panel.curve(curve, color=color, label=labels[edit], marker="o", markersize=4, linewidth=1.8)
         panel.full(points["task"])
         panel.retain_only(points["retain-only"])
         panel.label(f"{panel.split} rows", up="rows to keep" if panel is panels[0] else None)

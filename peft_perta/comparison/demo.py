@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ from .testbed import SPLITS, Testbed
 
 REPORT_NAME = "report.json"
 PICTURE_NAME = "trade_off.png"
-EDITS = {"negation": "uniform", "perta-grad": "grad", "perta-fisher": "fisher"}  # adapter name -> weighting
+EDITS = {"negation": "uniform", "perta-grad": "grad"}  # adapter name -> weighting
+BEST = "perta-grad"  # the edit whose adapter is written
 
 LABELS = {
     "negation": "plain negation",
     "perta-grad": "PerTA-grad",
-    "perta-fisher": "PerTA-fisher",
     "task": "full model",
     "retain-only": "retain-only model",
 }
@@ -92,20 +93,19 @@ def run_demo(
     print(f"1. train the forget adapter ({settings.epochs} epochs, rank {settings.rank})")
     with timed(result.seconds, "train the forget adapter"):
         bench = Bench(settings, four_bit=four_bit, testbed=testbed)
-    print("2. gradients, weights and factors; emit a negative adapter for each of three weightings")
+    print("2. gradients, weights and factors; emit a negative adapter for each of two weightings")
     emitted = _emit(bench, result)
     print("3. find the strength at which each edit forgets as much as the retain-only model never knew")
     _match(bench, settings, result)
     print("4. evaluate every model")
     _evaluate(bench, settings, result)
-    best = _best(result)
     with replaced_directory(output_dir, REPORT_NAME) as directory:
-        emitted[best].scaled(result.matches[best].strength).save(directory / "adapter")
+        emitted[BEST].scaled(result.matches[BEST].strength).save(directory / "adapter")
         (directory / REPORT_NAME).write_text(json.dumps(result.to_dict(), indent=1) + "\n")
         draw_trade_off(result.curves, result.points, LABELS, directory / PICTURE_NAME)
     print(format_table(result))
     print(
-        f"\n{LABELS[best]} at matched forgetting is in {output_dir / 'adapter'}; the figures are in "
+        f"\n{LABELS[BEST]} at matched forgetting is in {output_dir / 'adapter'}; the figures are in "
         f"{output_dir / REPORT_NAME}, the trade-off in {output_dir / PICTURE_NAME}.\n"
         f"Next: peft-perta inspect {output_dir / 'adapter'}"
     )
@@ -127,7 +127,8 @@ def format_table(result: DemoResult) -> str:
     lines.append(
         "truth: on forget rows, 1 means that true and false answers look alike; elsewhere, higher means that the true "
         "answer is preferred.\n"
-        "Each edit is shown at strength 1 and at matched forgetting, where its forget loss is the retain-only model's."
+        "Each edit is shown at strength 1 (losses and probabilities alone) and at matched forgetting, where its forget "
+        "loss is the retain-only model's."
     )
     return "\n".join(lines)
 
@@ -157,13 +158,15 @@ def _match(bench: Bench, settings: DemoSettings, result: DemoResult) -> None:
 
 
 def _evaluate(bench: Bench, settings: DemoSettings, result: DemoResult) -> None:
-    """Fill the table: the full model, each edit at strength 1 and at its match, the retain-only model."""
-    rows: list[tuple[str, float | None, Stack]] = [("task", None, bench.full)]
-    rows += [(edit, 1.0, bench.edited(edit)) for edit in EDITS]
-    rows += [(edit, match.strength, bench.edited(edit, match.strength)) for edit, match in result.matches.items()]
-    rows += [("retain-only", None, bench.yardstick)]
+    """Fill the table: the full model, each edit at its match, the retain-only model; of each edit at strength 1 only
+    losses and probabilities."""
+    matched = {edit: match.strength for edit, match in result.matches.items()}
+    rows: list[tuple[str, float | None, Stack, bool]] = [("task", None, bench.full, True)]
+    rows += [(edit, 1.0, bench.edited(edit), False) for edit in EDITS]
+    rows += [(edit, strength, bench.edited(edit, strength), True) for edit, strength in matched.items()]
+    rows += [("retain-only", None, bench.yardstick, True)]
     with timed(result.seconds, "evaluate"):
-        for name, strength, stack in rows:
+        for name, strength, stack, in_full in rows:
             subject = Subject(bench.model, bench.tokenizer, stack.adapters, show_progress_bar=False)
             with bench.scaled(stack):
                 scores = {
@@ -171,7 +174,8 @@ def _evaluate(bench: Bench, settings: DemoSettings, result: DemoResult) -> None:
                         subject,
                         bench.judged_rows[split],
                         is_forget=split == "forget",
-                        generated=0 if "text" in bench.judged_rows[split][0] else settings.generated_rows,
+                        generated=settings.generated_rows if in_full and _is_asked(bench.judged_rows[split]) else 0,
+                        compared=settings.compared_rows if in_full else 0,
                         max_new_tokens=settings.max_new_tokens,
                     )
                     for split in SPLITS
@@ -179,15 +183,8 @@ def _evaluate(bench: Bench, settings: DemoSettings, result: DemoResult) -> None:
             result.table.append((LABELS[name], strength, scores))
 
 
-def _best(result: DemoResult) -> str:
-    """The weighted edit with the lowest sum of retain and general loss at matched forgetting."""
-
-    def loss(edit: str) -> float:
-        strength = result.matches[edit].strength
-        at_match = min(result.curves[edit], key=lambda point: abs(point["strength"] - strength))
-        return at_match["retain"] + at_match["general"]
-
-    return min(("perta-grad", "perta-fisher"), key=loss)
+def _is_asked(rows: Sequence[Mapping]) -> bool:
+    return "text" not in rows[0]
 
 
 def _shown(value: float | None) -> str:

@@ -61,12 +61,14 @@ class DemoSettings(BenchSettings):
 
     Attributes:
         generated_rows: rows of each split that are answered by generation.
+        compared_rows: rows of each split whose false answers are scored; None for all.
         max_new_tokens: maximum length of a generated answer.
         curve: multiples of the matched strength at which losses are measured.
     """
 
     judged_rows: int = 32
     generated_rows: int = 10
+    compared_rows: int | None = None
     max_new_tokens: int = 96
     curve: tuple[float, ...] = (0.0, 0.4, 0.7, 1.0, 1.3)
 
@@ -76,8 +78,8 @@ class DemoSettings(BenchSettings):
         if testbed == SMALL:
             return cls(seed=seed)
         return cls(
-            epochs=8, learning_rate=1e-3, batch_size=8, weight_samples=40, judged_rows=16, generated_rows=4,
-            max_new_tokens=64, curve=(0.0, 0.5, 1.0, 1.3), seed=seed,
+            epochs=8, learning_rate=1e-3, batch_size=8, weight_samples=40, judged_rows=12, generated_rows=4,
+            compared_rows=6, max_new_tokens=64, curve=(0.0, 0.5, 1.0, 1.3), seed=seed,
         )  # fmt: skip
 
 

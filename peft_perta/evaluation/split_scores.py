@@ -27,8 +27,8 @@ class SplitScores:
         loss: mean over rows of the answer's mean token loss, nats.
         probability: mean over rows of exp(-loss).
         rouge_l_recall: mean over the rows that were answered; None where none was.
-        truth_score: ``forget_truth_score`` on the forget split, ``retain_truth_score`` elsewhere; None where the rows
-            have no false answers.
+        truth_score: ``forget_truth_score`` on the forget split, ``retain_truth_score`` elsewhere; None where no false
+            answers were scored.
     """
 
     rows: int
@@ -48,6 +48,7 @@ def evaluate_split(
     *,
     is_forget: bool,
     generated: int = 0,
+    compared: int | None = None,
     max_new_tokens: int = 96,
 ) -> SplitScores:
     """Score the model on rows of a split. The model is left as it was.
@@ -57,6 +58,7 @@ def evaluate_split(
         rows: {question, answer[, paraphrased_answer, perturbed_answer]}.
         is_forget: selects the truth score of the forget split.
         generated: the number of rows, from the first, that are answered greedily for ROUGE-L.
+        compared: the number of rows, from the first, whose false answers are scored for the truth score; None for all.
         max_new_tokens: the most tokens of an answer.
 
     Raises:
@@ -68,7 +70,7 @@ def evaluate_split(
         asked = rows[:generated]
         texts = generate(subject, asked, max_new_tokens=max_new_tokens)
         recalls = rouge_l_recall(texts, [completion_text(row) for row in asked])
-    with_false_answers = [row for row in rows if row.get("perturbed_answer")]
+    with_false_answers = [row for row in rows[:compared] if row.get("perturbed_answer")]
     truth = None
     if with_false_answers:
         ratios = _truth_ratios(subject, with_false_answers)

@@ -42,7 +42,8 @@ class TradeOffPanel:
     split: str
 
     def label(self, title: str | None = None, up: str | None = None) -> None:
-        """Name the axes and draw the grid, once the curves are drawn: the vertical axis begins at 0 from then on.
+        """Name the axes and draw the grid, once the curves are drawn. The vertical axis then begins at 0, unless that
+        would press the curves into its upper half.
 
         Args:
             title: of the panel.
@@ -53,7 +54,9 @@ class TradeOffPanel:
         if up:
             self.axes.set_ylabel(f"loss on {up}: lower is better")
         self.axes.set_xlabel("loss on forget rows (nats per token): more is forgotten →")
-        self.axes.set_ylim(bottom=0)
+        lowest, highest = self.axes.get_ylim()
+        if lowest < highest / 2:
+            self.axes.set_ylim(bottom=0)
         self.axes.grid(alpha=0.25)
 
     def curve(self, points: Sequence[Losses], *, color: str, label: str, **style) -> None:

@@ -5,14 +5,13 @@
 
 The task adapter learns the authors to forget (40 rows) and the authors to keep (160 rows); the retain-only adapter
 learns the authors to keep alone. Both are LoRA of rank 8 on all linear layers. Of TOFU's real authors and world facts
-the model as it is knows those whose right answer takes more than half of the probability of all options. Each stage
+the model as it is knows those whose right answer is likelier, per token, than every false one. Each stage
 writes what `peft_perta.comparison.read_testbed` reads, by default into the package. `all` runs the stages whose result
 is missing, so a killed run goes on where it was; a stage named alone always runs. About 30 minutes on two cores.
 """
 
 import argparse
 import json
-import math
 import re
 import tempfile
 from pathlib import Path
@@ -24,10 +23,8 @@ from safetensors.torch import load_file, save_file
 from peft_perta import attach_adapters, load_base, train_forget_adapter
 from peft_perta.comparison import small, smollm2
 from peft_perta.evaluation import (
-    ScoredCompletion,
     Subject,
     evaluate_split,
-    normalised_probability,
     score_completions,
     score_false_answers,
 )
@@ -78,15 +75,12 @@ def build_known(output: Path) -> None:
     for name in smollm2.KNOWN:
         rows = small().suite_rows[name]
         true, false = score_completions(subject, rows, name), score_false_answers(subject, rows, name)
-        known = [row for row, *answers in zip(rows, true, false, strict=True) if _share(*answers) > 0.5]
+        known = [
+            row for row, own, others in zip(rows, true, false, strict=True) if own.loss < min(a.loss for a in others)
+        ]
         print(f"{name}: {len(known)} of {len(rows)}")
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in known]
         (output / f"known_{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
-def _share(true: ScoredCompletion, false: list[ScoredCompletion]) -> float:
-    """The right answer's share of the probability of all options."""
-    return normalised_probability(math.exp(-true.loss), [math.exp(-answer.loss) for answer in false])
 
 
 def ship(trained: Path, output: Path) -> None:

@@ -18,7 +18,7 @@ from .emitted import (
 from .extrapolate import extrapolate_adapter
 from .fuse import fuse_adapters
 from .low_rank import Edit, Factors, Product, factorize
-from .merge import merge_adapters
+from .merge import MERGED_NAME, merge_adapters
 from .merge_check import compare_merged
 from .model_card import model_card
 from .provenance import (
@@ -40,6 +40,7 @@ from .verify import format_checks, re_evaluate, verify_adapter
 __all__ = [
     "DTYPES",
     "FORGET_RECORD_NAME",
+    "MERGED_NAME",
     "PROVENANCE_NAME",
     "SERVABLE_RANKS",
     "Edit",

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..data import replaced_directory
+from ..data import WRITTEN, replaced_directory
 from ..errors import AdapterError, NumericalError, OutputError
 from ..evaluation import Calibration
 from ..model import (
@@ -168,6 +168,7 @@ def load_provenance(path: str | Path) -> tuple[Provenance, dict[str, str]]:
     try:
         values = json.loads(file.read_text())
         values.pop("format")
+        values.pop(WRITTEN, None)
         files = values.pop("files")
         return read_provenance(values), files
     except (ValueError, LookupError, TypeError, AttributeError) as error:

@@ -6,7 +6,8 @@ Each command is a module of its own name under one contract, and a row in ``COMM
 
 - its docstring is the help: two sentences on what the command does and what it needs, then an example;
 - ``add_options(parser)`` adds its options;
-- ``run(options)`` runs it, and returns the exit status if it is not 0;
+- ``run(options)`` runs it, and returns the exit status if it is not 0; a verdict is in ``options.status`` before it is
+  printed;
 - ``resume_path(options)``, where an interrupted run can be resumed, is a path that exists once there is work to resume.
 
 Exit statuses: 0; 1 if ``verify`` finds a fault, or ``merge --check`` another model than the stack; 2, with one line on
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = _command_name(arguments)
     resume_path: str | None = None
+    options = argparse.Namespace()
     try:
         command = _import(f"cli.{name}")
         options = command_parser(name).parse_args(arguments[1:])
@@ -70,16 +72,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _import("model").quiet()
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a terminal that lacks the characters of a bar chart shows "?"
-        status = command.run(options)
+        options.status = command.run(options) or 0
         sys.stdout.flush()
-        return status or 0
+        return options.status
     except PerTAError as error:
         if _import("model").distributed.local_rank() == 0:  # every process fails with the same error
             print(f"peft-perta: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output has closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return getattr(options, "status", 0)  # a verdict stands, whether it was read or not
     except KeyboardInterrupt:
         resumable = resume_path is not None and os.path.exists(resume_path)
         remedy = "run the same command again to resume" if resumable else "nothing was written"

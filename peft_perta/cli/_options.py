@@ -76,6 +76,11 @@ def add_output(parser: argparse.ArgumentParser, content: str) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help=f"the directory to write {content} to")
 
 
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """``--overwrite``, where a command writes a file by the user's name."""
+    parser.add_argument("--overwrite", action="store_true", help="replace a file of that name")
+
+
 def add_max_length(parser: argparse.ArgumentParser) -> None:
     """``--max-length``."""
     text = "the most tokens per row (default: 1024, or the model's number of positions if that is less)"

@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 
 from ..adapters import PROVENANCE_NAME, PerTAProvenance, load_emitted
-from ..data import check_output
 from ..errors import AdapterError
 from ..evaluation import calibrate
 from ._goal import add_goal, load_search, search_adapters
 from ._options import add_model, add_output, print_next, save_adapter
+from ._output import check_output_of
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Find the strength, and write the rescaled adapter."""
-    check_output(options.output, PROVENANCE_NAME)
+    check_output_of(options, PROVENANCE_NAME)
     adapters = search_adapters(options, {"unlearn": options.adapter, "forget": options.forget_adapter})
     emitted = load_emitted(options.adapter)
     if not isinstance(emitted.provenance, PerTAProvenance):

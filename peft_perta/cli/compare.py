@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..comparison import (
+    CONFIG_NAME,
     METHODS,
     TESTBEDS,
     ComparisonSettings,
@@ -27,9 +28,10 @@ from ..comparison import (
     run_comparison,
     training_flags,
 )
-from ..data import write_file
+from ..data import check_file, write_file
 from ..errors import ConfigError
-from ._options import BASE_MODEL, add_forget, add_four_bit, add_retain, add_task_adapter, flag
+from ._options import BASE_MODEL, add_forget, add_four_bit, add_overwrite, add_retain, add_task_adapter, flag
+from ._output import check_output_of
 
 _OWN = ("task_adapter", "forget", "retain", "general", "retain_only_adapter", "retain_only_log", "target_forget_loss")
 _YARDSTICKS = ("retain_only_adapter", "retain_only_log", "target_forget_loss")
@@ -58,6 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", metavar="FILE", help="also write the results to this file, as JSON lines; with --list, the names"
     )
+    add_overwrite(parser)
     parser.add_argument(
         "--output", default="perta_comparison", metavar="DIR",
         help="the directory to write the results, a table and a picture to (default: perta_comparison)",
@@ -84,11 +87,14 @@ def _add_own_model(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the comparison, or print the methods."""
+    if options.json:
+        check_file(options.json, overwrite=options.overwrite)
     if options.lists:
         if options.json:
             write_file(options.json, json.dumps({"methods": list(METHODS)}, indent=1) + "\n")
         print(format_methods())
         return
+    check_output_of(options, CONFIG_NAME, grows=True)
     testbed = _testbed(options)
     settings = _settings(options, testbed)
     results = run_comparison(options.output, settings, testbed)

@@ -12,7 +12,7 @@ import argparse
 from typing import Any
 
 from ..adapters import PROVENANCE_NAME, torch_dtype
-from ..data import check_output, read_rows
+from ..data import read_rows
 from ..errors import DataError
 from ..influence import InfluenceSettings, check_difference, correct_responses, erase_instances, modify_queries
 from ..model import attach_adapters, resolve_targets
@@ -29,6 +29,7 @@ from ._options import (
     print_next,
     save_adapter,
 )
+from ._output import check_output_of
 from ._settings import add_settings, read_settings
 
 
@@ -60,7 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Edit the adapter."""
     settings = read_settings(InfluenceSettings, options)
-    check_output(options.output, PROVENANCE_NAME)
+    check_output_of(options, PROVENANCE_NAME)
     edit, changed = _change(options)
     check_rows(options.training)
     beside = {f"beside_{number}": directory for number, directory in enumerate(options.with_adapters, start=1)}

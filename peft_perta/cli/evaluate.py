@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..data import check_output, claimed_directory, write_file
+from ..data import claimed_directory, write_file
 from ..errors import ConfigError, DataError
 from ..evaluation import (
     ATTACKS,
@@ -41,6 +41,7 @@ from ..evaluation import (
 from ..html_report import ReportHeader, report_data_of_logs, write_html_report
 from ..model import adapter_strength, attach_adapters, check_adapter_files
 from ._options import HTML_REPORT_NAME, add_max_length, add_model, add_output, load_model, read_strengths
+from ._output import check_output_of
 
 ATTACKS_NAME = "attacks.json"
 RETAIN_ONLY, FULL, UNLEARNED = "retain-only", "full", "unlearned"  # labels of the models
@@ -93,7 +94,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Judge the models, and write the logs."""
-    output = check_output(options.output, RECORD_NAME)
+    output = check_output_of(options, RECORD_NAME, grows=True)
     request = _read_request(options)
     adapters = {f"adapter_{number}": directory for number, directory in enumerate(request.strengths, start=1)}
     stack = list(adapters)

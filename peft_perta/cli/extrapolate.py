@@ -12,11 +12,11 @@ import argparse
 from typing import Any
 
 from ..adapters import PROVENANCE_NAME, extrapolate_adapter
-from ..data import check_output
 from ..errors import ConfigError, DataError
 from ..model import attach_adapters, load_skeleton
 from ._goal import SEARCH_OPTIONS, add_goal, load_search, search_adapters
 from ._options import add_model, add_output, flag, print_next, save_adapter
+from ._output import check_output_of
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write the extrapolated adapter."""
-    check_output(options.output, PROVENANCE_NAME)
+    check_output_of(options, PROVENANCE_NAME)
     judged = {"unlearn": options.adapter, "start": options.start_adapter}
     search: dict[str, Any] = {}
     if options.alpha == "auto":

@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 
 from ..adapters import FORGET_RECORD_NAME
-from ..data import check_output
 from ..training import LoraSettings, train_forget_adapter
 from ._options import add_forget, add_model, add_output, add_training, check_rows, check_training, load_model
+from ._output import check_output_of
 from ._settings import add_settings, read_settings
 
 
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
     """Train the forget adapter."""
     check_training(options)
     settings = read_settings(LoraSettings, options)
-    check_output(options.output, FORGET_RECORD_NAME)
+    check_output_of(options, FORGET_RECORD_NAME)
     check_rows(options.forget)
     model, tokenizer = load_model(options)
     train_forget_adapter(

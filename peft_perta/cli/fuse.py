@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 
 from ..adapters import PROVENANCE_NAME, fuse_adapters, torch_dtype
-from ..data import check_output
 from ..model import attach_adapters, load_skeleton
 from ._options import PARTS, add_base_model, add_dtype, add_output, print_next, read_strengths, save_adapter
+from ._output import check_output_of
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write the fused adapter."""
-    check_output(options.output, PROVENANCE_NAME)
+    check_output_of(options, PROVENANCE_NAME)
     parts = read_strengths(options.adapters)
     directories = {f"adapter_{number}": directory for number, directory in enumerate(parts, start=1)}
     strengths = {name: parts[directory] for name, directory in directories.items()}

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 
-from ..adapters import compare_merged, merge_adapters, torch_dtype
+from ..adapters import MERGED_NAME, compare_merged, merge_adapters, torch_dtype
 from ..data import read_rows
 from ._options import PARTS, ROWS, add_base_model, add_dtype, add_output, read_strengths
+from ._output import check_output_of
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the merged model; the status is 1 if the check finds that it is not the stacked one."""
+    check_output_of(options, MERGED_NAME)
     parts = read_strengths(options.adapters)
     rows = read_rows(options.check) if options.check else None
     dtype = torch_dtype(options.dtype) if options.dtype else None
@@ -37,5 +39,6 @@ def run(options: argparse.Namespace) -> int:
     if rows is None:
         return 0
     check = compare_merged(options.model, parts, options.output, rows, revision=options.revision)
+    options.status = int(not check.agrees)
     print(check)
-    return int(not check.agrees)
+    return options.status

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 
 from ..adapters import PROVENANCE_NAME
-from ..data import check_output
 from ..model import attach_adapters, distributed
 from ..perta import RefinementSettings, refine_adapter
 from ._options import (
@@ -27,6 +26,7 @@ from ._options import (
     print_next,
     save_adapter,
 )
+from ._output import check_output_of
 from ._settings import add_settings, read_settings
 
 
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
     """Write the refined adapter."""
     settings = read_settings(RefinementSettings, options)
     distributed.start()
-    check_output(options.output, PROVENANCE_NAME)
+    check_output_of(options, PROVENANCE_NAME)
     adapters = given_adapters({"unlearn": options.adapter, "task": options.task_adapter})
     check_distinct(adapters.values())
     check_rows(options.forget, options.retain)

@@ -10,11 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from pathlib import Path
 
-from ..data import write_file
+from ..data import check_file, write_file
 from ..errors import ConfigError
 from ..evaluation import format_rescored, read_log, rescore
+from ._options import add_overwrite
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -27,15 +27,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", required=True, metavar="JSON", help="the file to write the aggregates to: metric -> {agg_value}"
     )
+    add_overwrite(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Recompute the aggregates, and print them beside those of the log."""
-    if Path(options.output).is_dir():
-        raise ConfigError(f"--output: expected a file, found the directory {options.output}")
     for path in filter(None, (options.log, options.retain_only_log)):
         if os.path.realpath(path) == os.path.realpath(options.output):
             raise ConfigError(f"--output: expected another file than {path}, which it would replace")
+    check_file(options.output, overwrite=options.overwrite)
     log = read_log(options.log)
     retain_only = read_log(options.retain_only_log) if options.retain_only_log else None
     results, left_out = rescore(log, retain_only, where=options.log, retain_only_where=options.retain_only_log or "")

@@ -15,7 +15,6 @@ import os
 from peft import LoraConfig
 
 from ..adapters import PROVENANCE_NAME
-from ..data import check_output
 from ..errors import ConfigError
 from ..gradients import remove_checkpoint
 from ..model import attach_adapters, distributed
@@ -44,6 +43,7 @@ from ._options import (
     load_model,
     print_next,
 )
+from ._output import check_output_of
 from ._settings import add_settings, read_settings
 
 
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
     settings = read_settings(UnlearningSettings, options)
     lora_config = _new_config(options)
     distributed.start()
-    check_output(options.output, PROVENANCE_NAME)
+    check_output_of(options, PROVENANCE_NAME)
     adapters = given_adapters({"task": options.task_adapter, "start": options.start_adapter})
     check_distinct(adapters.values())
     check_rows(options.forget, options.retain)

@@ -18,7 +18,7 @@ from typing import Any
 from peft import PeftModel
 
 from ..adapters import PROVENANCE_NAME
-from ..data import check_output, read_rows
+from ..data import read_rows
 from ..errors import DataError
 from ..gradients import remove_checkpoint
 from ..html_report import ReportHeader, report_data_of_rows, write_html_report
@@ -37,6 +37,7 @@ from ._options import (
     print_next,
     save_adapter,
 )
+from ._output import check_output_of
 from ._settings import add_settings, read_settings
 
 
@@ -64,9 +65,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Make the negative adapter."""
     config = read_settings(PerTAConfig, options)
-    _check_weighting(config, options)
+    needs_rows = _check_weighting(config, options)
     distributed.start()
-    check_output(options.output, PROVENANCE_NAME)
+    check_output_of(options, PROVENANCE_NAME)
     adapters = given_adapters({"forget": options.forget_adapter, "task": options.task_adapter})
     rows = {name: read_rows(path) if (path := getattr(options, name)) else None for name in ("forget", "retain")}
     base, tokenizer = load_model(options)
@@ -78,11 +79,12 @@ def run(options: argparse.Namespace) -> None:
         options.retain,
         task_adapter="task" if options.task_adapter else None,
         tokenizer=tokenizer,
-        checkpoint_dir=resume_path(options),
+        checkpoint_dir=resume_path(options) if needs_rows else None,
     )
     if distributed.is_main():
         save_adapter(emitted, options.output)
-        remove_checkpoint(resume_path(options))
+        if needs_rows:
+            remove_checkpoint(resume_path(options))
         if options.html_report:
             emitted.add_to(model, "unlearn")
             _write_html_report(options, model, tokenizer, {name: value for name, value in rows.items() if value})
@@ -96,13 +98,15 @@ def resume_path(options: argparse.Namespace) -> str:
     return f"{options.output.rstrip(os.sep)}.checkpoint"
 
 
-def _check_weighting(config: PerTAConfig, options: argparse.Namespace) -> None:
+def _check_weighting(config: PerTAConfig, options: argparse.Namespace) -> bool:
+    """Whether the weighting needs rows, which are then given."""
     if ":" in config.weighting and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # as with python -m: a user's own weighting may be in the working directory
     weighting = resolve_weighting(config.weighting, config.power)
     for name in ("forget", "retain"):
         if weighting.statistic and not getattr(options, name):
             raise DataError(f"--{name}: expected a file of rows, found none; only --weighting uniform needs no rows")
+    return weighting.statistic is not None
 
 
 def _write_html_report(

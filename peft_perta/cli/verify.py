@@ -45,5 +45,6 @@ def run(options: argparse.Namespace) -> int:
             for name, path in paths.items()
         }
         checks += re_evaluate(model, samples, "unlearn", ["task"] if options.task_adapter else [])
+    options.status = int(any(check.failed for check in checks))
     print(format_checks(checks))
-    return int(any(check.failed for check in checks))
+    return options.status

@@ -10,7 +10,7 @@ from .bench import Bench, prepare
 from .demo import run_demo
 from .intervals import kept_against
 from .methods import METHODS, format_methods, training_flags
-from .run import run_comparison
+from .run import CONFIG_NAME, run_comparison
 from .settings import MEASURES, BenchSettings, ComparisonSettings, DemoSettings
 from .smollm2 import TESTBEDS, read_testbed
 from .table import best_method, format_table
@@ -18,6 +18,7 @@ from .testbed import ASSETS, SPLITS, Testbed, small
 
 __all__ = [
     "ASSETS",
+    "CONFIG_NAME",
     "MEASURES",
     "METHODS",
     "SPLITS",

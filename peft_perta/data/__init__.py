@@ -9,7 +9,15 @@ from .answer_frame import AnswerFrame, answer_frame
 from .encoding import check_characters, encode_prompt, encode_row
 from .loading import drawn, load_samples
 from .notes import note
-from .output import check_output, claimed_directory, replaced_directory, write_file
+from .output import (
+    WRITTEN,
+    check_file,
+    check_output,
+    claimed_directory,
+    remove_directory,
+    replaced_directory,
+    write_file,
+)
 from .rows import ROW_KINDS, TEMPLATE_KEYS, completion_text, content_text, read_rows, spread
 from .samples import IGNORED, Batch, Sample, batches, check_disjoint, fingerprint, note_left_out, padded
 from .settings import check_setting, explained, is_count, is_int, is_number, setting
@@ -18,6 +26,7 @@ __all__ = [
     "IGNORED",
     "ROW_KINDS",
     "TEMPLATE_KEYS",
+    "WRITTEN",
     "AnswerFrame",
     "Batch",
     "Sample",
@@ -25,6 +34,7 @@ __all__ = [
     "batches",
     "check_characters",
     "check_disjoint",
+    "check_file",
     "check_output",
     "check_setting",
     "claimed_directory",
@@ -43,6 +53,7 @@ __all__ = [
     "note_left_out",
     "padded",
     "read_rows",
+    "remove_directory",
     "replaced_directory",
     "setting",
     "spread",

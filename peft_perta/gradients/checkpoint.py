@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..data import remove_directory
 from ..errors import OutputError
 
 RUN_NAME = "run.json"
@@ -144,7 +144,7 @@ class Checkpoint:
 def remove_checkpoint(path: str | Path) -> None:
     """Delete the checkpoint of a finished run. A directory that is not a checkpoint is left alone."""
     if (Path(path) / RUN_NAME).is_file():
-        shutil.rmtree(path, ignore_errors=True)
+        remove_directory(path)
 
 
 def _encoded(address: Address) -> str:

@@ -82,7 +82,7 @@ def _logs(
     _check_retain_only_logs(retain_only_logs, asked)
     record, parts = None, {}
     if output_dir is not None:
-        record = EvaluationRecord(check_output(output_dir, RECORD_NAME))
+        record = EvaluationRecord(check_output(output_dir, RECORD_NAME, grows=True))
         parts = evaluated_parts(subject, asked, settings)
     logs = {}
     for name, splits in asked.items():

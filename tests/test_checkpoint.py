@@ -1,5 +1,6 @@
 """An interrupted run resumes from its checkpoint, with the same bytes; another run is refused."""
 
+import builtins
 import collections
 import dataclasses
 import errno
@@ -7,12 +8,14 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 
 import builders
 import laws
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from peft_perta import OutputError
@@ -122,8 +125,8 @@ def killed_at(event_number, block) -> bool:
     if child == 0:
         seen = 0
 
-        def count(name):
-            original = getattr(os, name)
+        def count(module, name):
+            original = getattr(module, name)
 
             def counted(*args, **kwargs):
                 nonlocal seen
@@ -132,10 +135,11 @@ def killed_at(event_number, block) -> bool:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return original(*args, **kwargs)
 
-            setattr(os, name, counted)
+            setattr(module, name, counted)
 
-        for name in ("mkdir", "open", "fsync", "replace", "unlink"):
-            count(name)
+        for name in ("mkdir", "open", "fsync", "replace", "rename", "unlink"):
+            count(os, name)
+        count(builtins, "open")
         try:
             block()
             os._exit(0)
@@ -351,6 +355,7 @@ def test_sums_are_deleted_when_their_group_is_finished(two_groups, tmp_path):
     assert sorted(tree(tmp_path)) == [
         "layers-000007.safetensors",
         "layers-000014.safetensors",
+        "lock",
         "plan.safetensors",
         "run.json",
     ]
@@ -463,3 +468,63 @@ def test_a_checkpoint_of_another_run_is_refused_before_any_gradient(changes, mod
 def test_task_arithmetic_needs_no_checkpoint(tmp_path):
     negate(tmp_path / "c", weighting="uniform")
     assert not (tmp_path / "c").exists()
+
+
+def test_altered_tensors_are_refused(tmp_path):
+    Checkpoint(tmp_path / "c", RUN).save("a", TENSORS, RECORD)
+    file = tmp_path / "c" / "a.safetensors"
+    with safe_open(file, framework="pt") as stored:
+        tensors, metadata = {key: 100 * stored.get_tensor(key) for key in stored.keys()}, stored.metadata()  # noqa: SIM118
+    save_file(tensors, file, metadata)
+    with pytest.raises(OutputError, match=r"a\.safetensors is damaged \(its tensors are not those that were written\)"):
+        Checkpoint(tmp_path / "c", RUN).load("a")
+
+
+HOLDER = """
+import sys, time
+from peft_perta.gradients import Checkpoint
+checkpoint = Checkpoint(sys.argv[1], {"format": 1, "of": "another process"})
+checkpoint.save("a", {}, {})
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A checkpoint that a living process computes; yields its path and the process."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "c")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    yield tmp_path / "c", process
+    process.kill()
+    process.wait()
+
+
+def test_the_checkpoint_of_a_living_process_is_refused_and_that_of_a_dead_one_is_not(held):
+    path, process = held
+    for run in (RUN, {"format": 1, "of": "another process"}):
+        with pytest.raises(OutputError, match=f"c is in use by process {process.pid}, which computes"):
+            Checkpoint(path, run)
+    process.kill()
+    process.wait()
+    assert Checkpoint(path, {"format": 1, "of": "another process"}).names() == ["a"]
+
+
+def test_of_two_runs_that_begin_together_the_second_is_refused(tmp_path, held):
+    """It was made before the first one wrote anything, so that only its start can find out."""
+    path, process = held
+    late = Checkpoint(tmp_path / "other", RUN)
+    late.path = path
+    with pytest.raises(OutputError, match=f"in use by process {process.pid}"):
+        late.save("b", {}, {})
+    assert not (path / "b.safetensors").exists()
+
+
+def test_the_same_process_may_begin_again(tmp_path):
+    first = Checkpoint(tmp_path / "c", RUN)
+    first.save("a", {}, RECORD)
+    again = Checkpoint(tmp_path / "c", RUN)
+    again.save("b", {}, RECORD)
+    assert again.names() == ["a", "b"]

@@ -1,10 +1,13 @@
 """Directories are replaced atomically: after a kill or a full disk there is the old one or the new one."""
 
+import argparse
 import dataclasses
 import errno
+import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 
 import builders
@@ -12,7 +15,8 @@ import pytest
 from peft import PeftModel
 
 from peft_perta import OutputError, load_provenance, save_perta_adapter
-from peft_perta.data import check_output, replaced_directory
+from peft_perta.cli._output import check_output_of
+from peft_perta.data import check_file, check_output, remove_directory, replaced_directory, write_file
 from peft_perta.model import hash_file
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "perta_provenance.json"]
@@ -199,3 +203,187 @@ def test_a_path_under_a_file_is_refused_before_anything_is_written(tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}")
     with pytest.raises(OutputError, match=r"rows\.jsonl is a file; choose another output"):
         check_output(tmp_path / "rows.jsonl" / "out", "marker")
+
+
+# What is not ours
+
+
+@pytest.fixture
+def ours(old_and_new, tmp_path):
+    return save_perta_adapter(tmp_path / "out", *old_and_new[0])
+
+
+def test_a_directory_lists_its_files_and_is_replaced_with_what_a_command_added(ours, old_and_new):
+    assert json.loads((ours / "perta_provenance.json").read_text())["written"] == FILES
+    for name in ("report.html", "strength.png"):
+        (ours / name).write_text("x")
+    save_perta_adapter(ours, *old_and_new[1])
+    assert strength_of(ours) == 2.0
+
+
+@pytest.mark.parametrize("name", ["mine.jsonl", "deep/mine.jsonl", "empty/", "link"])
+def test_a_directory_with_a_file_of_the_user_is_not_replaced(name, ours, old_and_new, tmp_path):
+    mine = ours / name
+    if name == "link":
+        mine.symlink_to(tmp_path)
+    elif name.endswith("/"):
+        mine.mkdir()
+    else:
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("years of work")
+    with pytest.raises(OutputError, match=rf"would be replaced, and {name.rstrip('/')} in it was not written by peft_"):
+        save_perta_adapter(ours, *old_and_new[1])
+    assert mine.is_symlink() or mine.exists()
+    provenance, _ = load_provenance(ours)
+    assert provenance.config["strength"] == 1.0
+
+
+@pytest.mark.parametrize("marker", ["", "{}", "[]", "null", '{"written": 3}', "[" * 100_000])
+def test_a_foreign_directory_with_a_marker_is_not_replaced(marker, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "perta_provenance.json").write_text(marker)
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    with pytest.raises(OutputError, match="does not list the files that belong to it"):
+        check_output(tmp_path / "out", "perta_provenance.json")
+    check_output(tmp_path / "out", "perta_provenance.json", grows=True)
+
+
+def test_what_is_put_there_while_the_run_computes_stays(ours):
+    def write() -> None:
+        with replaced_directory(ours, "perta_provenance.json") as directory:
+            (directory / "perta_provenance.json").write_text("{}")
+            (ours / "mine.txt").write_text("x")
+
+    with pytest.raises(OutputError, match=r"mine\.txt in it was not written"):
+        write()
+    assert (ours / "mine.txt").read_text() == "x"
+
+
+def test_links_mount_points_and_the_working_directory_are_refused(ours, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(ours)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for link in ("link", "dangling"):
+        with pytest.raises(OutputError, match="is a link, expected a new directory"):
+            check_output(tmp_path / link, "perta_provenance.json")
+    monkeypatch.chdir(ours)
+    with pytest.raises(OutputError, match=r"\. is the working directory, which cannot be replaced"):
+        check_output(".", "perta_provenance.json")
+    with pytest.raises(OutputError, match="is a mount point"):
+        check_output("/proc", "perta_provenance.json")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_every_file_follows_the_umask(mask, old_and_new, tmp_path):
+    before = os.umask(mask)
+    try:
+        path = save_perta_adapter(tmp_path / "out", *old_and_new[0])
+        write_file(tmp_path / "x.txt", "x")
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (*path.iterdir(), tmp_path / "x.txt")}
+    assert modes == dict.fromkeys(modes, 0o666 & ~mask)
+
+
+# Temporary names
+
+
+def left_over(tmp_path, process, name="out"):
+    """What a process leaves that is killed while it writes."""
+    script = (
+        "import os, sys; from pathlib import Path; from peft_perta.data import output\n"
+        "os.getpid = lambda: int(sys.argv[1]); path = output._temporary(Path(sys.argv[2]))\n"
+        "path.mkdir(); (path / 'x').write_text('x')"
+    )
+    subprocess.run([sys.executable, "-c", script, str(process), str(tmp_path / name)], check=True)
+    (path,) = tmp_path.glob(f".{name}.*-{process}-*.partial")
+    return path
+
+
+def test_left_overs_of_dead_processes_go_and_others_stay(old_and_new, tmp_path):
+    finished = subprocess.Popen([sys.executable, "-c", ""])
+    finished.wait()
+    dead, alive = left_over(tmp_path, finished.pid), left_over(tmp_path, os.getppid())
+    other = left_over(tmp_path, finished.pid, "another")
+    foreign = tmp_path / ".out.partial"
+    foreign.mkdir()
+    save_perta_adapter(tmp_path / "out", *old_and_new[0])
+    assert not dead.exists()
+    assert alive.exists()
+    assert other.exists()
+    assert foreign.exists()
+
+
+def test_a_link_in_place_of_a_temporary_file_is_not_followed(tmp_path, monkeypatch):
+    (tmp_path / "victim").write_text("years of work")
+    (tmp_path / "guessed").symlink_to(tmp_path / "victim")
+    monkeypatch.setattr("peft_perta.data.output._temporary", lambda path: tmp_path / "guessed")
+    with pytest.raises(OutputError, match="File exists"):
+        write_file(tmp_path / "x.txt", "x")
+    assert (tmp_path / "victim").read_text() == "years of work"
+
+
+def test_two_writers_do_not_disturb_each_other(tmp_path):
+    out = tmp_path / "out"
+    with replaced_directory(out, "m.json") as first, replaced_directory(out, "m.json") as other:
+        for directory, text in ((first, "first"), (other, "other")):
+            (directory / "m.json").write_text(json.dumps({"by": text}))
+    assert json.loads((out / "m.json").read_text())["by"] == "first"  # it ended last
+
+
+@pytest.mark.parametrize("length", [200, 250])
+def test_a_long_name_can_be_written(length, tmp_path):
+    write_file(tmp_path / ("n" * length), "x")
+    with replaced_directory(tmp_path / ("d" * length), "m.json") as directory:
+        (directory / "m.json").write_text("{}")
+    assert (tmp_path / ("d" * length) / "m.json").is_file()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_directory_is_removed_as_a_whole(tmp_path):
+    for event_number in range(1, 1000):
+        path = tmp_path / "checkpoint"
+        path.mkdir(exist_ok=True)
+        for name in ("a", "b", "run.json"):
+            (path / name).write_text("x")
+        alive = not killed_at(event_number, lambda: remove_directory(path))  # noqa: B023
+        assert not path.exists() or len(os.listdir(path)) == 3
+        if alive:
+            break
+    remove_directory(path)
+    assert os.listdir(tmp_path) == [], "what the killed ones left is gone"
+
+
+# Inputs in the output
+
+
+def given(output, **options):
+    return argparse.Namespace(output=str(output), command_line="peft-perta x", **options)
+
+
+def test_an_input_in_the_output_is_refused(ours, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    check_output_of(
+        given(ours, forget=str(tmp_path / "rows.jsonl"), retain=None, dtype="float32"), "perta_provenance.json"
+    )
+    inside = {
+        "adapter": str(ours),
+        "adapters": [str(tmp_path / "rows.jsonl"), f"{ours}:0.5"],
+        "suite": [f"tofu={ours}"],
+        "forget": f"{ours}/../out/adapter_config.json",
+    }
+    for name, value in inside.items():
+        with pytest.raises(OutputError, match=f"--{name}: .* is in the output .*out, which will be written anew"):
+            check_output_of(given(ours, **{name: value}), "perta_provenance.json")
+    (tmp_path / "link").symlink_to(ours)
+    with pytest.raises(OutputError, match=r"--adapter: .*link is in the output"):
+        check_output_of(given(ours, adapter=str(tmp_path / "link")), "perta_provenance.json")
+
+
+def test_a_file_is_overwritten_only_if_asked(tmp_path):
+    check_file(tmp_path / "new.json", overwrite=False)
+    (tmp_path / "old.json").write_text("{}")
+    check_file(tmp_path / "old.json", overwrite=True)
+    with pytest.raises(OutputError, match=r"old\.json exists; add --overwrite to replace it"):
+        check_file(tmp_path / "old.json", overwrite=False)
+    with pytest.raises(OutputError, match="is a directory, expected the name of a file"):
+        check_file(tmp_path, overwrite=True)

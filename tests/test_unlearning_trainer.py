@@ -13,6 +13,7 @@ import builders
 import laws
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainingArguments
 
 from peft_perta import (
@@ -537,13 +538,29 @@ def test_an_interrupted_run_resumes_bit_for_bit(base, saves, tmp_path):
         run(base(), **other)
 
 
-def test_an_incomplete_checkpoint_is_skipped(tmp_path):
+@pytest.mark.parametrize(
+    "damage",
+    {
+        "killed while it was written": lambda c: [(c / name).unlink() for name in ("whole.json", "optimizer.pt")],
+        "an empty state": lambda c: (c / "trainer_state.json").write_text(""),
+        "a damaged optimizer": lambda c: (c / "optimizer.pt").write_bytes(b"x"),
+        "altered factors": lambda c: scale_factors(next(c.rglob("adapter_model.safetensors"))),
+        "an empty mark": lambda c: (c / "whole.json").write_text(""),
+        "a stray directory": lambda c: (c.parent / "checkpoint-best").mkdir(),
+        "a file of that name": lambda c: (c.parent / "checkpoint-9").write_text(""),
+    }.items(),
+    ids=lambda case: case[0],
+)
+def test_the_newest_whole_checkpoint_is_taken(damage, tmp_path):
     options = {"checkpoint_dir": tmp_path / "c", "num_train_epochs": 2}
     expected = run(builders.saved_llama(), **options).state_dict
-    (tmp_path / "c" / "checkpoint-2" / "trainer_state.json").unlink()
-    (tmp_path / "c" / "checkpoint-2" / "optimizer.pt").unlink()
+    damage[1](tmp_path / "c" / "checkpoint-2")
     resumed = run(builders.saved_llama(), **options).state_dict
     assert all(torch.equal(resumed[name], value) for name, value in expected.items())
+
+
+def scale_factors(file):
+    save_file({name: 100 * factor for name, factor in load_file(file).items()}, file, {"format": "pt"})
 
 
 # The command

@@ -1,18 +1,20 @@
 """The checkpoint of an interrupted run: a directory of safetensors files, each written atomically.
 
 ``run.json`` says which run it belongs to: hashes of the model and the data, and the config. The checkpoint of another
-run is refused.
+run is refused, and so is that of a process which is computing the same run. Each entry holds a hash of its tensors.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,7 +22,13 @@ from torch import Tensor
 from ..data import remove_directory
 from ..errors import OutputError
 
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: two processes can then write one checkpoint
+    fcntl = None
+
 RUN_NAME = "run.json"
+_LOCK_NAME = "lock"  # holds the number of the process that has it locked
 _NOTHING_COMPUTED = ("plan",)  # entries that are made before the first gradient
 Address = tuple[str, ...]  # where a tensor belongs, for instance (layer, factor)
 
@@ -36,13 +44,19 @@ class Checkpoint:
         writes: whether this process writes; of several processes only the main one does.
 
     Raises:
-        OutputError: the directory belongs to another run, is not a checkpoint, or cannot be written.
+        OutputError: the directory belongs to another run or to a living process, is not a checkpoint, or cannot be
+            written.
     """
 
     def __init__(self, path: str | Path, run: Mapping[str, Any], *, writes: bool = True) -> None:
         self.path = Path(path)
         self._writes = writes
         self._run = run
+        self._lock: IO[str] | None = None
+        if self.path.exists() and not self._is_new():
+            self._stored_run()
+        if writes and self.path.exists():
+            self._hold()
         self._started = self.path.exists() and not self._is_new() and self._is_of_run(run)
         if writes and self.path.exists():
             for partial in self.path.glob("*.partial"):  # left by a kill during a write
@@ -57,6 +71,12 @@ class Checkpoint:
             OutputError: the description cannot be written.
         """
         if self._writes and not self._started:
+            with self._reported(RUN_NAME):
+                self.path.mkdir(parents=True, exist_ok=True)
+            self._hold()
+            if not self._is_new() and self._is_of_run(self._run):  # another process has come first, and is gone
+                self._started = True
+                return
             for name in _NOTHING_COMPUTED if self.path.is_dir() else ():
                 self.delete(name)
             text = json.dumps(self._run, indent=1, sort_keys=True) + "\n"
@@ -73,7 +93,7 @@ class Checkpoint:
             return
         self.start()
         stored = {_encoded(address): tensor.detach().to("cpu").contiguous() for address, tensor in tensors.items()}
-        metadata = {"record": json.dumps(record)}
+        metadata = {"record": json.dumps(record), "sha256": _digest(stored)}
         self._write(f"{name}.safetensors", lambda file: save_file(stored, file, metadata=metadata))
 
     def load(self, name: str) -> tuple[dict[Address, Tensor], dict[str, Any]] | None:
@@ -87,9 +107,11 @@ class Checkpoint:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                record = json.loads(file.metadata()["record"])
-                keys = file.keys()  # safe_open is not a mapping
-                return {_decoded(key): file.get_tensor(key) for key in keys}, record
+                record, digest = json.loads(file.metadata()["record"]), file.metadata()["sha256"]
+                stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is not a mapping
+            if _digest(stored) != digest:
+                raise ValueError("its tensors are not those that were written")
+            return {_decoded(key): tensor for key, tensor in stored.items()}, record
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise OutputError(f"{path} is damaged ({error}); delete {self.path} to start again") from error
 
@@ -104,10 +126,11 @@ class Checkpoint:
 
     def _is_new(self) -> bool:
         """Whether the directory is empty, or holds only what a kill during the very first write leaves."""
-        return self.path.is_dir() and all(path.name == f"{RUN_NAME}.partial" for path in self.path.iterdir())
+        first = (f"{RUN_NAME}.partial", _LOCK_NAME)
+        return self.path.is_dir() and all(path.name in first for path in self.path.iterdir())
 
-    def _is_of_run(self, run: Mapping[str, Any]) -> bool:
-        """Whether the directory is the run's. It may be another's that computed nothing, which is no obstacle."""
+    def _stored_run(self) -> dict[str, Any]:
+        """The description of the run that the directory belongs to."""
         try:
             stored = json.loads((self.path / RUN_NAME).read_text())
             assert isinstance(stored, dict)
@@ -116,9 +139,44 @@ class Checkpoint:
                 f"{self.path} is not a checkpoint of this package (it has no readable {RUN_NAME}); choose another "
                 "directory"
             ) from error
+        return stored
+
+    def _hold(self) -> None:
+        """Keep other processes out, until this object or the process is gone.
+
+        Raises:
+            OutputError: another process is in.
+        """
+        if fcntl is None or self._lock is not None:
+            return
+        with self._reported(_LOCK_NAME):
+            lock = open(self.path / _LOCK_NAME, "a+", encoding="utf-8")  # noqa: SIM115 - it is held open
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another one"
+            lock.close()
+            raise OutputError(
+                f"{self.path} is in use by process {holder}, which computes this run or another; wait until it ends, "
+                "or choose another output"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        self._lock = lock
+
+    def _is_of_run(self, run: Mapping[str, Any]) -> bool:
+        """Whether the directory is the run's. It may be another's that computed nothing, which is no obstacle."""
+        stored = self._stored_run()
         given = json.loads(json.dumps(run))
         different = sorted(key for key in {*stored, *given} if stored.get(key) != given.get(key))
-        described = {RUN_NAME, f"{RUN_NAME}.partial", *(f"{name}.safetensors" for name in _NOTHING_COMPUTED)}
+        described = {
+            RUN_NAME,
+            f"{RUN_NAME}.partial",
+            _LOCK_NAME,
+            *(f"{name}.safetensors" for name in _NOTHING_COMPUTED),
+        }
         computed = "format" not in stored or any(path.name not in described for path in self.path.iterdir())
         if different and computed:
             raise OutputError(
@@ -128,23 +186,42 @@ class Checkpoint:
         return not different
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
-        partial, final = self.path / f"{name}.partial", self.path / name
+        partial = self.path / f"{name}.partial"
+        with self._reported(name):
+            try:
+                write(partial)
+                with open(partial, "rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(partial, self.path / name)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    partial.unlink()
+                raise
+
+    @contextlib.contextmanager
+    def _reported(self, name: str) -> Iterator[None]:
+        """Turn the errors of writing a file into ours."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write(partial)
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, final)
+            yield
         except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise OutputError(f"{final} could not be written: {error}; free some space and run this again") from error
+            raise OutputError(
+                f"{self.path / name} could not be written: {error}; free some space and run this again"
+            ) from error
 
 
 def remove_checkpoint(path: str | Path) -> None:
     """Delete the checkpoint of a finished run. A directory that is not a checkpoint is left alone."""
     if (Path(path) / RUN_NAME).is_file():
         remove_directory(path)
+
+
+def _digest(stored: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors with their keys."""
+    digest = hashlib.sha256()
+    for key in sorted(stored):
+        digest.update(key.encode())
+        digest.update(memoryview(stored[key].reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 def _encoded(address: Address) -> str:

@@ -45,12 +45,12 @@ from ..model import (
 )
 from ._pairs import Pairs, load_pairs
 from ._training_arguments import training_arguments
+from ._whole_checkpoints import MarksCheckpoints, last_whole_checkpoint
 from .new_adapter import copy_factors, default_lora_config, remove_adapter, with_new_adapter
 from .settings import UnlearningSettings
 from .trainer import UnlearningTrainer
 
 _NAME = "perta_training"  # the adapter's name on the model during training
-_STATE_NAME = "trainer_state.json"  # the last file that a Trainer writes into a checkpoint
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _emit(run: _Run) -> EmittedAdapter:
             if checkpoint is not None:
                 with distributed.failing_together():
                     checkpoint.start()
-            trainer.train(resume_from_checkpoint=_last_checkpoint(run.checkpoint_dir))
+            trainer.train(resume_from_checkpoint=last_whole_checkpoint(run.checkpoint_dir))
             lora_config, state_dict = _build(trainer, run.dtype)
         finally:
             remove_adapter(run.model, _NAME)
@@ -262,19 +262,11 @@ def _trainer(run: _Run, arguments: TrainingArguments) -> UnlearningTrainer:
         run.pairs.retain,
         processing_class=run.tokenizer,
         settings=run.settings,
-        callbacks=list(run.callbacks),
+        callbacks=[*run.callbacks, MarksCheckpoints()],
     )
     if not run.show_progress_bar:
         trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def _last_checkpoint(checkpoint_dir: str | Path | None) -> str | None:
-    """The last checkpoint that was written completely, if there is one."""
-    if checkpoint_dir is None:
-        return None
-    complete = [path.parent for path in Path(checkpoint_dir).glob(f"checkpoint-*/{_STATE_NAME}")]
-    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
 
 
 def _build(trainer: UnlearningTrainer, dtype: str) -> tuple[LoraConfig, dict[str, Tensor]]:

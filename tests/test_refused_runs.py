@@ -44,7 +44,7 @@ def test_a_checkpoint_that_computed_nothing_is_no_obstacle(entries, tmp_path):
     new = Checkpoint(tmp_path, {**RUN, "model": "def"})
     assert (new.load("plan"), new.names()) == (None, [])
     new.save("a", TENSORS, {})
-    assert names(tmp_path) == ["a.safetensors", "run.json"]
+    assert names(tmp_path) == ["a.safetensors", "lock", "run.json"]
     assert json.loads((tmp_path / "run.json").read_text())["model"] == "def"
     with pytest.raises(OutputError, match="is the checkpoint of another run, which differs in: model"):
         Checkpoint(tmp_path, RUN)

@@ -135,8 +135,8 @@ def _right_option(split: str) -> Callable[[Result], float | None]:
     """Reads the mean probability of a split's right answers among all their answers."""
 
     def read(result: Result) -> float | None:
-        misled = _value("rows", split, "misled")(result)
-        return None if misled is None else 1 - statistics.fmean(misled)
+        scores = (result.get("rows") or {}).get(split, {})
+        return 1 - statistics.fmean(scores["misled"]) if "misled" in scores else None
 
     return read
 

@@ -220,7 +220,7 @@ def _digest(stored: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for key in sorted(stored):
         digest.update(key.encode())
-        digest.update(memoryview(stored[key].reshape(-1).view(torch.uint8).numpy()))
+        digest.update(stored[key].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

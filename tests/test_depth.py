@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from peft_perta import AdapterError, UnsupportedLayerError
 from peft_perta.data import IGNORED
-from peft_perta.evaluation import Subject, Victims, run_attacks
+from peft_perta.evaluation import AttackSettings, Subject, Victims, run_attacks
 from peft_perta.evaluation.attacks.depth import patched_falls
 from peft_perta.evaluation.attacks.logit_lens import lens
 from peft_perta.evaluation.metrics.depth import LEAST_FALL, depth_score
@@ -140,6 +140,24 @@ def test_the_full_models_score_is_0_and_the_retain_only_models_1():
         scores = [result.unlearned["uds"] for result in run_attacks(victims, ["depth"]) if not result.skipped]
         assert scores == pytest.approx([expected] * len(scores), abs=1e-3)
         assert scores
+
+
+def test_blocks_with_several_states_for_a_token_are_refused_or_skipped():
+    """As those of Gemma 3n are."""
+    model = builders.adapted_llama()
+    last = model.base_model.model.model.layers[1]
+    last.register_forward_hook(lambda module, args, output: torch.stack([output, output])[0:2])
+    model.base_model.model.model.norm.register_forward_pre_hook(lambda module, args: (args[0][0],))
+    task = subject(model, ["task"])
+    wanted = "LlamaDecoderLayer number 2: expected blocks that follow one another"
+    with pytest.raises(UnsupportedLayerError, match=wanted):
+        run_attacks(Victims(task, task, task, ROWS), ["logit-lens"])
+    quick = AttackSettings(relearning_rows=(1,), relearning_steps=(1,), samples=1, generated=1, max_new_tokens=2)
+    results = run_attacks(Victims(subject(model, ["task", "forget"]), task, task, ROWS), settings=quick)
+    assert {result.attack for result in results if result.skipped and "number 2" in result.skipped} == {
+        "logit-lens",
+        "depth",
+    }
 
 
 def test_where_no_block_carries_a_row_the_score_is_skipped_with_the_reason():

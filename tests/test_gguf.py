@@ -145,10 +145,10 @@ def test_a_gguf_in_four_bit_is_dequantised_on_the_host_and_freed_before_it_is_qu
 
     def watched(*arguments, **more):
         assert not any(reference() is not None for reference in whole), "two copies are in memory"
-        model = load(*arguments, **more)
+        model, found = load(*arguments, **more)
         whole.append(weakref.ref(model))
         devices.append(more["device_map"])
-        return model
+        return model, found
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
     loaded, _ = load_base(str(file), four_bit=True)

@@ -1,5 +1,6 @@
 """Adapter directories are checked before anything is loaded; a pickle is never opened."""
 
+import json
 import pickle
 import re
 
@@ -190,3 +191,57 @@ def test_a_base_that_cannot_be_read_is_refused_in_one_line(damage, tmp_path):
     with pytest.raises(ConfigError, match=r"the model .*base' cannot be loaded: ") as caught:
         load_base(str(path))
     assert "\n" not in str(caught.value)
+
+
+# The base's files
+
+
+@pytest.fixture
+def base(tmp_path):
+    builders.llama().save_pretrained(tmp_path / "base")
+    builders.tokenizer().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def altered(base, change):
+    """The base with other tensors in its file."""
+    tensors = load_file(base / "model.safetensors")
+    change(tensors)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    return str(base)
+
+
+LAYER = "model.layers.0.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_a_base_that_lacks_a_weight_is_refused(four_bit, base):
+    """transformers would draw it at random, and differently in each run."""
+    with pytest.raises(ConfigError, match=rf"lacks {LAYER} \(of 1 such weights\); expected files that were saved with"):
+        load_base(altered(base, lambda tensors: tensors.pop(LAYER)), four_bit=four_bit)
+
+
+def test_a_weight_of_another_shape_is_refused(base):
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_base(altered(base, lambda tensors: tensors.update({LAYER: tensors[LAYER][:5].clone()})))
+
+
+def test_a_config_with_fewer_blocks_than_the_files_is_refused(base):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with pytest.raises(ConfigError, match=r"holds model\.layers\.1\..*, beyond the blocks that its config names"):
+        load_base(str(base))
+
+
+def test_a_weight_that_no_model_uses_is_said(base, capsys):
+    model, _ = load_base(altered(base, lambda tensors: tensors.update({"value_head.weight": torch.ones(2)})))
+    assert "1 weights that the model does not use, such as value_head.weight" in capsys.readouterr().err
+    assert torch.equal(model.lm_head.weight, builders.llama().lm_head.weight)
+
+
+def test_tied_weights_and_a_task_adapters_files_are_no_false_alarm(tmp_path):
+    builders.llama(tied=True).save_pretrained(tmp_path)
+    builders.tokenizer().save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    model, _ = load_base(str(tmp_path))
+    assert model.lm_head.weight is model.model.embed_tokens.weight

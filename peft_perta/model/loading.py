@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import struct
 import tempfile
 import warnings
@@ -62,7 +63,7 @@ def load_base(
         The model and its tokenizer.
 
     Raises:
-        ConfigError: the model cannot be found or read, or is no causal language model.
+        ConfigError: the model cannot be found or read, is no causal language model, or lacks a weight in its files.
 
     Reference:
         QLoRA (arXiv 2305.14314), for NF4 and double quantisation.
@@ -77,7 +78,7 @@ def load_base(
     on_gpu = torch.cuda.is_available()
     dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
     try:
-        model = model_class.from_pretrained(
+        model, found = model_class.from_pretrained(
             source,
             **more,
             revision=revision,
@@ -86,13 +87,39 @@ def load_base(
             quantization_config=_nf4(dtype) if four_bit else None,
             # On a CPU, a small model trains twice as fast with "eager" as with "sdpa".
             attn_implementation=None if on_gpu else "eager",
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **more, revision=revision)
     except _UNREADABLE as error:
         raise _unreadable(name, error) from error
+    _check_complete(name, model, found)
     if gguf is not None:
         _forget_gguf(model, gguf)
     return model, tokenizer
+
+
+def _check_complete(name: str, model: PreTrainedModel, found: Mapping[str, Any]) -> None:
+    """Check that the files hold the model's weights: transformers draws those that are missing at random.
+
+    Raises:
+        ConfigError: a weight is missing or of another shape, or the files hold more blocks than the config asks for.
+    """
+
+    def block_of(key: str) -> str:
+        return re.sub(r"\d+", "#", key)
+
+    kinds = ("missing_keys", "mismatched_keys", "unexpected_keys")
+    missing, mismatched, unexpected = (sorted(map(str, found.get(kind) or ())) for kind in kinds)
+    expected = "expected files that were saved with this config.json; copy or download the model again"
+    if missing or mismatched:
+        fault = f"lacks {missing[0]}" if missing else f"holds {mismatched[0]} in another shape"
+        raise ConfigError(f"the model {name!r} {fault} (of {len(missing) + len(mismatched)} such weights); {expected}")
+    blocks = {block_of(key) for key, _ in model.named_parameters()}
+    further = [key for key in unexpected if block_of(key) in blocks]
+    if further:
+        raise ConfigError(f"the model {name!r} holds {further[0]}, beyond the blocks that its config names; {expected}")
+    if unexpected:
+        note(f"{name} holds {len(unexpected)} weights that the model does not use, such as {unexpected[0]}")
 
 
 def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:

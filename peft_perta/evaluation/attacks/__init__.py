@@ -8,7 +8,8 @@ To add an attack: a file with its ``ATTACK``, a row in ``ATTACKS``, a row in tes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ...errors import AdapterError, ConfigError, DataError, UnsupportedLayerError
 from . import depth, logit_lens, paraphrase, prefix, relearning, requantization, sampling, switched_off
@@ -49,7 +50,8 @@ def run_attacks(
         AdapterError: a model lacks an adapter that should be on, or has one that a named attack does not support.
         DataError: there are no rows, one is malformed, or a named attack needs a key that no row has.
         UnsupportedLayerError: a model has a layer that a named attack does not support.
-        NumericalError: a loss or a weight is not finite. All other errors are raised before any compute.
+        NumericalError: a loss or a weight is not finite. All other errors are raised before any compute, but for blocks
+            whose states turn out to be of another form than one for each token.
     """
     settings = settings or AttackSettings()
     chosen = list(ATTACKS) if names is None else list(names)
@@ -58,15 +60,23 @@ def run_attacks(
         raise ConfigError(f"attacks: expected some of {list(ATTACKS)}, found {names!r}")
     if names is None:
         check_victims(victims, settings)
-    skipped: dict[str, list[AttackResult]] = {}
-    for name in chosen:
+    results: dict[str, list[AttackResult]] = {}
+
+    def tried(name: str, part: Callable[[Victims, AttackSettings], Any]) -> Any:
+        """A part of the attack; None if it cannot be applied, and none was asked for by name."""
         try:
-            ATTACKS[name].check(victims, settings)
+            return part(victims, settings)
         except (AdapterError, DataError, UnsupportedLayerError) as error:
             if names is not None:
                 raise
-            skipped[name] = [AttackResult(name, "", {}, None, None, skipped=str(error))]
-    return [result for name in chosen for result in skipped.get(name) or ATTACKS[name].run(victims, settings)]
+            results[name] = [AttackResult(name, "", {}, None, None, skipped=str(error))]
+
+    for name in chosen:
+        tried(name, ATTACKS[name].check)
+    for name in chosen:
+        if name not in results and (found := tried(name, ATTACKS[name].run)) is not None:
+            results[name] = found
+    return [result for name in chosen for result in results[name]]
 
 
 __all__ = ["ATTACKS", "Attack", "AttackResult", "AttackSettings", "Victims", "format_attacks", "run_attacks"]

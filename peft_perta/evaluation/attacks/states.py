@@ -32,9 +32,25 @@ def blocks_of(subject: Subject, attack: str) -> list[nn.Module]:
 
 
 def states_and_losses(model: nn.Module, blocks: list[nn.Module], batch: Batch) -> tuple[list[Tensor], Tensor]:
-    """The states [K, H] after each block at the K tokens that predict one with loss, and the losses [N]."""
-    predicting, states = _predicting(batch), []
-    with at_each_block(blocks, after=lambda index, output: states.append(hidden_states(output)[predicting])):
+    """The states [K, H] after each block at the K tokens that predict one with loss, and the losses [N].
+
+    Raises:
+        UnsupportedLayerError: the blocks do not follow one another with one state for each token.
+    """
+    predicting = _predicting(batch)
+    states: list[Tensor] = []
+
+    def keep(index: int, output: Any) -> None:
+        hidden = hidden_states(output)
+        if index != len(states) or hidden.dim() != 3 or hidden.shape[:2] != predicting.shape:
+            raise UnsupportedLayerError(
+                f"{type(blocks[index]).__name__} number {index + 1}: expected blocks that follow one another, with one "
+                f"state for each of {tuple(predicting.shape)} tokens, found {tuple(hidden.shape)}; leave out the "
+                "attacks that read inner states"
+            )
+        states.append(hidden[predicting.to(hidden.device)])
+
+    with at_each_block(blocks, after=keep):
         losses = sample_losses(model, batch)
     return states, losses
 

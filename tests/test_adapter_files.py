@@ -163,7 +163,7 @@ FIELDS = {
     "rank of text": ({"r": "4"}, "r: expected an int above 0, found '4'"),
     "rank 0": ({"r": 0}, "r: expected an int above 0, found 0"),
     "rank true": ({"r": True}, "r: expected an int above 0, found True"),
-    "alpha of text": ({"lora_alpha": "8"}, "lora_alpha: expected a finite number, found '8'"),
+    "alpha of text": ({"lora_alpha": "8"}, "lora_alpha: expected a finite number other than 0, found '8'"),
     "pattern of text": ({"rank_pattern": {"q_proj": "4"}}, "rank_pattern: expected an int above 0 for each name"),
     "pattern that is a list": ({"alpha_pattern": [4]}, "alpha_pattern: expected a finite number for each name"),
     "targets that are numbers": ({"target_modules": [1]}, "target_modules: expected a list of names or a regular"),
@@ -239,6 +239,23 @@ def test_a_checkpoint_and_the_adapter_inside_are_the_same(place, capsys):
     arguments = ["fuse", "checkpoint-8", "checkpoint-8/forget", "--model", "m", "--output", "out"]
     assert main(arguments) == 2
     assert "is given twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["./forget", "link", "copy"])
+def test_an_adapter_is_the_same_however_it_is_written(way, place, capsys):
+    (place / "link").symlink_to(place / "forget")
+    shutil.copytree(place / "forget", place / "copy")
+    assert main(["fuse", "forget", way, "--model", "m", "--output", "out"]) == 2
+    assert "is given twice" in capsys.readouterr().err
+    assert main(["merge", "forget", way, "--model", "m", "--output", "out"]) == 2
+    assert "is given twice" in capsys.readouterr().err
+
+
+def test_an_adapter_without_a_scale_is_refused(place):
+    """Its delta would be 0, whatever its factors."""
+    file = place / "forget" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 0}))
+    refused(place / "forget", "lora_alpha: expected a finite number other than 0, found 0")
 
 
 @pytest.fixture

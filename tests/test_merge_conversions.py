@@ -1,5 +1,8 @@
 """Merging models whose files transformers renames, stacks, splits or turns when it loads them."""
 
+import json
+import shutil
+
 import builders
 import pytest
 import torch
@@ -33,7 +36,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from peft_perta import AdapterError, save_perta_adapter
+from peft_perta import AdapterError, ConfigError, save_perta_adapter
 from peft_perta.adapters import _conversion, compare_merged, merge_adapters, verify_adapter
 from peft_perta.cli import main
 from peft_perta.model import adapter_strength, attach_adapters, load_base, stack_adapters
@@ -362,3 +365,62 @@ def test_missing_experts_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.experts.*3 tensors make it .*, expected \(4, "):
         merge_adapters(base, {adapter: 1.0}, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+# What merge reads and copies
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A tiny Llama in several shards, and a task adapter of it."""
+    base = tmp_path / "base"
+    builders.llama().save_pretrained(base, max_shard_size="50KB")
+    builders.tokenizer().save_pretrained(base)
+    assert (base / INDEX).is_file()
+    builders.adapted_saved_llama().save_pretrained(tmp_path, selected_adapters=["task"])
+    return tmp_path
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("way", ["absolute", "up", "link"])
+def test_an_index_that_leads_out_of_the_directory_is_refused(way, sharded):
+    secret = sharded / "secret.safetensors"
+    base = sharded / "base"
+    index = json.loads((base / INDEX).read_text())
+    first = sorted(set(index["weight_map"].values()))[0]
+    shutil.copy(base / first, secret)
+    name = {"absolute": str(secret), "up": "../secret.safetensors", "link": "linked.safetensors"}[way]
+    if way == "link":
+        (base / name).symlink_to(secret)
+    index["weight_map"] = {key: name if shard == first else shard for key, shard in index["weight_map"].items()}
+    (base / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match="is not a file of that directory"):
+        merge_adapters(str(base), {str(sharded / "task"): 1.0}, sharded / "merged")
+    assert not (sharded / "merged").exists()
+
+
+def test_only_what_a_model_consists_of_is_copied(sharded):
+    base = sharded / "base"
+    for name in ("modeling_x.py", "optimizer.pkl", "notes.csv", "weights.bin"):
+        (base / name).write_text("x")
+    (sharded / "passwords.txt").write_text("x")
+    (base / "passwords.txt").symlink_to(sharded / "passwords.txt")
+    for name in ("LICENSE", "chat_template.jinja"):
+        (base / name).write_text("x")
+    merge_adapters(str(base), {str(sharded / "task"): 1.0}, sharded / "merged", show_progress_bar=False)
+    written = {file.name for file in (sharded / "merged").iterdir()}
+    assert {"LICENSE", "chat_template.jinja", "tokenizer.json", "config.json", INDEX} <= written
+    assert not written & {"modeling_x.py", "optimizer.pkl", "notes.csv", "weights.bin", "passwords.txt"}
+
+
+def test_beside_a_single_file_the_index_is_not_read(tmp_path):
+    """As transformers has it."""
+    base = tmp_path / "base"
+    builders.llama().save_pretrained(base)
+    builders.tokenizer().save_pretrained(base)
+    (base / INDEX).write_text(json.dumps({"weight_map": {"x": "other.safetensors"}}))
+    builders.adapted_saved_llama().save_pretrained(tmp_path, selected_adapters=["task"])
+    merge_adapters(str(base), {str(tmp_path / "task"): 1.0}, tmp_path / "merged", show_progress_bar=False)
+    assert (tmp_path / "merged" / "model.safetensors").is_file()

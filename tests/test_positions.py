@@ -155,3 +155,9 @@ def test_the_commands_take_the_models_length(tmp_path, capsys):
     capsys.readouterr()
     assert main([*command, "--output", str(tmp_path / "adapter"), "--max-length", "1024"]) == 2
     assert "max_length: expected at most 128" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length", [-3, 0, 1, 2.5, True])
+def test_a_length_that_cuts_rows_to_nothing_is_refused(length):
+    with pytest.raises(ConfigError, match="max_length: expected an int from 2"):
+        row_length(builders.llama(), length)

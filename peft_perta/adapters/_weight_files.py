@@ -16,7 +16,8 @@ _INDEX = "model.safetensors.index.json"
 
 _SINGLE = "model.safetensors"
 
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".md")
+_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,12 @@ class WeightFiles:
         directory = _locate(model_name, revision)
         try:
             names = [_SINGLE]
-            if (directory / _INDEX).is_file():
+            if not (directory / _SINGLE).is_file():  # transformers reads it, and not the index, where there are both
                 names = sorted(set(json.loads((directory / _INDEX).read_text())["weight_map"].values()))
             shards = {}
             for name in names:
+                if not _belongs(directory / name, directory):
+                    raise ValueError(f"{name!r} is not a file of that directory")
                 with safe_open(directory / name, framework="pt") as file:
                     keys = file.keys()
                     shards[name] = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
@@ -60,10 +63,20 @@ class WeightFiles:
         return {key: shape for tensors in self.shards.values() for key, shape in tensors.items()}
 
     def copy_other_files(self, target: Path, *, without: str) -> None:
-        """Copy every file that holds no weights: config, tokenizer, licence, and the index."""
+        """Copy the files of a model that hold no weights: config, tokenizer, template, licence, card and index."""
         for file in sorted(self.directory.iterdir()):
-            if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES) and file.name != without:
+            is_of_model = file.suffix in _SUFFIXES or file.name.upper().startswith(_NAMES)
+            if is_of_model and file.name != without and file.is_file() and _belongs(file, self.directory):
                 shutil.copyfile(file, target / file.name)
+
+
+def _belongs(file: Path, directory: Path) -> bool:
+    """Whether a path names a file of a model's directory and leads nowhere else. In the cache of the hub, files are
+    links to the blobs of the same repository."""
+    home = directory.resolve()
+    if home.parent.name == "snapshots":
+        home = home.parent.parent
+    return file.parent == directory and home in file.resolve().parents
 
 
 def _locate(model_name: str, revision: str | None) -> Path:

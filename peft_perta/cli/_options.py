@@ -14,7 +14,7 @@ from ..data import read_rows
 from ..errors import ConfigError
 from ..evaluation import Calibration
 from ..html_report import PICTURE_NAME, draw_calibration
-from ..model import check_adapter_files, find_adapter, load_base
+from ..model import WEIGHTS_NAME, check_adapter_files, find_adapter, hash_file, load_base
 
 HTML_REPORT_NAME = "report.html"
 BASE_MODEL = "the base model: a name on the Hugging Face Hub, a directory or a GGUF file"
@@ -190,17 +190,20 @@ def given_adapters(directories: Mapping[str, str | None]) -> dict[str, str]:
 
 
 def check_distinct(directories: Iterable[str]) -> None:
-    """Check that no adapter is given under two names: its delta would be added twice.
+    """Check that no adapter is given twice, under whatever names: its delta would be added twice.
 
     Raises:
-        ConfigError: two of the directories are the same one.
+        ConfigError: two of the directories hold the same factors.
     """
-    seen = set()
+    seen: dict[str, str] = {}
     for directory in directories:
-        path = os.path.realpath(find_adapter(directory))
-        if path in seen:
-            raise ConfigError(f"{directory} is given twice, expected each adapter once: its delta would be added twice")
-        seen.add(path)
+        factors = hash_file(find_adapter(directory) / WEIGHTS_NAME)
+        if factors in seen:
+            raise ConfigError(
+                f"{directory} is given twice, expected each adapter once: it holds the factors of {seen[factors]}, and "
+                "its delta would be added twice"
+            )
+        seen[factors] = directory
 
 
 def read_strengths(texts: Sequence[str]) -> dict[str, float]:

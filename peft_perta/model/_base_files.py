@@ -105,10 +105,12 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _hash_shards(directory: Path) -> str | None:
-    shards = set(_json(directory / "model.safetensors.index.json").get("weight_map", {}).values())
+    shards = ["model.safetensors"]
+    if not (directory / shards[0]).is_file():  # transformers reads it, and not the index, where there are both
+        shards = sorted(set(_json(directory / "model.safetensors.index.json").get("weight_map", {}).values())) or shards
     try:
         hashes: dict[str, str] = {}
-        for shard in sorted(shards) or ["model.safetensors"]:
+        for shard in shards:
             hashes |= _hash_tensors(*_dated(directory / shard))
     except (OSError, SafetensorError):
         return None

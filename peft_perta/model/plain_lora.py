@@ -114,7 +114,7 @@ def _are_names(value: Any) -> bool:
 # Field -> what it holds, and whether a value is that.
 _VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "r": ("an int above 0", is_count),
-    "lora_alpha": ("a finite number", is_number),
+    "lora_alpha": ("a finite number other than 0", lambda value: is_number(value) and value != 0),
     "rank_pattern": ("an int above 0 for each name", _each(is_count)),
     "alpha_pattern": ("a finite number for each name", _each(is_number)),
     "target_modules": (

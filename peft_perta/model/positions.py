@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..data import note
+from ..data import is_count, note
 from ..errors import ConfigError, DataError
 from .stack import base_model
 
@@ -28,10 +28,14 @@ def row_length(model: nn.Module, max_length: int | None, *, default: int = DEFAU
         default: the default, which is lowered to the number of positions that the model was trained for.
 
     Raises:
-        ConfigError: the model has a table of positions, with fewer than ``max_length``.
+        ConfigError: ``max_length`` is below 2, or the model has a table of positions, with fewer than that.
     """
     if max_length is None:
         return min(default, _positions(model) or default)
+    if not is_count(max_length) or max_length < 2:
+        raise ConfigError(
+            f"max_length: expected an int from 2, a token and the one that it predicts, found {max_length!r}"
+        )
     table = table_length(model)
     if table is not None and max_length > table:
         raise ConfigError(

@@ -31,11 +31,12 @@ from peft_perta.data import Sample, encode_row, load_samples, padded
 from peft_perta.evaluation import losses_of
 from peft_perta.gradients import find_blocks
 from peft_perta.model import adapter_strength, completion_states, distributed, preserved, sample_losses, switch_modules
-from peft_perta.training import COMBINERS, UnlearningSettings, UnlearningTrainer, train_unlearning
+from peft_perta.training import COMBINERS, FORGET_LOSSES, UnlearningSettings, UnlearningTrainer, train_unlearning
 from peft_perta.training._agreement import agreement
 from peft_perta.training._pairs import Pairs, PairSampler, load_forget, load_pairs
 
 FORGET, RETAIN, TOKENIZER = builders.forget_rows()[:4], builders.retain_rows(), builders.tokenizer()
+WITH_PROMPTS = [row for row in FORGET if "text" not in row]  # a refusal needs a prompt
 QUIET = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True}
 
 
@@ -56,6 +57,12 @@ def trainer_of(model, directory, forget=FORGET, retain=RETAIN, settings=None, ca
     return UnlearningTrainer(
         model, arguments, forget, retain, processing_class=TOKENIZER, settings=settings, callbacks=list(callbacks)
     )
+
+
+def with_loss(loss):
+    """The settings of a forget loss beside the retain loss that reads the reference model as it does."""
+    retain_loss = "embed-diff" if FORGET_LOSSES[loss].needs_states else "kl"
+    return UnlearningSettings(loss, retain_loss, "sago")
 
 
 def trained(model, adapter="forget"):
@@ -125,18 +132,29 @@ def test_clipping_comes_after_combining(tmp_path):
     close(gradients[0.25], {name: g * 0.25 / length for name, g in gradients[0.0].items()}, 1e-4)  # torch adds 1e-6
 
 
-@pytest.mark.parametrize("losses", [("npo", "kl"), ("dpo", "kl"), ("rmu", "embed-diff")], ids="+".join)
-def test_accumulated_micro_batches_are_one_big_batch(losses, tmp_path):
+@pytest.mark.parametrize("loss", FORGET_LOSSES)
+def test_accumulated_micro_batches_are_one_big_batch(loss, tmp_path):
     """The samples differ in length: the loss is not a mean of means over micro-batches."""
-    rows = [row for row in FORGET if "text" not in row]
-    settings = UnlearningSettings(*losses, "sago")
     results = []
     for size in (4, 1):
         model = stacked()
         arguments = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
-        trainer_of(model, tmp_path, rows, settings=settings, max_steps=2, **arguments).train()
+        trainer_of(model, tmp_path, WITH_PROMPTS, settings=with_loss(loss), max_steps=2, **arguments).train()
         results.append(trained(model))
     close(*results, 1e-8)
+
+
+@pytest.mark.parametrize("loss", FORGET_LOSSES)
+def test_mixed_precision_points_the_same_way(loss, tmp_path):
+    gradients = []
+    for bf16 in (False, True):
+        seen = Gradients()
+        trainer_of(
+            stacked(torch.float32), tmp_path, WITH_PROMPTS, settings=UnlearningSettings(loss, combiner="sum"),
+            callbacks=[seen], max_steps=1, bf16=bf16, max_grad_norm=0.0,
+        ).train()  # fmt: skip
+        gradients.append(torch.cat([g.flatten() for g in seen.steps[0].values()]))
+    assert float(torch.cosine_similarity(*gradients, dim=0)) > 0.99
 
 
 def test_the_gradients_are_combined_once_per_step(tmp_path, monkeypatch):
@@ -537,6 +555,28 @@ def test_an_interrupted_run_resumes_bit_for_bit(base, saves, tmp_path):
         run(base(), **other)
 
 
+# A loss for each way of reading the models: what is left to go wrong between two steps is which adapters are on.
+READINGS = {(loss.reads, loss.needs_states): name for name, loss in FORGET_LOSSES.items()}
+
+
+@pytest.mark.parametrize("loss", READINGS.values())
+def test_whatever_a_loss_reads_it_resumes_on_a_4_bit_base_and_leaves_it_as_it_was(loss, tmp_path):
+    def options(directory):
+        return {
+            "settings": with_loss(loss), "task_adapter": "task", "lora_config": builders.lora_config(),
+            "checkpoint_dir": tmp_path / directory, "num_train_epochs": 2,
+        }  # fmt: skip
+
+    model = builders.adapted_nf4_llama()
+    with laws.untouched(model):
+        expected = run(model, WITH_PROMPTS, **options("whole"))
+        with pytest.raises(Stop):
+            run(model, WITH_PROMPTS, callbacks=[StopAt(2)], **options("cut"))
+        resumed = run(model, WITH_PROMPTS, **options("cut"))
+    assert all(torch.equal(resumed.state_dict[name], value) for name, value in expected.state_dict.items())
+    assert any(value.any() for name, value in expected.state_dict.items() if ".lora_B." in name)
+
+
 def test_an_incomplete_checkpoint_is_skipped(tmp_path):
     options = {"checkpoint_dir": tmp_path / "c", "num_train_epochs": 2}
     expected = run(builders.saved_llama(), **options).state_dict
@@ -595,26 +635,32 @@ def test_the_command_refuses(more, message, place):
 # Several processes
 
 
+def steps_of_losses(directory, batch_size):
+    """The gradients and the trained factors of one step of each forget loss, and of three of NPO, over 4 rows."""
+    results = {}
+    for loss in FORGET_LOSSES:
+        model, seen = stacked(), Gradients()
+        trainer_of(
+            model, directory, [*WITH_PROMPTS, {"prompt": "His name ", "completion": "is Ned"}],
+            settings=with_loss(loss), callbacks=[seen], max_steps=3 if loss == "npo" else 1,
+            per_device_train_batch_size=batch_size, gradient_accumulation_steps=2,
+        ).train()  # fmt: skip
+        results[loss] = [*seen.steps, trained(model)]
+    return results
+
+
 def one_of_two(rank, port, path):
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
     os.environ |= {"LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
     distributed.start()
-    model, seen = stacked(), Gradients()
-    trainer_of(
-        model, path / f"scratch {rank}", settings=UnlearningSettings(combiner="sago"), callbacks=[seen],
-        num_train_epochs=3, per_device_train_batch_size=1, gradient_accumulation_steps=2,
-    ).train()  # fmt: skip
-    torch.save((trained(model), seen.steps), path / f"result {rank}")
+    torch.save(steps_of_losses(path / f"scratch {rank}", 1), path / f"result {rank}")
     builders._scratch.cleanup()
     distributed.finish()
 
 
 def test_two_processes_train_as_one(tmp_path):
-    model, seen = stacked(), Gradients()
-    trainer_of(
-        model, tmp_path / "scratch", settings=UnlearningSettings(combiner="sago"), callbacks=[seen], num_train_epochs=3
-    ).train()
+    whole = steps_of_losses(tmp_path / "scratch", 2)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["peft_perta.cli.train"])
     with socket.socket() as free:
@@ -627,11 +673,11 @@ def test_two_processes_train_as_one(tmp_path):
         child.join(100)
     assert [child.exitcode for child in both] == [0, 0]
     for rank in (0, 1):
-        factors, steps = torch.load(tmp_path / f"result {rank}", weights_only=False)
-        assert len(steps) == len(seen.steps) == 3
-        for step, expected in zip(steps, seen.steps, strict=True):
-            close({name.removeprefix("module."): g for name, g in step.items()}, expected, 1e-6)
-        close(factors, trained(model), 1e-6)
+        split = torch.load(tmp_path / f"result {rank}", weights_only=False)
+        for loss, expected in whole.items():
+            assert len(split[loss]) == len(expected) == (4 if loss == "npo" else 2)
+            for step, of_whole in zip(split[loss], expected, strict=True):
+                close({name.removeprefix("module."): g for name, g in step.items()}, of_whole, 1e-6)
 
 
 # Refused
@@ -668,6 +714,10 @@ BAD = {
     "before its factors": (
         {"settings": UnlearningSettings("rmu", layer=1), "lora_config": builders.lora_config(layers_to_transform=[1])},
         ConfigError, "layer: expected a block whose output depends on the adapter in training, found 1",
+    ),
+    "the origin is the full model": (
+        {"settings": UnlearningSettings("origin-kl")}, ConfigError,
+        "forget_loss 'origin-kl': expected a task adapter that taught the forget rows",
     ),
     "DoRA": ({"lora_config": builders.lora_config(use_dora=True)}, AdapterError, "LoRA variant .use_dora"),
     "too wide": ({"lora_config": builders.lora_config(r=300)}, ConfigError, "would need rank 300"),

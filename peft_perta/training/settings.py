@@ -11,7 +11,7 @@ from peft import LoraConfig, TaskType
 
 from ..data import check_setting, explained, is_count, is_number, setting
 from .combiners import COMBINERS
-from .losses import FORGET_LOSSES, RETAIN_LOSSES, Loss
+from .losses import FORGET_LOSSES, RETAIN_LOSSES, ForwardPass, Loss
 
 _NAMES = "names separated by commas or spaces (q_proj,v_proj) or a regular expression that whole paths match"
 REFUSALS = (
@@ -174,6 +174,11 @@ class UnlearningSettings:
     def needs_states(self) -> bool:
         """Whether a loss reads hidden states."""
         return any(loss.needs_states for loss in self.losses.values())
+
+    @property
+    def reads_origin(self) -> bool:
+        """Whether a loss reads the origin's outputs."""
+        return any(ForwardPass.ORIGIN in loss.reads for loss in self.losses.values())
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON. Refusals are included only if the forget loss uses them."""

@@ -9,7 +9,7 @@ that it takes no memory of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ class UnlearningTrainer(Trainer):
         self._factors = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._block = _block_of_states(model, self.settings, self._factors)
         self._reference = _adapters_beside(model, self.adapter_name)
+        _check_origin(self.settings, self._reference)
         self._reset()
         length = row_length(model, max_length)
         pairs = load_pairs(forget, retain, processing_class, self.settings, max_length=length)
@@ -131,8 +132,9 @@ class UnlearningTrainer(Trainer):
         loss_inputs = {}
         for forward_pass in loss.reads:
             batch = batches["refusal" if forward_pass.on_refusals else name]
-            if forward_pass.of_reference:
-                with preserved(model, self._reference), torch.no_grad():
+            if forward_pass.is_frozen:
+                adapters = [] if forward_pass is ForwardPass.ORIGIN else self._reference
+                with preserved(model, adapters), torch.no_grad():
                     loss_inputs[forward_pass] = self._outputs(model, batch, loss)
             else:
                 loss_inputs[forward_pass] = self._outputs(model, batch, loss)
@@ -294,6 +296,15 @@ def _block_of_states(
             "the adapter's first layer; choose a later block, or train an adapter on earlier layers"
         )
     return blocks[layer - 1]
+
+
+def _check_origin(settings: UnlearningSettings, reference: Sequence[str]) -> None:
+    """Refuse a loss that reads the origin where that is the full model itself."""
+    if settings.reads_origin and not reference:
+        raise ConfigError(
+            f"forget_loss {settings.forget_loss!r}: expected a task adapter that taught the forget rows (task_adapter, "
+            "--task-adapter), found none: the origin, every adapter off, is the full model itself"
+        )
 
 
 def _adapter_in_training(model: nn.Module) -> str:

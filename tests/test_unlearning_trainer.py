@@ -301,6 +301,39 @@ def test_the_reference_model_is_the_stack_without_the_adapter_in_training(tmp_pa
     assert log.entries[0]["grad_norm"] > 0
 
 
+# The retain weight as a dual variable
+
+
+@pytest.mark.parametrize("budget", [0.0, 9.0])
+def test_the_retain_weight_follows_what_the_retain_loss_is_above_the_budget(budget, tmp_path):
+    """Below the budget it falls to 0, where the optimizer gets the forget gradient alone."""
+    model, seen = stacked(), Gradients()
+    forget_gradient = by_hand(model, "sum", 1.0, 0.5)[0]
+    settings = UnlearningSettings("gradient-ascent", "nll", "sum", retain_weight=0.5, retain_budget=budget)
+    trainer = trainer_of(
+        model, tmp_path, settings=settings, callbacks=[seen], max_steps=4, max_grad_norm=0.0, learning_rate=1e-30
+    )
+    trainer.train()
+    expected = 0.5
+    for entry in trainer.state.log_history[:4]:
+        assert entry["retain_weight"] == pytest.approx(expected)
+        assert entry["loss"] == pytest.approx(entry["forget_loss"] + expected * entry["retain_loss"])
+        expected = max(0.0, expected + 0.5 * (entry["retain_loss"] - budget))
+    assert (expected == 0.0) == (budget == 9.0)
+    if budget == 9.0:
+        close(seen.steps[-1], forget_gradient, 1e-10)
+
+
+def test_the_retain_weight_does_not_move_where_a_step_is_skipped(tmp_path):
+    trainer = trainer_of(
+        stacked(torch.float32), tmp_path, settings=UnlearningSettings(combiner="sum", retain_budget=0.0), max_steps=1,
+        optim="adamw_torch", max_grad_norm=0.0,
+    )  # fmt: skip
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    trainer.train()
+    assert trainer._retain_weight == 1.0
+
+
 # Data
 
 
@@ -586,6 +619,100 @@ def test_an_incomplete_checkpoint_is_skipped(tmp_path):
     assert all(torch.equal(resumed[name], value) for name, value in expected.items())
 
 
+# Training to a target
+
+
+class Watch(TrainerCallback):
+    """The mean losses of the forget and the retain rows after each step, as one would measure them."""
+
+    def __init__(self, model):
+        self.model, self.losses = model, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        means = [float(losses_of(self.model, load_samples(rows, TOKENIZER)).mean()) for rows in (FORGET, RETAIN)]
+        self.losses.append(means)
+
+
+def to_target(model, target, steps=1, **options):
+    settings = UnlearningSettings("gradient-ascent", combiner="sum", target_forget_loss=target, check_steps=steps)
+    options = {"lr_scheduler_type": "constant", "num_train_epochs": 8, "task_adapter": "task", **options}
+    return run(model, settings=settings, **options)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_training_stops_at_the_first_check_that_meets_the_target(every):
+    model = builders.adapted_nf4_llama()
+    watch = Watch(model)
+    with laws.untouched(model):
+        to_target(model, None, None, callbacks=[watch])
+    assert watch.losses[0][0] < watch.losses[-1][0]
+    target = watch.losses[3][0] - 0.01
+    expected = next(step for step in range(every, 9, every) if watch.losses[step - 1][0] >= target)
+    with laws.untouched(model):
+        _, state_dict, provenance = to_target(model, target, every)
+        _, whole, _ = to_target(model, None, None, num_train_epochs=expected)
+    assert provenance.training["steps"] == expected
+    assert all(torch.equal(state_dict[name], value) for name, value in whole.items())
+    start = {"step": 0, "forget": mean_loss(model, FORGET, ["task"]), "retain": mean_loss(model, RETAIN, ["task"])}
+    path = [{"step": s, "forget": watch.losses[s - 1][0], "retain": watch.losses[s - 1][1]}
+            for s in range(every, expected + 1, every)]  # fmt: skip
+    for point, of_oracle in zip(provenance.checks, [start, *path], strict=True):
+        assert point == pytest.approx(of_oracle, abs=1e-5)
+    assert f"for the target {target:.3f}" in str(provenance)
+    assert "NOT reached" not in str(provenance)
+    assert any(f"for the target {target:.3f}" in line for line in provenance.card_section())
+
+
+def test_a_target_that_is_not_met_is_told_after_a_check_of_the_last_step():
+    _, _, provenance = to_target(builders.adapted_saved_llama(), 99.0, 3, num_train_epochs=4)
+    assert [point["step"] for point in provenance.checks] == [0, 3, 4]
+    assert "the target was NOT reached: train longer" in str(provenance)
+
+
+def test_by_default_there_are_four_checks_an_epoch():
+    settings = UnlearningSettings(target_forget_loss=99.0)
+    forget = [{"prompt": f"Number {n} ", "completion": str(n)} for n in range(8)]
+    _, _, provenance = run(
+        builders.saved_llama(), forget, settings=settings, per_device_train_batch_size=1, num_train_epochs=2
+    )
+    assert [point["step"] for point in provenance.checks] == list(range(0, 17, 2))
+
+
+def test_a_target_that_is_met_already_is_refused_and_nothing_is_written(tmp_path):
+    model = builders.adapted_saved_llama()
+    places = {"output_dir": tmp_path / "output", "checkpoint_dir": tmp_path / "checkpoint"}
+    with laws.untouched(model), pytest.raises(NumericalError, match=r"above the target 0\.010: there is nothing"):
+        to_target(model, 0.01, **places)
+    assert not list(tmp_path.iterdir())
+
+
+class StopAtTheEnd(TrainerCallback):
+    def on_train_end(self, args, state, control, **kwargs):
+        raise Stop("on purpose")
+
+
+@pytest.mark.parametrize("saves", [{}, {"save_strategy": "steps", "save_steps": 1}], ids=["epochs", "steps"])
+@pytest.mark.parametrize("stop", [StopAt(2), StopAtTheEnd()], ids=["before", "there"])
+def test_a_run_that_is_cut_before_its_target_or_there_resumes_bit_for_bit(stop, saves, tmp_path):
+    """The retain weight of the budget and the path go on, too."""
+    settings = UnlearningSettings("gradient-ascent", target_forget_loss=6.19, check_steps=1, retain_budget=3.3)
+
+    def to_the_target(directory, *callbacks):
+        return run(
+            builders.adapted_saved_llama(), settings=settings, task_adapter="task", num_train_epochs=9,
+            learning_rate=2e-3, callbacks=callbacks, checkpoint_dir=tmp_path / directory, **saves,
+        )  # fmt: skip
+
+    expected = to_the_target("whole")
+    assert 3 < expected.provenance.training["steps"] < 9
+    with pytest.raises(Stop):
+        to_the_target("cut", stop)
+    resumed = to_the_target("cut")
+    assert all(torch.equal(resumed.state_dict[name], value) for name, value in expected.state_dict.items())
+    for field in ("checks", "figures", "training"):
+        assert getattr(resumed.provenance, field) == getattr(expected.provenance, field)
+
+
 # The command
 
 
@@ -646,6 +773,14 @@ def steps_of_losses(directory, batch_size):
             per_device_train_batch_size=batch_size, gradient_accumulation_steps=2,
         ).train()  # fmt: skip
         results[loss] = [*seen.steps, trained(model)]
+    settings = UnlearningSettings("gradient-ascent", target_forget_loss=7.0, check_steps=2, retain_budget=0.1)
+    trainer = trainer_of(
+        model, directory, settings=settings, num_train_epochs=20, learning_rate=5e-3, lr_scheduler_type="constant",
+        per_device_train_batch_size=batch_size, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    path = torch.tensor([list(map(float, point.values())) for point in trainer.target_check.points])
+    results["to a target"] = [{"path": path, "retain weight": torch.tensor(trainer._retain_weight)}, trained(model)]
     return results
 
 
@@ -756,6 +891,10 @@ def test_an_output_that_is_not_ours_is_refused(tmp_path):
         ({"forget_loss": "gradient-ascent", "beta": 1.0}, "'gradient-ascent' has no beta"),
         ({"margin": 1.0}, "'npo' has no margin"),
         ({"forget_loss": "simnpo", "margin": math.inf}, "margin: expected a number, found inf"),
+        ({"retain_budget": -0.1}, "retain_budget: expected a number >= 0, found -0.1"),
+        ({"target_forget_loss": 0}, "target_forget_loss: expected a number > 0, found 0"),
+        ({"check_steps": 2}, "check_steps: expected None, since there is no target_forget_loss, found 2"),
+        ({"target_forget_loss": 1.0, "check_steps": 0}, "check_steps: expected an integer from 1, found 0"),
         ({"layer": 1}, "layer: expected None, since neither loss reads hidden states"),
         ({"forget_loss": "rmu", "layer": 0}, "layer: expected an integer from 1, found 0"),
         ({"forget_loss": "rmu", "layer": 1.0}, "layer: expected an integer from 1"),

@@ -252,6 +252,7 @@ class UnlearningTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
             directory = output_dir if output_dir is not None else self.args.output_dir
+            assert directory is not None
             names = [self.adapter_name]
             self.model.save_pretrained(directory, selected_adapters=names, save_embedding_layers=False)  # type: ignore[operator, union-attr]
             if self.settings.retain_budget is not None:

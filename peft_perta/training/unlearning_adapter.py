@@ -132,8 +132,7 @@ def train_unlearning(
         AdapterError, UnsupportedLayerError: the adapter would not be plain LoRA. Checked before training.
         ConfigError: a setting is invalid, or the model is sharded.
         DataError: a set is empty or malformed, or the sets share a row.
-        NumericalError: a loss, a gradient or a factor is not finite, or the full model's forget loss is above the
-            target.
+        NumericalError: a loss, a gradient or a factor is not finite, or forgetting is past the target at the start.
         OutputError: a directory cannot be written, holds other files, or holds another run's checkpoint.
     """
     settings = settings or UnlearningSettings()

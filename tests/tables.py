@@ -172,7 +172,9 @@ class LossSample:
     Attributes:
         log_p, log_p_reference: log probability of the completion under the model and under the reference model.
         refusal, refusal_reference: the same of a refusal.
-        distributions: per completion token, the next-token probabilities of the model and of the reference model.
+        distributions: per completion token, the next-token probabilities of the model, the reference model and the
+            origin.
+        tokens: the completion tokens.
         states: per completion token, the hidden state of the model and of the reference model.
         beta, margin: the loss's parameters.
     """
@@ -181,7 +183,8 @@ class LossSample:
     log_p_reference: float
     refusal: float
     refusal_reference: float
-    distributions: list[tuple[list[float], list[float]]]
+    distributions: list[tuple[list[float], list[float], list[float]]]
+    tokens: list[int]
     states: list[tuple[list[float], list[float]]]
     beta: float
     margin: float
@@ -214,11 +217,43 @@ def _dpo(sample: LossSample) -> float:
     return -2 / sample.beta * math.log(1 / (1 + gain**-sample.beta))
 
 
-def _kl(sample: LossSample) -> float:
+def _kl(sample: LossSample, teacher: int = 1) -> float:
     total = 0.0
-    for own, reference in sample.distributions:
-        total += sum(p * math.log(p / q) for p, q in zip(reference, own, strict=True))
+    for distributions in sample.distributions:
+        total += sum(p * math.log(p / q) for p, q in zip(distributions[teacher], distributions[0], strict=True))
     return total / sample.length
+
+
+def _weighted_ascent(sample: LossSample, importance: int) -> float:
+    total = 0.0
+    for (own, _, _), token in zip(sample.distributions, sample.tokens, strict=True):
+        p = own[token]
+        total += p**sample.beta * (1 - p) ** importance * math.log(p)
+    return total / sample.length
+
+
+def _ihl(sample: LossSample) -> float:
+    total = 0.0
+    for (own, _, _), token in zip(sample.distributions, sample.tokens, strict=True):
+        total += max(0, 1 + own[token] - max(p for v, p in enumerate(own) if v != token))
+    return total / sample.length
+
+
+def _undial(sample: LossSample) -> float:
+    total = 0.0
+    for (own, reference, _), token in zip(sample.distributions, sample.tokens, strict=True):
+        lowered = [p * math.exp(-sample.beta if v == token else 0) for v, p in enumerate(reference)]
+        total -= sum(q / sum(lowered) * math.log(p) for q, p in zip(lowered, own, strict=True))
+    return total / sample.length
+
+
+def _ce_u(sample: LossSample) -> float:
+    values = []
+    for (own, _, _), token in zip(sample.distributions, sample.tokens, strict=True):
+        others = [p for v, p in enumerate(own) if v != token]
+        values.append(-sum(p / sum(others) * math.log(p) for p in others))
+    counted = values[1:] or values
+    return sum(counted) / len(counted)
 
 
 def _rmu(sample: LossSample) -> float:
@@ -243,7 +278,8 @@ PENCIL_SAMPLE = LossSample(
     log_p_reference=math.log(1 / 2),
     refusal=math.log(1 / 3),
     refusal_reference=math.log(1 / 2),
-    distributions=[([3 / 4, 1 / 4], [1 / 2, 1 / 2])],
+    distributions=[([3 / 4, 1 / 4], [1 / 2, 1 / 2], [1 / 4, 3 / 4])],
+    tokens=[0],
     states=[([3.0], [-2.0])],
     beta=1.0,
     margin=math.log(4),
@@ -256,6 +292,14 @@ LOSSES: dict[str, LossRow] = {
     "simnpo": LossRow(_simnpo, 2 * math.log(4), "by hand: 2 log(1 + e^-(log 4/3 - log 4)) = 2 log(1 + 3)"),
     "dpo": LossRow(_dpo, 2 * math.log(13 / 4), "by hand: ratios 2/3 and 3/2, 2 log(1 + (3/2)/(2/3))"),
     "rmu": LossRow(_rmu, 1.0, "by hand: (3 - 1 * 2 * 1)^2"),
+    "wga": LossRow(lambda s: _weighted_ascent(s, 0), 3 / 4 * math.log(3 / 4), "by hand: 3/4 log 3/4"),
+    "satimp": LossRow(lambda s: _weighted_ascent(s, 1), 3 / 16 * math.log(3 / 4), "by hand: 3/4 1/4 log 3/4"),
+    "ihl": LossRow(_ihl, 3 / 2, "by hand: 1 + 3/4 - 1/4"),
+    "undial": LossRow(
+        _undial, (math.log(4 / 3) + math.e * math.log(4)) / (1 + math.e), "by hand: the teacher is (1, e) / (1 + e)"
+    ),
+    "ce-u": LossRow(_ce_u, math.log(4), "by hand: the only other token has 1/4"),
+    "origin-kl": LossRow(lambda s: _kl(s, 2), math.log(3) / 2, "by hand: 1/4 log 1/3 + 3/4 log 3"),
     "nll": LossRow(lambda s: -s.log_p / s.length, math.log(4 / 3), "by hand: -log 3/4"),
     "kl": LossRow(_kl, math.log(4 / 3) / 2, "by hand: 1/2 log((1/2)/(3/4)) + 1/2 log((1/2)/(1/4))"),
     "embed-diff": LossRow(_embed_diff, 25.0, "by hand: (3 + 2)^2"),

@@ -10,13 +10,13 @@ import torch
 from peft_perta.data import IGNORED, batches, load_samples, padded
 from peft_perta.model import completion_logits, completion_states, preserved
 from peft_perta.training import FORGET_LOSSES, RETAIN_LOSSES, ForwardPass
-from peft_perta.training.losses import LossInputs
+from peft_perta.training.losses import LossInputs, loss_inputs
 
 LOSSES = FORGET_LOSSES | RETAIN_LOSSES
 BETA, MARGIN = 0.7, 0.4
-MODEL, REFERENCE = ForwardPass.MODEL, ForwardPass.REFERENCE
+MODEL, REFERENCE, ORIGIN = ForwardPass.MODEL, ForwardPass.REFERENCE, ForwardPass.ORIGIN
 MODEL_ON_REFUSALS, REFERENCE_ON_REFUSALS = ForwardPass.MODEL_ON_REFUSALS, ForwardPass.REFERENCE_ON_REFUSALS
-STACKS = ["forget", "task"], ["task"]  # of the model and of the reference model
+STACKS = ["forget", "task"], ["task"], []  # of the model, of the reference model and of the origin
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +49,12 @@ def states_of(model, sample, adapters):
 
 def plain_sample(model, sample, refusal):
     distributions = [distributions_of(model, sample, stack)[0].exp().tolist() for stack in STACKS]
-    states = [states_of(model, sample, stack).tolist() for stack in STACKS]
+    states = [states_of(model, sample, stack).tolist() for stack in STACKS[:2]]
     return tables.LossSample(
-        *(log_p_of(model, sample, stack) for stack in STACKS),
-        *(log_p_of(model, refusal, stack) for stack in STACKS),
+        *(log_p_of(model, sample, stack) for stack in STACKS[:2]),
+        *(log_p_of(model, refusal, stack) for stack in STACKS[:2]),
         list(zip(*distributions, strict=True)),
+        distributions_of(model, sample, [])[1].tolist(),
         list(zip(*states, strict=True)),
         BETA,
         MARGIN,
@@ -63,10 +64,9 @@ def plain_sample(model, sample, refusal):
 def inputs_of(model, samples, refusals):
     order = list(range(len(samples)))
     inputs = {}
-    passes = [(MODEL, samples), (REFERENCE, samples), (MODEL_ON_REFUSALS, refusals), (REFERENCE_ON_REFUSALS, refusals)]
-    for forward_pass, rows in passes:
-        with preserved(model, STACKS[forward_pass.of_reference]):
-            batch = padded(rows, order)
+    for forward_pass in ForwardPass:
+        with preserved(model, STACKS[2 if forward_pass is ORIGIN else forward_pass.is_frozen]):
+            batch = padded(refusals if forward_pass.on_refusals else samples, order)
             logits, states = completion_states(model, batch, first_block(model))
             inputs[forward_pass] = LossInputs(logits, batch.labels, states)
     return inputs
@@ -93,7 +93,7 @@ def test_golden(name):
             torch.tensor([[state]], dtype=torch.float64),
         )
 
-    inputs = {MODEL: outputs(3 / 4, 3.0), REFERENCE: outputs(1 / 2, -2.0)}
+    inputs = {MODEL: outputs(3 / 4, 3.0), REFERENCE: outputs(1 / 2, -2.0), ORIGIN: outputs(1 / 4)}
     inputs |= {MODEL_ON_REFUSALS: outputs(1 / 3), REFERENCE_ON_REFUSALS: outputs(1 / 2)}
     value = float(LOSSES[name].function(inputs, sample.beta, sample.margin))
     assert value == pytest.approx(row.golden), row.source
@@ -144,9 +144,96 @@ def test_rmu_is_zero_at_its_target():
     assert float(rmu({MODEL: reference, REFERENCE: reference}, 0.0, 0.0)) == pytest.approx(25 / 2)
 
 
-def test_kl_of_the_reference_model_from_itself_is_zero():
-    same = {MODEL: outputs_of([1.0, 2.0]), REFERENCE: outputs_of([1.0, 2.0])}
-    assert float(RETAIN_LOSSES["kl"].function(same, 0, 0)) == 0.0
+def gradient_of(name, logits, beta, *, label=0, teacher=None):
+    """The gradient [V] of a forget loss of one token with these logits."""
+    logits = torch.tensor([logits], dtype=torch.float64, requires_grad=True)
+    inputs = {MODEL: LossInputs(logits, torch.tensor([[IGNORED, label]]))}
+    if teacher is not None:
+        inputs |= dict.fromkeys((REFERENCE, ORIGIN), outputs_of(teacher, label))
+    return torch.autograd.grad(LOSSES[name].function(inputs, beta, 0.0).sum(), logits)[0][0]
+
+
+@pytest.mark.parametrize(("name", "importance"), [("wga", 0), ("satimp", 1)])
+def test_weighted_ascent_is_ascent_with_a_weight_that_has_no_gradient(name, importance):
+    logits = [1.0, 0.0, 0.5]
+    p = float(torch.tensor(logits, dtype=torch.float64).softmax(0)[0])
+    expected = p**1.5 * (1 - p) ** importance * gradient_of("gradient-ascent", logits, 0.0)
+    torch.testing.assert_close(gradient_of(name, logits, 1.5), expected)
+    torch.testing.assert_close(gradient_of("wga", logits, 1e-9), gradient_of("gradient-ascent", logits, 0.0))
+
+
+def test_ihl_pulls_the_right_token_down_to_the_runner_up_and_leaves_the_others():
+    """The gradients of p_right - p_runner-up, by hand: p_v (1[v = right] - p_right) - p_v (1[v = runner-up] - p_up)."""
+    logits = [2.0, 1.0, 0.0]
+    p = torch.tensor(logits, dtype=torch.float64).softmax(0)
+    right, up = torch.eye(3, dtype=torch.float64)[:2]
+    torch.testing.assert_close(gradient_of("ihl", logits, 0.0), p * (right - p[0]) - p * (up - p[1]))
+    ends = [float(LOSSES["ihl"].function({MODEL: outputs_of(z)}, 0.0, 0.0)) for z in ([99.0, 0.0], [0.0, 99.0])]
+    assert ends == pytest.approx([2.0, 0.0])
+
+
+def test_undial_is_least_at_its_teacher():
+    teacher = [2.0, 1.0, 0.0]
+    torch.testing.assert_close(gradient_of("undial", [-1.0, 1.0, 0.0], 3.0, teacher=teacher), torch.zeros(3).double())
+    assert gradient_of("undial", teacher, 3.0, teacher=teacher)[0] > 0
+
+
+def test_ce_u_has_no_gradient_through_its_teacher():
+    """p_right on the right token and -p_v p_right / (1 - p_right) on every other; nothing where it is forgotten."""
+    logits = [2.0, 1.0, 0.0]
+    p = torch.tensor(logits, dtype=torch.float64).softmax(0)
+    expected = torch.cat([p[:1], -p[1:] * p[0] / (1 - p[0])])
+    torch.testing.assert_close(gradient_of("ce-u", logits, 0.0), expected)
+    assert gradient_of("ce-u", [-999.0, 1.0, 0.0], 0.0).abs().max() < 1e-12
+    assert gradient_of("ce-u", [999.0, 1.0, 0.0], 0.0)[0] == pytest.approx(1.0)
+
+
+def test_the_first_token_is_left_out_of_ce_u_alone(model):
+    """A change of the first token's distribution changes ce-u by nothing, and every other loss."""
+    samples = load_samples(builders.forget_rows()[:1], builders.tokenizer())
+    before = inputs_of(model, samples, samples)
+    after = inputs_of(model, samples, samples)
+    after[MODEL].logits[0] += torch.linspace(0, 3, after[MODEL].logits.shape[1])
+    read_logits = {name: loss.function for name, loss in LOSSES.items() if not loss.needs_states}
+    unmoved = [n for n, f in read_logits.items() if torch.equal(f(before, BETA, MARGIN), f(after, BETA, MARGIN))]
+    assert unmoved == ["ce-u"]
+
+
+@pytest.mark.parametrize("name", ["kl", "origin-kl"])
+def test_the_teacher_itself_is_where_a_divergence_is_zero(name):
+    logits = [1.0, 2.0, -math.inf]  # a token that neither can say: 0 log 0 is 0
+    same = dict.fromkeys((MODEL, REFERENCE, ORIGIN), outputs_of(logits))
+    assert float(LOSSES[name].function(same, 0, 0)) == 0.0
+    assert gradient_of(name, logits, 0.0, teacher=logits).tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if not loss.needs_states])
+def test_a_loss_in_chunks_of_tokens_is_the_whole_loss(name, dtype, model, monkeypatch):
+    samples = load_samples(builders.forget_rows(), builders.tokenizer())
+    results = []
+    for chunk in (2**23, 1):
+        monkeypatch.setattr(loss_inputs, "_CHUNK", chunk)
+        inputs = {
+            key: LossInputs(of_pass.logits.to(dtype).requires_grad_(), of_pass.labels)
+            for key, of_pass in inputs_of(model, samples, samples).items()
+        }
+        values = LOSSES[name].function(inputs, BETA, MARGIN)
+        assert values.dtype == torch.promote_types(dtype, torch.float32)
+        values = values, *torch.autograd.grad(values.sum(), [inputs[MODEL].logits])
+        results.append(values)
+    torch.testing.assert_close(*results, rtol=1e-5 if dtype == torch.bfloat16 else 1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["ihl", "undial", "ce-u", "kl", "origin-kl", "wga"])
+def test_no_wide_copy_of_the_logits_is_kept_for_backward(name, model):
+    samples = load_samples(builders.forget_rows(), builders.tokenizer())
+    inputs = inputs_of(model, samples, samples)
+    inputs = {key: LossInputs(i.logits.bfloat16().requires_grad_(key is MODEL), i.labels) for key, i in inputs.items()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        LOSSES[name].function(inputs, BETA, MARGIN).sum()
+    assert not [t for t in kept if t.shape == inputs[MODEL].logits.shape and t.dtype != torch.bfloat16]
 
 
 @pytest.mark.parametrize("name", LOSSES)

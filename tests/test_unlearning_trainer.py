@@ -32,11 +32,12 @@ from peft_perta.data import Sample, encode_row, load_samples, padded
 from peft_perta.evaluation import losses_of
 from peft_perta.gradients import find_blocks
 from peft_perta.model import adapter_strength, completion_states, distributed, preserved, sample_losses, switch_modules
-from peft_perta.training import COMBINERS, UnlearningSettings, UnlearningTrainer, train_unlearning
+from peft_perta.training import COMBINERS, FORGET_LOSSES, UnlearningSettings, UnlearningTrainer, train_unlearning
 from peft_perta.training._agreement import agreement
 from peft_perta.training._pairs import Pairs, PairSampler, load_forget, load_pairs
 
 FORGET, RETAIN, TOKENIZER = builders.forget_rows()[:4], builders.retain_rows(), builders.tokenizer()
+WITH_PROMPTS = [row for row in FORGET if "text" not in row]  # a refusal needs a prompt
 QUIET = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True}
 
 
@@ -57,6 +58,12 @@ def trainer_of(model, directory, forget=FORGET, retain=RETAIN, settings=None, ca
     return UnlearningTrainer(
         model, arguments, forget, retain, processing_class=TOKENIZER, settings=settings, callbacks=list(callbacks)
     )
+
+
+def with_loss(loss):
+    """The settings of a forget loss beside the retain loss that reads the reference model as it does."""
+    retain_loss = "embed-diff" if FORGET_LOSSES[loss].needs_states else "kl"
+    return UnlearningSettings(loss, retain_loss, "sago")
 
 
 def trained(model, adapter="forget"):
@@ -126,18 +133,29 @@ def test_clipping_comes_after_combining(tmp_path):
     close(gradients[0.25], {name: g * 0.25 / length for name, g in gradients[0.0].items()}, 1e-4)  # torch adds 1e-6
 
 
-@pytest.mark.parametrize("losses", [("npo", "kl"), ("dpo", "kl"), ("rmu", "embed-diff")], ids="+".join)
-def test_accumulated_micro_batches_are_one_big_batch(losses, tmp_path):
+@pytest.mark.parametrize("loss", FORGET_LOSSES)
+def test_accumulated_micro_batches_are_one_big_batch(loss, tmp_path):
     """The samples differ in length: the loss is not a mean of means over micro-batches."""
-    rows = [row for row in FORGET if "text" not in row]
-    settings = UnlearningSettings(*losses, "sago")
     results = []
     for size in (4, 1):
         model = stacked()
         arguments = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
-        trainer_of(model, tmp_path, rows, settings=settings, max_steps=2, **arguments).train()
+        trainer_of(model, tmp_path, WITH_PROMPTS, settings=with_loss(loss), max_steps=2, **arguments).train()
         results.append(trained(model))
     close(*results, 1e-8)
+
+
+@pytest.mark.parametrize("loss", FORGET_LOSSES)
+def test_mixed_precision_points_the_same_way(loss, tmp_path):
+    gradients = []
+    for bf16 in (False, True):
+        seen = Gradients()
+        trainer_of(
+            stacked(torch.float32), tmp_path, WITH_PROMPTS, settings=UnlearningSettings(loss, combiner="sum"),
+            callbacks=[seen], max_steps=1, bf16=bf16, max_grad_norm=0.0,
+        ).train()  # fmt: skip
+        gradients.append(torch.cat([g.flatten() for g in seen.steps[0].values()]))
+    assert float(torch.cosine_similarity(*gradients, dim=0)) > 0.99
 
 
 def test_the_gradients_are_combined_once_per_step(tmp_path, monkeypatch):
@@ -282,6 +300,39 @@ def test_the_reference_model_is_the_stack_without_the_adapter_in_training(tmp_pa
     assert log.entries[0]["forget_loss"] == pytest.approx(4 * math.log(2), abs=1e-5)
     assert log.entries[0]["retain_loss"] == pytest.approx(0.0, abs=1e-5)
     assert log.entries[0]["grad_norm"] > 0
+
+
+# The retain weight as a dual variable
+
+
+@pytest.mark.parametrize("budget", [0.0, 9.0])
+def test_the_retain_weight_follows_what_the_retain_loss_is_above_the_budget(budget, tmp_path):
+    """Below the budget it falls to 0, where the optimizer gets the forget gradient alone."""
+    model, seen = stacked(), Gradients()
+    forget_gradient = by_hand(model, "sum", 1.0, 0.5)[0]
+    settings = UnlearningSettings("gradient-ascent", "nll", "sum", retain_weight=0.5, retain_budget=budget)
+    trainer = trainer_of(
+        model, tmp_path, settings=settings, callbacks=[seen], max_steps=4, max_grad_norm=0.0, learning_rate=1e-30
+    )
+    trainer.train()
+    expected = 0.5
+    for entry in trainer.state.log_history[:4]:
+        assert entry["retain_weight"] == pytest.approx(expected)
+        assert entry["loss"] == pytest.approx(entry["forget_loss"] + expected * entry["retain_loss"])
+        expected = max(0.0, expected + 0.5 * (entry["retain_loss"] - budget))
+    assert (expected == 0.0) == (budget == 9.0)
+    if budget == 9.0:
+        close(seen.steps[-1], forget_gradient, 1e-10)
+
+
+def test_the_retain_weight_does_not_move_where_a_step_is_skipped(tmp_path):
+    trainer = trainer_of(
+        stacked(torch.float32), tmp_path, settings=UnlearningSettings(combiner="sum", retain_budget=0.0), max_steps=1,
+        optim="adamw_torch", max_grad_norm=0.0,
+    )  # fmt: skip
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    trainer.train()
+    assert trainer._retain_weight == 1.0
 
 
 # Data
@@ -538,6 +589,28 @@ def test_an_interrupted_run_resumes_bit_for_bit(base, saves, tmp_path):
         run(base(), **other)
 
 
+# A loss for each way of reading the models: what is left to go wrong between two steps is which adapters are on.
+READINGS = {(loss.reads, loss.needs_states): name for name, loss in FORGET_LOSSES.items()}
+
+
+@pytest.mark.parametrize("loss", READINGS.values())
+def test_whatever_a_loss_reads_it_resumes_on_a_4_bit_base_and_leaves_it_as_it_was(loss, tmp_path):
+    def options(directory):
+        return {
+            "settings": with_loss(loss), "task_adapter": "task", "lora_config": builders.lora_config(),
+            "checkpoint_dir": tmp_path / directory, "num_train_epochs": 2,
+        }  # fmt: skip
+
+    model = builders.adapted_nf4_llama()
+    with laws.untouched(model):
+        expected = run(model, WITH_PROMPTS, **options("whole"))
+        with pytest.raises(Stop):
+            run(model, WITH_PROMPTS, callbacks=[StopAt(2)], **options("cut"))
+        resumed = run(model, WITH_PROMPTS, **options("cut"))
+    assert all(torch.equal(resumed.state_dict[name], value) for name, value in expected.state_dict.items())
+    assert any(value.any() for name, value in expected.state_dict.items() if ".lora_B." in name)
+
+
 @pytest.mark.parametrize(
     "damage",
     {
@@ -561,6 +634,100 @@ def test_the_newest_whole_checkpoint_is_taken(damage, tmp_path):
 
 def scale_factors(file):
     save_file({name: 100 * factor for name, factor in load_file(file).items()}, file, {"format": "pt"})
+
+
+# Training to a target
+
+
+class Watch(TrainerCallback):
+    """The mean losses of the forget and the retain rows after each step, as one would measure them."""
+
+    def __init__(self, model):
+        self.model, self.losses = model, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        means = [float(losses_of(self.model, load_samples(rows, TOKENIZER)).mean()) for rows in (FORGET, RETAIN)]
+        self.losses.append(means)
+
+
+def to_target(model, target, steps=1, **options):
+    settings = UnlearningSettings("gradient-ascent", combiner="sum", target_forget_loss=target, check_steps=steps)
+    options = {"lr_scheduler_type": "constant", "num_train_epochs": 8, "task_adapter": "task", **options}
+    return run(model, settings=settings, **options)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_training_stops_at_the_first_check_that_meets_the_target(every):
+    model = builders.adapted_nf4_llama()
+    watch = Watch(model)
+    with laws.untouched(model):
+        to_target(model, None, None, callbacks=[watch])
+    assert watch.losses[0][0] < watch.losses[-1][0]
+    target = watch.losses[3][0] - 0.01
+    expected = next(step for step in range(every, 9, every) if watch.losses[step - 1][0] >= target)
+    with laws.untouched(model):
+        _, state_dict, provenance = to_target(model, target, every)
+        _, whole, _ = to_target(model, None, None, num_train_epochs=expected)
+    assert provenance.training["steps"] == expected
+    assert all(torch.equal(state_dict[name], value) for name, value in whole.items())
+    start = {"step": 0, "forget": mean_loss(model, FORGET, ["task"]), "retain": mean_loss(model, RETAIN, ["task"])}
+    path = [{"step": s, "forget": watch.losses[s - 1][0], "retain": watch.losses[s - 1][1]}
+            for s in range(every, expected + 1, every)]  # fmt: skip
+    for point, of_oracle in zip(provenance.checks, [start, *path], strict=True):
+        assert point == pytest.approx(of_oracle, abs=1e-5)
+    assert f"for the target {target:.3f}" in str(provenance)
+    assert "NOT reached" not in str(provenance)
+    assert any(f"for the target {target:.3f}" in line for line in provenance.card_section())
+
+
+def test_a_target_that_is_not_met_is_told_after_a_check_of_the_last_step():
+    _, _, provenance = to_target(builders.adapted_saved_llama(), 99.0, 3, num_train_epochs=4)
+    assert [point["step"] for point in provenance.checks] == [0, 3, 4]
+    assert "the target was NOT reached: train longer" in str(provenance)
+
+
+def test_by_default_there_are_four_checks_an_epoch():
+    settings = UnlearningSettings(target_forget_loss=99.0)
+    forget = [{"prompt": f"Number {n} ", "completion": str(n)} for n in range(8)]
+    _, _, provenance = run(
+        builders.saved_llama(), forget, settings=settings, per_device_train_batch_size=1, num_train_epochs=2
+    )
+    assert [point["step"] for point in provenance.checks] == list(range(0, 17, 2))
+
+
+def test_a_target_that_is_met_already_is_refused_and_nothing_is_written(tmp_path):
+    model = builders.adapted_saved_llama()
+    places = {"output_dir": tmp_path / "output", "checkpoint_dir": tmp_path / "checkpoint"}
+    with laws.untouched(model), pytest.raises(NumericalError, match=r"above the target 0\.010: there is nothing"):
+        to_target(model, 0.01, **places)
+    assert not list(tmp_path.iterdir())
+
+
+class StopAtTheEnd(TrainerCallback):
+    def on_train_end(self, args, state, control, **kwargs):
+        raise Stop("on purpose")
+
+
+@pytest.mark.parametrize("saves", [{}, {"save_strategy": "steps", "save_steps": 1}], ids=["epochs", "steps"])
+@pytest.mark.parametrize("stop", [StopAt(2), StopAtTheEnd()], ids=["before", "there"])
+def test_a_run_that_is_cut_before_its_target_or_there_resumes_bit_for_bit(stop, saves, tmp_path):
+    """The retain weight of the budget and the path go on, too."""
+    settings = UnlearningSettings("gradient-ascent", target_forget_loss=6.19, check_steps=1, retain_budget=3.3)
+
+    def to_the_target(directory, *callbacks):
+        return run(
+            builders.adapted_saved_llama(), settings=settings, task_adapter="task", num_train_epochs=9,
+            learning_rate=2e-3, callbacks=callbacks, checkpoint_dir=tmp_path / directory, **saves,
+        )  # fmt: skip
+
+    expected = to_the_target("whole")
+    assert 3 < expected.provenance.training["steps"] < 9
+    with pytest.raises(Stop):
+        to_the_target("cut", stop)
+    resumed = to_the_target("cut")
+    assert all(torch.equal(resumed.state_dict[name], value) for name, value in expected.state_dict.items())
+    for field in ("checks", "figures", "training"):
+        assert getattr(resumed.provenance, field) == getattr(expected.provenance, field)
 
 
 # The command
@@ -612,26 +779,40 @@ def test_the_command_refuses(more, message, place):
 # Several processes
 
 
+def steps_of_losses(directory, batch_size):
+    """The gradients and the trained factors of one step of each forget loss, and of three of NPO, over 4 rows."""
+    results = {}
+    for loss in FORGET_LOSSES:
+        model, seen = stacked(), Gradients()
+        trainer_of(
+            model, directory, [*WITH_PROMPTS, {"prompt": "His name ", "completion": "is Ned"}],
+            settings=with_loss(loss), callbacks=[seen], max_steps=3 if loss == "npo" else 1,
+            per_device_train_batch_size=batch_size, gradient_accumulation_steps=2,
+        ).train()  # fmt: skip
+        results[loss] = [*seen.steps, trained(model)]
+    settings = UnlearningSettings("gradient-ascent", target_forget_loss=7.0, check_steps=2, retain_budget=0.1)
+    trainer = trainer_of(
+        model, directory, settings=settings, num_train_epochs=20, learning_rate=5e-3, lr_scheduler_type="constant",
+        per_device_train_batch_size=batch_size, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    path = torch.tensor([list(map(float, point.values())) for point in trainer.target_check.points])
+    results["to a target"] = [{"path": path, "retain weight": torch.tensor(trainer._retain_weight)}, trained(model)]
+    return results
+
+
 def one_of_two(rank, port, path):
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
     os.environ |= {"LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
     distributed.start()
-    model, seen = stacked(), Gradients()
-    trainer_of(
-        model, path / f"scratch {rank}", settings=UnlearningSettings(combiner="sago"), callbacks=[seen],
-        num_train_epochs=3, per_device_train_batch_size=1, gradient_accumulation_steps=2,
-    ).train()  # fmt: skip
-    torch.save((trained(model), seen.steps), path / f"result {rank}")
+    torch.save(steps_of_losses(path / f"scratch {rank}", 1), path / f"result {rank}")
     builders._scratch.cleanup()
     distributed.finish()
 
 
 def test_two_processes_train_as_one(tmp_path):
-    model, seen = stacked(), Gradients()
-    trainer_of(
-        model, tmp_path / "scratch", settings=UnlearningSettings(combiner="sago"), callbacks=[seen], num_train_epochs=3
-    ).train()
+    whole = steps_of_losses(tmp_path / "scratch", 2)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["peft_perta.cli.train"])
     with socket.socket() as free:
@@ -644,11 +825,11 @@ def test_two_processes_train_as_one(tmp_path):
         child.join(100)
     assert [child.exitcode for child in both] == [0, 0]
     for rank in (0, 1):
-        factors, steps = torch.load(tmp_path / f"result {rank}", weights_only=False)
-        assert len(steps) == len(seen.steps) == 3
-        for step, expected in zip(steps, seen.steps, strict=True):
-            close({name.removeprefix("module."): g for name, g in step.items()}, expected, 1e-6)
-        close(factors, trained(model), 1e-6)
+        split = torch.load(tmp_path / f"result {rank}", weights_only=False)
+        for loss, expected in whole.items():
+            assert len(split[loss]) == len(expected) == (4 if loss == "npo" else 2)
+            for step, of_whole in zip(split[loss], expected, strict=True):
+                close({name.removeprefix("module."): g for name, g in step.items()}, of_whole, 1e-6)
 
 
 # Refused
@@ -685,6 +866,10 @@ BAD = {
     "before its factors": (
         {"settings": UnlearningSettings("rmu", layer=1), "lora_config": builders.lora_config(layers_to_transform=[1])},
         ConfigError, "layer: expected a block whose output depends on the adapter in training, found 1",
+    ),
+    "the origin is the full model": (
+        {"settings": UnlearningSettings("origin-kl")}, ConfigError,
+        "forget_loss 'origin-kl': expected a task adapter that taught the forget rows",
     ),
     "DoRA": ({"lora_config": builders.lora_config(use_dora=True)}, AdapterError, "LoRA variant .use_dora"),
     "too wide": ({"lora_config": builders.lora_config(r=300)}, ConfigError, "would need rank 300"),
@@ -723,6 +908,10 @@ def test_an_output_that_is_not_ours_is_refused(tmp_path):
         ({"forget_loss": "gradient-ascent", "beta": 1.0}, "'gradient-ascent' has no beta"),
         ({"margin": 1.0}, "'npo' has no margin"),
         ({"forget_loss": "simnpo", "margin": math.inf}, "margin: expected a number, found inf"),
+        ({"retain_budget": -0.1}, "retain_budget: expected a number >= 0, found -0.1"),
+        ({"target_forget_loss": 0}, "target_forget_loss: expected a number > 0, found 0"),
+        ({"check_steps": 2}, "check_steps: expected None, since there is no target_forget_loss, found 2"),
+        ({"target_forget_loss": 1.0, "check_steps": 0}, "check_steps: expected an integer from 1, found 0"),
         ({"layer": 1}, "layer: expected None, since neither loss reads hidden states"),
         ({"forget_loss": "rmu", "layer": 0}, "layer: expected an integer from 1, found 0"),
         ({"forget_loss": "rmu", "layer": 1.0}, "layer: expected an integer from 1"),

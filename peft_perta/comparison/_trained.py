@@ -8,7 +8,6 @@ from ..adapters import add_adapter
 from ..data import load_samples
 from ..model import row_length
 from ..training import (
-    ForwardPass,
     UnlearningSettings,
     default_lora_config,
     train_unlearning,
@@ -64,7 +63,7 @@ def trained(start: MakeAdapter | None = None, *, learning_rate: float = 1e-3, **
 
 def _cost(setup: Setup, settings: UnlearningSettings) -> float:
     """Forward-equivalents of the training: a forward and backward pass (2) of each sample of a step, and a forward pass
-    of the reference model (1) where a loss reads it."""
+    (1) of each frozen model that a loss reads."""
     rows = {"forget": setup.forget_rows, "retain": setup.retain_rows}
     length = row_length(setup.model, None)
     both_sets, spent = 0, 0.0
@@ -73,5 +72,5 @@ def _cost(setup: Setup, settings: UnlearningSettings) -> float:
         tokens = sum(len(sample.input_ids) for sample in samples)
         epochs = STEPS * BATCH / len(rows[name])
         both_sets += tokens
-        spent += epochs * tokens * (2 + (ForwardPass.REFERENCE in loss.reads))
+        spent += epochs * tokens * (2 + sum(forward_pass.is_frozen for forward_pass in loss.reads))
     return spent / both_sets

@@ -2,7 +2,7 @@
 
 The trainers are thin: TRL's SFTTrainer for the forget adapter, a subclass of transformers' Trainer for unlearning.
 
-Imports from: errors, data, model, gradients, adapters.
+Imports from: errors, data, model, gradients, evaluation, adapters.
 """
 
 from .combiners import COMBINERS

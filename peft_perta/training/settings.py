@@ -11,7 +11,7 @@ from peft import LoraConfig, TaskType
 
 from ..data import check_setting, explained, is_count, is_number, setting
 from .combiners import COMBINERS
-from .losses import FORGET_LOSSES, RETAIN_LOSSES, Loss
+from .losses import FORGET_LOSSES, RETAIN_LOSSES, ForwardPass, Loss
 
 _NAMES = "names separated by commas or spaces (q_proj,v_proj) or a regular expression that whole paths match"
 REFUSALS = (
@@ -95,6 +95,22 @@ class UnlearningSettings:
     combiner: str = setting("pcgrad", "How the forget and the retain gradient become one.", tuple(COMBINERS))
     forget_weight: float = setting(1.0, "gamma, the weight of the forget gradient: a number > 0.")
     retain_weight: float = setting(1.0, "alpha, the weight of the retain gradient: a number > 0.")
+    retain_budget: float | None = setting(
+        None,
+        "The mean retain loss to stay within, in the loss's own unit (nats per token): a number >= 0. After each step "
+        "the retain weight grows by retain_weight times what the step's retain loss is above it, and falls by what it "
+        "is below, at most to 0 (PDU). By default the weight stays.",
+    )
+    target_forget_loss: float | None = setting(
+        None,
+        "Stop training at the first check at which the mean cross-entropy on the forget rows reaches this: a number "
+        "> 0, nats per token. By default training runs to its end.",
+    )
+    check_steps: int | None = setting(
+        None,
+        "Steps between two checks of target_forget_loss: an integer from 1. A check is a forward pass over the forget "
+        "rows and as many retain rows. By default four checks an epoch.",
+    )
     beta: float | None = setting(
         None,
         f"beta of the forget loss: a number > 0, without a unit. By default the loss's own: {_own_values('beta')}.",
@@ -124,8 +140,20 @@ class UnlearningSettings:
         for name in ("forget_weight", "retain_weight"):
             value = getattr(self, name)
             check_setting(is_number(value) and value > 0, name, "a number > 0", value)
+        self._check_goals()
         self._check_loss_parameters()
         self._check_refusals()
+
+    def _check_goals(self) -> None:
+        """Check the budget, the target and the steps between checks, where they are given."""
+        budget, target, steps = self.retain_budget, self.target_forget_loss, self.check_steps
+        if budget is not None:
+            check_setting(is_number(budget) and budget >= 0, "retain_budget", "a number >= 0", budget)
+        if target is not None:
+            check_setting(is_number(target) and target > 0, "target_forget_loss", "a number > 0", target)
+        if steps is not None:
+            check_setting(is_count(steps), "check_steps", "an integer from 1", steps)
+            check_setting(target is not None, "check_steps", "None, since there is no target_forget_loss", steps)
 
     def _check_loss_parameters(self) -> None:
         """Check beta, margin and layer where they are given: each must be in range, and used by a chosen loss."""
@@ -153,11 +181,6 @@ class UnlearningSettings:
         return {"forget": FORGET_LOSSES[self.forget_loss], "retain": RETAIN_LOSSES[self.retain_loss]}
 
     @property
-    def weights(self) -> dict[str, float]:
-        """The weight of each set's gradient: 'forget' (gamma) and 'retain' (alpha)."""
-        return {"forget": self.forget_weight, "retain": self.retain_weight}
-
-    @property
     def loss_parameters(self) -> tuple[float, float]:
         """beta and margin of the forget loss: as set, else the loss's own, else 0."""
         loss = self.losses["forget"]
@@ -174,6 +197,11 @@ class UnlearningSettings:
     def needs_states(self) -> bool:
         """Whether a loss reads hidden states."""
         return any(loss.needs_states for loss in self.losses.values())
+
+    @property
+    def reads_origin(self) -> bool:
+        """Whether a loss reads the origin's outputs."""
+        return any(ForwardPass.ORIGIN in loss.reads for loss in self.losses.values())
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON. Refusals are included only if the forget loss uses them."""

@@ -8,8 +8,8 @@ that it takes no memory of its own.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +23,26 @@ from transformers.trainer_utils import TrainOutput
 
 from ..data import Batch
 from ..errors import AdapterError, ConfigError, NumericalError
-from ..gradients import find_blocks
-from ..model import completion_logits, completion_states, distributed, preserved, row_length, tuner_modules
+from ..model import completion_logits, completion_states, distributed, preserved, row_length
 from ._agreement import agreement
+from ._model_in_training import adapter_in_training, adapters_beside, block_of_states, check_origin
 from ._pairs import Pairs, PairSampler, collate, load_pairs
+from ._target import TargetCheck
 from .combiners import COMBINERS
 from .losses import ForwardPass, Loss, LossInputs
 from .settings import UnlearningSettings
 
 _WEIGHTS_NAME = "adapter_model.safetensors"
+_RETAIN_WEIGHT_NAME = "retain_weight.json"
 
 
 class UnlearningTrainer(Trainer):
     """Trains the one LoRA adapter of a model that requires gradients; the base and all other adapters stay frozen.
 
     It logs, beside what every Trainer logs, means since the last log of ``forget_loss``, ``retain_loss``,
-    ``cosine_forget_retain``, ``cosine_combined_forget``, ``cosine_combined_retain`` and ``conflicting_share``. A
-    checkpoint holds the adapter in training alone; resuming from it is exact.
+    ``cosine_forget_retain``, ``cosine_combined_forget``, ``cosine_combined_retain`` and ``conflicting_share``; with a
+    ``retain_budget`` also ``retain_weight``. With a ``target_forget_loss`` it stops at the first check that meets it;
+    ``target_check.points`` has the path there. A checkpoint holds the adapter in training alone; resuming is exact.
 
     Args:
         model: a PeftModel in float or 4 bit. Adapters that are on besides the one in training stay on, without
@@ -56,7 +59,8 @@ class UnlearningTrainer(Trainer):
         AdapterError: not exactly one adapter requires gradients, or something else does.
         ConfigError: the model is sharded or has no block ``layer``, or ``args`` asks for what is not supported.
         DataError: a set is empty or malformed, or the sets share a row.
-        NumericalError: during training, a loss or a gradient is not finite.
+        NumericalError: the forget loss is above the target at the start; during training, a loss or a gradient is not
+            finite.
     """
 
     def __init__(
@@ -74,14 +78,19 @@ class UnlearningTrainer(Trainer):
         self.settings = settings or UnlearningSettings()
         distributed.refuse_sharded(model)
         _check_arguments(args)
-        self.adapter_name = _adapter_in_training(model)
+        self.adapter_name = adapter_in_training(model)
         self._factors = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._block = _block_of_states(model, self.settings, self._factors)
-        self._reference = _adapters_beside(model, self.adapter_name)
+        self._block = block_of_states(model, self.settings, self._factors)
+        self._reference = adapters_beside(model, self.adapter_name)
+        check_origin(self.settings, self._reference)
         self._reset()
         length = row_length(model, max_length)
         pairs = load_pairs(forget, retain, processing_class, self.settings, max_length=length)
         _adjust_arguments(args, model)
+        self.target_check: TargetCheck | None = None
+        if self.settings.target_forget_loss is not None:
+            self.target_check = TargetCheck(model, pairs, self.settings, args)
+            options["callbacks"] = [*(options.get("callbacks") or ()), self.target_check]
         super().__init__(model, args, collate, pairs, processing_class=processing_class, **options)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over samples, whatever their number of tokens
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -96,7 +105,8 @@ class UnlearningTrainer(Trainer):
         return super().train(*arguments, **options)
 
     def _reset(self) -> None:
-        """Drop the sums that an interrupted run left within a step."""
+        """Drop the sums that an interrupted run left within a step, and begin with the retain weight that was set."""
+        self._retain_weight = self.settings.retain_weight
         self._sums: dict[str, dict[str, Tensor]] = {"forget": {}, "retain": {}}
         self._totals = {"forget": 0.0, "retain": 0.0, "samples": 0.0}
         self._figures: dict[str, float] = {}
@@ -111,6 +121,7 @@ class UnlearningTrainer(Trainer):
         sets: Any = self._prepare_inputs(inputs)
         batches = {name: Batch(**tensors, indices=[]) for name, tensors in sets.items()}
         samples = len(batches["forget"].labels)
+        weights = {"forget": self.settings.forget_weight, "retain": self._retain_weight}
         weighted = torch.zeros((), device=self.args.device)
         for name, loss in self.settings.losses.items():
             with self.compute_loss_context_manager():
@@ -118,7 +129,7 @@ class UnlearningTrainer(Trainer):
                 total = loss.function(loss_inputs, *self.settings.loss_parameters).sum()
             self._add_gradients(name, total)
             self._totals[name] += float(total.detach())
-            weighted += self.settings.weights[name] * total.detach().to(weighted.device) / samples
+            weighted += weights[name] * total.detach().to(weighted.device) / samples
         self._totals["samples"] += samples
         if self.accelerator.sync_gradients:
             self._combine()
@@ -131,8 +142,9 @@ class UnlearningTrainer(Trainer):
         loss_inputs = {}
         for forward_pass in loss.reads:
             batch = batches["refusal" if forward_pass.on_refusals else name]
-            if forward_pass.of_reference:
-                with preserved(model, self._reference), torch.no_grad():
+            if forward_pass.is_frozen:
+                adapters = [] if forward_pass is ForwardPass.ORIGIN else self._reference
+                with preserved(model, adapters), torch.no_grad():
                     loss_inputs[forward_pass] = self._outputs(model, batch, loss)
             else:
                 loss_inputs[forward_pass] = self._outputs(model, batch, loss)
@@ -161,13 +173,13 @@ class UnlearningTrainer(Trainer):
         scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0
         losses = self._average(scale)
         forget, retain = self._sums["forget"], self._sums["retain"]
-        weights = self.settings.forget_weight, self.settings.retain_weight
+        weights = self.settings.forget_weight, self._retain_weight
         overflowed = [
             name for name, sums in self._sums.items() if not all(bool(g.isfinite().all()) for g in sums.values())
         ]
         if not overflowed:
             combined = COMBINERS[self.settings.combiner].function(forget, retain, *weights)
-            figures = losses | agreement(forget, retain, combined)
+            figures = losses | agreement(forget, retain, combined) | self._adjust_weight(losses["retain_loss"])
             self._figures = {name: self._figures.get(name, 0.0) + value for name, value in figures.items()}
             self._steps += 1
         else:  # The loss scale was too large. A sum stays non-finite, so that the scaler skips the step.
@@ -179,6 +191,18 @@ class UnlearningTrainer(Trainer):
             parameter.grad = combined[key].mul_(scale)
         self._sums = {"forget": {}, "retain": {}}
         self._totals = dict.fromkeys(self._totals, 0.0)
+
+    def _adjust_weight(self, retain_loss: float) -> dict[str, float]:
+        """Set the retain weight of the next step, where there is a budget; returns that of this step, to be logged.
+
+        Reference: PDU, arXiv 2506.05314: the weight is the dual variable of "retain loss <= budget". There its step is
+        1, as it is here for a retain_weight of 1.
+        """
+        if self.settings.retain_budget is None:
+            return {}
+        weight, excess = self._retain_weight, retain_loss - self.settings.retain_budget
+        self._retain_weight = max(0.0, weight + self.settings.retain_weight * excess)
+        return {"retain_weight": weight}
 
     def _average(self, scale: float) -> dict[str, float]:
         """Turn the sums into means over all samples of all processes, in place; returns both mean losses."""
@@ -228,19 +252,26 @@ class UnlearningTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
             directory = output_dir if output_dir is not None else self.args.output_dir
+            assert directory is not None
             names = [self.adapter_name]
             self.model.save_pretrained(directory, selected_adapters=names, save_embedding_layers=False)  # type: ignore[operator, union-attr]
+            if self.settings.retain_budget is not None:
+                (Path(directory) / _RETAIN_WEIGHT_NAME).write_text(json.dumps(self._retain_weight))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         directory = Path(resume_from_checkpoint)
-        adapter_directory = directory if self.adapter_name == "default" else directory / self.adapter_name
-        if not (adapter_directory / _WEIGHTS_NAME).is_file():
+        weights = (directory if self.adapter_name == "default" else directory / self.adapter_name) / _WEIGHTS_NAME
+        retain_weight = directory / _RETAIN_WEIGHT_NAME
+        needed = [weights] if self.settings.retain_budget is None else [weights, retain_weight]
+        missing = next((path.name for path in needed if not path.is_file()), None)
+        if missing is not None:
             raise AdapterError(
-                f"{directory} holds no {_WEIGHTS_NAME} of adapter {self.adapter_name!r}; expected a checkpoint that "
-                "UnlearningTrainer wrote"
+                f"{directory} holds no {missing} of adapter {self.adapter_name!r}; expected a checkpoint that "
+                "UnlearningTrainer wrote, with the same settings"
             )
-        weights = load_file(adapter_directory / _WEIGHTS_NAME)
-        set_peft_model_state_dict(self.model, weights, adapter_name=self.adapter_name)
+        if retain_weight in needed:
+            self._retain_weight = json.loads(retain_weight.read_text())
+        set_peft_model_state_dict(self.model, load_file(weights), adapter_name=self.adapter_name)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
@@ -275,48 +306,3 @@ def _adjust_arguments(args: TrainingArguments, model: PeftModel) -> None:
         args.gradient_checkpointing_kwargs = options
         if options.get("use_reentrant"):  # no gradient would flow through a block whose input requires none
             model.enable_input_require_grads()  # type: ignore[operator]
-
-
-def _block_of_states(
-    model: nn.Module, settings: UnlearningSettings, factors: Mapping[str, nn.Parameter]
-) -> nn.Module | None:
-    """The decoder block whose hidden states a loss reads, or None if no loss does."""
-    if not settings.needs_states:
-        return None
-    blocks = find_blocks(model)
-    layer = settings.layer or (len(blocks) + 1) // 2
-    if not 1 <= layer <= len(blocks):
-        raise ConfigError(f"layer: expected at most {len(blocks)}, the model's number of blocks, found {layer}")
-    after = {id(parameter) for block in blocks[layer:] for parameter in block.parameters()}
-    if all(id(parameter) in after for parameter in factors.values()):
-        raise ConfigError(
-            f"layer: expected a block whose output depends on the adapter in training, found {layer}, which is before "
-            "the adapter's first layer; choose a later block, or train an adapter on earlier layers"
-        )
-    return blocks[layer - 1]
-
-
-def _adapter_in_training(model: nn.Module) -> str:
-    """The name of the one adapter that requires gradients."""
-    if not isinstance(model, PeftModel):
-        raise AdapterError(f"expected a PeftModel with a LoRA adapter to train, found a {type(model).__name__}")
-    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    others = [name for name in trainable if ".lora_A." not in name and ".lora_B." not in name]
-    if others:
-        raise AdapterError(f"{others[0]} requires gradients; expected only the factors of one LoRA adapter: freeze it")
-    adapters = {name.split(".lora_A." if ".lora_A." in name else ".lora_B.")[1].split(".")[0] for name in trainable}
-    if len(adapters) != 1:
-        raise AdapterError(
-            f"expected one adapter that requires gradients, found {sorted(adapters) or 'none'}; call set_adapter, or "
-            "set requires_grad"
-        )
-    return adapters.pop()
-
-
-def _adapters_beside(model: nn.Module, adapter_name: str) -> list[str]:
-    """The other adapters that are on, in the order of activation."""
-    on = {name: None for module in tuner_modules(model.modules()) if not module._disable_adapters
-          for name in module.active_adapters}  # fmt: skip
-    if adapter_name not in on:
-        raise AdapterError(f"adapter {adapter_name!r} requires gradients but is off; turn it on")
-    return [name for name in on if name != adapter_name]

@@ -132,7 +132,7 @@ def train_unlearning(
         AdapterError, UnsupportedLayerError: the adapter would not be plain LoRA. Checked before training.
         ConfigError: a setting is invalid, or the model is sharded.
         DataError: a set is empty or malformed, or the sets share a row.
-        NumericalError: a loss, a gradient or a factor is not finite.
+        NumericalError: a loss, a gradient or a factor is not finite, or forgetting is past the target at the start.
         OutputError: a directory cannot be written, holds other files, or holds another run's checkpoint.
     """
     settings = settings or UnlearningSettings()
@@ -299,6 +299,7 @@ def _provenance(run: _Run, trainer: UnlearningTrainer, rank: int, seconds: dict[
         task_adapter=run.task_adapter,
         data={name: {"samples": len(samples), "sha256": fingerprint(samples)} for name, samples in run.samples.items()},
         figures=_last_figures(trainer),
+        checks=trainer.target_check.points if trainer.target_check else [],
         rank=rank,
         dtype=run.dtype,
         versions=versions(),

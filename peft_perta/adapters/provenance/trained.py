@@ -22,6 +22,8 @@ class TrainedProvenance(Record):
         data: set -> number of samples and SHA-256 of their tokens.
         figures: the last logged values of the losses, of the gradients' cosines and of the share of conflicting
             elements.
+        checks: {step, forget, retain} of every check of the target: the mean cross-entropy of the forget rows and of as
+            many retain rows, nats per token. Empty without a target.
         rank: the rank of the emitted adapter, the same in every layer.
         dtype: of the emitted factors.
         versions: package -> version.
@@ -40,6 +42,7 @@ class TrainedProvenance(Record):
     rank: int
     dtype: str
     versions: dict[str, str]
+    checks: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -48,7 +51,16 @@ class TrainedProvenance(Record):
         return (
             f"unlearning adapter of rank {self.rank}, trained{start} by {self.settings['forget_loss']} and "
             f"{self.settings['retain_loss']}, combined by {self.settings['combiner']}, in {self.training['steps']} "
-            f"steps on {sets} samples"
+            f"steps on {sets} samples" + (f"; {self._end()}" if self.checks else "")
+        )
+
+    def _end(self) -> str:
+        """How the run ended, with respect to its target."""
+        last, target = self.checks[-1], self.settings["target_forget_loss"]
+        reached = "" if last["forget"] >= target else "; the target was NOT reached: train longer"
+        return (
+            f"forget loss {last['forget']:.3f} for the target {target:.3f}, retain loss {last['retain']:.3f} (at the "
+            f"start {self.checks[0]['forget']:.3f} and {self.checks[0]['retain']:.3f}), at step {last['step']}{reached}"
         )
 
     def card_section(self) -> list[str]:
@@ -69,6 +81,7 @@ class TrainedProvenance(Record):
             f"- the gradients of the two losses were combined by `{settings['combiner']}`",
             f"- {training['steps']} steps of {training['global_batch']} samples of each set, learning rate "
             f"{training['learning_rate']:g}, seed {training['seed']}, {start}",
+            *([f"- {self._end()}"] if self.checks else []),
             *([f"- trained on top of the adapter `{self.task_adapter}`"] if self.task_adapter else []),
             f"- rank: {self.rank} (`lora_alpha` is the same), {self.dtype}",
             "",

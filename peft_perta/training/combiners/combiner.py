@@ -19,8 +19,8 @@ class Combiner:
         name: what the settings and the command line call it.
         description: one line for a user who chooses a combiner.
         function: (forget, retain, gamma, alpha) -> combined. ``forget`` and ``retain`` are the gradients g_f and g_r
-            of two losses to be minimised, under the same parameter names; gamma and alpha are their weights, > 0. It
-            changes neither.
+            of two losses to be minimised, under the same parameter names; gamma > 0 and alpha >= 0 are their weights.
+            It changes neither.
     """
 
     name: str

@@ -14,18 +14,20 @@ from .loss_inputs import LossInputs
 class ForwardPass(Enum):
     """A forward pass that a loss may read.
 
-    The reference model is the same stack of adapters without the adapter in training.
+    Every model is a switch of adapters on one base. The reference model is the stack without the adapter in training;
+    the origin has every adapter off.
     """
 
     MODEL = "the model in training, on the samples; with a gradient"
     REFERENCE = "the reference model, on the samples"
+    ORIGIN = "the origin, on the samples"
     MODEL_ON_REFUSALS = "the model in training, on the samples' prompts followed by refusals; with a gradient"
     REFERENCE_ON_REFUSALS = "the reference model, on the samples' prompts followed by refusals"
 
     @property
-    def of_reference(self) -> bool:
-        """Whether the reference model runs it, without a gradient."""
-        return self in (ForwardPass.REFERENCE, ForwardPass.REFERENCE_ON_REFUSALS)
+    def is_frozen(self) -> bool:
+        """Whether it takes no gradient, since another model than the one in training runs it."""
+        return self not in (ForwardPass.MODEL, ForwardPass.MODEL_ON_REFUSALS)
 
     @property
     def on_refusals(self) -> bool:

@@ -9,6 +9,7 @@ from children import Child
 
 from peft_perta.cli import command_parser
 from peft_perta.comparison import ASSETS
+from peft_perta.training import FORGET_LOSSES, RETAIN_LOSSES
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,6 +90,11 @@ def test_relative_links_of_the_docs_lead_somewhere():
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_page_on_training_has_every_loss():
+    page = (ROOT / "docs" / "training.md").read_text()
+    assert not [name for name in FORGET_LOSSES | RETAIN_LOSSES if f"`{name}`" not in page]
 
 
 def commands_of(page: Path) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import shutil
 
 import builders
 import laws
@@ -14,6 +15,7 @@ from transformers import BartConfig, CLIPConfig, T5Config, T5ForConditionalGener
 from peft_perta import AdapterError, ConfigError, attach_adapters, load_base
 from peft_perta.model import check_adapter_files, check_decoder, load_skeleton
 from peft_perta.model.stack import EXPECTED_DECODER
+from peft_perta.training import train_unlearning
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -191,6 +193,49 @@ def test_a_base_that_cannot_be_read_is_refused_in_one_line(damage, tmp_path):
     with pytest.raises(ConfigError, match=r"the model .*base' cannot be loaded: ") as caught:
         load_base(str(path))
     assert "\n" not in str(caught.value)
+
+
+# The borrowed model
+
+STEPS = {  # what loading an adapter goes through
+    "the wrapping": "peft.tuners.lora.LoraModel.inject_adapter",
+    "the first loading": "peft.peft_model.load_peft_weights",
+    "the second loading": "peft.PeftModel.load_adapter",
+    "the base's identity": "peft_perta.model.loading.adopt_base",
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("model", [builders.saved_llama, builders.adapted_saved_llama], ids=["plain", "with adapters"])
+def test_an_adapter_that_fails_at_any_step_leaves_the_model_as_it_was(model, step, directory, monkeypatch):
+    model = model()
+
+    def fails(*_, **__):
+        raise MemoryError("on purpose")
+
+    monkeypatch.setattr(STEPS[step], fails)
+    with laws.untouched(model), pytest.raises(MemoryError, match="on purpose"):
+        attach_adapters(model, {"other": directory})
+
+
+def test_the_second_of_two_adapters_does_not_fit_and_the_first_goes_too(directory, tmp_path):
+    shutil.copytree(directory, tmp_path / "other")
+    tensors = load_file(directory / WEIGHTS)
+    narrow = {key: factor[:, :5].clone() if "lora_A" in key else factor for key, factor in tensors.items()}
+    save_file(narrow, tmp_path / "other" / WEIGHTS)
+    for model in (builders.saved_llama(), builders.adapted_saved_llama()):
+        with laws.untouched(model), pytest.raises(AdapterError, match="size mismatch"):
+            attach_adapters(model, {"first": directory, "second": tmp_path / "other"})
+
+
+def test_training_leaves_the_gradients_that_were_there():
+    model = builders.adapted_saved_llama()
+    kept = [parameter for name, parameter in model.named_parameters() if "norm" in name or ".task." in name]
+    for parameter in kept:
+        parameter.grad = torch.ones_like(parameter)
+    rows = builders.forget_rows(), builders.retain_rows()
+    train_unlearning(model, *rows, builders.tokenizer(), show_progress_bar=False, max_steps=1, logging_strategy="no")
+    assert all(torch.equal(parameter.grad, torch.ones_like(parameter)) for parameter in kept)
 
 
 # The base's files

@@ -32,8 +32,10 @@ from .adapter_files import check_adapter_files, find_adapter
 from .distributed import local_rank
 from .gguf_files import check_whole, find_gguf, source_of, write_dequantised
 from .identity import adopt_base
-from .stack import EXPECTED_DECODER, check_new_name, give_memory
+from .model_state import snapshot
+from .stack import EXPECTED_DECODER, check_new_name, give_memory, remove_adapter
 
+_SCRATCH = "perta_scratch"  # an adapter
 # The last four are what reading a damaged GGUF file raises.
 _UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError, struct.error, IndexError, KeyError, TypeError)
 
@@ -220,17 +222,29 @@ def attach_adapters(model: PreTrainedModel | PeftModel, adapters: Mapping[str, s
 
     Raises:
         AdapterError: a directory holds no plain LoRA adapter, a damaged or pickled one, or one that does not fit the
-            model; or a name cannot be that of an adapter.
+            model; or a name cannot be that of an adapter. The model is then as it was.
     """
     for name, directory in adapters.items():
         check_new_name(model, name)
         check_adapter_files(directory)
+    restore = snapshot(model)
+    try:
+        with torch.random.fork_rng():  # PEFT draws factors before it reads them
+            return _attached(model, adapters)
+    except BaseException:
+        for name in (*adapters, _SCRATCH):
+            remove_adapter(model, name)
+        restore()
+        raise
+
+
+def _attached(model: PreTrainedModel | PeftModel, adapters: Mapping[str, str | Path]) -> PeftModel:
     attached: Any = model
     # If some of the model's weights are on the meta device (offloaded, a skeleton), PEFT does not load the weights of
     # the first adapter. A scratch adapter goes first, and is deleted.
     scratch = None
     if not isinstance(model, PeftModel) and any(parameter.is_meta for parameter in model.parameters()):
-        scratch = "perta_scratch"
+        scratch = _SCRATCH
     for name, directory in adapters.items():
         path = str(find_adapter(directory))
         try:

@@ -105,10 +105,12 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
     """Record the state of the model's modules; the returned function restores it.
 
     For code of others that leaves traces, such as a trainer's hooks, checkpointing flags, wrapped forward and changed
-    config. Restored are every module's attributes, hooks and mode, requires_grad, the configs, and the random states of
-    Python and NumPy (``torch.random.fork_rng`` covers torch's). Weights, and which modules the model has, are not.
+    config. Restored are every module's attributes, hooks and mode, requires_grad and gradients, the configs, and the
+    random states of Python and NumPy (``torch.random.fork_rng`` covers torch's). Weights, and which modules the model
+    has, are not.
     """
     gradient_flags = _gradient_flags(model.modules())
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
     modules = [(vars(module), dict(vars(module))) for module in model.modules()]
     hooks = [
         (value, dict(value))
@@ -125,6 +127,8 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
             live.clear()
             live.update(copy)
         _set_gradient_flags(gradient_flags)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
         random.setstate(python_state)
         numpy.random.set_state(numpy_state)
 

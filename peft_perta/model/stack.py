@@ -172,3 +172,18 @@ def check_new_name(model: nn.Module, name: str) -> None:
             f"expected an adapter name that is no part of the model, found {name!r}, which PEFT would confuse with a "
             "module; try 'perta_unlearn'"
         )
+
+
+def remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take the adapter off the model, even if it was added only in part; unwrap the layers that have no other one."""
+    if isinstance(model, PeftModel) and adapter_name in model.peft_config:
+        model.delete_adapter(adapter_name)
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        if not isinstance(model, PeftModel):
+            module.delete_adapter(adapter_name)
+        is_nested = name.endswith(".base_layer")  # it is removed with the wrapper around it
+        if not module._get_available_adapters() and not is_nested:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())

@@ -20,6 +20,7 @@ from ..model import (
     base_model,
     check_lora_config,
     check_new_name,
+    remove_adapter,
     resolve_layers,
     resolve_targets,
     row_length,
@@ -27,7 +28,7 @@ from ..model import (
     switch_modules,
 )
 from ._training_arguments import training_arguments
-from .new_adapter import default_lora_config, remove_adapter, with_new_adapter
+from .new_adapter import default_lora_config, with_new_adapter
 
 _ROUTER_LOSS = "router_aux_loss_coef"  # TRL fails on it for mixtures whose config does not call the experts num_experts
 

@@ -9,7 +9,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..errors import AdapterError
@@ -66,18 +65,3 @@ def copy_factors(model: PeftModel, source: str, destination: str) -> None:
         unused = ~source_A.any(1) & ~source_B.any(0) if not isinstance(layer, ParamWrapper) else None
         A.copy_(source_A if unused is None else torch.where(unused.unsqueeze(1), A, source_A))
         B.copy_(source_B * (layer.scaling[source] / layer.scaling[destination]))
-
-
-def remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take the adapter off the model, even if it was added only in part; unwrap the layers that have no other one."""
-    if isinstance(model, PeftModel) and adapter_name in model.peft_config:
-        model.delete_adapter(adapter_name)
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, BaseTunerLayer):
-            continue
-        if not isinstance(model, PeftModel):
-            module.delete_adapter(adapter_name)
-        is_nested = name.endswith(".base_layer")  # it is removed with the wrapper around it
-        if not module._get_available_adapters() and not is_nested:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.get_base_layer())

@@ -37,6 +37,7 @@ from ..model import (
     distributed,
     hash_targets,
     identify,
+    remove_adapter,
     require_adapter,
     resolve_layers,
     row_length,
@@ -46,7 +47,7 @@ from ..model import (
 from ._pairs import Pairs, load_pairs
 from ._training_arguments import training_arguments
 from ._whole_checkpoints import MarksCheckpoints, last_whole_checkpoint
-from .new_adapter import copy_factors, default_lora_config, remove_adapter, with_new_adapter
+from .new_adapter import copy_factors, default_lora_config, with_new_adapter
 from .settings import UnlearningSettings
 from .trainer import UnlearningTrainer
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..data import WRITTEN, replaced_directory
+from ..data import WRITTEN, replaced_directory, visible
 from ..errors import AdapterError, NumericalError, OutputError
 from ..evaluation import Calibration
 from ..model import (
@@ -166,13 +166,22 @@ def load_provenance(path: str | Path) -> tuple[Provenance, dict[str, str]]:
     if not file.is_file():
         raise AdapterError(f"{path} holds no {PROVENANCE_NAME}; expected a directory that save_perta_adapter wrote")
     try:
-        values = json.loads(file.read_text())
+        values = _visible(json.loads(file.read_text()))
         values.pop("format")
         values.pop(WRITTEN, None)
         files = values.pop("files")
         return read_provenance(values), files
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterError(f"{file} is damaged ({error}); emit the adapter again") from error
+
+
+def _visible(value: Any) -> Any:
+    """A value of a file with every text in it as a terminal and a page may show it."""
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, list):
+        return [_visible(part) for part in value]
+    return {visible(key): _visible(part) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 def _write_weights(directory: Path, state_dict: Mapping[str, Tensor]) -> None:

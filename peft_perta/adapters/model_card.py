@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from .provenance import Provenance
 
 
 def model_card(provenance: Provenance) -> str:
     """The model card in Markdown, with the metadata that model hubs read."""
     base = provenance.base_name
-    is_hub_name = not base.startswith((".", "/", "~")) and base.count("/") <= 1 and "\\" not in base and " " not in base
     metadata = [
         "---",
         "library_name: peft",
         "pipeline_tag: text-generation",
         "license: other",  # base model and data may both restrict it
         "license_name: as-the-base-model",
-        *([f"base_model: {base}", "base_model_relation: adapter"] if is_hub_name else []),
+        *([f"base_model: {base}", "base_model_relation: adapter"] if _is_on_hub(base) else []),
         "tags:",
         "- lora",
         "- peft",
@@ -35,8 +39,18 @@ def model_card(provenance: Provenance) -> str:
     )
 
 
+def _is_on_hub(base: str) -> bool:
+    """Whether a base's name can be one on the hub, whose names are plain YAML; a directory of that name is none."""
+    try:
+        validate_repo_id(base)
+        return not os.path.exists(base)
+    except (HFValidationError, ValueError):
+        return False
+
+
 def _how_to_use(base: str, auto_class: str | None) -> list[str]:
-    auto_class = auto_class or "AutoModelForCausalLM"
+    if not (isinstance(auto_class, str) and auto_class.isidentifier()):
+        auto_class = "AutoModelForCausalLM"
     return [
         "## How to use it",
         "",
@@ -44,7 +58,7 @@ def _how_to_use(base: str, auto_class: str | None) -> list[str]:
         "from peft import PeftModel",
         f"from transformers import {auto_class}",
         "",
-        f'model = {auto_class}.from_pretrained("{base}")',
+        f"model = {auto_class}.from_pretrained({base!r})",
         'model = PeftModel.from_pretrained(model, "this directory", adapter_name="perta_unlearn")',
         "```",
         "",

@@ -11,7 +11,8 @@ Each command is a module of its own name under one contract, and a row in ``COMM
 - ``resume_path(options)``, where an interrupted run can be resumed, is a path that exists once there is work to resume.
 
 Exit statuses: 0; 1 if ``verify`` finds a fault, or ``merge --check`` another model than the stack; 2, with one line on
-standard error, if the input is at fault; 130 if the run is interrupted.
+standard error, if the input is at fault; 3, with one line that names a file with the traceback, if something else is;
+130 if the run is interrupted.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 import textwrap
+import traceback
 from collections.abc import Sequence
 from inspect import cleandoc  # not the module, whose name is a command's
 from typing import Any
@@ -77,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.status
     except PerTAError as error:
         if _import("model").distributed.local_rank() == 0:  # every process fails with the same error
-            print(f"peft-perta: error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"peft-perta: error: {_import('data').visible(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output has closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -87,6 +90,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         remedy = "run the same command again to resume" if resumable else "nothing was written"
         print(f"peft-perta: interrupted; {remedy}", file=sys.stderr)
         return 130
+    except Exception as error:
+        print(_report_of(error), file=sys.stderr)
+        return 3
+
+
+def _report_of(error: Exception) -> str:
+    """Keep the traceback of an error that is not ours; the line that says where it is."""
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", errors="backslashreplace", prefix="peft-perta-", suffix=".log", delete=False
+    ) as log:
+        log.write(f"{shlex.join(sys.argv)}\n{''.join(traceback.format_exception(error))}")
+    reason = _import("data").visible(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
+    return f"peft-perta: error: {reason} (peft_perta did not foresee this; the traceback is in {log.name}: please report it)"
 
 
 def command_parser(name: str) -> argparse.ArgumentParser:

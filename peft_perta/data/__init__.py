@@ -8,7 +8,7 @@ Imports from: errors.
 from .answer_frame import AnswerFrame, answer_frame
 from .encoding import check_characters, encode_prompt, encode_row
 from .loading import drawn, load_samples
-from .notes import note
+from .notes import note, visible
 from .output import (
     WRITTEN,
     check_file,
@@ -57,5 +57,6 @@ __all__ = [
     "replaced_directory",
     "setting",
     "spread",
+    "visible",
     "write_file",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .record import Record
+from .record import Record, code_span
 
 
 @dataclass
@@ -37,11 +37,13 @@ class FusedProvenance(Record):
 
     def card_section(self) -> list[str]:
         """The lines of the model card that say what was done."""
-        parts = [f"| {part['name']} | {part['strength']:g} | `{part['sha256'][:16]}` |" for part in self.parts]
+        parts = [
+            f"| {code_span(part['name'])} | {part['strength']:g} | `{part['sha256'][:16]}` |" for part in self.parts
+        ]
         return [
             "# Fused adapter",
             "",
-            f"Several LoRA adapters for `{self.base_name}` fused into one by peft_perta, for servers that take one "
+            f"Several LoRA adapters for {self.base_code} fused into one by peft_perta, for servers that take one "
             "adapter per request.",
             "",
             "| part | strength | SHA-256 |",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-from .record import Record, data_table, named_hash
+from .record import Record, code_span, data_table, named_hash
 
 
 class _Change(NamedTuple):
@@ -87,16 +87,16 @@ class InfluenceProvenance(Record):
 
     def card_section(self) -> list[str]:
         """The lines of the model card that say what was done."""
-        name = self.adapter["name"]
+        name = code_span(self.adapter["name"])
         if self.form == "edited":
-            heading, use = "# Edited adapter", f"Use it in place of `{name}`, at the same rank."
+            heading, use = "# Edited adapter", f"Use it in place of {name}, at the same rank."
         else:
-            heading, use = "# Difference adapter", f"Stack it on `{name}`; the sum is exact, at twice the rank."
+            heading, use = "# Difference adapter", f"Stack it on {name}; the sum is exact, at twice the rank."
         losses = [f"| {rows} | {old:.3f} | {new:.3f} |" for rows, (old, new) in self.losses.items()]
         return [
             heading,
             "",
-            f"A LoRA adapter for `{self.base_name}`. It estimates the adapter `{name}` as if that had been trained "
+            f"A LoRA adapter for {self.base_code}. It estimates the adapter {name} as if that had been trained "
             f"{_CHANGES[self.kind].card}, from the curvature of the training loss and without training again "
             f"(LLMEraser, arXiv 2412.00383). {use} Made with peft_perta {self.versions.get('peft_perta', '')}.",
             "",

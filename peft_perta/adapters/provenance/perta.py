@@ -86,7 +86,7 @@ class PerTAProvenance(Record):
         return [
             "# Negative adapter",
             "",
-            f"A LoRA adapter for `{self.base_name}`. Stack it on the model to remove the knowledge of one forget set. "
+            f"A LoRA adapter for {self.base_code}. Stack it on the model to remove the knowledge of one forget set. "
             "It was made from a forget adapter: each parameter was weighted, and the result was negated (PerTA, arXiv "
             f"2601.22030). Made with peft_perta {self.versions.get('peft_perta', '')}.",
             "",

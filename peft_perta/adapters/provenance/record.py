@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
+
+from ...data import visible
 
 _Record = TypeVar("_Record", bound="Record")
 
@@ -40,14 +43,27 @@ class Record:
         """The base model's name, as the model card shows it."""
         return self.base_model["name"] or "the base model"
 
+    @property
+    def base_code(self) -> str:
+        """The same as code in Markdown."""
+        return code_span(self.base_name)
+
     def card_section(self) -> list[str]:
         """The lines of the model card that say what was done."""
         raise NotImplementedError
 
 
+def code_span(text: Any) -> str:
+    """A name of others as code in Markdown: it ends neither the span nor the table's cell that it stands in."""
+    text = visible(" ".join(str(text).split())).replace("|", "\\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    pad = " " if "`" in text[:1] + text[-1:] else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
 def named_hash(adapter: Mapping[str, Any]) -> str:
     """An adapter's name and the start of its SHA-256, in Markdown."""
-    return f"`{adapter['name']}`, SHA-256 `{adapter['sha256'][:16]}`"
+    return f"{code_span(adapter['name'])}, SHA-256 `{adapter['sha256'][:16]}`"
 
 
 def data_table(data: Mapping[str, Mapping[str, Any]], heading: str) -> list[str]:

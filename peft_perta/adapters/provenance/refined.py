@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from .record import Record, data_table, named_hash
+from .record import Record, code_span, data_table, named_hash
 
 
 @dataclass
@@ -58,7 +58,7 @@ class RefinedProvenance(Record):
         return [
             "# Refined adapter",
             "",
-            f"A LoRA adapter for `{self.base_name}`. Stack it on the model to remove the knowledge of one forget set. "
+            f"A LoRA adapter for {self.base_code}. Stack it on the model to remove the knowledge of one forget set. "
             "It is another adapter with its A weighed along the input directions of each layer, so that it acts where "
             f"forget rows lead it and not where retain rows do. Made with peft_perta "
             f"{self.versions.get('peft_perta', '')}.",
@@ -68,7 +68,7 @@ class RefinedProvenance(Record):
             f"- refined adapter: {named_hash(self.adapter)}",
             f"- A became A C_f (C_f + {self.settings['retain_weight']:g} C_r + d)^-1, with C_f and C_r the second "
             f"moments of the layer's inputs and d {self.settings['damping']:g} of their mean energy",
-            *([f"- inputs were read with the adapter `{self.task_adapter}` on"] if self.task_adapter else []),
+            *([f"- inputs were read with the adapter {code_span(self.task_adapter)} on"] if self.task_adapter else []),
             f"- left of its squared output, averaged over layers: {self.left('forget'):.1%} on forget inputs, "
             f"{self.left('retain'):.1%} on retain inputs",
             *([experts] if self.unchanged else []),

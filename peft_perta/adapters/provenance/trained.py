@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from .record import Record, data_table, named_hash
+from .record import Record, code_span, data_table, named_hash
 
 
 @dataclass
@@ -70,7 +70,7 @@ class TrainedProvenance(Record):
         return [
             "# Unlearning adapter",
             "",
-            f"A LoRA adapter for `{self.base_name}`. Stack it on the model to remove the knowledge of one forget set. "
+            f"A LoRA adapter for {self.base_code}. Stack it on the model to remove the knowledge of one forget set. "
             "It was trained to forget one set and to keep another. Made with peft_perta "
             f"{self.versions.get('peft_perta', '')}.",
             "",
@@ -82,7 +82,7 @@ class TrainedProvenance(Record):
             f"- {training['steps']} steps of {training['global_batch']} samples of each set, learning rate "
             f"{training['learning_rate']:g}, seed {training['seed']}, {start}",
             *([f"- {self._end()}"] if self.checks else []),
-            *([f"- trained on top of the adapter `{self.task_adapter}`"] if self.task_adapter else []),
+            *([f"- trained on top of the adapter {code_span(self.task_adapter)}"] if self.task_adapter else []),
             f"- rank: {self.rank} (`lora_alpha` is the same), {self.dtype}",
             "",
             *data_table(self.data, "set"),

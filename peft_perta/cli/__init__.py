@@ -102,7 +102,7 @@ def _report_of(error: Exception) -> str:
     ) as log:
         log.write(f"{shlex.join(sys.argv)}\n{''.join(traceback.format_exception(error))}")
     reason = _import("data").visible(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
-    return f"peft-perta: error: {reason} (peft_perta did not foresee this; the traceback is in {log.name}: please report it)"
+    return f"peft-perta: error: {reason} (not foreseen; the traceback is in {log.name}: please report it)"
 
 
 def command_parser(name: str) -> argparse.ArgumentParser:

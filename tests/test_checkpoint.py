@@ -522,6 +522,16 @@ def test_of_two_runs_that_begin_together_the_second_is_refused(tmp_path, held):
     assert not (path / "b.safetensors").exists()
 
 
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
+    (tmp_path / "victim").write_text("years of work")
+    Checkpoint(tmp_path / "c", RUN).save("a", {}, {})
+    (tmp_path / "c" / "lock").unlink()
+    (tmp_path / "c" / "lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(OutputError, match="lock could not be written"):
+        Checkpoint(tmp_path / "c", RUN)
+    assert (tmp_path / "victim").read_text() == "years of work"
+
+
 def test_the_same_process_may_begin_again(tmp_path):
     first = Checkpoint(tmp_path / "c", RUN)
     first.save("a", {}, RECORD)

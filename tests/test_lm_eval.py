@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from peft_perta import ConfigError
-from peft_perta.evaluation import SUITES, Subject, general_benchmarks, generate
+from peft_perta.evaluation import SUITES, Subject, check_lm_eval, general_benchmarks, generate
 from peft_perta.evaluation.suites.suite import SuiteSettings
 
 installed = pytest.mark.skipif(
@@ -156,6 +156,8 @@ def test_without_lm_eval_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     for name in [name for name in sys.modules if name.startswith("lm_eval.")]:
         monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ConfigError, match="need lm-eval, found none"):  # before a model is loaded
+        check_lm_eval()
     with pytest.raises(ConfigError, match=r"need lm-eval, found none .*pip install 'peft-perta\[benchmarks\]'"):
         general_benchmarks(subject(), ["hellaswag"])
 

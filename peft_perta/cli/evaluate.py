@@ -29,6 +29,7 @@ from ..evaluation import (
     Splits,
     Subject,
     Victims,
+    check_lm_eval,
     evaluate,
     format_attacks,
     general_benchmarks,
@@ -147,6 +148,8 @@ def _read_request(options: argparse.Namespace) -> _Request:
             "--retain-only-adapter and --retain-only-log: expected one of the two, found both; leave out the log: the "
             "adapter is judged, and gives another one"
         )
+    if options.lm_eval:
+        check_lm_eval()
     splits = read_suites(paths, options.split) if paths else {}
     retain_only_logs = _read_retain_only_logs(options, paths)
     strengths = read_strengths(options.adapters)

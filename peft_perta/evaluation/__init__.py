@@ -12,7 +12,7 @@ from .attacks.formatting import format_attacks
 from .calibration import TOLERANCE, Calibration, Goal, calibrate, forget_loss_of_log
 from .completions import ScoredCompletion, losses_of, score_completions, score_false_answers
 from .generation import generate
-from .lm_eval import general_benchmarks
+from .lm_eval import check_lm_eval, general_benchmarks
 from .logs.files import Log, format_rescored, read_log, summary, write_log
 from .logs.rescoring import aggregate, rescore
 from .metrics.depth import depth_score
@@ -48,6 +48,7 @@ __all__ = [
     "Victims",
     "aggregate",
     "calibrate",
+    "check_lm_eval",
     "check_start",
     "depth_score",
     "evaluate",

@@ -80,6 +80,14 @@ def general_benchmarks(
     return _log(results)
 
 
+def check_lm_eval() -> None:
+    """
+    Raises:
+        ConfigError: lm-eval is not installed.
+    """
+    _imported("evaluator")
+
+
 def _imported(*names: str) -> list[Any]:
     """These modules of lm-eval, which is an extra.
 

@@ -150,7 +150,8 @@ class Checkpoint:
         if fcntl is None or self._lock is not None:
             return
         with self._reported(_LOCK_NAME):
-            lock = open(self.path / _LOCK_NAME, "a+", encoding="utf-8")  # noqa: SIM115 - it is held open
+            place = os.open(self.path / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            lock = open(place, "r+", encoding="utf-8")  # noqa: SIM115 - it is held open
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -102,6 +102,8 @@ def run(options: argparse.Namespace) -> None:
     if options.retain_only_adapter:
         check_adapter_files(options.retain_only_adapter)
         adapters[RETAIN_ONLY] = options.retain_only_adapter
+    if options.lm_eval:
+        check_lm_eval()
     model, tokenizer = load_model(options)
     model = attach_adapters(model, adapters) if adapters else model
     with claimed_directory(output, RECORD_NAME, json.dumps({"suites": {}}) + "\n"), ExitStack() as strengths:
@@ -148,8 +150,6 @@ def _read_request(options: argparse.Namespace) -> _Request:
             "--retain-only-adapter and --retain-only-log: expected one of the two, found both; leave out the log: the "
             "adapter is judged, and gives another one"
         )
-    if options.lm_eval:
-        check_lm_eval()
     splits = read_suites(paths, options.split) if paths else {}
     retain_only_logs = _read_retain_only_logs(options, paths)
     strengths = read_strengths(options.adapters)

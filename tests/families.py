@@ -78,7 +78,7 @@ class Family:
 class Outcome:
     """What a command did: its status, or None if it ended in a traceback; its last line; and its seconds."""
 
-    status: int | None
+    status: int
     said: str
     seconds: float
 
@@ -181,13 +181,10 @@ def run_command(command: str, arguments: list[str]) -> Outcome:
     """Run a command in this process, as the console script does."""
     out, err = io.StringIO(), io.StringIO()
     began = time.perf_counter()
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _verified_in_this_process():
-            status: int | None = main([command, *arguments])
-    except Exception:
-        status, said = None, traceback.format_exc()
-    else:
-        said = (err if status == 2 else out).getvalue().rpartition("peft-perta: error: ")[2]
+    whole_report = mock.patch("peft_perta.cli._report_of", lambda error: "".join(traceback.format_exception(error)))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _verified_in_this_process(), whole_report:
+        status = main([command, *arguments])
+    said = (err if status in (2, 3) else out).getvalue().rpartition("peft-perta: error: ")[2]
     return Outcome(status, said.strip(), time.perf_counter() - began)
 
 

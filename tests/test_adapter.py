@@ -432,3 +432,18 @@ def test_a_factor_that_is_not_finite_is_refused(factor):
     emitted = builders.negate(builders.adapted_llama())
     with pytest.raises(NumericalError, match=r"is not finite in the adapter's dtype"):
         emitted.scaled(factor)
+
+
+@pytest.mark.parametrize("model", [builders.adapted_llama, builders.adapted_nf4_llama], ids=["float", "nf4"])
+@pytest.mark.parametrize("step", ["peft.PeftModel.add_adapter", "peft_perta.adapters.build.give_memory",
+                                  "peft_perta.adapters.build.set_peft_model_state_dict"])  # fmt: skip
+def test_an_adapter_that_is_added_in_part_goes_again(model, step, monkeypatch):
+    model = model()
+    config, state_dict, _ = builders.negate(model, weighting="uniform")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(step, interrupted)
+    with laws.untouched(model), pytest.raises(KeyboardInterrupt):
+        add_adapter(model, config, state_dict, "perta_unlearn")

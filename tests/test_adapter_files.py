@@ -165,7 +165,14 @@ FIELDS = {
     "rank true": ({"r": True}, "r: expected an int above 0, found True"),
     "alpha of text": ({"lora_alpha": "8"}, "lora_alpha: expected a finite number other than 0, found '8'"),
     "pattern of text": ({"rank_pattern": {"q_proj": "4"}}, "rank_pattern: expected an int above 0 for each name"),
-    "pattern that is a list": ({"alpha_pattern": [4]}, "alpha_pattern: expected a finite number for each name"),
+    "a layer without a scale": (
+        {"alpha_pattern": {"q_proj": 0}},
+        "alpha_pattern: expected a finite number other than 0",
+    ),
+    "pattern that is a list": (
+        {"alpha_pattern": [4]},
+        "alpha_pattern: expected a finite number other than 0 for each name",
+    ),
     "targets that are numbers": ({"target_modules": [1]}, "target_modules: expected a list of names or a regular"),
     "hydra": ({"use_hydra_lora": True}, "use_hydra_lora = True is a field that the installed PEFT does not know"),
     "another new switch": ({"experts_lora": {"count": 3}}, "experts_lora = .*does not know"),

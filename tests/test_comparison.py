@@ -25,6 +25,8 @@ from peft_perta import (
     refine_adapter,
 )
 from peft_perta.adapters import add_adapter
+from peft_perta.cli import command_parser
+from peft_perta.cli import compare as compare_command
 from peft_perta.cli import main as command_line
 from peft_perta.cli._settings import add_settings, read_settings
 from peft_perta.comparison import (
@@ -732,6 +734,29 @@ def test_what_is_kept_is_judged_by_options_where_they_were_scored():
     assert best_method([plain, asked]) == "perta-grad"
     assert "| unseen retain, right option |" in format_table([plain, asked])
     assert "| unseen retain, right option |" not in format_table([plain])
+
+
+@pytest.mark.parametrize(
+    ("yardstick", "matched"),
+    [
+        ({"retain_only_adapter": Path("x"), "task_adapter": Path("y")}, ("loss", "first-choice")),
+        ({"task_adapter": Path("y")}, ("loss", "first-choice")),
+        ({"target_forget_loss": 2.0}, ("loss",)),
+        ({}, ("options",)),
+    ],
+)
+def test_a_users_comparison_is_matched_in_every_measure_that_has_a_target(yardstick, matched):
+    testbed = Testbed("m", {"forget": rows("forget", 20), "retain": [], "general": []}, **yardstick)
+    options = command_parser("compare").parse_args(["--model", "m"])
+    settings = compare_command._settings(options, testbed)
+    assert (settings.matched, settings.authors) == (matched, ())
+
+
+def test_a_testbed_with_fewer_authors_than_the_default_is_one_set():
+    options = command_parser("compare").parse_args([])
+    for count, authors in ((100, (1, 2, 5)), (40, ()), (12, ())):
+        testbed = Testbed("m", {"forget": rows("forget", count)}, task_adapter=Path("y"))
+        assert compare_command._settings(options, testbed).authors == authors
 
 
 # Intervals

@@ -572,6 +572,15 @@ def test_the_tables_hold_the_attacks():
             assert values == expected
 
 
+@pytest.mark.parametrize(("score", "recovered"), [(1.0, 0.0), (0.75, 0.25), (0.0, 1.0)])
+def test_of_the_depth_score_what_is_missing_to_1_was_brought_back(score, recovered):
+    attack = AttackResult("depth", "all blocks", {"uds": score}, {"uds": 0.0}, {"uds": 1.0})
+    (table,) = read(complete(attacks=[attack])).one("section", id="attacks").all("table")
+    assert "unlearning depth score, higher is better" in table.text
+    last = cells_of(table.one("tbody").all("tr")[0])[-1]
+    assert float(last.one("data").attributes["value"]) == pytest.approx(recovered)
+
+
 def test_a_skipped_attack_is_shown_with_the_reason():
     whole = complete()
     skipped = AttackResult("requantization", "", {}, None, None, skipped="experts in <one> tensor")

@@ -23,7 +23,7 @@ from peft_perta import (
     verify_adapter,
 )
 from peft_perta.evaluation import SUITES, Subject
-from peft_perta.model import compare_bases, identify, identify_base, load_skeleton, resolve_targets
+from peft_perta.model import compare_bases, identify, identify_base, identify_base_files, load_skeleton, resolve_targets
 
 ROWS = [
     {"question": "Who wrote it?", "answer": "Khan", "paraphrased_answer": "By Khan", "perturbed_answer": ["Li", "Ada"]}
@@ -272,6 +272,19 @@ def test_shards_and_types_of_files_do_not_matter_and_records_of_embeddings_alone
     assert compare_bases(old, found) == {"weights": True}
     assert compare_bases({**old, "embeddings_sha256": "0"}, found) == {"weights": False}
     assert compare_bases(old, sharded) == compare_bases({}, found) == {}
+
+
+def test_shards_outside_of_the_directory_are_not_read(tmp_path):
+    builders.llama().save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    index = tmp_path / "base" / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    whole = identify_base_files(str(tmp_path / "base"))["weights"]
+    for name in sorted(set(values["weight_map"].values())):
+        (tmp_path / name).write_bytes((tmp_path / "base" / name).read_bytes())
+    values["weight_map"] = {key: f"../{name}" for key, name in values["weight_map"].items()}
+    index.write_text(json.dumps(values))
+    assert whole is not None
+    assert identify_base_files(str(tmp_path / "base"))["weights"] is None
 
 
 def test_a_change_in_memory_is_another_base_although_the_files_are_the_same(tmp_path):

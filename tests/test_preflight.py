@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import shlex
+import subprocess
 import sys
 
 import builders
@@ -116,14 +118,47 @@ def test_uniform_weights_leave_the_checkpoint_of_another_run_alone(place):
     assert (place / "out.checkpoint" / "a.safetensors").is_file()
 
 
+def test_a_missing_lm_eval_is_told_before_a_forward(place, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for name in [name for name in sys.modules if name.startswith("lm_eval.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("peft_perta.cli.evaluate.load_model", lambda options: pytest.fail("a model was loaded"))
+    options = {"lm-eval": "hellaswag"}
+    (place / "forget.jsonl").write_text(
+        json.dumps({"question": "Capital of Peru?", "choices": ["Lima", "Bonn"], "answer": 0})
+    )
+    refused(place, "evaluate", place / "out", "general benchmarks need lm-eval, found none", capsys, **options)
+
+
+@pytest.mark.parametrize(("tampered", "status"), [(False, 0), (True, 1)])
+@pytest.mark.parametrize("output", ["closed", "full"])
+def test_the_verdict_stands_whatever_happens_to_standard_output(output, tampered, status, place):
+    """``verify DIR >&-`` and ``verify DIR > /dev/full``"""
+    if output == "full" and not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    if tampered:
+        tamper(place / "mine" / "adapter_model.safetensors")
+    redirection = {"closed": ">&-", "full": "> /dev/full"}[output]
+    command = f"{shlex.quote(sys.executable)} -m peft_perta verify {shlex.quote(str(place / 'mine'))} {redirection}"
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False, env=here)
+    unwritten = output == "full"
+    assert done.returncode == (status or (2 if unwritten else 0))
+    assert ("standard output could not be written" in done.stderr) == unwritten
+    assert "Traceback" not in done.stderr
+
+
+def tamper(file):
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
 @pytest.mark.parametrize(("tampered", "status"), [(False, 0), (True, 1)])
 def test_the_verdict_stands_although_nobody_reads_it(tampered, status, place, monkeypatch):
     """``peft-perta verify DIR | true``"""
     if tampered:
-        file = place / "mine" / "adapter_model.safetensors"
-        data = bytearray(file.read_bytes())
-        data[-1] ^= 1
-        file.write_bytes(data)
+        tamper(place / "mine" / "adapter_model.safetensors")
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "w", encoding="utf-8") as stdout:

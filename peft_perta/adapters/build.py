@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..errors import AdapterError, NumericalError
-from ..model import base_model, base_name, check_new_name, give_memory, weight_names, wrapped_kind
+from ..model import base_model, base_name, check_new_name, give_memory, snapshot, weight_names, wrapped_kind
 from .low_rank import Factors
 
 
@@ -140,6 +140,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, state_dict: Mapping[str, T
         AdapterError: the name is taken or holds a dot, or the state dict does not fit the model.
     """
     check_new_name(model, adapter_name)
+    restore = snapshot(model)
     requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with torch.random.fork_rng():  # PEFT draws the initial A, which is then overwritten
@@ -154,9 +155,12 @@ def add_adapter(model: nn.Module, config: LoraConfig, state_dict: Mapping[str, T
         missing = [key for key in result.missing_keys if f".{adapter_name}." in key]
         if missing or result.unexpected_keys:
             raise ValueError(f"missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}")
-    except (RuntimeError, ValueError) as error:  # PEFT's own, for shapes and for layers that do not exist
+    except BaseException as error:
         if adapter_name in model.peft_config:  # type: ignore[operator]
             model.delete_adapter(adapter_name)  # type: ignore[operator]
+        restore()
+        if not isinstance(error, (RuntimeError, ValueError)):  # PEFT's own, for shapes and for layers that do not exist
+            raise
         raise AdapterError(
             f"the adapter does not fit this model: {' '.join(str(error).split())[:300]}; check that it was made for "
             "this architecture"

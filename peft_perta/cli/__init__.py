@@ -76,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a terminal that lacks the characters of a bar chart shows "?"
         options.status = command.run(options) or 0
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is where it was closed
+            sys.stdout.flush()
         return options.status
     except PerTAError as error:
         if _import("model").distributed.local_rank() == 0:  # every process fails with the same error
@@ -91,6 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"peft-perta: interrupted; {remedy}", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, OSError) and hasattr(options, "status"):  # only what is printed was left to write
+            print(f"peft-perta: error: standard output could not be written: {error}", file=sys.stderr)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return options.status or 2
         print(_report_of(error), file=sys.stderr)
         return 3
 

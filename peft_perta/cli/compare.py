@@ -18,6 +18,7 @@ from typing import Any
 from ..comparison import (
     CONFIG_NAME,
     METHODS,
+    ROWS_OF_AUTHOR,
     TESTBEDS,
     ComparisonSettings,
     Testbed,
@@ -117,6 +118,8 @@ def _settings(options: argparse.Namespace, testbed: Testbed) -> ComparisonSettin
     if options.model:
         settings = replace(settings, authors=())
     if not options.config:
+        if max(settings.authors, default=0) * ROWS_OF_AUTHOR > len(testbed.rows["forget"]):
+            settings = replace(settings, authors=())  # all forget rows as one set
         matched = tuple(measure for measure in settings.matched if measure in testbed.measures)
         settings = replace(settings, matched=matched or testbed.measures)
     chosen: dict[str, Any] = {name: tuple(v) for name in ("methods", "seeds") if (v := getattr(options, name))}

@@ -11,7 +11,7 @@ from .demo import run_demo
 from .intervals import kept_against
 from .methods import METHODS, format_methods, training_flags
 from .run import CONFIG_NAME, run_comparison
-from .settings import MEASURES, BenchSettings, ComparisonSettings, DemoSettings
+from .settings import MEASURES, ROWS_OF_AUTHOR, BenchSettings, ComparisonSettings, DemoSettings
 from .smollm2 import TESTBEDS, read_testbed
 from .table import best_method, format_table
 from .testbed import ASSETS, SPLITS, Testbed, small
@@ -21,6 +21,7 @@ __all__ = [
     "CONFIG_NAME",
     "MEASURES",
     "METHODS",
+    "ROWS_OF_AUTHOR",
     "SPLITS",
     "TESTBEDS",
     "Bench",

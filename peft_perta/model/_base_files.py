@@ -108,6 +108,8 @@ def _hash_shards(directory: Path) -> str | None:
     shards = ["model.safetensors"]
     if not (directory / shards[0]).is_file():  # transformers reads it, and not the index, where there are both
         shards = sorted(set(_json(directory / "model.safetensors.index.json").get("weight_map", {}).values())) or shards
+    if any(PurePath(shard).name != shard for shard in shards):  # it leads out of the directory
+        return None
     try:
         hashes: dict[str, str] = {}
         for shard in shards:

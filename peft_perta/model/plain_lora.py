@@ -107,6 +107,10 @@ def _each(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or (isinstance(value, dict) and all(map(accepts, value.values())))
 
 
+def _is_scale(value: Any) -> bool:
+    return is_number(value) and value != 0
+
+
 def _are_names(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
@@ -114,9 +118,9 @@ def _are_names(value: Any) -> bool:
 # Field -> what it holds, and whether a value is that.
 _VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "r": ("an int above 0", is_count),
-    "lora_alpha": ("a finite number other than 0", lambda value: is_number(value) and value != 0),
+    "lora_alpha": ("a finite number other than 0", _is_scale),
     "rank_pattern": ("an int above 0 for each name", _each(is_count)),
-    "alpha_pattern": ("a finite number for each name", _each(is_number)),
+    "alpha_pattern": ("a finite number other than 0 for each name", _each(_is_scale)),
     "target_modules": (
         "a list of names or a regular expression",
         lambda value: isinstance(value, str) or _are_names(value),

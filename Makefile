@@ -1,11 +1,12 @@
 # Two commands do everything: `make demo` and `make test` (`make test-all` with the slow tests). Each sets up .venv first.
+# `make fuzz` reads damaged files for an hour.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MODEL_READY := $(VENV)/.smollm2
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all fuzz lint clean
 
 demo: $(READY) $(if $(MODEL),$(MODEL_READY))
 	$(BIN)/peft-perta demo $(if $(MODEL),--testbed $(MODEL)) $(if $(FOUR_BIT),--four-bit) $(ARGS)
@@ -16,6 +17,9 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow" $(ARGS)
+
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"

@@ -276,7 +276,7 @@ def main() -> None:
     for name in (name for name in GOALS if name in ratios):
         print(f"| {name}: {MEANINGS[name]} | {ratios[name]:.4g} | <= {GOALS[name]:.3g} |")
     if options.json:
-        options.json.write_text(json.dumps({"ratios": ratios}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"ratios": ratios}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def main() -> None:
             with open(options.json, "a") as file:
                 file.writelines(json.dumps(result) + "\n" for result in of_seed)
     if options.json:
-        results = [json.loads(line) for line in options.json.read_text().splitlines()]
+        results = [json.loads(line) for line in options.json.read_text(encoding="utf-8").splitlines()]
     print(table(list({(r["seed"], r["edit"], r["fit"], r["rank"]): r for r in results}.values())))
 
 

@@ -239,7 +239,7 @@ def main() -> None:
     if measured["profile"]:
         print("where the time goes: " + ", ".join(f"{kind} {share:.1%}" for kind, share in measured["profile"].items()))
     if options.json:
-        options.json.write_text(json.dumps(measured, indent=1) + "\n")
+        options.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

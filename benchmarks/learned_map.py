@@ -133,7 +133,7 @@ def main() -> None:
     settings = BenchSettings() if options.epochs is None else BenchSettings(epochs=options.epochs)
     results = [result for seed in options.seeds for result in run(seed, options.steps, settings)]
     if options.json:
-        options.json.write_text("".join(json.dumps(result) + "\n" for result in results))
+        options.json.write_text("".join(json.dumps(result) + "\n" for result in results), encoding="utf-8")
     print(table(results))
 
 

@@ -223,7 +223,7 @@ def main() -> None:
     given = {f.name: value for f in fields(BenchSettings) if (value := getattr(options, f.name, None)) is not None}
     edits = [edit for edit in EDITS if not options.only or edit.name in options.only]
     testbed = read_testbed(options.testbed)
-    lines = options.json.read_text().splitlines() if options.json and options.json.exists() else []
+    lines = options.json.read_text(encoding="utf-8").splitlines() if options.json and options.json.exists() else []
     results = [json.loads(line) for line in lines]
     done = {(result["seed"], result["edit"]) for result in results}
 

@@ -130,7 +130,7 @@ def main() -> None:
     quiet()
     given = {f.name: value for f in fields(BenchSettings) if (value := getattr(options, f.name, None)) is not None}
     variants = [variant for variant in VARIANTS if not options.only or variant.name in options.only]
-    lines = options.json.read_text().splitlines() if options.json and options.json.exists() else []
+    lines = options.json.read_text(encoding="utf-8").splitlines() if options.json and options.json.exists() else []
     results = [json.loads(line) for line in lines]
     testbed = read_testbed(options.testbed)
     for seed in options.seeds:

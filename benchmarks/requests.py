@@ -87,7 +87,7 @@ def main() -> None:
     settings = DemoSettings() if options.epochs is None else replace(DemoSettings(), epochs=options.epochs)
     results = [result for seed in options.seeds for result in run(seed, settings)]
     if options.json:
-        options.json.write_text("".join(json.dumps(result) + "\n" for result in results))
+        options.json.write_text("".join(json.dumps(result) + "\n" for result in results), encoding="utf-8")
     print("| seed | model | first | second | retain | general |\n|---|---|---|---|---|---|")
     for r in results:
         losses = " | ".join(f"{r[name]:.3f}" for name in ("first", "second", "retain", "general"))

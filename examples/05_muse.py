@@ -41,8 +41,8 @@ def main() -> None:
 
     rows = {}
     for name in ("forget", "retain"):
-        texts = json.loads((DATA / "privleak" / f"{name}.json").read_text())
-        questions = json.loads((DATA / "knowmem" / f"{name}_qa.json").read_text())
+        texts = json.loads((DATA / "privleak" / f"{name}.json").read_text(encoding="utf-8"))
+        questions = json.loads((DATA / "knowmem" / f"{name}_qa.json").read_text(encoding="utf-8"))
         count = options.rows or len(texts)
         rows[name] = [{"text": text} for text in spread(texts, count)] + spread(questions, count)
     model, tokenizer = load_base(str(ASSETS / "base"))

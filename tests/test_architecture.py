@@ -162,6 +162,15 @@ def test_the_files_of_a_room_form_no_circle(room):
 # Sizes
 
 
+@every(FILES)
+def test_a_text_file_is_utf8_in_every_locale(path):
+    """``read_text()`` alone takes the encoding of the user's locale."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        name = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else None
+        if name in ("read_text", "write_text"):
+            assert any(keyword.arg == "encoding" for keyword in node.keywords), f"line {node.lineno}"
+
+
 def test_a_dozen_entries():
     entries = [path for path in PACKAGE.iterdir() if not path.name.startswith("__pycache__")]
     assert len(entries) <= MOST_ENTRIES, sorted(path.name for path in entries)

@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from peft_perta import ConfigError, DataError, NumericalError, PerTAConfig, attach_adapters, load_base
 from peft_perta.comparison import ASSETS
-from peft_perta.data import load_samples, read_rows
+from peft_perta.data import load_samples, read_as, read_rows
 from peft_perta.evaluation import Calibration, Goal, calibrate, forget_loss_of_log, losses_of
 from peft_perta.evaluation.calibration import MAX_EVALUATIONS
 from peft_perta.evaluation.strength import most_forgetting
@@ -138,7 +138,7 @@ def test_the_goal_is_met_within_2_percent_in_12_evaluations(seed, kind):
         assert 0.98 * limit <= found.losses["retain"] <= limit
     assert found.points[0]["strength"] == 0
     assert found.retain_only["forget"] > 2 > found.retain_only["retain"]
-    assert Calibration.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert read_as(Calibration, json.loads(json.dumps(found.to_dict()))) == found
 
 
 @pytest.mark.parametrize("goal", [{"retain_tolerance": 0.3}, {"target_forget_loss": 2.5}])
@@ -154,7 +154,7 @@ def test_strength_auto_is_found_on_held_out_rows_and_folded_in(goal, tmp_path):
 
     with laws.untouched(base):
         _, state_dict, provenance = negated(retain, strength="auto", **goal)
-    found = Calibration.from_dict(provenance.calibration)
+    found = provenance.calibration
     assert found.reached
     assert provenance.config["strength"] == found.strength
     assert provenance.data["retain"]["samples"] == 6

@@ -76,7 +76,7 @@ def test_auto_meets_the_goal_along_the_line(start):
         )  # fmt: skip
     add_adapter(model, config, state_dict, "emitted")
     assert float(losses_of(model, forget, adapters=["emitted"]).mean()) == pytest.approx(target, rel=0.02)
-    assert provenance.calibration["strength"] == pytest.approx(provenance.parts[0]["strength"])
+    assert provenance.calibration.strength == pytest.approx(provenance.parts[0]["strength"])
 
 
 def test_auto_leaves_layers_without_adapters_alone():

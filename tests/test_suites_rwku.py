@@ -58,6 +58,7 @@ ASKED = {
 
 
 def write(directory, files=FILES, suffix=".jsonl"):
+    directory.mkdir(exist_ok=True)
     for name, rows in files.items():
         text = json.dumps(rows) if suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows)
         (directory / f"{name}{suffix}").write_text(text)

@@ -86,9 +86,9 @@ def build_known(output: Path) -> None:
 def ship(trained: Path, output: Path) -> None:
     """Copy an adapter in bfloat16, and name the base by the directory that holds it in the cache."""
     output.mkdir(parents=True, exist_ok=True)
-    config = json.loads((trained / "adapter_config.json").read_text())
+    config = json.loads((trained / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = "SmolLM2-135M-Instruct"
-    (output / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    (output / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     factors = load_file(trained / "adapter_model.safetensors")
     save_file(
         {key: factor.to(torch.bfloat16) for key, factor in factors.items()},

@@ -18,11 +18,12 @@ import torch
 from peft import PeftModel
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 base, directory, revision, weights_hash, gguf_file = sys.argv[1:6]
-source = {"revision": revision or None, **({"gguf_file": gguf_file} if gguf_file else {})}
+kind = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+source = {"revision": revision or None, **kind}
 hashes = runpy.run_path(weights_hash)
 of_text = type(AutoConfig.from_pretrained(base, **source)) in MODEL_FOR_CAUSAL_LM_MAPPING
 auto_class = AutoModelForCausalLM if of_text else AutoModelForImageTextToText
-model = auto_class.from_pretrained(base, **source, device_map={"": "cpu"})
+model, found = auto_class.from_pretrained(base, **source, device_map={"": "cpu"}, output_loading_info=True)
 model = PeftModel.from_pretrained(model, directory, adapter_name="verified")
 result = model.load_adapter(directory, adapter_name="verified")
 missing = [k for k in result.missing_keys if ".verified." in k]
@@ -32,7 +33,8 @@ with torch.no_grad():
     with model.disable_adapter():
         off = model(input_ids=ids).logits.float()
 print("VERIFIED " + json.dumps({
-    "missing": missing, "unexpected": list(result.unexpected_keys), "finite": bool(torch.isfinite(on).all()),
+    "lacking": sorted(found["missing_keys"]), "missing": missing,
+    "unexpected": list(result.unexpected_keys), "finite": bool(torch.isfinite(on).all()),
     "weights_sha256": hashes["hash_rounded_weights"](model.get_base_model()),
     "embeddings_sha256": hashes["hash_embeddings"](model.get_base_model()),
     "change": float((on - off).abs().max()), "knows_package": "peft_perta" in sys.modules,
@@ -45,6 +47,7 @@ class FreshLoad:
     """What the fresh process saw.
 
     Attributes:
+        lacking: weights of the base that its files do not hold, and that were drawn at random.
         missing: keys of the adapter that the directory does not hold.
         unexpected: keys in the directory that the adapter does not have.
         finite: every logit is finite with the adapter on.
@@ -54,6 +57,7 @@ class FreshLoad:
         knows_package: this package was imported, so that the process was not a user's.
     """
 
+    lacking: list[str]
     missing: list[str]
     unexpected: list[str]
     finite: bool

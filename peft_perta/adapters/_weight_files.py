@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
+from ..data import read_json
 from ..errors import ConfigError
 
 _INDEX = "model.safetensors.index.json"
@@ -43,7 +43,7 @@ class WeightFiles:
         try:
             names = [_SINGLE]
             if not (directory / _SINGLE).is_file():  # transformers reads it, and not the index, where there are both
-                names = sorted(set(json.loads((directory / _INDEX).read_text())["weight_map"].values()))
+                names = sorted(set(read_json(directory / _INDEX)["weight_map"].values()))
             shards = {}
             for name in names:
                 if not _belongs(directory / name, directory):
@@ -51,7 +51,7 @@ class WeightFiles:
                 with safe_open(directory / name, framework="pt") as file:
                     keys = file.keys()
                     shards[name] = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"the weights in {directory} cannot be read ({type(error).__name__}: {error}); expected {_SINGLE}, or "
                 f"{_INDEX} and its shards"

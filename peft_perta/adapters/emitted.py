@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..data import WRITTEN, replaced_directory, visible
+from ..data import WRITTEN, read_json, replaced_directory, visible
 from ..errors import AdapterError, NumericalError, OutputError
 from ..evaluation import Calibration
 from ..model import (
@@ -86,7 +86,7 @@ class EmittedAdapter(NamedTuple):
                 "expected the provenance of a negative or fused adapter, which can hold a calibration, found "
                 f"{type(self.provenance).__name__}"
             )
-        return self._replace(provenance=replace(self.provenance, calibration=calibration.to_dict()))
+        return self._replace(provenance=replace(self.provenance, calibration=calibration))
 
 
 def save_perta_adapter(
@@ -116,10 +116,12 @@ def save_perta_adapter(
         lora_config.save_pretrained(str(directory))
         files = {name: hash_file(directory / name) for name in (WEIGHTS_NAME, CONFIG_NAME)}
         record = {"format": 1, "files": files, **provenance.to_dict()}
-        (directory / PROVENANCE_NAME).write_text(json.dumps(record, indent=1) + "\n")
-        (directory / "README.md").write_text(model_card(provenance))
+        (directory / PROVENANCE_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (directory / "README.md").write_text(model_card(provenance), encoding="utf-8")
         if isinstance(provenance, PerTAProvenance) and provenance.calibration is not None:
-            (directory / STRENGTH_NAME).write_text(json.dumps(provenance.calibration, indent=1) + "\n")
+            (directory / STRENGTH_NAME).write_text(
+                json.dumps(provenance.calibration.to_dict(), indent=1) + "\n", encoding="utf-8"
+            )
     return Path(path)
 
 
@@ -135,7 +137,9 @@ def save_forget_adapter(path: str | Path, model: PeftModel, adapter_name: str, r
         state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
         _write_weights(directory, state_dict)
         model.peft_config[adapter_name].save_pretrained(str(directory))
-        (directory / FORGET_RECORD_NAME).write_text(json.dumps({"format": 1, **record}, indent=1) + "\n")
+        (directory / FORGET_RECORD_NAME).write_text(
+            json.dumps({"format": 1, **record}, indent=1) + "\n", encoding="utf-8"
+        )
     return Path(path)
 
 
@@ -166,12 +170,15 @@ def load_provenance(path: str | Path) -> tuple[Provenance, dict[str, str]]:
     if not file.is_file():
         raise AdapterError(f"{path} holds no {PROVENANCE_NAME}; expected a directory that save_perta_adapter wrote")
     try:
-        values = _visible(json.loads(file.read_text()))
-        values.pop("format")
-        values.pop(WRITTEN, None)
-        files = values.pop("files")
-        return read_provenance(values), files
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        values = _visible(read_json(file))
+        if not isinstance(values, dict) or values.get("format") != 1:
+            raise ValueError("expected an object of the format 1")
+        files = values["files"] if isinstance(values.get("files"), dict) else {}
+        record = {key: value for key, value in values.items() if key not in ("format", "files", WRITTEN)}
+        return read_provenance(record), {
+            name: str(files[name]) for name in (WEIGHTS_NAME, CONFIG_NAME) if name in files
+        }
+    except (OSError, ValueError) as error:
         raise AdapterError(f"{file} is damaged ({error}); emit the adapter again") from error
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data import check_output, replaced_directory
+from ..data import check_output, read_json, replaced_directory
 from ..errors import AdapterError, ConfigError, NumericalError, OutputError
 from ..model import (
     Target,
@@ -169,7 +169,9 @@ def merge_adapters(
             rounding=edits.rounding,
             files={shard: hash_file(directory / shard) for shard in source.shards},
         )
-        (directory / MERGED_NAME).write_text(json.dumps({"format": 1, **asdict(provenance)}, indent=1) + "\n")
+        (directory / MERGED_NAME).write_text(
+            json.dumps({"format": 1, **asdict(provenance)}, indent=1) + "\n", encoding="utf-8"
+        )
     return provenance
 
 
@@ -251,6 +253,6 @@ def _merged(key: str, weight: Tensor, edits: _Edits) -> Tensor:
 
 
 def _set_dtype(file: Path, dtype: torch.dtype) -> None:
-    config = json.loads(file.read_text())
+    config = read_json(file)
     config["dtype"] = dtype_name(dtype)
-    file.write_text(json.dumps(config, indent=2) + "\n")
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ..data import Sample
+from ..data import Sample, read_json
 from ..errors import AdapterError
 from ..evaluation import losses_of
 from ..model import (
@@ -119,7 +118,7 @@ def _file_checks(directory: Path) -> Iterator[Check]:
 def _read(directory: Path) -> tuple[Config, Tensors]:
     """The config and the tensors, each empty where it cannot be read; the checks report that."""
     try:
-        config = json.loads((directory / CONFIG_NAME).read_text())
+        config = read_json(directory / CONFIG_NAME)
     except (OSError, ValueError):
         config = {}
     try:
@@ -187,6 +186,7 @@ def _load_checks(loaded: FreshLoad | str) -> Iterator[Check]:
     if isinstance(loaded, str):
         yield Check("PEFT: loads in a fresh process", False, loaded)
         return
+    yield Check("the base's files", not loaded.lacking, f"lack {loaded.lacking[0]}" if loaded.lacking else "whole")
     complete = not loaded.missing and not loaded.unexpected
     found = "all keys match" if complete else f"missing {loaded.missing[:2]}, unexpected {loaded.unexpected[:2]}"
     yield Check("PEFT: loads in a fresh process", complete and not loaded.knows_package, found)

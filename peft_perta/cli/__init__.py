@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"peft-perta: error: {_import('data').visible(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output has closed it, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return getattr(options, "status", 0)  # a verdict stands, whether it was read or not
     except KeyboardInterrupt:
         resumable = resume_path is not None and os.path.exists(resume_path)
@@ -94,10 +94,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, OSError) and hasattr(options, "status"):  # only what is printed was left to write
             print(f"peft-perta: error: standard output could not be written: {error}", file=sys.stderr)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard_output()
             return options.status or 2
         print(_report_of(error), file=sys.stderr)
         return 3
+
+
+def _discard_output() -> None:
+    """Let go what is still to be printed: Python would try again at its end, and fail."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report_of(error: Exception) -> str:

@@ -47,6 +47,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--device-map", choices=["auto"],
         help="spread the layers over all GPUs, and the rest over the host's memory (default: one GPU)",
     )  # fmt: skip
+    parser.add_argument(
+        "--safetensors-only", action=argparse.BooleanOptionalAction, default=True,
+        help="refuse a base whose weights are in a pickle, pytorch_model.bin (default: yes)",
+    )  # fmt: skip
 
 
 def add_four_bit(parser: argparse.ArgumentParser) -> None:
@@ -141,7 +145,13 @@ def _seed(text: str) -> int:
 
 def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     """The base model and its tokenizer."""
-    return load_base(options.model, four_bit=options.four_bit, revision=options.revision, device_map=options.device_map)
+    return load_base(
+        options.model,
+        four_bit=options.four_bit,
+        revision=options.revision,
+        device_map=options.device_map,
+        safetensors_only=options.safetensors_only,
+    )
 
 
 def check_training(options: argparse.Namespace, **least: int) -> None:
@@ -240,9 +250,8 @@ def save_adapter(emitted: EmittedAdapter, output: str) -> None:
     """Write the adapter, with the strength curve if its strength was searched for, and print what it is."""
     emitted.save(output)
     print(f"{emitted.provenance}\nIt is in {output}")
-    values = getattr(emitted.provenance, "calibration", None)
-    if values is not None:
-        calibration = Calibration.from_dict(values)
+    calibration: Calibration | None = getattr(emitted.provenance, "calibration", None)
+    if calibration is not None:
         picture = Path(output) / PICTURE_NAME
         draw_calibration(calibration, picture)
         print(f"{calibration}\nThe strength curve is in {picture}")

@@ -11,8 +11,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..adapters import PROVENANCE_NAME, PerTAProvenance, Provenance, load_provenance
-from ..errors import AdapterError
+from ..adapters import PerTAProvenance, Provenance, load_provenance
 from ..model import check_adapter_files, find_adapter, hash_file
 from ..perta import WEIGHTINGS
 
@@ -28,13 +27,7 @@ def run(options: argparse.Namespace) -> None:
     """Print the provenance; of a negative adapter also each layer."""
     provenance, files = load_provenance(options.adapter)
     check_adapter_files(options.adapter)
-    try:
-        lines = [*_lines(provenance, find_adapter(options.adapter), files)]
-    except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
-        raise AdapterError(
-            f"{options.adapter}: {PROVENANCE_NAME} is damaged ({type(error).__name__}: {error}); emit the adapter again"
-        ) from error
-    print("\n".join(lines))
+    print("\n".join(_lines(provenance, find_adapter(options.adapter), files)))
 
 
 def _lines(provenance: Provenance, directory: Path, files: dict[str, str]) -> Iterator[str]:
@@ -62,9 +55,9 @@ def _layers(provenance: PerTAProvenance) -> Iterator[str]:
 
 def _facts(provenance: PerTAProvenance) -> str:
     base = provenance.base_model
-    quantization = (base["quantization"] or {}).get("quant_method", "none")
+    quantization = (base.get("quantization") or {}).get("quant_method", "none")
     lines = {
-        "base": f"{base['name']} (revision {base['revision'] or 'unknown'}, quantisation {quantization})",
+        "base": f"{base['name']} (revision {base.get('revision') or 'unknown'}, quantisation {quantization})",
         "forget adapter": f"{provenance.forget_adapter['name']} {provenance.forget_adapter['sha256'][:16]}",
         **{
             f"{name} set": f"{entry['samples']} samples {entry['sha256'][:16]}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data import write_file
+from ..data import parse_json, read_json, write_file
 from ..errors import ConfigError, OutputError
 from .settings import SELECTION, ComparisonSettings
 
@@ -55,14 +55,14 @@ def _read(directory: Path, record: Mapping[str, Any]) -> dict[Key, Result]:
     if not (directory / CONFIG_NAME).is_file():
         return {}
     try:
-        earlier = json.loads((directory / CONFIG_NAME).read_text())
+        earlier = read_json(directory / CONFIG_NAME)
         ours, theirs = record["settings"], ComparisonSettings.from_dict(earlier["settings"]).to_dict()
         differing = [name for name in ours if name not in SELECTION and ours[name] != theirs[name]]
         same_model = earlier["testbed_sha256"] == record["testbed_sha256"]
         path = directory / RESULTS_NAME
-        lines = path.read_text().splitlines() if path.is_file() else []
-        results = {_key(result): result for result in map(json.loads, lines)}
-    except (ValueError, KeyError, TypeError) as error:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        results = {_key(result): result for result in map(parse_json, lines)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{directory} holds a damaged comparison ({error!r}); choose another output") from error
     if not results:  # a run that was refused, or killed at its beginning, is in nobody's way
         return {}

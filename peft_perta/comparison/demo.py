@@ -101,7 +101,7 @@ def run_demo(
     _evaluate(bench, settings, result)
     with replaced_directory(output_dir, REPORT_NAME) as directory:
         emitted[BEST].scaled(result.matches[BEST].strength).save(directory / "adapter")
-        (directory / REPORT_NAME).write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+        (directory / REPORT_NAME).write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
         draw_trade_off(result.curves, result.points, LABELS, directory / PICTURE_NAME)
     print(format_table(result))
     print(

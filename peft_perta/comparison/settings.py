@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data import check_setting, is_count, is_int, is_number
+from ..data import check_setting, is_count, is_int, is_number, read_json
 from ..errors import ConfigError
 from ..evaluation import ATTACKS
 from .methods import FIRST, METHODS, QUICK, check_methods
@@ -143,9 +142,9 @@ class ComparisonSettings:
             check_setting(len(value) > 0 or name in ("authors", "curve", "attacks"), name, "at least one value", value)
         check_setting(all(isinstance(name, str) for name in self.methods), "methods", "names", self.methods)
         check_methods(self.methods)
-        are_measures = all(name in MEASURES for name in self.matched)
+        are_measures = all(isinstance(name, str) and name in MEASURES for name in self.matched)
         check_setting(are_measures, "matched", f"some of {list(MEASURES)}", self.matched)
-        are_attacks = all(name in COMPARED_ATTACKS for name in self.attacks)
+        are_attacks = all(isinstance(name, str) and name in COMPARED_ATTACKS for name in self.attacks)
         check_setting(are_attacks, "attacks", f"some of {list(COMPARED_ATTACKS)}", self.attacks)
         are_seeds = all(is_int(seed) and 0 <= seed < 2**32 for seed in self.seeds)
         check_setting(are_seeds, "seeds", "ints from 0 to 2**32 - 1", self.seeds)
@@ -225,10 +224,10 @@ class ComparisonSettings:
             ConfigError: the file is missing, is not a JSON object, or holds a bad value.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            values = read_json(path)
         except OSError as error:
             raise ConfigError(f"expected the settings of a comparison at {path}: {error}") from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ConfigError(f"{path} is not JSON ({error}); expected an object of settings") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds a {type(values).__name__}, expected a JSON object of settings")

@@ -92,7 +92,7 @@ def base(cache: Path | None = None) -> Path:
     with replaced_directory(directory, _MARKER) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        (scratch / _MARKER).write_text(json.dumps({"made_of": gguf.name}))
+        (scratch / _MARKER).write_text(json.dumps({"made_of": gguf.name}), encoding="utf-8")
     return directory
 
 

@@ -7,6 +7,8 @@ Imports from: errors.
 
 from .answer_frame import AnswerFrame, answer_frame
 from .encoding import check_characters, encode_prompt, encode_row
+from .json_files import parse_json, read_json
+from .limits import time_limit
 from .loading import drawn, load_samples
 from .notes import note, visible
 from .output import (
@@ -21,6 +23,7 @@ from .output import (
 from .rows import ROW_KINDS, TEMPLATE_KEYS, completion_text, content_text, read_rows, spread
 from .samples import IGNORED, Batch, Sample, batches, check_disjoint, fingerprint, note_left_out, padded
 from .settings import check_setting, explained, is_count, is_int, is_number, setting
+from .shapes import Holds, read_as
 
 __all__ = [
     "IGNORED",
@@ -29,6 +32,7 @@ __all__ = [
     "WRITTEN",
     "AnswerFrame",
     "Batch",
+    "Holds",
     "Sample",
     "answer_frame",
     "batches",
@@ -52,11 +56,15 @@ __all__ = [
     "note",
     "note_left_out",
     "padded",
+    "parse_json",
+    "read_as",
+    "read_json",
     "read_rows",
     "remove_directory",
     "replaced_directory",
     "setting",
     "spread",
+    "time_limit",
     "visible",
     "write_file",
 ]

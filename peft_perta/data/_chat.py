@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,9 +9,15 @@ from typing import Any
 from jinja2 import TemplateError
 
 from ..errors import DataError
+from .json_files import parse_json
+from .limits import SECONDS, time_limit
 from .rows import TEMPLATE_KEYS, content_text
 
 _PART = re.compile(r"""['"]type['"]: ?['"]text['"]""")  # what a template prints that takes parts for a text
+_ENDLESS = (
+    f"the tokenizer's chat template takes more than {SECONDS:g} s for this conversation, expected milliseconds; give "
+    "the tokenizer another template"
+)
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
@@ -49,7 +54,7 @@ def template_options(row: Mapping, where: str) -> dict[str, Any]:
     tools, options = (row.get(key) for key in TEMPLATE_KEYS)
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools) if tools.strip() else None
+            tools = parse_json(tools) if tools.strip() else None
         except ValueError as error:
             raise DataError(f"{where}: 'tools' is not JSON ({error}); expected a list of function schemas") from error
     if tools is not None and not isinstance(tools, list):
@@ -78,7 +83,10 @@ def render(tokenizer: Any, turns: Sequence[Mapping], where: str, options: Mappin
     # A key that is null (the content of a tool call) is a missing one to a template, as in newer transformers.
     present = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
     try:
-        text = tokenizer.apply_chat_template(present, tokenize=False, add_generation_prompt=ask, **options)
+        with time_limit(DataError(f"{where}: {_ENDLESS}")):
+            text = tokenizer.apply_chat_template(present, tokenize=False, add_generation_prompt=ask, **options)
+    except DataError:
+        raise
     except _TEMPLATE_ERRORS as error:
         reason = " ".join(str(error).split())
         raise DataError(

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import OutputError
+from .json_files import read_json
 
 WRITTEN = "written"  # key of a marker: the files of the directory, itself among them
 _ADDED = ("report.html", "strength.png")  # files that a command adds to a directory that is written
@@ -75,8 +76,8 @@ def _check_ours(path: Path, marker: str, *, grows: bool) -> None:
     if grows:
         return
     try:
-        listed = {*json.loads((path / marker).read_text(encoding="utf-8"))[WRITTEN], *_ADDED}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        listed = {*read_json(path / marker)[WRITTEN], *_ADDED}
+    except (OSError, ValueError, LookupError, TypeError):
         raise OutputError(
             f"{path} would be replaced, but its {marker} does not list the files that belong to it; choose another "
             "output"
@@ -178,7 +179,7 @@ def replaced_directory(path: str | Path, marker: str) -> Iterator[Path]:
 
 def _list_files(directory: Path, marker: str) -> None:
     """Add the list of all files to the marker."""
-    record = json.loads((directory / marker).read_text(encoding="utf-8"))
+    record = read_json(directory / marker)
     text = json.dumps({**record, WRITTEN: _files(directory)}, indent=1) + "\n"
     (directory / marker).write_text(text, encoding="utf-8")
 

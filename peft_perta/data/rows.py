@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from .json_files import parse_json
 
 ROW_KINDS = (("question", "answer"), ("prompt", "completion"), ("messages",), ("text",))
 TEMPLATE_KEYS = ("tools", "chat_template_kwargs")  # further keys of a row, for its chat template, as in TRL
@@ -32,8 +32,8 @@ def read_rows(path: str | Path) -> list[dict]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise DataError(f"{path}, line {number}: not JSON ({error}); expected one JSON object per line") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: expected a JSON object, found a {type(row).__name__}")

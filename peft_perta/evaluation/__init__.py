@@ -14,7 +14,7 @@ from .completions import ScoredCompletion, losses_of, score_completions, score_f
 from .generation import generate
 from .lm_eval import check_lm_eval, general_benchmarks
 from .logs.files import Log, format_rescored, read_log, summary, write_log
-from .logs.rescoring import aggregate, rescore
+from .logs.rescoring import aggregate, rescore, row_texts
 from .metrics.depth import depth_score
 from .metrics.memorization import exact_memorization
 from .metrics.metric import METRIC_GROUPS, Metric
@@ -68,6 +68,7 @@ __all__ = [
     "read_log",
     "read_suites",
     "rescore",
+    "row_texts",
     "run_attacks",
     "score_completions",
     "score_false_answers",

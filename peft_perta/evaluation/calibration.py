@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from torch import nn
 from tqdm.auto import tqdm
+from typing_extensions import TypedDict
 
-from ..data import Sample, check_disjoint
+from ..data import Holds, Sample, check_disjoint
 from ..errors import ConfigError, DataError
 from ..model import adapter_strength, require_adapter
 from .completions import losses_of
@@ -57,6 +59,24 @@ class Goal:
             )
 
 
+class _GoalFields(TypedDict):
+    target_forget_loss: float | None
+    retain_tolerance: float | None
+
+
+class _LossFields(TypedDict):
+    forget: float
+    retain: float
+
+
+class _PointFields(_LossFields):
+    strength: float
+
+
+Losses = Annotated[dict[str, float], Holds(_LossFields)]
+Point = Annotated[dict[str, float], Holds(_PointFields)]
+
+
 @dataclass
 class Calibration:
     """The strength that was found, and every point that was evaluated.
@@ -71,13 +91,13 @@ class Calibration:
         retain_only: 'forget' and 'retain' -> mean loss of a retain-only model; None where none was given.
     """
 
-    goal: dict[str, float | None]
+    goal: Annotated[dict[str, float | None], Holds(_GoalFields)]
     target: float
     strength: float
-    losses: dict[str, float]
-    points: list[dict[str, float]]
-    negation: list[dict[str, float]] = field(default_factory=list)
-    retain_only: dict[str, float] | None = None
+    losses: Losses
+    points: Annotated[list[Point], Field(min_length=1)]
+    negation: list[Point] = field(default_factory=list)
+    retain_only: Losses | None = None
 
     @property
     def reached(self) -> bool:
@@ -96,13 +116,8 @@ class Calibration:
         return passed_maximum or abs(self.losses["retain"] - self.target) <= TOLERANCE * self.target
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as ``from_dict`` takes them."""
+        """The fields as JSON."""
         return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Calibration:
-        """The calibration with these fields, as ``to_dict`` gives them."""
-        return cls(**values)
 
     def __str__(self) -> str:
         goal = (

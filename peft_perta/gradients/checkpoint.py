@@ -1,7 +1,7 @@
 """The checkpoint of an interrupted run: a directory of safetensors files, each written atomically.
 
 ``run.json`` says which run it belongs to: hashes of the model and the data, and the config. The checkpoint of another
-run is refused, and so is that of a process which is computing the same run. Each entry holds a hash of its tensors.
+run is refused, and so is that of a process which is computing the same run. Each entry holds a hash of its content.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..data import remove_directory
+from ..data import parse_json, read_json, remove_directory
 from ..errors import OutputError
 
 try:
@@ -80,7 +80,7 @@ class Checkpoint:
             for name in _NOTHING_COMPUTED if self.path.is_dir() else ():
                 self.delete(name)
             text = json.dumps(self._run, indent=1, sort_keys=True) + "\n"
-            self._write(RUN_NAME, lambda file: file.write_text(text))
+            self._write(RUN_NAME, lambda file: file.write_text(text, encoding="utf-8"))
             self._started = True
 
     def save(self, name: str, tensors: Mapping[Address, Tensor], record: Mapping[str, Any]) -> None:
@@ -93,7 +93,7 @@ class Checkpoint:
             return
         self.start()
         stored = {_encoded(address): tensor.detach().to("cpu").contiguous() for address, tensor in tensors.items()}
-        metadata = {"record": json.dumps(record), "sha256": _digest(stored)}
+        metadata = {"record": json.dumps(record), "sha256": _digest(stored, json.dumps(record))}
         self._write(f"{name}.safetensors", lambda file: save_file(stored, file, metadata=metadata))
 
     def load(self, name: str) -> tuple[dict[Address, Tensor], dict[str, Any]] | None:
@@ -107,11 +107,11 @@ class Checkpoint:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                record, digest = json.loads(file.metadata()["record"]), file.metadata()["sha256"]
+                record, digest = file.metadata()["record"], file.metadata()["sha256"]
                 stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is not a mapping
-            if _digest(stored) != digest:
-                raise ValueError("its tensors are not those that were written")
-            return {_decoded(key): tensor for key, tensor in stored.items()}, record
+            if _digest(stored, record) != digest:
+                raise ValueError("it is not what was written")
+            return {_decoded(key): tensor for key, tensor in stored.items()}, parse_json(record)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise OutputError(f"{path} is damaged ({error}); delete {self.path} to start again") from error
 
@@ -132,7 +132,7 @@ class Checkpoint:
     def _stored_run(self) -> dict[str, Any]:
         """The description of the run that the directory belongs to."""
         try:
-            stored = json.loads((self.path / RUN_NAME).read_text())
+            stored = read_json(self.path / RUN_NAME)
             assert isinstance(stored, dict)
         except (OSError, ValueError, AssertionError) as error:
             raise OutputError(
@@ -216,9 +216,9 @@ def remove_checkpoint(path: str | Path) -> None:
         remove_directory(path)
 
 
-def _digest(stored: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors with their keys."""
-    digest = hashlib.sha256()
+def _digest(stored: Mapping[str, Tensor], record: str) -> str:
+    """SHA-256 of a record, and of tensors with their keys."""
+    digest = hashlib.sha256(record.encode())
     for key in sorted(stored):
         digest.update(key.encode())
         digest.update(stored[key].reshape(-1).view(torch.uint8).numpy().data)
@@ -231,4 +231,4 @@ def _encoded(address: Address) -> str:
 
 
 def _decoded(key: str) -> Address:
-    return tuple(json.loads(key))
+    return tuple(parse_json(key))

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..data import spread
-from ..evaluation import SUITES, AttackResult, Log, summary
+from ..evaluation import SUITES, AttackResult, Log, row_texts, summary
 from .report_data import SHOWN_ROWS, UNLEARNED, ReportData, ReportHeader, build_report_data
+
+_SHOWN = ("input", "ground_truth", "generation")  # of a row
 
 
 def report_data_of_logs(
@@ -39,7 +41,7 @@ def _generations(logs: Mapping[str, Mapping[str, Log]]) -> dict[str, list[dict[s
     for split in ("forget", "retain"):
         metrics = [suite.shown_answers[split] for suite in SUITES.values() if split in suite.shown_answers]
         rows_of_model = {
-            label: log[metric]["value_by_index"]
+            label: row_texts(log, metric, _SHOWN, f"the log of the {label} model")
             for label, suites in logs.items()
             for log in suites.values()
             for metric in metrics
@@ -48,13 +50,12 @@ def _generations(logs: Mapping[str, Mapping[str, Log]]) -> dict[str, list[dict[s
         if UNLEARNED not in rows_of_model:
             continue
         unlearned_rows = rows_of_model[UNLEARNED]
-        indices = [index for index, row in unlearned_rows.items() if row is not None]
         generations[split] = [
             {
-                "prompt": unlearned_rows[index]["input"],
-                "expected": unlearned_rows[index]["ground_truth"],
-                **{label: rows[index]["generation"] for label, rows in rows_of_model.items() if rows.get(index)},
+                "prompt": unlearned_rows[index][0],
+                "expected": unlearned_rows[index][1],
+                **{label: rows[index][2] for label, rows in rows_of_model.items() if index in rows},
             }
-            for index in spread(indices, SHOWN_ROWS)
+            for index in spread([*unlearned_rows], SHOWN_ROWS)
         ]
     return generations

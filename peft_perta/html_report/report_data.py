@@ -86,9 +86,9 @@ class ReportData:
             return None
         try:
             return read_provenance(self.provenance)
-        except (LookupError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise DataError(
-                f"the provenance in the report data is damaged ({type(error).__name__}: {error}); expected what "
+                f"the provenance in the report data is damaged ({error}); expected what "
                 "PerTAProvenance.to_dict or another provenance's to_dict returns, or None"
             ) from error
 
@@ -96,18 +96,10 @@ class ReportData:
         """The search for the strength that the provenance records.
 
         Raises:
-            DataError: ``provenance``, or the search that it records, is damaged.
+            DataError: ``provenance`` is damaged.
         """
         provenance = self.read_provenance()
-        if not isinstance(provenance, PerTAProvenance) or provenance.calibration is None:
-            return None
-        try:
-            return Calibration.from_dict(provenance.calibration)
-        except TypeError as error:
-            raise DataError(
-                f"the calibration in the report data's provenance is damaged ({error}); expected what "
-                "Calibration.to_dict returns, or None"
-            ) from error
+        return provenance.calibration if isinstance(provenance, PerTAProvenance) else None
 
 
 def build_report_data(

@@ -16,6 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..data import read_json
 from ._gguf_head import GgufHead, read_head
 from .gguf_files import held_ggufs
 
@@ -65,7 +66,9 @@ def _identify_directory(directory: Path) -> dict[str, str | None]:
     return {
         **_identify_weights(directory),
         "tokenizer": _hash_vocabulary(directory),
-        "chat template": hash_json(template.read_text() if template.is_file() else tokenizer.get("chat_template")),
+        "chat template": hash_json(
+            template.read_text(encoding="utf-8") if template.is_file() else tokenizer.get("chat_template")
+        ),
         "generation settings": hash_json(generation_settings(generation)),
     }
 
@@ -98,7 +101,7 @@ def hash_json(value: Any) -> str:
 def _json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is none."""
     try:
-        values = json.loads(file.read_text())
+        values = read_json(file)
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..data import read_json, time_limit
 from ..errors import AdapterError
 from .plain_lora import check_config_values, check_lora_config
 
@@ -30,6 +32,8 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 PROVENANCE_NAME = "perta_provenance.json"
 FORGET_RECORD_NAME = "perta_forget.json"
+
+_ENDLESS = "a regular expression in it takes too long to match; write the names of the modules"
 
 _RECORDS = "perta_*.json"  # how an adapter of this package was made
 
@@ -130,13 +134,13 @@ def _download(name: str, cache: str) -> Path:
 def _check_config(path: Path) -> Any:
     file = path / CONFIG_NAME
     try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
+        values = read_json(file)
+    except (OSError, ValueError) as error:
         raise AdapterError(f"{file} is not JSON ({error}); save the adapter again") from error
     check_config_values(values, str(file))
     try:
         config = LoraConfig.from_pretrained(str(path))
-    except (TypeError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # PEFT checks no file: a damaged one raises anything
         reason = " ".join(str(error).split())
         raise AdapterError(f"{file} is no config that PEFT accepts ({reason}); correct it, or save it again") from error
     check_lora_config(config, str(path))
@@ -151,19 +155,59 @@ def _check_tensors(file: Path, tensors: dict[str, Tensor], config: Any) -> None:
             "factors (lora_A, lora_B) alone: PEFT would write it over the base's own weight; save the adapter with "
             "save_embedding_layers=False, and train it without new tokens"
         )
+    with time_limit(AdapterError(f"{file.with_name(CONFIG_NAME)}: {_ENDLESS}")):
+        named = {key: _is_named(key, config) for key in tensors}
+        ranks = {key: _rank(key, config) for key in tensors}
     for key, tensor in tensors.items():
-        if not _is_named(key, config):
+        if not named[key]:
             raise AdapterError(
                 f"{file} holds {key}, a factor of a layer that {CONFIG_NAME} does not name (target_modules, "
                 "exclude_modules, layers_to_transform); copy the two files from one adapter"
             )
+        found = tensor.shape[-1 if _is_B(key) else 0] if tensor.ndim == 2 else None
+        packed = config.target_parameters and found is not None and found > ranks[key] and found % ranks[key] == 0
+        if found != ranks[key] and not packed:
+            raise AdapterError(
+                f"{file}: {key} has the shape {tuple(tensor.shape)}, expected the rank {ranks[key]} of {CONFIG_NAME}; "
+                "copy the two files from one adapter"
+            )
         if not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterError(f"{file}: {key} holds NaN or infinite values; train the adapter again")
+
+
+def check_patterns(adapter: str | Path, names: Iterable[str]) -> None:
+    """Check that an adapter's config tells within seconds which of a model's modules it adapts.
+
+    Args:
+        adapter: as ``find_adapter`` takes it; ``check_adapter_files`` accepts it.
+        names: of the modules.
+
+    Raises:
+        AdapterError: a regular expression in the config takes longer.
+    """
+    config: Any = LoraConfig.from_pretrained(str(find_adapter(adapter)))
+    if any(isinstance(value, str) for value in (config.target_modules, config.exclude_modules, config.layers_pattern)):
+        with time_limit(AdapterError(f"{adapter}: {_ENDLESS}")):
+            for name in names:
+                check_target_module_exists(config, name)
+
+
+def _is_B(key: str) -> bool:
+    return key.endswith((".lora_B.weight", ".lora_embedding_B"))
+
+
+def _rank(key: str, config: Any) -> int:
+    """The rank that the config gives to the layer of a factor."""
+    layer = _layer(key)
+    return config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), layer), config.r)
+
+
+def _layer(key: str) -> str:
+    return key.removeprefix("base_model.model.").rpartition(".lora_")[0]
 
 
 def _is_named(key: str, config: Any) -> bool:
     """Whether the config adapts the layer of a factor. Only a model tells which layers are linear or hold experts."""
     if config.target_parameters or config.target_modules in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND):
         return True
-    layer = key.removeprefix("base_model.model.").rpartition(".lora_")[0]
-    return bool(check_target_module_exists(config, layer))
+    return bool(check_target_module_exists(config, _layer(key)))

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from ..data import read_json
 from ..errors import AdapterError
 from ._base_files import (
     find_files,
@@ -200,7 +201,7 @@ def recorded_base(directory: str | Path) -> dict[str, Any] | None:
     """What the record in an adapter's directory says of its base, as ``identify_base`` does; None without a record."""
     for name in (PROVENANCE_NAME, FORGET_RECORD_NAME):
         try:
-            record = json.loads((Path(directory) / name).read_text())
+            record = read_json(Path(directory) / name)
         except (OSError, ValueError):
             continue
         for values in (record, *(record.values() if isinstance(record, dict) else ())):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import re
-import struct
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -28,16 +26,15 @@ from transformers.utils import logging as transformers_logging
 
 from ..data import note
 from ..errors import AdapterError, ConfigError
-from .adapter_files import check_adapter_files, find_adapter
+from .adapter_files import check_adapter_files, check_patterns, find_adapter
 from .distributed import local_rank
 from .gguf_files import check_whole, find_gguf, source_of, write_dequantised
 from .identity import adopt_base
 from .model_state import snapshot
-from .stack import EXPECTED_DECODER, check_new_name, give_memory, remove_adapter
+from .stack import EXPECTED_DECODER, base_model, check_new_name, give_memory, remove_adapter
 
+_MOST_LAYERS = 2000  # each is built before a weight is read; the deepest model has about 200
 _SCRATCH = "perta_scratch"  # an adapter
-# The last four are what reading a damaged GGUF file raises.
-_UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError, struct.error, IndexError, KeyError, TypeError)
 
 
 def load_base(
@@ -48,6 +45,7 @@ def load_base(
     revision: str | None = None,
     device_map: str | None = None,
     gguf_file: str | None = None,
+    safetensors_only: bool = True,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a causal language model and its tokenizer; of a model for images and text, all of it.
 
@@ -60,6 +58,8 @@ def load_base(
         device_map: 'auto' spreads the layers over all GPUs, and over the host what does not fit there. None puts the
             whole model on one GPU, or on the host if there is no GPU.
         gguf_file: the name of the GGUF file, where the directory ``name`` holds several.
+        safetensors_only: refuse weights in a pickle (pytorch_model.bin). False: transformers reads them, by torch's
+            loader for weights alone.
 
     Returns:
         The model and its tokenizer.
@@ -77,22 +77,16 @@ def load_base(
         if four_bit:
             return _load_four_bit_gguf(gguf, dtype, device_map)
     source, more = source_of(name, gguf)
-    on_gpu = torch.cuda.is_available()
-    dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
+    settings = _weight_settings(dtype, device_map, four_bit=four_bit)
+    if safetensors_only and gguf is None:
+        settings["use_safetensors"] = True
     try:
         model, found = model_class.from_pretrained(
-            source,
-            **more,
-            revision=revision,
-            dtype=dtype,
-            device_map=device_map or ({"": local_rank()} if on_gpu else None),
-            quantization_config=_nf4(dtype) if four_bit else None,
-            # On a CPU, a small model trains twice as fast with "eager" as with "sdpa".
-            attn_implementation=None if on_gpu else "eager",
-            output_loading_info=True,
+            source, **more, revision=revision, output_loading_info=True, **settings
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **more, revision=revision)
-    except _UNREADABLE as error:
+        tokenizer("a")  # what is wrong in its files may show only here
+    except Exception as error:  # transformers and tokenizers check no file: a damaged one raises anything
         raise _unreadable(name, error) from error
     _check_complete(name, model, found)
     if gguf is not None:
@@ -122,6 +116,19 @@ def _check_complete(name: str, model: PreTrainedModel, found: Mapping[str, Any])
         raise ConfigError(f"the model {name!r} holds {further[0]}, beyond the blocks that its config names; {expected}")
     if unexpected:
         note(f"{name} holds {len(unexpected)} weights that the model does not use, such as {unexpected[0]}")
+
+
+def _weight_settings(dtype: torch.dtype | None, device_map: str | None, *, four_bit: bool) -> dict[str, Any]:
+    """How and where transformers puts a model's weights."""
+    on_gpu = torch.cuda.is_available()
+    dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
+    return {
+        "dtype": dtype,
+        "device_map": device_map or ({"": local_rank()} if on_gpu else None),
+        "quantization_config": _nf4(dtype) if four_bit else None,
+        # On a CPU, a small model trains twice as fast with "eager" as with "sdpa".
+        "attn_implementation": None if on_gpu else "eager",
+    }
 
 
 def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -166,7 +173,7 @@ def load_skeleton(name: str, *, revision: str | None = None) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model = model_class.from_config(config)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
         raise _unreadable(name, error) from error
     model.config._name_or_path = str(gguf or name)
     return model
@@ -175,11 +182,18 @@ def load_skeleton(name: str, *, revision: str | None = None) -> PreTrainedModel:
 def _read_config(name: str, revision: str | None, gguf: Path | None) -> Any:
     if gguf is not None:
         check_whole(gguf)
+    special = [path for path in Path(name).glob("*") if path.exists() and not (path.is_file() or path.is_dir())]
+    if special:  # a pipe would be waited for, and a device read without end
+        raise ConfigError(f"{special[0]} is no regular file; expected those of a model alone")
     source, more = source_of(name, gguf)
     try:
-        return AutoConfig.from_pretrained(source, **more, revision=revision)
-    except _UNREADABLE as error:
+        config = AutoConfig.from_pretrained(source, **more, revision=revision)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    except Exception as error:
         raise _unreadable(name, error) from error
+    if layers > _MOST_LAYERS:
+        raise ConfigError(f"the model {name!r} has num_hidden_layers = {layers}, expected at most {_MOST_LAYERS}")
+    return config
 
 
 def _checked_class(name: str, config: Any) -> Any:
@@ -205,8 +219,9 @@ def auto_class(config: Any) -> Any:
 def _unreadable(name: str, error: Exception) -> ConfigError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ConfigError(
-        f"the model {name!r} cannot be loaded: {reason} Expected a directory with config.json, model.safetensors and a "
-        "tokenizer, a GGUF file of an architecture that transformers reads, or the name of a hub model"
+        f"the model {name!r} cannot be loaded: {reason} Expected a directory with config.json, model.safetensors (a "
+        "pickle only with safetensors_only=False, --no-safetensors-only) and a tokenizer, a GGUF file of an "
+        "architecture that transformers reads, or the name of a hub model"
     )
 
 
@@ -227,6 +242,7 @@ def attach_adapters(model: PreTrainedModel | PeftModel, adapters: Mapping[str, s
     for name, directory in adapters.items():
         check_new_name(model, name)
         check_adapter_files(directory)
+        check_patterns(directory, [name for name, _ in base_model(model).named_modules()])
     restore = snapshot(model)
     try:
         with torch.random.fork_rng():  # PEFT draws factors before it reads them

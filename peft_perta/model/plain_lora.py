@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftType
 
-from ..data import is_count, is_number
+from ..data import is_count, is_int, is_number
 from ..errors import AdapterError
 
 # These inits rewrite the base weights: the adapter's delta is then not what training learned.
@@ -115,6 +115,10 @@ def _are_names(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
+def _are_indices(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(map(is_int, value)))
+
+
 # Field -> what it holds, and whether a value is that.
 _VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "r": ("an int above 0", is_count),
@@ -125,5 +129,13 @@ _VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a list of names or a regular expression",
         lambda value: isinstance(value, str) or _are_names(value),
     ),
+    "exclude_modules": (
+        "a list of names or a regular expression",
+        lambda value: isinstance(value, str) or _are_names(value),
+    ),
+    "layers_to_transform": ("an index or a list of them", lambda value: is_int(value) or _are_indices(value)),
+    "layers_pattern": ("a name or a list of names", lambda value: isinstance(value, str) or _are_names(value)),
     "target_parameters": ("a list of names", _are_names),
+    "modules_to_save": ("a list of names", _are_names),
+    "bias": ("'none'", lambda value: isinstance(value, str)),
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import DTYPES, SERVABLE_RANKS
-from ..data import check_setting, explained, is_count, is_int, is_number, setting
+from ..data import check_setting, explained, is_count, is_int, is_number, read_json, setting
 from ..errors import ConfigError
 from ..model import parse_size
 from ._rank_allocation import ALLOCATIONS
@@ -232,7 +232,7 @@ class PerTAConfig:
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``perta_config.json`` into a directory, which is created if missing."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        (Path(save_directory) / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        (Path(save_directory) / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> PerTAConfig:
@@ -243,7 +243,7 @@ class PerTAConfig:
         """
         path = Path(directory) / CONFIG_NAME
         try:
-            values = json.loads(path.read_text())
+            values = read_json(path)
         except FileNotFoundError as error:
             raise ConfigError(f"expected {path}, found no such file; write it with save_pretrained") from error
         except ValueError as error:

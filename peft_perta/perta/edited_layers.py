@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..adapters import Factors, LayerProvenance
-from ..data import Sample
+from ..data import Sample, read_as
 from ..gradients import Checkpoint, Job, Limits, StatisticName, choose_plan, delete_sums, gather
 from ..model import Target, distributed
 from ._description import Run
@@ -120,7 +120,7 @@ def _read_edits(checkpoint: Checkpoint, entry: str) -> dict[str, LayerEdit]:
     return {
         name: LayerEdit(
             Factors(tensors[name, "A"], tensors[name, "B"], **of_layer["factors"]),
-            LayerProvenance.from_dict(of_layer["provenance"]),
+            read_as(LayerProvenance, of_layer["provenance"]),
         )
         for name, of_layer in record.items()
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..data import note, write_file
+from ..data import note, read_json, write_file
 from ..model import distributed, hash_file
 
 MARK_NAME = "whole.json"
@@ -41,7 +41,7 @@ def last_whole_checkpoint(directory: str | Path | None) -> str | None:
 
 def _is_whole(directory: Path) -> bool:
     try:
-        return json.loads((directory / MARK_NAME).read_text(encoding="utf-8")) == _hashes(directory)
+        return read_json(directory / MARK_NAME) == _hashes(directory)
     except (OSError, ValueError):
         return False
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from ..data import Batch
+from ..data import Batch, read_json
 from ..errors import AdapterError, ConfigError, NumericalError
 from ..model import completion_logits, completion_states, distributed, preserved, row_length
 from ._agreement import agreement
@@ -256,7 +256,7 @@ class UnlearningTrainer(Trainer):
             names = [self.adapter_name]
             self.model.save_pretrained(directory, selected_adapters=names, save_embedding_layers=False)  # type: ignore[operator, union-attr]
             if self.settings.retain_budget is not None:
-                (Path(directory) / _RETAIN_WEIGHT_NAME).write_text(json.dumps(self._retain_weight))
+                (Path(directory) / _RETAIN_WEIGHT_NAME).write_text(json.dumps(self._retain_weight), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         directory = Path(resume_from_checkpoint)
@@ -270,7 +270,7 @@ class UnlearningTrainer(Trainer):
                 "UnlearningTrainer wrote, with the same settings"
             )
         if retain_weight in needed:
-            self._retain_weight = json.loads(retain_weight.read_text())
+            self._retain_weight = read_json(retain_weight)
         set_peft_model_state_dict(self.model, load_file(weights), adapter_name=self.adapter_name)
 
     def _load_best_model(self) -> None:

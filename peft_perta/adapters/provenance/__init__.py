@@ -31,7 +31,7 @@ def read_provenance(values: dict[str, Any]) -> Provenance:
     """The record that ``to_dict`` of its kind returned as ``values``.
 
     Raises:
-        LookupError, TypeError, AttributeError: ``values`` is not such a record.
+        ValueError: ``values`` is not such a record.
     """
     kind = next((kind for kind in KINDS if kind.KEY in values), PerTAProvenance)
     return kind.from_dict(values)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from ...evaluation import Calibration
 from .record import Record, code_span
+from .shapes import Base, Part, Rank, Share
 
 
 @dataclass
@@ -19,17 +21,17 @@ class FusedProvenance(Record):
         energy_kept: the share of the sum's squared Frobenius norm that the adapter holds; 1 where nothing was
             truncated.
         dtype: of the emitted factors.
-        calibration: the search for the strengths (``Calibration.to_dict``); None where they were given.
+        calibration: the search for the strengths; None where they were given.
     """
 
     KEY: ClassVar[str | None] = "fused"
 
-    base_model: dict[str, Any]
-    parts: list[dict[str, Any]]
-    rank: int
-    energy_kept: float
+    base_model: Base
+    parts: list[Part]
+    rank: Rank
+    energy_kept: Share
     dtype: str = "float32"
-    calibration: dict[str, Any] | None = None
+    calibration: Calibration | None = None
 
     def __str__(self) -> str:
         names = " + ".join(f"{part['strength']:g} x {part['name']}" for part in self.parts)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
+from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
+
+from ...data import Holds
 from .record import Record, code_span, data_table, named_hash
+from .shapes import Adapter, Base, Count, DataSet
 
 
 class _Change(NamedTuple):
@@ -20,6 +25,18 @@ _CHANGES = {
     "modify_queries": _Change("given other queries", "with other queries in some rows of its training set"),
     "correct_responses": _Change("given other responses", "with other responses in some rows of its training set"),
 }
+
+
+class _Config(TypedDict):
+    curvature: str
+    tolerance: float
+
+
+class _Sets(TypedDict):
+    training: DataSet
+    changed: DataSet
+    unchanged: NotRequired[DataSet]
+    new: NotRequired[DataSet]
 
 
 @dataclass
@@ -49,19 +66,19 @@ class InfluenceProvenance(Record):
 
     KEY: ClassVar[str | None] = "influence"
 
-    kind: str
-    config: dict[str, Any]
-    base_model: dict[str, Any]
-    adapter: dict[str, Any]
-    data: dict[str, dict[str, Any]]
+    kind: Annotated[str, Field(pattern=f"^({'|'.join(_CHANGES)})$")]
+    config: Annotated[dict[str, Any], Holds(_Config)]
+    base_model: Base
+    adapter: Adapter
+    data: Annotated[dict[str, dict[str, Any]], Holds(_Sets)]
     damping: float
     residual: float
-    iterations: int
-    stopped: str
-    losses: dict[str, list[float]]
+    iterations: Count
+    stopped: Annotated[str, Field(pattern="^(tolerance|iterations|rounding)$")]
+    losses: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]]
     versions: dict[str, str]
-    with_adapters: list[dict[str, Any]] = field(default_factory=list)
-    form: str = "difference"
+    with_adapters: list[Adapter] = field(default_factory=list)
+    form: Annotated[str, Field(pattern="^(edited|difference)$")] = "difference"
     rank: int = 0
     dtype: str = "float32"
     seconds: dict[str, float] = field(default_factory=dict)

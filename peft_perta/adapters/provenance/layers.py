@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
+
+from .shapes import Count, Norm, OnSets, Share
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -30,8 +33,8 @@ class WeightDistribution:
 
     mean: float
     std: float
-    quantiles: list[float]
-    histogram: list[int]
+    quantiles: Annotated[list[float], Field(min_length=len(QUANTILES), max_length=len(QUANTILES))]
+    histogram: Annotated[list[Count], Field(min_length=BINS, max_length=BINS)]
 
     @classmethod
     def of(cls, weights: Tensor) -> WeightDistribution:
@@ -74,21 +77,11 @@ class LayerProvenance:
 
     name: str
     kind: str
-    shape: list[int]
+    shape: list[Count]
     rank: int
-    edit_norm: float
-    energy_kept: float
+    edit_norm: Norm
+    energy_kept: Share
     weights: dict[str, WeightDistribution]
     excess_error: float = 0.0
     metric_error: float = 0.0
-    left_on_inputs: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> LayerProvenance:
-        """The layer that ``dataclasses.asdict`` returned as ``values``.
-
-        Raises:
-            KeyError, TypeError: ``values`` is not such a layer.
-        """
-        weights = {tensor: WeightDistribution(**distribution) for tensor, distribution in values["weights"].items()}
-        return cls(**{**values, "weights": weights})
+    left_on_inputs: OnSets | Annotated[dict[str, float], Field(max_length=0)] = field(default_factory=dict)

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from typing_extensions import TypedDict
+
+from ...data import Holds
+from ...evaluation import Calibration
 from .layers import LayerProvenance
 from .record import Record, data_table, named_hash
+from .shapes import Adapter, Base, DataSet, Rank
+
+
+class _Config(TypedDict):
+    weighting: str
+    granularity: str
+    gradients_at: str
+    power: float | None
+    strength: float
+    fit: str | None
+    dtype: str
 
 
 @dataclass
@@ -23,7 +38,7 @@ class PerTAProvenance(Record):
         rank: the rank of the negative adapter, the same in every layer.
         layers: the layers that the forget adapter adapts, in forward order.
         versions: package -> version.
-        calibration: the search for the strength (``Calibration.to_dict``); None where the strength was given.
+        calibration: the search for the strength; None where the strength was given.
         fit_kl: KL divergence of the adapter's next-token distributions from those of the edit at full rank, in nats,
             averaged over the tokens with a loss. 0 where the rank holds the edit exactly, None where it was not
             measured.
@@ -32,15 +47,15 @@ class PerTAProvenance(Record):
 
     KEY: ClassVar[str | None] = None
 
-    config: dict[str, Any]
-    base_model: dict[str, Any]
-    forget_adapter: dict[str, Any]
+    config: Annotated[dict[str, Any], Holds(_Config)]
+    base_model: Base
+    forget_adapter: Adapter
     task_adapter: str | None
-    data: dict[str, dict[str, Any]]
-    rank: int
+    data: dict[str, DataSet]
+    rank: Rank
     layers: list[LayerProvenance]
     versions: dict[str, str]
-    calibration: dict[str, Any] | None = None
+    calibration: Calibration | None = None
     fit_kl: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -61,15 +76,6 @@ class PerTAProvenance(Record):
         layers = [dataclasses.replace(layer, edit_norm=layer.edit_norm * abs(factor)) for layer in self.layers]
         config = {**self.config, "strength": self.config["strength"] * factor}
         return dataclasses.replace(self, config=config, layers=layers)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> PerTAProvenance:
-        """The record that ``to_dict`` returned as ``values``.
-
-        Raises:
-            KeyError, TypeError: ``values`` is not a record of this kind.
-        """
-        return cls(**{**values, "layers": [LayerProvenance.from_dict(layer) for layer in values["layers"]]})
 
     def __str__(self) -> str:
         sets = ", ".join(f"{entry['samples']} {name}" for name, entry in self.data.items()) or "no"
@@ -124,7 +130,7 @@ class PerTAProvenance(Record):
     def _results(self) -> list[str]:
         if self.calibration is None:
             return []
-        off, on = self.calibration["points"][0], self.calibration["losses"]
+        off, on = self.calibration.points[0], self.calibration.losses
         return [
             "## Results",
             "",

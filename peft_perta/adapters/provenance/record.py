@@ -7,13 +7,16 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
-from ...data import visible
+from pydantic import ConfigDict
+
+from ...data import read_as, visible
+from .shapes import Base
 
 _Record = TypeVar("_Record", bound="Record")
 
 
 class Record:
-    """The base of every kind of provenance. A kind is a dataclass whose fields are JSON.
+    """The base of every kind of provenance. A kind is a dataclass whose annotations say which JSON its fields hold.
 
     Attributes:
         KEY: the key of this kind in the provenance file; None where the fields stand at the top level.
@@ -21,7 +24,8 @@ class Record:
     """
 
     KEY: ClassVar[str | None]
-    base_model: dict[str, Any]
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    base_model: Base
 
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON. Wall times (``seconds``) are left out, so that two equal runs write the same bytes."""
@@ -34,9 +38,9 @@ class Record:
         """The record that ``to_dict`` returned as ``values``.
 
         Raises:
-            KeyError, TypeError: ``values`` is not a record of this kind.
+            ValueError: ``values`` is not a record of this kind; the message names the first field that is not.
         """
-        return cls(**(values if cls.KEY is None else values[cls.KEY]))
+        return read_as(cls, values if cls.KEY is None else values[cls.KEY])
 
     @property
     def base_name(self) -> str:

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from ...data import Holds
 from .record import Record, code_span, data_table, named_hash
+from .shapes import Adapter, Base, DataSet, OnSets, Rank
+
+
+class _Settings(TypedDict):
+    retain_weight: float
+    damping: float
+    dtype: str
 
 
 @dataclass
@@ -29,14 +40,14 @@ class RefinedProvenance(Record):
 
     KEY: ClassVar[str | None] = "refined"
 
-    base_model: dict[str, Any]
-    adapter: dict[str, Any]
+    base_model: Base
+    adapter: Adapter
     task_adapter: str | None
-    data: dict[str, dict[str, Any]]
-    settings: dict[str, Any]
-    left_on_inputs: dict[str, dict[str, float]]
+    data: dict[str, DataSet]
+    settings: Annotated[dict[str, Any], Holds(_Settings)]
+    left_on_inputs: Annotated[dict[str, OnSets], Field(min_length=1)]
     unchanged: list[str]
-    rank: int
+    rank: Rank
     versions: dict[str, str]
     seconds: dict[str, float] = field(default_factory=dict)
 

@@ -3,9 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from typing_extensions import NotRequired, TypedDict
+
+from ...data import Holds
 from .record import Record, code_span, data_table, named_hash
+from .shapes import Adapter, Base, Count, DataSet, Rank
+
+
+class _Settings(TypedDict):
+    forget_loss: str
+    forget_weight: float
+    retain_loss: str
+    retain_weight: float
+    combiner: str
+    target_forget_loss: NotRequired[float | None]
+
+
+class _Training(TypedDict):
+    steps: Count
+    global_batch: Count
+    learning_rate: float
+    seed: int
+
+
+class _Check(TypedDict):
+    step: Count
+    forget: float
+    retain: float
 
 
 @dataclass
@@ -32,17 +58,17 @@ class TrainedProvenance(Record):
 
     KEY: ClassVar[str | None] = "trained"
 
-    settings: dict[str, Any]
-    training: dict[str, Any]
-    base_model: dict[str, Any]
-    start_adapter: dict[str, Any] | None
+    settings: Annotated[dict[str, Any], Holds(_Settings)]
+    training: Annotated[dict[str, Any], Holds(_Training)]
+    base_model: Base
+    start_adapter: Adapter | None
     task_adapter: str | None
-    data: dict[str, dict[str, Any]]
+    data: dict[str, DataSet]
     figures: dict[str, float]
-    rank: int
+    rank: Rank
     dtype: str
     versions: dict[str, str]
-    checks: list[dict[str, Any]] = field(default_factory=list)
+    checks: list[Annotated[dict[str, Any], Holds(_Check)]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -51,17 +77,20 @@ class TrainedProvenance(Record):
         return (
             f"unlearning adapter of rank {self.rank}, trained{start} by {self.settings['forget_loss']} and "
             f"{self.settings['retain_loss']}, combined by {self.settings['combiner']}, in {self.training['steps']} "
-            f"steps on {sets} samples" + (f"; {self._end()}" if self.checks else "")
+            f"steps on {sets} samples" + "".join(f"; {end}" for end in self._end())
         )
 
-    def _end(self) -> str:
-        """How the run ended, with respect to its target."""
-        last, target = self.checks[-1], self.settings["target_forget_loss"]
+    def _end(self) -> list[str]:
+        """How the run ended, with respect to its target; empty without one."""
+        target = self.settings.get("target_forget_loss")
+        if not self.checks or target is None:
+            return []
+        last = self.checks[-1]
         reached = "" if last["forget"] >= target else "; the target was NOT reached: train longer"
-        return (
+        return [
             f"forget loss {last['forget']:.3f} for the target {target:.3f}, retain loss {last['retain']:.3f} (at the "
             f"start {self.checks[0]['forget']:.3f} and {self.checks[0]['retain']:.3f}), at step {last['step']}{reached}"
-        )
+        ]
 
     def card_section(self) -> list[str]:
         """The lines of the model card that say what was done."""
@@ -81,7 +110,7 @@ class TrainedProvenance(Record):
             f"- the gradients of the two losses were combined by `{settings['combiner']}`",
             f"- {training['steps']} steps of {training['global_batch']} samples of each set, learning rate "
             f"{training['learning_rate']:g}, seed {training['seed']}, {start}",
-            *([f"- {self._end()}"] if self.checks else []),
+            *(f"- {end}" for end in self._end()),
             *([f"- trained on top of the adapter {code_span(self.task_adapter)}"] if self.task_adapter else []),
             f"- rank: {self.rank} (`lora_alpha` is the same), {self.dtype}",
             "",

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...data import write_file
+from ...data import is_number, read_json, write_file
 from ...errors import DataError
-from ..metrics.log_rows import is_logged_number
 
 # metric -> {"agg_value": float | None, "value_by_index": {"0": {...} | None, ...}}. The entry of a membership attack
 # (mia_*) is {"forget": {...}, "holdout": {...}, "auc": float, "agg_value": float}, with rows in each of the two parts.
@@ -23,10 +22,10 @@ def read_log(path: str | Path) -> Log:
         DataError: the file is missing, or is not a JSON object.
     """
     try:
-        log = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        log = read_json(path)
     except OSError as error:
         raise DataError(f"expected an evaluation log at {path}: {error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}); expected an evaluation log like TOFU_EVAL.json") from error
     if not isinstance(log, dict):
         raise DataError(
@@ -72,4 +71,4 @@ def logged_value(log: Mapping[str, Any], metric: str) -> float | None:
     """The aggregate of a metric as the log states it; None where it states none."""
     entry = log.get(metric)
     value = entry.get("agg_value") if isinstance(entry, Mapping) else None
-    return float(value) if value is not None and is_logged_number(value) else None
+    return float(value) if is_number(value) else None

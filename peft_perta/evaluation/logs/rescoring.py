@@ -31,6 +31,24 @@ def row_values(log: Mapping[str, Any], metric: str, field: str, *, where: str = 
         raise DataError(f"{where}: {missing}; expected an evaluation log like TOFU_EVAL.json") from None
 
 
+def row_texts(log: Mapping[str, Any], metric: str, fields: Sequence[str], where: str) -> dict[str, list[str]]:
+    """The rows' texts, index -> one for each of ``fields``. Null rows are left out; a metric without rows has none.
+
+    Raises:
+        DataError: a row lacks such a text; the message names the row.
+    """
+    try:
+        rows = LogRows(log, where).rows(metric)
+    except Unavailable:
+        return {}
+    texts = {index: [row.get(field) for field in fields] for index, row in rows.items() if row is not None}
+    for index, of_row in texts.items():
+        for field, text in zip(fields, of_row, strict=True):
+            if not isinstance(text, str):
+                raise DataError(f"{where}: {metric}, row {index}: expected {field!r} as text, found {text!r:.60}")
+    return texts  # type: ignore[return-value]
+
+
 def rescore(
     log: Mapping[str, Any],
     retain_only: Mapping[str, Any] | None = None,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...data import is_number
 from ...errors import DataError
 
 
@@ -73,7 +73,7 @@ class LogRows:
             if value is None:
                 continue
             numbers = value if isinstance(value, list) else [value]
-            wrong = [number for number in numbers if not is_logged_number(number)]
+            wrong = [number for number in numbers if not is_number(number)]
             if wrong or not numbers:
                 raise DataError(
                     f"{self.where}: {name}, row {index}: expected a finite number as {field!r}, found "
@@ -111,11 +111,6 @@ def from_retain_only(compute: Callable[..., Any], retain_only: LogRows, *argumen
         return compute(retain_only, *arguments)
     except Unavailable as missing:
         raise Unavailable(f"in {retain_only.where} {missing}") from None
-
-
-def is_logged_number(value: Any) -> bool:
-    """Whether a value of a log is a finite float or an int that fits one; a bool is not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _shortened(value: Any) -> str:

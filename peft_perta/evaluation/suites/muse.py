@@ -134,7 +134,7 @@ def _question(row: Mapping, tokenizer: Any) -> dict:
 
 def _continuation(row: Mapping, text: str) -> dict:
     """A row that continues the prompt with the text, after a blank where neither has one and their script writes it."""
-    joined = (row["prompt"][-1], text[0])
+    joined = row["prompt"][-1:] + text[:1]
     gap = "" if any(character.isspace() or writes_no_spaces(character) for character in joined) else " "
     return {"prompt": row["prompt"], "completion": f"{gap}{text}"}
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 
-from ...data import write_file
+from ...data import read_json, write_file
 from ...model import identify, tuner_modules
 from ..logs.files import Log, read_log, write_log
 from ..subject import Subject
@@ -62,7 +62,7 @@ class EvaluationRecord:
 def _read(path: Path) -> dict[str, Any]:
     """The record; empty where the file is missing or damaged."""
     try:
-        record = json.loads(path.read_text())
+        record = read_json(path)
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) and isinstance(record.get("suites"), dict) else {}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...data import check_characters, completion_text, encode_prompt, read_rows
+from ...data import check_characters, completion_text, encode_prompt, read_json, read_rows
 from ...errors import DataError
 from ..generation import generate
 from ..logs.files import Log
@@ -80,8 +79,8 @@ def read_list(path: Path) -> list[dict]:
         DataError: the file holds something else.
     """
     try:
-        whole = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
+        whole = read_json(path)
+    except (OSError, ValueError):
         return read_rows(path)
     if isinstance(whole, dict):
         return [whole]

@@ -173,11 +173,11 @@ def load_provenance(path: str | Path) -> tuple[Provenance, dict[str, str]]:
         values = _visible(read_json(file))
         if not isinstance(values, dict) or values.get("format") != 1:
             raise ValueError("expected an object of the format 1")
-        files = values["files"] if isinstance(values.get("files"), dict) else {}
+        files, named = values.get("files"), (WEIGHTS_NAME, CONFIG_NAME)
+        if not isinstance(files, dict) or not any(name in files for name in named):
+            raise ValueError(f"files: expected the hashes of {WEIGHTS_NAME} and {CONFIG_NAME}")
         record = {key: value for key, value in values.items() if key not in ("format", "files", WRITTEN)}
-        return read_provenance(record), {
-            name: str(files[name]) for name in (WEIGHTS_NAME, CONFIG_NAME) if name in files
-        }
+        return read_provenance(record), {name: str(files[name]) for name in named if name in files}
     except (OSError, ValueError) as error:
         raise AdapterError(f"{file} is damaged ({error}); emit the adapter again") from error
 

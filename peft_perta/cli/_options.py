@@ -49,7 +49,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--safetensors-only", action=argparse.BooleanOptionalAction, default=True,
-        help="refuse a base whose weights are in a pickle, pytorch_model.bin (default: yes)",
+        help="refuse a base whose weights are in a pickle, pytorch_model.bin (default: True)",
     )  # fmt: skip
 
 

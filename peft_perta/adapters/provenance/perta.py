@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from ...data import Holds
@@ -53,7 +54,7 @@ class PerTAProvenance(Record):
     task_adapter: str | None
     data: dict[str, DataSet]
     rank: Rank
-    layers: list[LayerProvenance]
+    layers: Annotated[list[LayerProvenance], Field(min_length=1)]
     versions: dict[str, str]
     calibration: Calibration | None = None
     fit_kl: float | None = None

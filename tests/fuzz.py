@@ -39,11 +39,19 @@ import torch
 from damage import damaged
 
 from peft_perta import cli, load_base, save_perta_adapter
-from peft_perta.adapters import load_emitted
+from peft_perta.adapters import (
+    FusedProvenance,
+    InfluenceProvenance,
+    RefinedProvenance,
+    TrainedProvenance,
+    load_emitted,
+    read_provenance,
+)
+from peft_perta.adapters.model_card import model_card
 from peft_perta.comparison import ComparisonSettings
-from peft_perta.data import batches, load_samples
+from peft_perta.data import batches, load_samples, read_json
 from peft_perta.errors import PerTAError
-from peft_perta.evaluation import Log, aggregate, evaluate, read_log
+from peft_perta.evaluation import Calibration, Log, aggregate, evaluate, read_log
 from peft_perta.gradients import Checkpoint
 from peft_perta.html_report import ReportHeader, report_data_of_logs, write_html_report
 from peft_perta.model import sample_losses
@@ -139,6 +147,45 @@ def _read_provenance(place: Path) -> None:
     with _ours():
         report = report_data_of_logs({}, ReportHeader("title", "base", [str(place / "mine")]))
         write_html_report(report, place / "page.html")
+
+
+def _records(place: Path) -> None:
+    """Each other kind of provenance, as its dataclass writes it."""
+    base = {"name": "base", "revision": None, "quantization": None}
+    adapter, data = {"name": "task", "sha256": "a" * 64}, {"samples": 4, "sha256": "b" * 64}
+    sets, point = {"forget": data, "retain": data}, {"forget": 2.0, "retain": 1.0}
+    goal = {"target_forget_loss": 2.0, "retain_tolerance": None}
+    calibration = Calibration(goal, 2.0, 1.5, point, [{"strength": 0.0, **point}, {"strength": 1.5, **point}])
+    weights = {"forget_weight": 1.0, "retain_weight": 1.0, "target_forget_loss": 2.0}
+    records = (
+        FusedProvenance(base, [{**adapter, "strength": 1.0}], 4, 1.0, calibration=calibration),
+        TrainedProvenance(
+            {"forget_loss": "npo", "retain_loss": "nll", "combiner": "sum", **weights},
+            {"steps": 6, "global_batch": 2, "learning_rate": 1e-3, "seed": 0},
+            base, adapter, "task", sets, {"cosine": 0.5}, 4, "float32", {"torch": "2"}, [{"step": 0, **point}],
+        ),
+        InfluenceProvenance(
+            "erase_instances", {"curvature": "ggn", "tolerance": 1e-5}, base, adapter,
+            {"training": data, "changed": data}, 0.1, 1e-6, 12, "tolerance", {"forget": [1.0, 2.0]}, {}, [adapter],
+        ),
+        RefinedProvenance(
+            base, adapter, None, sets, {"retain_weight": 1.0, "damping": 0.01, "dtype": "float32"},
+            {"model.layers.0.q_proj": {"forget": 0.9, "retain": 0.1}}, [], 4, {},
+        ),
+    )  # fmt: skip
+    for record in records:
+        (place / f"{record.KEY}.json").write_text(json.dumps(record.to_dict()), encoding="utf-8")
+
+
+def _read_records(place: Path) -> None:
+    for file in sorted(place.glob("*.json")):
+        try:
+            record = read_provenance(read_json(file))
+        except ValueError as error:  # what its callers make an error of ours
+            refusals.append(str(error))
+        else:
+            assert str(record)
+            assert model_card(record)
 
 
 def _rows(place: Path) -> None:
@@ -278,6 +325,7 @@ def _read_gguf(place: Path) -> None:
 KINDS = {
     "adapter": Kind(_emitted, "mine/adapter_*", _read_adapter),
     "provenance": Kind(_emitted, "mine/perta_provenance.json", _read_provenance),
+    "records": Kind(_records, "*.json", _read_records),
     "rows": Kind(_rows, "*.jsonl", _read_rows),
     "suites": Kind(_suites, "**/*.json*", _read_suites),
     "logs": Kind(_logs, "*.json", _read_logs),

@@ -17,7 +17,20 @@ from test_preflight import COMMANDS
 from peft_perta import save_perta_adapter
 from peft_perta.cli import main
 
-FURTHER = {"forget": "--epochs 1"}
+HERE = {
+    **COMMANDS,
+    "forget": f"{COMMANDS['forget']} --epochs 1",
+    "train": f"{COMMANDS['train']} --epochs 1",
+    "erase": "--adapter {place}/task --forget {place}/forget.jsonl --training {place}/training.jsonl",
+    "evaluate": "--adapter {adapter} --suite choices={place}/choices.jsonl",
+    "compare": f"{COMMANDS['compare']} --config {{place}}/settings.json",
+}
+SETTINGS = {
+    "methods": ["negation"], "seeds": [0], "authors": [], "epochs": 1, "least_steps": 1, "batch_size": 4, "rank": 2,
+    "matched": ["loss"], "weight_samples": 2, "judged_rows": 2, "suite_rows": 0, "depth_rows": 0, "max_new_tokens": 2,
+    "curve": [], "attacks": [],
+}  # fmt: skip
+TIMED = ("out/results.jsonl", "out/table.md", "out/trade_off.png")  # of compare: they hold wall times
 CHANGES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -25,20 +38,21 @@ CHANGES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 def intact(tmp_path_factory):
     """Adapters and rows, as commands need them."""
     place = tmp_path_factory.mktemp("intact")
-    model = builders.adapted_saved_llama()
-    model.save_pretrained(place)
-    rows = {"forget": builders.forget_rows(), "retain": builders.retain_rows()}
+    forget, retain = builders.forget_rows(), builders.retain_rows()
+    choices = [{"question": "Capital of Peru?", "choices": ["Lima", "Bonn"], "answer": 0}]
+    rows = {"forget": forget, "retain": retain, "training": [*forget, *retain], "choices": choices}
     for name, of_file in rows.items():
         (place / f"{name}.jsonl").write_text("\n".join(map(json.dumps, of_file)))
+    model = builders.trained(builders.adapted_saved_llama(), "task", rows["training"])
+    model.save_pretrained(place)
+    (place / "settings.json").write_text(json.dumps(SETTINGS))
     save_perta_adapter(place / "mine", *builders.negate(model, weighting="uniform"))
     return place
 
 
 def arguments_of(command, place):
-    filled = COMMANDS[command].format(place=place, adapter=place / "mine")
-    more = FURTHER.get(command, "").format(place=place)
-    base = str(builders.llama_directory())
-    return [command, "--model", base, *filled.split(), *more.split(), "--output", str(place / "out")]
+    filled = HERE[command].format(place=place, adapter=place / "mine")
+    return [command, "--model", str(builders.llama_directory()), *filled.split(), "--output", str(place / "out")]
 
 
 def killed_at(number, place, arguments):
@@ -58,7 +72,7 @@ def killed_at(number, place, arguments):
 
         status = 3
         try:
-            sys.stdout = sys.stderr = open(place.parent / "printed.txt", "w", encoding="utf-8")  # noqa: SIM115
+            sys.stdout = sys.stderr = open(place.parent / "printed.txt", "w", buffering=1, encoding="utf-8")  # noqa: SIM115
             sys.addaudithook(count)
             status = main(arguments)
         finally:
@@ -77,14 +91,14 @@ def results(place):
     for path in sorted(place.rglob("*")):
         name = str(path.relative_to(place))
         if path.is_file() and not name.startswith("out.checkpoint/"):
-            left[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            left[name] = "timed" if name in TIMED else hashlib.sha256(path.read_bytes()).hexdigest()
     return left
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("command", ["forget", "unlearn", "calibrate", "refine", "extrapolate"])
+@pytest.mark.parametrize("command", HERE)
 def test_killed_at_each_change_of_a_file_and_run_again(command, intact, tmp_path):
     place = tmp_path / "place"
 

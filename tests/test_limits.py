@@ -9,6 +9,7 @@ import time
 import builders
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from peft_perta import attach_adapters, load_base, save_perta_adapter
 from peft_perta.cli import main
@@ -17,6 +18,7 @@ from peft_perta.errors import AdapterError, ConfigError, DataError
 from peft_perta.evaluation import read_log
 from peft_perta.model import check_adapter_files, load_skeleton
 
+ENDLESS_PATTERN = r"(\w+\.?)+!"
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 
@@ -47,9 +49,18 @@ def test_a_template_without_end_is_stopped(soon):
         load_samples([{"question": "Who?", "answer": "Ned"}], tokenizer)
 
 
-@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
-def test_a_pattern_of_exponential_cost_is_stopped(field, adapter, soon):
-    change(adapter / "adapter_config.json", **{field: r"(\w+\.?)+!"})
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ENDLESS_PATTERN},
+        {"exclude_modules": ENDLESS_PATTERN},
+        {"target_modules": "all-linear", "exclude_modules": ENDLESS_PATTERN},
+        {"rank_pattern": {ENDLESS_PATTERN: 4}},
+        {"alpha_pattern": {ENDLESS_PATTERN: 4}},
+    ],
+)
+def test_a_pattern_of_exponential_cost_is_stopped(changes, adapter, soon):
+    change(adapter / "adapter_config.json", **changes)
     with pytest.raises(AdapterError, match="takes too long to match"):
         check_adapter_files(adapter)
 
@@ -155,7 +166,15 @@ def test_weights_in_a_pickle_are_read_only_if_that_is_asked_for(base, tmp_path, 
     assert main([*command, "--no-safetensors-only", "--output", str(tmp_path / "one")]) == 0
 
 
-def test_verify_reads_no_pickle_and_tells_what_a_base_lacks(base, tmp_path):
+def test_verify_reads_no_pickle_and_tells_what_a_base_lacks(base, tmp_path, capsys):
     model = builders.adapted_saved_llama()
     save_perta_adapter(tmp_path / "mine", *builders.negate(model, weighting="uniform"))
+    assert main(["verify", str(tmp_path / "mine"), "--base", str(base)]) == 0
+    assert "whole" in capsys.readouterr().out
+    tensors = load_file(base / "model.safetensors")
+    lost = "model.layers.0.mlp.down_proj.weight"
+    save_file({key: value for key, value in tensors.items() if key != lost}, base / "model.safetensors")
+    assert main(["verify", str(tmp_path / "mine"), "--base", str(base)]) == 1
+    assert f"lack {lost}" in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "mine"), "--base", pickled(base)]) == 1
+    assert "model.safetensors" in capsys.readouterr().out

@@ -16,7 +16,14 @@ from peft import PeftModel
 
 from peft_perta import OutputError, load_provenance, save_perta_adapter
 from peft_perta.cli._output import check_output_of
-from peft_perta.data import check_file, check_output, remove_directory, replaced_directory, write_file
+from peft_perta.data import (
+    check_file,
+    check_output,
+    claimed_directory,
+    remove_directory,
+    replaced_directory,
+    write_file,
+)
 from peft_perta.model import hash_file
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "perta_provenance.json"]
@@ -311,6 +318,21 @@ def test_left_overs_of_dead_processes_go_and_others_stay(old_and_new, tmp_path):
     assert alive.exists()
     assert other.exists()
     assert foreign.exists()
+
+
+def test_a_kill_before_the_marker_is_there_does_not_block_the_same_run(tmp_path):
+    """Of a directory that grows: it then holds the left-over of its marker, and nothing else."""
+    finished = subprocess.Popen([sys.executable, "-c", ""])
+    finished.wait()
+    out, busy = tmp_path / "out", tmp_path / "busy"
+    for directory, process in ((out, finished.pid), (busy, os.getppid())):
+        directory.mkdir()
+        left_over(directory, process, "m.json")
+    with claimed_directory(check_output(out, "m.json", grows=True), "m.json", "{}"):
+        (out / "log.json").write_text("{}")
+    assert sorted(os.listdir(out)) == ["log.json", "m.json"]
+    with pytest.raises(OutputError, match="was not written by peft_perta"):
+        check_output(busy, "m.json", grows=True)
 
 
 def test_a_link_in_place_of_a_temporary_file_is_not_followed(tmp_path, monkeypatch):

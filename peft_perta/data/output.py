@@ -54,7 +54,7 @@ def check_output(path: str | Path, marker: str, *, grows: bool = False) -> Path:
     if path.is_dir() and not grows and (path.samefile(Path.cwd()) or os.path.ismount(path)):
         kind = "the working directory" if path.samefile(Path.cwd()) else "a mount point"
         raise OutputError(f"{path} is {kind}, which cannot be replaced; choose another output")
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(not _is_left_over(entry.name, marker) for entry in path.iterdir()):
         _check_ours(path, marker, grows=grows)
     parent = path.absolute().parent
     while not parent.exists():
@@ -196,16 +196,21 @@ def _machine() -> str:
 
 def _remove_left_overs(path: Path) -> None:
     """Remove what processes of this machine that are gone left beside the path."""
-    ours = re.compile(rf"\.{re.escape(path.name[:_LONGEST])}\.{_machine()}-(\d+)-[0-9a-f]{{16}}\.partial")
     for entry in os.scandir(path.absolute().parent):
-        match = ours.fullmatch(entry.name)
-        if match is None or _is_alive(int(match[1])):
+        if not _is_left_over(entry.name, path.name):
             continue
         if entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry.path, ignore_errors=True)
         else:
             with contextlib.suppress(OSError):
                 os.unlink(entry.path)
+
+
+def _is_left_over(name: str, of: str) -> bool:
+    """Whether this is the temporary name of a file or directory ``of``, and its process, on this machine, is gone."""
+    ours = rf"\.{re.escape(of[:_LONGEST])}\.{_machine()}-(\d+)-[0-9a-f]{{16}}\.partial"
+    match = re.fullmatch(ours, name)
+    return match is not None and not _is_alive(int(match[1]))
 
 
 def _is_alive(process: int) -> bool:

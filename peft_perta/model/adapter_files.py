@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -156,20 +157,23 @@ def _check_tensors(file: Path, tensors: dict[str, Tensor], config: Any) -> None:
             "save_embedding_layers=False, and train it without new tokens"
         )
     with time_limit(AdapterError(f"{file.with_name(CONFIG_NAME)}: {_ENDLESS}")):
-        named = {key: _is_named(key, config) for key in tensors}
-        ranks = {key: _rank(key, config) for key in tensors}
+        matches = {
+            key: _match(key.removeprefix("base_model.model.").rpartition(".lora_")[0], config) for key in tensors
+        }
     for key, tensor in tensors.items():
-        if not named[key]:
+        is_named, rank = matches[key]
+        if not is_named:
             raise AdapterError(
                 f"{file} holds {key}, a factor of a layer that {CONFIG_NAME} does not name (target_modules, "
                 "exclude_modules, layers_to_transform); copy the two files from one adapter"
             )
-        found = tensor.shape[-1 if _is_B(key) else 0] if tensor.ndim == 2 else None
-        packed = config.target_parameters and found is not None and found > ranks[key] and found % ranks[key] == 0
-        if found != ranks[key] and not packed:
+        is_B = key.endswith((".lora_B.weight", ".lora_embedding_B"))
+        found = tensor.shape[-1 if is_B else 0] if tensor.ndim == 2 else 0
+        packed = config.target_parameters and found > 0 and found % rank == 0  # the factors of all experts
+        if found != rank and not packed:
             raise AdapterError(
-                f"{file}: {key} has the shape {tuple(tensor.shape)}, expected the rank {ranks[key]} of {CONFIG_NAME}; "
-                "copy the two files from one adapter"
+                f"{file}: {key} has the shape {tuple(tensor.shape)}, expected the rank {rank} of {CONFIG_NAME}; copy "
+                "the two files from one adapter"
             )
         if not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterError(f"{file}: {key} holds NaN or infinite values; train the adapter again")
@@ -186,28 +190,20 @@ def check_patterns(adapter: str | Path, names: Iterable[str]) -> None:
         AdapterError: a regular expression in the config takes longer.
     """
     config: Any = LoraConfig.from_pretrained(str(find_adapter(adapter)))
-    if any(isinstance(value, str) for value in (config.target_modules, config.exclude_modules, config.layers_pattern)):
-        with time_limit(AdapterError(f"{adapter}: {_ENDLESS}")):
-            for name in names:
-                check_target_module_exists(config, name)
+    with time_limit(AdapterError(f"{adapter}: {_ENDLESS}")):
+        for name in names:
+            _match(name, config)
 
 
-def _is_B(key: str) -> bool:
-    return key.endswith((".lora_B.weight", ".lora_embedding_B"))
+def _match(layer: str, config: Any) -> tuple[bool, int]:
+    """Whether the config adapts a layer, and at which rank; each of its patterns is tried, as PEFT does.
 
-
-def _rank(key: str, config: Any) -> int:
-    """The rank that the config gives to the layer of a factor."""
-    layer = _layer(key)
-    return config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), layer), config.r)
-
-
-def _layer(key: str) -> str:
-    return key.removeprefix("base_model.model.").rpartition(".lora_")[0]
-
-
-def _is_named(key: str, config: Any) -> bool:
-    """Whether the config adapts the layer of a factor. Only a model tells which layers are linear or hold experts."""
+    Only a model tells which layers are linear or hold experts: where the config leaves it to that, every layer counts.
+    """
+    ranks, alphas = config.rank_pattern, config.alpha_pattern
+    get_pattern_key(alphas.keys(), layer)
+    rank = ranks.get(get_pattern_key(ranks.keys(), layer), config.r)
     if config.target_parameters or config.target_modules in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND):
-        return True
-    return bool(check_target_module_exists(config, _layer(key)))
+        excluded = config.exclude_modules
+        return not (isinstance(excluded, str) and re.fullmatch(excluded, layer)), rank
+    return bool(check_target_module_exists(config, layer)), rank

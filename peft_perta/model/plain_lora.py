@@ -104,7 +104,7 @@ _REMEDY = "train it with a plain LoraConfig"
 
 
 def _each(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or (isinstance(value, dict) and all(map(accepts, value.values())))
+    return lambda value: isinstance(value, dict) and all(map(accepts, value.values()))
 
 
 def _is_scale(value: Any) -> bool:
@@ -137,5 +137,6 @@ _VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "layers_pattern": ("a name or a list of names", lambda value: isinstance(value, str) or _are_names(value)),
     "target_parameters": ("a list of names", _are_names),
     "modules_to_save": ("a list of names", _are_names),
+    "init_lora_weights": ("true, false or a name", lambda value: value is None or isinstance(value, (bool, str))),
     "bias": ("'none'", lambda value: isinstance(value, str)),
 }

@@ -317,4 +317,5 @@ def _last_figures(trainer: UnlearningTrainer) -> dict[str, float]:
     """The losses, cosines and the share of conflicting elements that were logged last."""
     logged = [entry for entry in trainer.state.log_history if "forget_loss" in entry]
     of_trainer = ("loss", "learning_rate", "epoch", "step")
-    return {name: value for name, value in logged[-1].items() if name not in of_trainer} if logged else {}
+    # A resumed run reads its log in another order: the record is written alike.
+    return {name: value for name, value in sorted(logged[-1].items()) if name not in of_trainer} if logged else {}

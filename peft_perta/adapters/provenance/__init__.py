@@ -33,6 +33,8 @@ def read_provenance(values: dict[str, Any]) -> Provenance:
     Raises:
         ValueError: ``values`` is not such a record.
     """
+    if not isinstance(values, dict):
+        raise ValueError(f"expected an object, found a {type(values).__name__}")
     kind = next((kind for kind in KINDS if kind.KEY in values), PerTAProvenance)
     return kind.from_dict(values)
 

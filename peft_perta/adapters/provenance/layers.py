@@ -31,9 +31,9 @@ class WeightDistribution:
         histogram: counts in ``BINS`` bins of equal width.
     """
 
-    mean: float
-    std: float
-    quantiles: Annotated[list[float], Field(min_length=len(QUANTILES), max_length=len(QUANTILES))]
+    mean: Share
+    std: Share
+    quantiles: Annotated[list[Share], Field(min_length=len(QUANTILES), max_length=len(QUANTILES))]
     histogram: Annotated[list[Count], Field(min_length=BINS, max_length=BINS)]
 
     @classmethod

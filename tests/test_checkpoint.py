@@ -470,11 +470,16 @@ def test_task_arithmetic_needs_no_checkpoint(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_altered_tensors_are_refused(tmp_path):
+@pytest.mark.parametrize("altered", ["tensors", "record"])
+def test_an_altered_entry_is_refused(altered, tmp_path):
     Checkpoint(tmp_path / "c", RUN).save("a", TENSORS, RECORD)
     file = tmp_path / "c" / "a.safetensors"
     with safe_open(file, framework="pt") as stored:
-        tensors, metadata = {key: 100 * stored.get_tensor(key) for key in stored.keys()}, stored.metadata()  # noqa: SIM118
+        tensors, metadata = {key: stored.get_tensor(key) for key in stored.keys()}, stored.metadata()  # noqa: SIM118
+    if altered == "tensors":
+        tensors = {key: 100 * tensor for key, tensor in tensors.items()}
+    else:
+        metadata["record"] = json.dumps({**RECORD, "another": 1})
     save_file(tensors, file, metadata)
     with pytest.raises(OutputError, match=r"a\.safetensors is damaged \(it is not what was written\)"):
         Checkpoint(tmp_path / "c", RUN).load("a")

@@ -175,6 +175,8 @@ def test_verify_reads_no_pickle_and_tells_what_a_base_lacks(base, tmp_path, caps
     lost = "model.layers.0.mlp.down_proj.weight"
     save_file({key: value for key, value in tensors.items() if key != lost}, base / "model.safetensors")
     assert main(["verify", str(tmp_path / "mine"), "--base", str(base)]) == 1
-    assert f"lack {lost}" in capsys.readouterr().out
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "the base's files" in line]
+    assert line.startswith("FAIL")
+    assert line.endswith(f"lack {lost}")
     assert main(["verify", str(tmp_path / "mine"), "--base", pickled(base)]) == 1
     assert "model.safetensors" in capsys.readouterr().out

@@ -290,3 +290,13 @@ def test_tied_weights_and_a_task_adapters_files_are_no_false_alarm(tmp_path):
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     model, _ = load_base(str(tmp_path))
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("load", [load_base, load_skeleton])
+def test_too_little_memory_is_no_fault_of_the_files(load, monkeypatch):
+    def full(*_, **__):
+        raise MemoryError("on purpose")
+
+    monkeypatch.setattr("peft_perta.model.loading.AutoConfig.from_pretrained", full)
+    with pytest.raises(MemoryError, match="on purpose"):
+        load(str(builders.llama_directory()))

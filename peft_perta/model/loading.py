@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,12 @@ def load_base(
     settings = _weight_settings(dtype, device_map, four_bit=four_bit)
     if safetensors_only and gguf is None:
         settings["use_safetensors"] = True
-    try:
+    with _reported(name):
         model, found = model_class.from_pretrained(
             source, **more, revision=revision, output_loading_info=True, **settings
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **more, revision=revision)
         tokenizer("a")  # what is wrong in its files may show only here
-    except Exception as error:  # transformers and tokenizers check no file: a damaged one raises anything
-        raise _unreadable(name, error) from error
     _check_complete(name, model, found)
     if gguf is not None:
         _forget_gguf(model, gguf)
@@ -170,11 +169,8 @@ def load_skeleton(name: str, *, revision: str | None = None) -> PreTrainedModel:
     gguf = find_gguf(name)
     config = _read_config(name, revision, gguf)
     model_class = _checked_class(name, config)
-    try:
-        with torch.device("meta"):
-            model = model_class.from_config(config)
-    except Exception as error:
-        raise _unreadable(name, error) from error
+    with _reported(name), torch.device("meta"):
+        model = model_class.from_config(config)
     model.config._name_or_path = str(gguf or name)
     return model
 
@@ -186,11 +182,9 @@ def _read_config(name: str, revision: str | None, gguf: Path | None) -> Any:
     if special:  # a pipe would be waited for, and a device read without end
         raise ConfigError(f"{special[0]} is no regular file; expected those of a model alone")
     source, more = source_of(name, gguf)
-    try:
+    with _reported(name):
         config = AutoConfig.from_pretrained(source, **more, revision=revision)
         layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    except Exception as error:
-        raise _unreadable(name, error) from error
     if layers > _MOST_LAYERS:
         raise ConfigError(f"the model {name!r} has num_hidden_layers = {layers}, expected at most {_MOST_LAYERS}")
     return config
@@ -216,13 +210,20 @@ def auto_class(config: Any) -> Any:
     return None
 
 
-def _unreadable(name: str, error: Exception) -> ConfigError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ConfigError(
-        f"the model {name!r} cannot be loaded: {reason} Expected a directory with config.json, model.safetensors (a "
-        "pickle only with safetensors_only=False, --no-safetensors-only) and a tokenizer, a GGUF file of an "
-        "architecture that transformers reads, or the name of a hub model"
-    )
+@contextlib.contextmanager
+def _reported(name: str) -> Iterator[None]:
+    """Turn what a model's files raise into ours: transformers and tokenizers check none, so it may be anything."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"the model {name!r} cannot be loaded: {reason} Expected a directory with config.json, model.safetensors "
+            "(a pickle only with safetensors_only=False, --no-safetensors-only) and a tokenizer, a GGUF file of an "
+            "architecture that transformers reads, or the name of a hub model"
+        ) from error
 
 
 def attach_adapters(model: PreTrainedModel | PeftModel, adapters: Mapping[str, str | Path]) -> PeftModel:
@@ -279,7 +280,7 @@ def _attached(model: PreTrainedModel | PeftModel, adapters: Mapping[str, str | P
             if missing or result.unexpected_keys:
                 raise ValueError(f"missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}")
             adopt_base(attached, name, path)
-        except Exception as error:  # PEFT checks no value of a config: a wrong one raises anything
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise AdapterError(
                 f"the adapter in {directory} does not fit the model: {reason}; load the base that it was trained on"

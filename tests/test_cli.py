@@ -544,16 +544,20 @@ UNLEARN: dict[str, Case] = {
     "a directory that is no model": (lambda p: p.unlearn(model=p / "theirs"), "theirs' cannot be loaded", False),
 }
 FORGET: dict[str, Case] = {
-    "rank 0": (lambda p: p.forget(rank=0), "rank: expected an integer from 1, found 0", BEFORE_LOADING),
+    "rank 0": (lambda p: p.forget(rank=0), "rank: expected an integer from 1 to 256, found 0", BEFORE_LOADING),
     "rank of text": (lambda p: p.forget(rank="many"), "--rank: invalid int value: 'many'", BEFORE_LOADING),
-    "no epochs": (lambda p: p.forget(epochs=0), "--epochs: expected a number > 0, found 0", BEFORE_LOADING),
+    "no epochs": (
+        lambda p: p.forget(epochs=0),
+        "--epochs: expected a number > 0, at most 10000, found 0",
+        BEFORE_LOADING,
+    ),
     "endless epochs": (lambda p: p.forget(epochs="inf"), "--epochs: expected a number > 0", BEFORE_LOADING),
     "learning rate NaN": (
         lambda p: p.forget(learning_rate="nan"),
         "--learning-rate: expected a number > 0, found nan",
         BEFORE_LOADING,
     ),
-    "batch size 0": (lambda p: p.forget(batch_size=0), "--batch-size: expected at least 1", BEFORE_LOADING),
+    "batch size 0": (lambda p: p.forget(batch_size=0), "--batch-size: expected 1 to 10000", BEFORE_LOADING),
     "maximum length 1": (lambda p: p.forget(max_length=1), "--max-length: expected at least 2", BEFORE_LOADING),
     "seed below 0": (lambda p: p.forget(seed=-1), "--seed: expected an int from 0 to 4294967295", BEFORE_LOADING),
     "seed too large": (lambda p: p.forget(seed=2**32), "--seed: expected an int from 0 to 4294", BEFORE_LOADING),

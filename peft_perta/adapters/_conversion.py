@@ -91,6 +91,13 @@ class Conversion:
         self._sources = {name: source for source in self._find_sources() for name in source.parameters()}
         self._known: dict[tuple, list[list[tuple[int, Part]]]] = {}
 
+    def lacking(self) -> list[str]:
+        """The model's parameters for which the files hold no tensor; of tied ones, one name is enough."""
+        names: dict[int, list[str]] = {}
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        return [tied[0] for tied in names.values() if not any(name in self._sources for name in tied)]
+
     def stored(self, parameter: str) -> list[StoredMatrix]:
         """The matrices of a parameter, one for each expert of a parameter [E, O, I].
 

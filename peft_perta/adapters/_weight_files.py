@@ -74,9 +74,10 @@ def _belongs(file: Path, directory: Path) -> bool:
     """Whether a path names a file of a model's directory and leads nowhere else. In the cache of the hub, files are
     links to the blobs of the same repository."""
     home = directory.resolve()
-    if home.parent.name == "snapshots":
-        home = home.parent.parent
-    return file.parent == directory and home in file.resolve().parents
+    repository = home.parent.parent
+    in_cache = home.parent.name == "snapshots" and repository.name.startswith("models--")
+    homes = [home, repository / "blobs"] if in_cache else [home]
+    return file.parent == directory and any(place in file.resolve().parents for place in homes)
 
 
 def _locate(model_name: str, revision: str | None) -> Path:

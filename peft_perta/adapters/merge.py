@@ -143,7 +143,7 @@ def merge_adapters(
     Raises:
         AdapterError: an adapter is not plain LoRA, has another base, or adapts a weight that the files do not hold, or
             that transformers makes of their tensors by more than moving elements.
-        ConfigError: the base is quantised, or its files cannot be found or read.
+        ConfigError: the base is quantised, or its files cannot be found or read, or lack a weight.
         NumericalError: a merged weight is not finite.
         OutputError: the output holds something else, or the disk refuses.
     """
@@ -153,6 +153,7 @@ def merge_adapters(
     skeleton = _full_precision_skeleton(model_name, revision)
     source = WeightFiles.find(model_name, revision)
     conversion = Conversion(load_skeleton(model_name, revision=revision), source.shapes())
+    _check_whole(conversion, model_name)
     targets, described = _resolve(skeleton, adapters)
     edits = _Edits(_edits_of_files(targets, conversion), dtype)
     with replaced_directory(output, MERGED_NAME) as directory:
@@ -188,6 +189,15 @@ def _full_precision_skeleton(model_name: str, revision: str | None) -> PreTraine
             "it was made from"
         )
     return skeleton
+
+
+def _check_whole(conversion: Conversion, model_name: str) -> None:
+    lacking = conversion.lacking()
+    if lacking:
+        raise ConfigError(
+            f"the files of {model_name!r} hold no tensor for {lacking[0]} (of {len(lacking)} such weights), which "
+            "transformers would draw at random; copy or download the model again"
+        )
 
 
 def _resolve(

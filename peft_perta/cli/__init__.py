@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import io
 import os
@@ -52,6 +53,19 @@ COMMANDS = {  # name of the command and of its module -> summary
     "inspect": "show what an adapter is and how it was made",
 }
 
+_REFUSALS = {  # of the operating system -> what to do
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOSPC: "free some space and run this again",
+    errno.EDQUOT: "free some space and run this again",
+    errno.EFBIG: "write to a file system, or under a limit, that takes larger files",
+    errno.EROFS: "choose another place",
+    errno.EACCES: "give yourself the permission, or choose another file",
+    errno.EPERM: "give yourself the permission, or choose another file",
+    errno.ELOOP: "mend the link, or choose another file",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EIO: "check the disk",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -63,6 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        os.getcwd()
+    except OSError as error:  # torch cannot even be imported then
+        print(f"peft-perta: error: the working directory is gone ({error}); change to another one", file=sys.stderr)
+        return 2
     name = _command_name(arguments)
     resume_path: str | None = None
     options = argparse.Namespace()
@@ -80,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return options.status
     except PerTAError as error:
-        if _import("model").distributed.local_rank() == 0:  # every process fails with the same error
+        rank = os.environ.get("LOCAL_RANK", "0")
+        if not rank.isdecimal() or int(rank) == 0:  # every process fails with the same error
             print(f"peft-perta: error: {_import('data').visible(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output has closed it, as `| head` does
@@ -92,18 +112,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"peft-perta: interrupted; {remedy}", file=sys.stderr)
         return 130
     except Exception as error:
-        if isinstance(error, OSError) and hasattr(options, "status"):  # only what is printed was left to write
-            print(f"peft-perta: error: standard output could not be written: {error}", file=sys.stderr)
-            _discard_output()
-            return options.status or 2
-        print(_report_of(error), file=sys.stderr)
-        return 3
+        return _fail(error, getattr(options, "status", None))
+
+
+def _fail(error: Exception, status: int | None) -> int:
+    """Print the line of an error that is not ours, of a command that has come to a ``status`` or not; the exit status."""
+    if isinstance(error, OSError) and status is not None:  # only what is printed was left to write
+        print(f"peft-perta: error: standard output could not be written: {error}", file=sys.stderr)
+        _discard_output()
+        return status or 2
+    refusal = _refusal_of(error)
+    print(f"peft-perta: error: {refusal}" if refusal else _report_of(error), file=sys.stderr)
+    return 2 if refusal else 3
 
 
 def _discard_output() -> None:
     """Let go what is still to be printed: Python would try again at its end, and fail."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _refusal_of(error: Exception) -> str:
+    """What the machine refused, in one line; empty if the error is of another kind."""
+    if isinstance(error, OSError) and error.errno in _REFUSALS:
+        where = f"{error.filename}: " if error.filename else ""
+        return _import("data").visible(f"{where}{error.strerror}; {_REFUSALS[error.errno]}")
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory ({text[:200]}); take smaller batches or rows, --four-bit, or a smaller rank"
+    return ""
 
 
 def _report_of(error: Exception) -> str:

@@ -19,6 +19,7 @@ from ..model import WEIGHTS_NAME, check_adapter_files, find_adapter, hash_file, 
 HTML_REPORT_NAME = "report.html"
 BASE_MODEL = "the base model: a name on the Hugging Face Hub, a directory or a GGUF file"
 ROWS = "JSON lines of {question, answer}, {prompt, completion}, {messages} or {text}"
+_LARGEST = {"batch_size": 10_000, "epochs": 10_000}  # a step, or a run, that nobody could wait for is a slip
 PARTS = (
     "a plain LoRA adapter of the base model, as a directory or a name on the Hugging Face Hub, and the strength to "
     "multiply it by (default: 1)"
@@ -161,14 +162,17 @@ def check_training(options: argparse.Namespace, **least: int) -> None:
         ConfigError: a value is out of its range.
     """
     for name, smallest in {"batch_size": 1, "max_length": 2, **least}.items():
-        value = getattr(options, name)
-        if value is not None and value < smallest:
-            raise ConfigError(f"{flag(name)}: expected at least {smallest}, found {value}")
+        value, largest = getattr(options, name), _LARGEST.get(name, math.inf)
+        if value is not None and not smallest <= value <= largest:
+            bounds = f"at least {smallest}" if largest == math.inf else f"{smallest} to {largest}"
+            raise ConfigError(f"{flag(name)}: expected {bounds}, found {value}")
     if not 0 <= options.warmup_steps < math.inf:
         raise ConfigError(f"--warmup-steps: expected a number >= 0, found {options.warmup_steps}")
     for name in ("epochs", "learning_rate"):
-        if not 0 < getattr(options, name) < math.inf:
-            raise ConfigError(f"{flag(name)}: expected a number > 0, found {getattr(options, name)}")
+        value, largest = getattr(options, name), _LARGEST.get(name, math.inf)
+        if not (0 < value <= largest and value < math.inf):
+            bound = "" if largest == math.inf else f", at most {largest}"
+            raise ConfigError(f"{flag(name)}: expected a number > 0{bound}, found {value}")
 
 
 def check_rows(*paths: str | None) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +29,7 @@ except ImportError:  # not a POSIX system: two processes can then write one chec
     fcntl = None
 
 RUN_NAME = "run.json"
+_PARTIAL = ".partial"  # ending of a file that is being written
 _LOCK_NAME = "lock"  # holds the number of the process that has it locked
 _NOTHING_COMPUTED = ("plan",)  # entries that are made before the first gradient
 Address = tuple[str, ...]  # where a tensor belongs, for instance (layer, factor)
@@ -59,7 +61,7 @@ class Checkpoint:
             self._hold()
         self._started = self.path.exists() and not self._is_new() and self._is_of_run(run)
         if writes and self.path.exists():
-            for partial in self.path.glob("*.partial"):  # left by a kill during a write
+            for partial in self.path.glob(f"*{_PARTIAL}"):  # left by a kill during a write
                 partial.unlink()
 
     def start(self) -> None:
@@ -126,8 +128,10 @@ class Checkpoint:
 
     def _is_new(self) -> bool:
         """Whether the directory is empty, or holds only what a kill during the very first write leaves."""
-        first = (f"{RUN_NAME}.partial", _LOCK_NAME)
-        return self.path.is_dir() and all(path.name in first for path in self.path.iterdir())
+        return self.path.is_dir() and all(
+            path.name == _LOCK_NAME or (path.name.startswith(RUN_NAME) and path.suffix == _PARTIAL)
+            for path in self.path.iterdir()
+        )
 
     def _stored_run(self) -> dict[str, Any]:
         """The description of the run that the directory belongs to."""
@@ -174,11 +178,12 @@ class Checkpoint:
         different = sorted(key for key in {*stored, *given} if stored.get(key) != given.get(key))
         described = {
             RUN_NAME,
-            f"{RUN_NAME}.partial",
             _LOCK_NAME,
             *(f"{name}.safetensors" for name in _NOTHING_COMPUTED),
         }
-        computed = "format" not in stored or any(path.name not in described for path in self.path.iterdir())
+        computed = "format" not in stored or any(
+            path.name not in described and path.suffix != _PARTIAL for path in self.path.iterdir()
+        )
         if different and computed:
             raise OutputError(
                 f"{self.path} is the checkpoint of another run, which differs in: {', '.join(different)}; repeat the "
@@ -187,7 +192,7 @@ class Checkpoint:
         return not different
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
-        partial = self.path / f"{name}.partial"
+        partial = self.path / f"{name}.{secrets.token_hex(8)}{_PARTIAL}"  # a link cannot wait under that name
         with self._reported(name):
             try:
                 write(partial)

@@ -23,9 +23,26 @@ T = TypeVar("T")
 
 
 def start() -> None:
-    """Join the process group, if a launcher started several processes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    """Join the process group, if a launcher started several processes.
+
+    Raises:
+        ConfigError: a variable that launchers set is no number.
+    """
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        _of_launcher(name, 0)
+    if _of_launcher("WORLD_SIZE", 1) > 1:
         PartialState()
+
+
+def _of_launcher(name: str, default: int) -> int:
+    """A variable that accelerate and torchrun set."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise ConfigError(
+            f"the environment variable {name} is {value!r}, expected a number as accelerate and torchrun set it; unset "
+            "it to run one process"
+        )
+    return int(value)
 
 
 def finish() -> None:
@@ -37,12 +54,12 @@ def finish() -> None:
 
 def local_rank() -> int:
     """The index of this process among those on its machine, and of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _of_launcher("LOCAL_RANK", 0)
 
 
 def count_here() -> int:
     """The number of processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if count() > 1 else 1
+    return _of_launcher("LOCAL_WORLD_SIZE", 1) if count() > 1 else 1
 
 
 def count() -> int:

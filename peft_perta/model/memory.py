@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import tempfile
@@ -29,10 +30,10 @@ def parse_size(size: int | str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?", str(size).strip().upper())
     unit = _UNITS.get(match.group(2) or "B") if match and not isinstance(size, float) else None
-    count = int(float(match.group(1)) * unit) if match and unit else 0
-    if count < 1:
+    count = float(match.group(1)) * unit if match and unit else 0.0
+    if not 1 <= count < math.inf:
         raise ConfigError(f"expected a size such as '10GiB', '10GB' or a number of bytes, found {size!r}")
-    return count
+    return int(count)
 
 
 def show_size(size: float) -> str:

@@ -39,6 +39,11 @@ def last_whole_checkpoint(directory: str | Path | None) -> str | None:
     return None
 
 
+def is_write_failure(error: Exception) -> bool:
+    """Whether this is what transformers, safetensors or torch.save raises when the disk refuses."""
+    return not isinstance(error, RuntimeError) or "inline_container" in str(error) or "StreamWriter" in str(error)
+
+
 def _is_whole(directory: Path) -> bool:
     try:
         return read_json(directory / MARK_NAME) == _hashes(directory)

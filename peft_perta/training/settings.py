@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import LoraConfig, TaskType
 
+from ..adapters import SERVABLE_RANKS
 from ..data import check_setting, explained, is_count, is_number, setting
 from .combiners import COMBINERS
 from .losses import FORGET_LOSSES, RETAIN_LOSSES, ForwardPass, Loss
@@ -43,7 +44,7 @@ class LoraSettings:
         ConfigError: a value has the wrong type or is out of range.
     """
 
-    rank: int = setting(16, "R, the LoRA rank of every layer: an integer from 1.")
+    rank: int = setting(16, f"R, the LoRA rank of every layer: an integer from 1 to {SERVABLE_RANKS[-1]}.")
     lora_alpha: int | float | None = setting(
         None, "The adapter is scaled by lora_alpha / rank: a number > 0. By default twice the rank."
     )
@@ -57,7 +58,9 @@ class LoraSettings:
     )
 
     def __post_init__(self) -> None:
-        check_setting(is_count(self.rank), "rank", "an integer from 1", self.rank)
+        largest = SERVABLE_RANKS[-1]
+        in_range = is_count(self.rank) and self.rank <= largest
+        check_setting(in_range, "rank", f"an integer from 1 to {largest}", self.rank)
         alpha, dropout = self.lora_alpha, self.lora_dropout
         check_setting(alpha is None or (is_number(alpha) and alpha > 0), "lora_alpha", "a number > 0", alpha)
         check_setting(is_number(dropout) and 0 <= dropout < 1, "lora_dropout", "a number in [0, 1)", dropout)

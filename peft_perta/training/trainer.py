@@ -16,18 +16,20 @@ from typing import Any
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from ..data import Batch, read_json
-from ..errors import AdapterError, ConfigError, NumericalError
+from ..errors import AdapterError, ConfigError, NumericalError, OutputError, PerTAError
 from ..model import completion_logits, completion_states, distributed, preserved, row_length
 from ._agreement import agreement
 from ._model_in_training import adapter_in_training, adapters_beside, block_of_states, check_origin
 from ._pairs import Pairs, PairSampler, collate, load_pairs
 from ._target import TargetCheck
+from ._whole_checkpoints import is_write_failure
 from .combiners import COMBINERS
 from .losses import ForwardPass, Loss, LossInputs
 from .settings import UnlearningSettings
@@ -248,6 +250,18 @@ class UnlearningTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """The operations of a micro-batch of both sets, as ``Trainer`` estimates them."""
         return sum(super(UnlearningTrainer, self).floating_point_ops(tensors) for tensors in inputs.values())
+
+    def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
+        try:
+            super()._save_checkpoint(*arguments, **options)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, PerTAError) or not is_write_failure(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise OutputError(
+                f"a checkpoint in {self.args.output_dir} could not be written: {reason}; free some space and run this "
+                "again, which resumes from the last whole checkpoint"
+            ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:

@@ -276,9 +276,13 @@ def untouched(model: nn.Module, without: str | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        after = snapshot(model, without)
-        changed = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
-        assert not changed, f"changed: {changed[:8]}"
+        is_as_before(model, before, without)
+
+
+def is_as_before(model: nn.Module, before: dict[str, Any], without: str | None = None) -> None:
+    after = snapshot(model, without)
+    changed = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
+    assert not changed, f"changed: {changed[:8]}"
 
 
 def _bytes(tensor: Tensor) -> bytes:

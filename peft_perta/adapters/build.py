@@ -16,7 +16,16 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..errors import AdapterError, NumericalError
-from ..model import base_model, base_name, check_new_name, give_memory, snapshot, weight_names, wrapped_kind
+from ..model import (
+    base_model,
+    base_name,
+    check_new_name,
+    give_memory,
+    remove_adapter,
+    snapshot,
+    weight_names,
+    wrapped_kind,
+)
 from .low_rank import Factors
 
 
@@ -156,8 +165,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, state_dict: Mapping[str, T
         if missing or result.unexpected_keys:
             raise ValueError(f"missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}")
     except BaseException as error:
-        if adapter_name in model.peft_config:  # type: ignore[operator]
-            model.delete_adapter(adapter_name)  # type: ignore[operator]
+        remove_adapter(model, adapter_name)
         restore()
         if not isinstance(error, (RuntimeError, ValueError)):  # PEFT's own, for shapes and for layers that do not exist
             raise

@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception, status: int | None) -> int:
-    """Print the line of an error that is not ours, of a command that has come to a ``status`` or not; the exit status."""
+    """Print the line of an error that is not ours; the exit status. ``status`` is that of a command that ended."""
     if isinstance(error, OSError) and status is not None:  # only what is printed was left to write
         print(f"peft-perta: error: standard output could not be written: {error}", file=sys.stderr)
         _discard_output()

@@ -175,9 +175,16 @@ def check_new_name(model: nn.Module, name: str) -> None:
 
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take the adapter off the model, even if it was added only in part; unwrap the layers that have no other one."""
-    if isinstance(model, PeftModel) and adapter_name in model.peft_config:
-        model.delete_adapter(adapter_name)
+    """Take the adapter off the model, even if it was added only in part; unwrap the layers that have no other one.
+
+    Which adapters are on stays, and so does the model's own record of them, which PEFT would overwrite.
+    """
+    carries = isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)  # not a wrapped base
+    if carries and adapter_name in model.peft_config:  # type: ignore[operator]
+        recorded = vars(model).get("active_adapter")
+        model.delete_adapter(adapter_name)  # type: ignore[operator]
+        if recorded is not None and adapter_name not in ([recorded] if isinstance(recorded, str) else recorded):
+            model.active_adapter = recorded  # type: ignore[assignment]
     for name, module in list(model.named_modules()):
         if not isinstance(module, BaseTunerLayer):
             continue

@@ -18,7 +18,7 @@ from ..adapters import (
     versions,
 )
 from ..evaluation import calibrate, check_start, losses_of
-from ..model import distributed, hash_targets
+from ..model import distributed, hash_targets, remove_adapter
 from ._description import Run
 from ._fit_kl import measure_fit_kl
 from ._rank_allocation import allocate
@@ -122,4 +122,4 @@ def _on_model(run: Run, emitted: EmittedAdapter, name: str) -> Iterator[str]:
     try:
         yield name
     finally:
-        run.model.delete_adapter(name)  # type: ignore[operator]
+        remove_adapter(run.model, name)

@@ -75,18 +75,24 @@ def train_forget_adapter(
         check_output(output_dir, FORGET_RECORD_NAME)
     max_length = row_length(model, max_length)
     samples = _load(forget, tokenizer, max_length)
-    with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng():
-        config = _sft_config(scratch, max_length, show_progress_bar, training_settings)
-        torch.manual_seed(config.seed)  # the initial A is drawn before the trainer sets the seed
-        peft_model = _add_trained(model, lora_config, adapter_name, config, samples, tokenizer)
-    if output_dir is not None:
-        record = {
-            "samples": len(samples),
-            "sha256": fingerprint(samples),
-            "epochs": config.num_train_epochs,
-            "base_model": describe_base(peft_model),
-        }
-        save_forget_adapter(output_dir, peft_model, adapter_name, record)
+    restore = snapshot(model)
+    try:
+        with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng():
+            config = _sft_config(scratch, max_length, show_progress_bar, training_settings)
+            torch.manual_seed(config.seed)  # the initial A is drawn before the trainer sets the seed
+            peft_model = _add_trained(model, lora_config, adapter_name, config, samples, tokenizer)
+        if output_dir is not None:
+            record = {
+                "samples": len(samples),
+                "sha256": fingerprint(samples),
+                "epochs": config.num_train_epochs,
+                "base_model": describe_base(peft_model),
+            }
+            save_forget_adapter(output_dir, peft_model, adapter_name, record)
+    except BaseException:
+        remove_adapter(model, adapter_name)
+        restore()
+        raise
     return peft_model
 
 
@@ -131,17 +137,11 @@ def _add_trained(
     samples: list[Sample],
     tokenizer: Any,
 ) -> PeftModel:
-    """The model with the trained adapter on it, frozen. If training fails, the model is as it was before."""
-    restore = snapshot(model)
-    try:
-        peft_model = with_new_adapter(model, lora_config, adapter_name)
-        resolve_layers(peft_model, adapter_name)
-        _train(peft_model, config, samples, tokenizer)
-        resolve_targets(peft_model, adapter_name)  # refuses untrained and non-finite factors
-    except BaseException:
-        remove_adapter(model, adapter_name)
-        restore()
-        raise
+    """The model with the trained adapter on it, frozen."""
+    peft_model = with_new_adapter(model, lora_config, adapter_name)
+    resolve_layers(peft_model, adapter_name)
+    _train(peft_model, config, samples, tokenizer)
+    resolve_targets(peft_model, adapter_name)  # refuses untrained and non-finite factors
     peft_model.eval()
     switch_modules(peft_model.modules(), [adapter_name])
     peft_model.requires_grad_(False)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import builders
 import pytest
+import test_suites_tofu
 import torch
 from safetensors.torch import load_file, save_file
 from test_kill_points import HERE, intact  # noqa: F401 - a fixture
@@ -149,3 +150,25 @@ def test_a_base_that_lacks_a_weight_is_not_merged(place, tmp_path, capsys):
     arguments = ["merge", str(place / "mine"), "--model", str(base), "--output", str(tmp_path / "merged")]
     assert lacking in refusal(arguments, capsys)
     assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_with_other_metadata_is_the_same_adapter(place, capsys):
+    copy = shutil.copytree(place / "mine", place / "copy")
+    tensors = load_file(copy / "adapter_model.safetensors")
+    save_file(tensors, copy / "adapter_model.safetensors", {"format": "pt", "note": "another file, the same factors"})
+    arguments = ["fuse", str(place / "mine"), str(copy), "--model", str(builders.llama_directory())]
+    assert "is given twice" in refusal([*arguments, "--output", str(place / "out")], capsys)
+
+
+def _without_paraphrase(row):
+    return {key: value for key, value in row.items() if key != "paraphrased_question"}
+
+
+def test_an_attack_that_cannot_be_made_is_refused_before_the_suites(place, monkeypatch, capsys):
+    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda *_: pytest.fail("a forward ran"))
+    splits = {name: [_without_paraphrase(row) for row in rows] for name, rows in test_suites_tofu.SPLITS.items()}
+    test_suites_tofu.write(place / "tofu", splits)
+    evaluation = ["--adapter", str(place / "mine"), "--suite", f"tofu={place / 'tofu'}", "--attacks", "paraphrase"]
+    arguments = ["evaluate", "--model", str(builders.llama_directory()), *evaluation, "--output", str(place / "out")]
+    assert "paraphrase" in refusal(arguments, capsys)
+    assert not (place / "out").exists()

@@ -14,7 +14,7 @@ from ..data import read_rows
 from ..errors import ConfigError
 from ..evaluation import Calibration
 from ..html_report import PICTURE_NAME, draw_calibration
-from ..model import WEIGHTS_NAME, check_adapter_files, find_adapter, hash_file, load_base
+from ..model import check_adapter_files, find_adapter, hash_factors, load_base
 
 HTML_REPORT_NAME = "report.html"
 BASE_MODEL = "the base model: a name on the Hugging Face Hub, a directory or a GGUF file"
@@ -29,9 +29,9 @@ PARTS = (
 # Options
 
 
-def add_base_model(parser: argparse.ArgumentParser, note: str = "") -> None:
-    """``--model`` and ``--revision``; ``note`` is added to the help of the model."""
-    parser.add_argument("--model", required=True, metavar="NAME", help=f"{BASE_MODEL}{note}")
+def add_base_model(parser: argparse.ArgumentParser, text: str = BASE_MODEL) -> None:
+    """``--model``, with its help, and ``--revision``."""
+    parser.add_argument("--model", required=True, metavar="NAME", help=text)
     add_revision(parser)
 
 
@@ -211,7 +211,7 @@ def check_distinct(directories: Iterable[str]) -> None:
     """
     seen: dict[str, str] = {}
     for directory in directories:
-        factors = hash_file(find_adapter(directory) / WEIGHTS_NAME)
+        factors = hash_factors(find_adapter(directory))
         if factors in seen:
             raise ConfigError(
                 f"{directory} is given twice, expected each adapter once: it holds the factors of {seen[factors]}, and "

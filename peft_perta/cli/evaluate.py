@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from ..evaluation import (
     Splits,
     Subject,
     Victims,
+    check_attacks,
     check_lm_eval,
     evaluate,
     format_attacks,
@@ -113,8 +114,9 @@ def run(options: argparse.Namespace) -> None:
             label: Subject(model, tokenizer, names, options.batch_size, options.max_length)
             for label, names in _stacks(stack, options).items()
         }
+        attack = _attack(subjects, stack[:-1], request, options) if options.attacks else None
         logs = _judge(subjects, request, options)
-        results = _attack(subjects, stack[:-1], request, options) if options.attacks else []
+        results = attack() if attack else []
     print(_table(logs))
     if results:
         print(f"\n{format_attacks(results)}")
@@ -230,7 +232,8 @@ def _judge(subjects: Mapping[str, Subject], request: _Request, options: argparse
 
 def _attack(
     subjects: Mapping[str, Subject], full: list[str], request: _Request, options: argparse.Namespace
-) -> list[AttackResult]:
+) -> Callable[[], list[AttackResult]]:
+    """The attacks, checked and not made yet; they write their results."""
     unlearned, rows = subjects[UNLEARNED], request.attacked_rows
     victims = Victims(unlearned, replace(unlearned, adapters=full), subjects.get(RETAIN_ONLY), rows)
     count = min(len(rows), options.rows or len(rows))
@@ -239,10 +242,15 @@ def _attack(
         rows=options.rows,
         max_new_tokens=min(options.max_new_tokens, AttackSettings.max_new_tokens),
     )
-    results = run_attacks(victims, request.attacks, settings)
-    values = [result.to_dict() for result in results]
-    write_file(Path(options.output, ATTACKS_NAME), json.dumps(values, indent=1) + "\n")
-    return results
+    check_attacks(victims, request.attacks, settings)
+
+    def attack() -> list[AttackResult]:
+        results = run_attacks(victims, request.attacks, settings)
+        values = [result.to_dict() for result in results]
+        write_file(Path(options.output, ATTACKS_NAME), json.dumps(values, indent=1) + "\n")
+        return results
+
+    return attack
 
 
 def _table(logs: Mapping[str, Mapping[str, Log]]) -> str:

@@ -18,7 +18,7 @@ from ._output import check_output_of
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("adapters", nargs="+", metavar="DIR[:STRENGTH]", help=PARTS)
-    add_base_model(parser, ", not quantised")
+    add_base_model(parser, "the base model, not quantised: a name on the Hugging Face Hub, or a directory")
     add_dtype(parser, "the merged model", default=None)
     parser.add_argument(
         "--check", metavar="ROWS",

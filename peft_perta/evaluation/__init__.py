@@ -5,7 +5,7 @@ It also searches the strength at which an adapter meets a goal, by forward passe
 Imports from: errors, data, model, gradients.
 """
 
-from .attacks import ATTACKS, run_attacks
+from .attacks import ATTACKS, check_attacks, run_attacks
 from .attacks.attack import Attack, AttackResult, AttackSettings, Victims
 from .attacks.depth import patched_falls
 from .attacks.formatting import format_attacks
@@ -48,6 +48,7 @@ __all__ = [
     "Victims",
     "aggregate",
     "calibrate",
+    "check_attacks",
     "check_lm_eval",
     "check_start",
     "depth_score",

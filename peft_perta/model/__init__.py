@@ -13,6 +13,7 @@ from .adapter_files import (
     WEIGHTS_NAME,
     check_adapter_files,
     find_adapter,
+    hash_factors,
     hash_file,
     read_adapter,
 )
@@ -89,6 +90,7 @@ __all__ = [
     "find_kind",
     "fitting_new_tokens",
     "give_memory",
+    "hash_factors",
     "hash_file",
     "hash_targets",
     "held_to",

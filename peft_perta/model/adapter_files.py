@@ -96,6 +96,15 @@ def check_adapter_files(adapter: str | Path) -> None:
     _check_tensors(path / WEIGHTS_NAME, tensors, config)
 
 
+def hash_factors(directory: Path) -> str:
+    """SHA-256 of an adapter's factors by their keys, whatever else its files hold."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(load_file(directory / WEIGHTS_NAME).items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def hash_file(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -82,12 +82,7 @@ def train_forget_adapter(
             torch.manual_seed(config.seed)  # the initial A is drawn before the trainer sets the seed
             peft_model = _add_trained(model, lora_config, adapter_name, config, samples, tokenizer)
         if output_dir is not None:
-            record = {
-                "samples": len(samples),
-                "sha256": fingerprint(samples),
-                "epochs": config.num_train_epochs,
-                "base_model": describe_base(peft_model),
-            }
+            record = _record(peft_model, samples, config)
             save_forget_adapter(output_dir, peft_model, adapter_name, record)
     except BaseException:
         remove_adapter(model, adapter_name)
@@ -146,6 +141,15 @@ def _add_trained(
     switch_modules(peft_model.modules(), [adapter_name])
     peft_model.requires_grad_(False)
     return peft_model
+
+
+def _record(model: PeftModel, samples: list[Sample], config: SFTConfig) -> dict[str, Any]:
+    return {
+        "samples": len(samples),
+        "sha256": fingerprint(samples),
+        "epochs": config.num_train_epochs,
+        "base_model": describe_base(model),
+    }
 
 
 def _train(model: PeftModel, config: SFTConfig, samples: list[Sample], tokenizer: Any) -> None:

@@ -8,8 +8,7 @@ To add an attack: a file with its ``ATTACK``, a row in ``ATTACKS``, a row in tes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from ...errors import AdapterError, ConfigError, DataError, UnsupportedLayerError
 from . import depth, logit_lens, paraphrase, prefix, relearning, requantization, sampling, switched_off
@@ -54,29 +53,71 @@ def run_attacks(
             whose states turn out to be of another form than one for each token.
     """
     settings = settings or AttackSettings()
-    chosen = list(ATTACKS) if names is None else list(names)
+    results = check_attacks(victims, names, settings)
+    for name in _chosen(names):
+        if name not in results:
+            try:
+                results[name] = ATTACKS[name].run(victims, settings)
+            except _CANNOT_BE_APPLIED as error:
+                if names is not None:
+                    raise
+                results[name] = [_skipped(name, error)]
+    return [result for name in _chosen(names) for result in results[name]]
+
+
+def check_attacks(
+    victims: Victims, names: Sequence[str] | None = None, settings: AttackSettings | None = None
+) -> dict[str, list[AttackResult]]:
+    """Check that attacks can be applied, before any compute.
+
+    Args:
+        victims: the models, and the forget rows.
+        names: as of ``run_attacks``.
+        settings: as of ``run_attacks``.
+
+    Returns:
+        Name -> the result that says why it is skipped, for each attack that was not asked for by name and cannot be
+        applied.
+
+    Raises:
+        ConfigError, AdapterError, DataError, UnsupportedLayerError: as ``run_attacks`` does.
+    """
+    settings = settings or AttackSettings()
+    chosen = _chosen(names)
     unknown = [name for name in chosen if name not in ATTACKS]
     if unknown or not chosen or isinstance(names, str):
         raise ConfigError(f"attacks: expected some of {list(ATTACKS)}, found {names!r}")
     if names is None:
         check_victims(victims, settings)
-    results: dict[str, list[AttackResult]] = {}
-
-    def tried(name: str, part: Callable[[Victims, AttackSettings], Any]) -> Any:
-        """A part of the attack; None if it cannot be applied, and none was asked for by name."""
+    skipped = {}
+    for name in chosen:
         try:
-            return part(victims, settings)
-        except (AdapterError, DataError, UnsupportedLayerError) as error:
+            ATTACKS[name].check(victims, settings)
+        except _CANNOT_BE_APPLIED as error:
             if names is not None:
                 raise
-            results[name] = [AttackResult(name, "", {}, None, None, skipped=str(error))]
-
-    for name in chosen:
-        tried(name, ATTACKS[name].check)
-    for name in chosen:
-        if name not in results and (found := tried(name, ATTACKS[name].run)) is not None:
-            results[name] = found
-    return [result for name in chosen for result in results[name]]
+            skipped[name] = [_skipped(name, error)]
+    return skipped
 
 
-__all__ = ["ATTACKS", "Attack", "AttackResult", "AttackSettings", "Victims", "format_attacks", "run_attacks"]
+_CANNOT_BE_APPLIED = (AdapterError, DataError, UnsupportedLayerError)
+
+
+def _chosen(names: Sequence[str] | None) -> list[str]:
+    return list(ATTACKS) if names is None else list(names)
+
+
+def _skipped(name: str, error: Exception) -> AttackResult:
+    return AttackResult(name, "", {}, None, None, skipped=str(error))
+
+
+__all__ = [
+    "ATTACKS",
+    "Attack",
+    "AttackResult",
+    "AttackSettings",
+    "Victims",
+    "check_attacks",
+    "format_attacks",
+    "run_attacks",
+]

@@ -20,7 +20,7 @@ from .output import (
     replaced_directory,
     write_file,
 )
-from .rows import ROW_KINDS, TEMPLATE_KEYS, completion_text, content_text, read_rows, spread
+from .rows import ROW_KINDS, TEMPLATE_KEYS, completion_text, content_text, prompt_text, read_rows, spread
 from .samples import IGNORED, Batch, Sample, batches, check_disjoint, fingerprint, note_left_out, padded
 from .settings import check_setting, explained, is_count, is_int, is_number, setting
 from .shapes import Holds, read_as
@@ -57,6 +57,7 @@ __all__ = [
     "note_left_out",
     "padded",
     "parse_json",
+    "prompt_text",
     "read_as",
     "read_json",
     "read_rows",

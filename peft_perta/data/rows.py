@@ -57,6 +57,18 @@ def completion_text(row: Mapping) -> str:
     return value if isinstance(value, str) else content_text(value[-1].get("content")) or ""
 
 
+def prompt_text(row: Mapping) -> str:
+    """What the row asks, as plain text: the question, the prompt, or the last turn before the answer; '' for a text."""
+    kind = row_kind(row, "row")
+    if kind == ("text",):
+        return ""
+    value = row[kind[0]]
+    if isinstance(value, str):
+        return value
+    turns = value[:-1] if kind == ("messages",) else value
+    return (content_text(turns[-1].get("content")) or "") if turns else ""
+
+
 def content_text(content: Any) -> str | None:
     """The text of a turn's content, which is a text or a list of text parts; None if it is neither."""
     if isinstance(content, str):

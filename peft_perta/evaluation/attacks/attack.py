@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from ...data import check_setting, is_count, is_int, is_number, spread
 from ...errors import DataError
@@ -12,6 +13,27 @@ from ...model import require_adapter
 from ..subject import Subject
 
 Numbers = dict[str, float]  # measure -> value
+RowValues = dict[str, list[float]]  # measure -> one value for each row
+
+
+class Answer(NamedTuple):
+    """What a model said to a row, beside what is true."""
+
+    asked: str
+    truth: str
+    said: str
+
+
+class Measured(NamedTuple):
+    """One model, measured in one setting: values of rows, and the answers that 'rouge_l_recall' compares."""
+
+    values: RowValues
+    answers: Sequence[Answer] = ()
+
+    @property
+    def numbers(self) -> Numbers:
+        """The means over rows."""
+        return {measure: fmean(values) for measure, values in self.values.items()}
 
 
 @dataclass(frozen=True)
@@ -99,6 +121,8 @@ class AttackResult:
         full: those of the full model; None where it was not given.
         retain_only: those of the retain-only model; None where it was not given.
         skipped: why the attack cannot be applied to these models or rows; it then has no numbers.
+        rows: role of a model -> measure -> the values of the rows, whose means are the numbers.
+        answers: the unlearned model's, one for each value of 'rouge_l_recall'.
     """
 
     attack: str
@@ -107,10 +131,12 @@ class AttackResult:
     full: Numbers | None
     retain_only: Numbers | None
     skipped: str | None = None
+    rows: Mapping[str, RowValues] = field(default_factory=dict)
+    answers: Sequence[Answer] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as JSON takes them."""
-        return asdict(self)
+        """The numbers, without those of single rows, as JSON takes them."""
+        return {name: value for name, value in asdict(self).items() if name not in ("rows", "answers")}
 
 
 @dataclass(frozen=True)
@@ -152,21 +178,27 @@ def check_victims(victims: Victims, settings: AttackSettings) -> None:
 
 
 def compare(
-    attack: str, victims: Victims, measure: Callable[[Subject, str], Mapping[str, Numbers]]
+    attack: str, victims: Victims, measure: Callable[[Subject, str], Mapping[str, Measured]]
 ) -> list[AttackResult]:
     """Measure every model in the same way; one result for each setting.
 
     Args:
         attack: the attack's name.
         victims: the models.
-        measure: (subject, its name on progress bars) -> setting -> numbers.
+        measure: (subject, its name on progress bars) -> setting -> what was measured.
     """
-    numbers = {role: measure(subject, f"{attack}, {role}") for role, subject in victims.subjects()}
-    full, retain_only = numbers.get("full", {}), numbers.get("retain-only", {})
-    return [
-        AttackResult(attack, setting, unlearned, full.get(setting), retain_only.get(setting))
-        for setting, unlearned in numbers["unlearned"].items()
-    ]
+    found = {role: measure(subject, f"{attack}, {role}") for role, subject in victims.subjects()}
+    results = []
+    for setting, unlearned in found["unlearned"].items():
+        by_role = {role: settings[setting] for role, settings in found.items() if setting in settings}
+        numbers = {role: measured.numbers for role, measured in by_role.items()}
+        results.append(
+            AttackResult(
+                attack, setting, numbers["unlearned"], numbers.get("full"), numbers.get("retain-only"),
+                rows={role: measured.values for role, measured in by_role.items()}, answers=unlearned.answers,
+            )
+        )  # fmt: skip
+    return results
 
 
 def _all(values: object, holds: Callable[[Any], bool]) -> bool:

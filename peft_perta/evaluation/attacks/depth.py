@@ -9,6 +9,9 @@ Reference: arXiv 2605.24614.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -18,7 +21,7 @@ from ...errors import AdapterError, NumericalError
 from ...model import input_device, preserved
 from ..metrics.depth import depth_score
 from ..subject import Subject
-from .attack import Attack, AttackResult, AttackSettings, Victims, attacked_rows, check_victims
+from .attack import Attack, AttackResult, AttackSettings, RowValues, Victims, attacked_rows, check_victims
 from .states import blocks_of, losses_with, states_and_losses
 
 _NAME = "depth"
@@ -52,7 +55,8 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
     gone = patched_falls(full, victims.unlearned, samples, f"{_NAME}, unlearned")
     half = carried.shape[1] // 2
     parts = {"all blocks": slice(None), "lower half": slice(half), "upper half": slice(half, None)}
-    return [_result(setting, carried[:, part], gone[:, part]) for setting, part in parts.items()]
+    results = [_result(setting, carried[:, part], gone[:, part]) for setting, part in parts.items()]
+    return [replace(results[0], rows=_with_blocks(results[0].rows, carried, gone)), *results[1:]]
 
 
 ATTACK = Attack(_NAME, "Put the unlearned model's inner states into the full model: does it still know?", check, run)
@@ -90,9 +94,31 @@ def patched_falls(full: Subject, source: Subject, samples: list[Sample], name: s
     return rows
 
 
+def _with_blocks(rows: Mapping[str, RowValues], carried: Tensor, gone: Tensor) -> dict[str, RowValues]:
+    """The rows' values, and what the states after each block make the full model forget."""
+    falls = {"unlearned": gone, "retain-only": carried}
+    return {
+        role: {**values, **{fall_after(block): column.tolist() for block, column in enumerate(falls[role].T, start=1)}}
+        if role in falls
+        else values
+        for role, values in rows.items()
+    }
+
+
+def fall_after(block: int) -> str:
+    """The measure 'nats per token that the full model forgets with the states after this block', counted from 1."""
+    return f"fall after block {block}"
+
+
 def _result(setting: str, carried: Tensor, gone: Tensor) -> AttackResult:
     scores = depth_score(carried, gone)
     if scores.isnan().all():
         reason = f"no block of the {setting} carries a row: the full and the retain-only model know the same there"
         return AttackResult(_NAME, setting, {}, None, None, skipped=reason)
-    return AttackResult(_NAME, setting, {"uds": float(scores.nanmean())}, {"uds": 0.0}, {"uds": 1.0})
+    found = scores[~scores.isnan()].tolist()
+    rows = {
+        "unlearned": {"uds": found},
+        "full": {"uds": [0.0] * len(found)},
+        "retain-only": {"uds": [1.0] * len(found)},
+    }
+    return AttackResult(_NAME, setting, {"uds": float(scores.nanmean())}, {"uds": 0.0}, {"uds": 1.0}, rows=rows)

@@ -15,7 +15,7 @@ from ...data import Sample, batches
 from ...errors import NumericalError
 from ...model import input_device, preserved
 from ..subject import Subject
-from .attack import Attack, AttackResult, AttackSettings, Numbers, Victims, attacked_rows, check_victims, compare
+from .attack import Attack, AttackResult, AttackSettings, Measured, Victims, attacked_rows, check_victims, compare
 from .measures import of_losses
 from .states import blocks_of, losses_with, states_and_losses
 
@@ -36,12 +36,12 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
     """Loss and probability of the answers after the last block, and after the block where each is likeliest."""
     rows = attacked_rows(victims, settings)
 
-    def measure(subject: Subject, name: str) -> dict[str, Numbers]:
+    def measure(subject: Subject, name: str) -> dict[str, Measured]:
         losses = lens(subject, subject.encode(rows, name), name)
         best = losses.min(1).values
         return {
-            "after the last block": of_losses(losses[:, -1].tolist()),
-            "after the likeliest block": of_losses(best.tolist()),
+            "after the last block": Measured(of_losses(losses[:, -1].tolist())),
+            "after the likeliest block": Measured(of_losses(best.tolist())),
         }
 
     return compare(_NAME, victims, measure)

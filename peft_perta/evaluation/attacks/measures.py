@@ -4,36 +4,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
-from ...data import completion_text, encode_prompt, spread
+from ...data import completion_text, encode_prompt, prompt_text, spread
 from ...errors import DataError
 from ..completions import score_completions
 from ..generation import generate
 from ..metrics.rouge import rouge_l_recall
 from ..subject import Subject
-from .attack import AttackSettings, Numbers
+from .attack import Answer, AttackSettings, Measured, RowValues
 
 
-def measured(subject: Subject, rows: Sequence[Mapping], settings: AttackSettings, name: str) -> Numbers:
+def measured(subject: Subject, rows: Sequence[Mapping], settings: AttackSettings, name: str) -> Measured:
     """Loss and probability of the completions, and ROUGE-L recall of greedy answers to rows with a prompt."""
-    numbers = likelihood(subject, rows, name)
+    values = likelihood(subject, rows, name).values
     asked = spread(with_prompt(subject, rows), settings.generated)
-    if asked:
-        texts = answers(subject, asked, settings, name)
-        numbers["rouge_l_recall"] = fmean(rouge_l_recall(texts, [completion_text(row) for row in asked]))
-    return numbers
+    if not asked:
+        return Measured(values)
+    said = answered(asked, answers(subject, asked, settings, name))
+    return Measured({**values, "rouge_l_recall": recalls_of(said)}, said)
 
 
-def likelihood(subject: Subject, rows: Sequence[Mapping], name: str) -> Numbers:
+def likelihood(subject: Subject, rows: Sequence[Mapping], name: str) -> Measured:
     """'loss' and 'probability' of the rows' completions."""
-    return of_losses([scored.loss for scored in score_completions(subject, rows, name)])
+    return Measured(of_losses([scored.loss for scored in score_completions(subject, rows, name)]))
 
 
-def of_losses(losses: Sequence[float]) -> Numbers:
-    """'loss' and 'probability': the means over rows of the completion's mean token loss (nats), and of exp(-loss)."""
-    return {"loss": fmean(losses), "probability": fmean(math.exp(-loss) for loss in losses)}
+def of_losses(losses: Sequence[float]) -> RowValues:
+    """'loss' and 'probability': of each row the completion's mean token loss (nats), and exp(-loss)."""
+    return {"loss": list(losses), "probability": [math.exp(-loss) for loss in losses]}
+
+
+def answered(rows: Sequence[Mapping], texts: Sequence[str], truths: Sequence[str] | None = None) -> list[Answer]:
+    """The answers that were said to rows; ``truths`` are the rows' completions by default."""
+    truths = [completion_text(row) for row in rows] if truths is None else truths
+    return [Answer(prompt_text(row), truth, said) for row, truth, said in zip(rows, truths, texts, strict=True)]
+
+
+def recalls_of(said: Sequence[Answer]) -> list[float]:
+    """ROUGE-L recall of each answer."""
+    return rouge_l_recall([answer.said for answer in said], [answer.truth for answer in said])
 
 
 def answers(

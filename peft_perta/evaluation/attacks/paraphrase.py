@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...errors import DataError
 from ..subject import Subject
-from .attack import Attack, AttackResult, AttackSettings, Numbers, Victims, attacked_rows, check_victims, compare
+from .attack import Attack, AttackResult, AttackSettings, Measured, Victims, attacked_rows, check_victims, compare
 from .measures import measured
 
 
@@ -28,7 +28,7 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
     """The rows with a ``paraphrased_question``, asked by their own question and by the paraphrase."""
     asked = _paraphrased(attacked_rows(victims, settings))
 
-    def measure(subject: Subject, name: str) -> dict[str, Numbers]:
+    def measure(subject: Subject, name: str) -> dict[str, Measured]:
         return {
             "as asked": measured(subject, asked, settings, name),
             "in other words": measured(subject, _reworded(asked), settings, f"{name}, in other words"),

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 
 from ...data import answer_frame, spread
 from ..completions import ScoredCompletion, completion_ids, score_completions
-from ..metrics.rouge import rouge_l_recall
 from ..subject import Subject
-from .attack import Attack, AttackResult, AttackSettings, Numbers, Victims, attacked_rows, check_victims, compare
-from .measures import answers, check_prompts, of_losses, with_prompt
+from .attack import Attack, AttackResult, AttackSettings, Measured, Victims, attacked_rows, check_victims, compare
+from .measures import answered, answers, check_prompts, of_losses, recalls_of, with_prompt
 
 
 def check(victims: Victims, settings: AttackSettings) -> None:
@@ -26,7 +24,7 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
     """For each share of the answer's tokens (rounded down): loss, probability and ROUGE-L recall of the rest."""
     rows = attacked_rows(victims, settings)
 
-    def measure(subject: Subject, name: str) -> dict[str, Numbers]:
+    def measure(subject: Subject, name: str) -> dict[str, Measured]:
         answerable = with_prompt(subject, rows)
         scored = score_completions(subject, answerable, name)
         asked = spread(answerable, settings.generated)
@@ -37,10 +35,9 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
             rests = [tokens[len(prefix) :] for tokens, prefix in zip(whole, given, strict=True)]
             truths = [subject.tokenizer.decode(rest, skip_special_tokens=True).strip() for rest in rests]
             texts = answers(subject, asked, settings, f"{name}, {share:.0%} given", prefixes=given)
-            numbers[f"{share:.0%} of the answer given"] = {
-                **of_losses([_loss_after(row, share) for row in scored]),
-                "rouge_l_recall": fmean(rouge_l_recall(texts, truths)),
-            }
+            said = answered(asked, texts, truths)
+            values = {**of_losses([_loss_after(row, share) for row in scored]), "rouge_l_recall": recalls_of(said)}
+            numbers[f"{share:.0%} of the answer given"] = Measured(values, said)
         return numbers
 
     return compare("prefix", victims, measure)

@@ -21,7 +21,7 @@ from ...data import Sample, batches
 from ...errors import ConfigError, NumericalError
 from ...model import base_model, input_device, preserved, sample_losses
 from ..subject import Subject
-from .attack import Attack, AttackResult, AttackSettings, Numbers, Victims, attacked_rows, check_victims, compare
+from .attack import Attack, AttackResult, AttackSettings, Measured, Victims, attacked_rows, check_victims, compare
 from .measures import likelihood
 from .projections import projections
 
@@ -64,7 +64,7 @@ ATTACK = Attack("relearning", "Train for a few steps on a few forget rows, then 
 
 def _relearn(
     training: list[dict], others: list[dict], settings: AttackSettings, subject: Subject, name: str
-) -> dict[str, Numbers]:
+) -> dict[str, Measured]:
     """setting -> numbers on the other rows. A step is one AdamW update on the mean loss of all training rows."""
     where = (
         f"{_counted(len(training), 'row')}, read on the other {len(others)}" if others else "all rows, read on the same"

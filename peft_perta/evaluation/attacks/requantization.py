@@ -43,7 +43,7 @@ from ...model import (
     tuner_modules,
 )
 from ..subject import Subject
-from .attack import Attack, AttackResult, AttackSettings, Numbers, Victims, attacked_rows, check_victims, compare
+from .attack import Attack, AttackResult, AttackSettings, Measured, Victims, attacked_rows, check_victims, compare
 from .measures import measured
 from .projections import Projection, projections
 
@@ -79,7 +79,7 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
     """Every model as it is, and with its merged weights rounded in each way."""
     rows = attacked_rows(victims, settings)
 
-    def measure(subject: Subject, name: str) -> dict[str, Numbers]:
+    def measure(subject: Subject, name: str) -> dict[str, Measured]:
         numbers = {"as it is": measured(subject, rows, settings, name)}
         for rounding in ROUNDINGS:
             with preserved(subject.model, subject.adapters), rounded(subject.model, rounding):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from statistics import fmean
-
-from ...data import completion_text, spread
-from ..metrics.rouge import rouge_l_recall
+from ...data import spread
 from ..subject import Subject
-from .attack import Attack, AttackResult, AttackSettings, Numbers, Victims, attacked_rows, check_victims, compare
-from .measures import answers, check_prompts, with_prompt
+from .attack import Attack, AttackResult, AttackSettings, Measured, Victims, attacked_rows, check_victims, compare
+from .measures import answered, answers, check_prompts, recalls_of, with_prompt
 
 
 def check(victims: Victims, settings: AttackSettings) -> None:
@@ -27,17 +24,20 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
     """
     rows = attacked_rows(victims, settings)
 
-    def measure(subject: Subject, name: str) -> dict[str, Numbers]:
+    def measure(subject: Subject, name: str) -> dict[str, Measured]:
         asked = spread(with_prompt(subject, rows), settings.generated)
-        truths = [completion_text(row) for row in asked]
-        greedy = rouge_l_recall(answers(subject, asked, settings, name), truths)
+        greedy = answered(asked, answers(subject, asked, settings, name))
         repeated = [row for row in asked for _ in range(settings.samples)]
         texts = answers(subject, repeated, settings, f"{name}, samples", temperature=settings.temperature)
-        recalls = rouge_l_recall(texts, [completion_text(row) for row in repeated])
-        best = [max(recalls[i : i + settings.samples]) for i in range(0, len(recalls), settings.samples)]
+        said = answered(repeated, texts)
+        recalls = recalls_of(said)
+        draws = [range(start, start + settings.samples) for start in range(0, len(recalls), settings.samples)]
+        best = [max(of_row, key=recalls.__getitem__) for of_row in draws]
         return {
-            "greedy": {"rouge_l_recall": fmean(greedy)},
-            f"best of {settings.samples} at temperature {settings.temperature:g}": {"rouge_l_recall": fmean(best)},
+            "greedy": Measured({"rouge_l_recall": recalls_of(greedy)}, greedy),
+            f"best of {settings.samples} at temperature {settings.temperature:g}": Measured(
+                {"rouge_l_recall": [recalls[place] for place in best]}, [said[place] for place in best]
+            ),
         }
 
     return compare("sampling", victims, measure)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from ...errors import ConfigError
 from ..subject import Subject
-from .attack import Attack, AttackResult, AttackSettings, Numbers, Victims, attacked_rows, check_victims, compare
+from .attack import Attack, AttackResult, AttackSettings, Measured, Victims, attacked_rows, check_victims, compare
 from .measures import measured
 
 
@@ -37,12 +37,17 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
     """Every model as it is, and the unlearned one with its negative adapter off."""
     rows = attacked_rows(victims, settings)
 
-    def measure(subject: Subject, name: str) -> dict[str, Numbers]:
+    def measure(subject: Subject, name: str) -> dict[str, Measured]:
         return {"on": measured(subject, rows, settings, name)}
 
     (on,) = compare("switched-off", victims, measure)
     # The full and the retain-only model have no negative adapter, so that their numbers stay.
-    return [on, replace(on, setting="off", unlearned=on.full)] if on.full is not None else [on]
+    if on.full is None:
+        return [on]
+    return [
+        on,
+        replace(on, setting="off", unlearned=on.full, rows={**on.rows, "unlearned": on.rows["full"]}, answers=()),
+    ]
 
 
 ATTACK = Attack(

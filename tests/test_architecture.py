@@ -17,6 +17,7 @@ ROOMS = [  # lower rooms first; a room imports from lower rooms alone
     "model",
     "gradients",
     "evaluation",
+    "audit",
     "adapters",
     "perta",
     "influence",

@@ -45,6 +45,7 @@ COMMANDS = {  # name of the command and of its module -> summary
     "train": "train an adapter to forget some rows and to keep others (NPO, RMU, PCGrad, SAGO, ...)",
     "erase": "remove or change training rows of an adapter without training it again (LLMEraser)",
     "evaluate": "measure what a model with a stack of adapters still knows, and attack it",
+    "audit": "say whether the forget rows are gone as if never learned, or only suppressed",
     "rescore": "recompute the aggregates of an evaluation log",
     "compare": "run many unlearning methods on one setup, at matched forgetting",
     "fuse": "combine several adapters into one, for servers that take one per request",

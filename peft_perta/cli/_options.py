@@ -70,6 +70,14 @@ def add_retain(parser: Any, *, required: bool = True, note: str = "") -> None:
     parser.add_argument("--retain", required=required, metavar="ROWS", help=text)
 
 
+def add_stack(parser: argparse.ArgumentParser, note: str = "") -> None:
+    """``--adapter``, once for each adapter of a stack."""
+    parser.add_argument(
+        "--adapter", dest="adapters", action="append", default=[], metavar="DIR[:STRENGTH]",
+        help=f"one of the adapters that are on; give it once for each, the adapter in question last{note}",
+    )  # fmt: skip
+
+
 def add_task_adapter(parser: Any) -> None:
     """``--task-adapter``."""
     text = "the task adapter, if the full model is the base with an adapter that knows too much"

@@ -6,8 +6,9 @@ Imports from: errors, data, model, gradients.
 """
 
 from .attacks import ATTACKS, check_attacks, run_attacks
-from .attacks.attack import Attack, AttackResult, AttackSettings, Victims
-from .attacks.depth import patched_falls
+from .attacks.as_asked import AS_ASKED
+from .attacks.attack import Answer, Attack, AttackResult, AttackSettings, Victims
+from .attacks.depth import fall_after, patched_falls
 from .attacks.formatting import format_attacks
 from .calibration import TOLERANCE, Calibration, Goal, calibrate, forget_loss_of_log
 from .completions import ScoredCompletion, losses_of, score_completions, score_false_answers
@@ -23,15 +24,17 @@ from .metrics.utility import normalised_probability
 from .split_scores import SplitScores, evaluate_split
 from .strength import Match, check_start, match_forgetting
 from .subject import Subject
-from .suites import RECORD_NAME, SUITES, Splits, Suite, evaluate, forget_rows, read_suites
+from .suites import RECORD_NAME, SUITES, Splits, Suite, evaluate, forget_rows, hash_stack, read_suites
 
 __all__ = [
+    "AS_ASKED",
     "ATTACKS",
     "METRICS",
     "METRIC_GROUPS",
     "RECORD_NAME",
     "SUITES",
     "TOLERANCE",
+    "Answer",
     "Attack",
     "AttackResult",
     "AttackSettings",
@@ -55,12 +58,14 @@ __all__ = [
     "evaluate",
     "evaluate_split",
     "exact_memorization",
+    "fall_after",
     "forget_loss_of_log",
     "forget_rows",
     "format_attacks",
     "format_rescored",
     "general_benchmarks",
     "generate",
+    "hash_stack",
     "losses_of",
     "match_forgetting",
     "metric_of",

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..data import write_file
 from ._attacks import attacks_section
 from ._commands import commands_section
+from ._document import document
 from ._generations import generations_section
 from ._html import Markup, element, join
 from ._layers import layers_section
@@ -16,11 +17,6 @@ from ._provenance import edit_section
 from ._strength import strength_section
 from ._summary import summary_section
 from .report_data import ReportData
-
-STYLE = Path(__file__).with_name("style.css")
-
-# The policy forbids the browser to load anything, whatever markup a generated text may hold.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 SECTIONS = {  # identifier -> name in the navigation, in page order
     "summary": "Summary",
@@ -69,23 +65,7 @@ def render(data: ReportData) -> str:
         commands_section(data),
     )
     footer = element("footer", element("p", _made_with(data)))
-    body = element("body", _header(data), main, footer)
-    return f"<!doctype html>\n{element('html', _head(data), body, lang='en')}\n"
-
-
-def _head(data: ReportData) -> Markup:
-    return element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        element("meta", name="referrer", content="no-referrer"),
-        element("meta", name="robots", content="noindex"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("title", data.header.title),
-        element("link", rel="icon", href="data:,"),
-        element("style", Markup(STYLE.read_text(encoding="utf-8"))),
-    )
+    return document(data.header.title, _header(data), main, footer)
 
 
 def _header(data: ReportData) -> Markup:

@@ -3,7 +3,7 @@
 To add a suite: a file with its ``SUITE``, a row in table.py, a row in tests/tables.py.
 """
 
-from .record import RECORD_NAME
+from .record import RECORD_NAME, hash_stack
 from .running import evaluate
 from .suite import Splits, Suite, SuiteSettings
 from .table import SUITES, forget_rows, read_suites
@@ -16,5 +16,6 @@ __all__ = [
     "SuiteSettings",
     "evaluate",
     "forget_rows",
+    "hash_stack",
     "read_suites",
 ]

@@ -71,11 +71,11 @@ def _read(path: Path) -> dict[str, Any]:
 def evaluated_parts(subject: Subject, asked: Mapping[str, Splits], settings: SuiteSettings) -> dict[str, Parts]:
     """Suite -> part -> hash, of everything that the suite's log depends on."""
     identity = identify(subject.model, subject.tokenizer)
-    parts = {**identity, "adapters": _hash_stack(subject)}
+    parts = {**identity, "adapters": hash_stack(subject)}
     other = settings.retain_only
     if other is not None:
         is_same = other.model is subject.model and other.tokenizer is subject.tokenizer
-        facts = [identity if is_same else identify(other.model, other.tokenizer), _hash_stack(other)]
+        facts = [identity if is_same else identify(other.model, other.tokenizer), hash_stack(other)]
         parts["retain-only model"] = _hash(facts)
     lengths = {"max_new_tokens": settings.max_new_tokens, "max_length": subject.max_length}
     return {name: {**parts, "rows": _hash(splits), "lengths": _hash(lengths)} for name, splits in asked.items()}
@@ -85,7 +85,7 @@ def _hash(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _hash_stack(subject: Subject) -> str:
+def hash_stack(subject: Subject) -> str:
     """A hash of the weights and scalings of the active adapters."""
     digest = hashlib.sha256()
     for name, module in subject.model.named_modules():

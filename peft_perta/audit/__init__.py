@@ -1,0 +1,29 @@
+"""An audit: is the knowledge gone as if it had never been learned, or only suppressed?
+
+Every measure is a position between the retain-only model (0) and the full model (1), with an interval over rows; one
+rule makes a verdict of them.
+
+Imports from: errors, data, model, evaluation.
+"""
+
+from .audit import RECORD_NAME, Audit, audit
+from .evidence import Evidence, Interval, evidence_of, shown_measure
+from .verdict import FORGOTTEN, PRESENT, RULE, STILL_THERE, SUPPRESSED, TRACE, Verdict, decide
+
+__all__ = [
+    "FORGOTTEN",
+    "PRESENT",
+    "RECORD_NAME",
+    "RULE",
+    "STILL_THERE",
+    "SUPPRESSED",
+    "TRACE",
+    "Audit",
+    "Evidence",
+    "Interval",
+    "Verdict",
+    "audit",
+    "decide",
+    "evidence_of",
+    "shown_measure",
+]

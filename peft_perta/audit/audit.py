@@ -1,0 +1,214 @@
+"""Run an audit: every attack in turn, each kept as soon as it is done, until all are done or the time is over."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import note, read_json, write_file
+from ..errors import ConfigError
+from ..evaluation import (
+    AS_ASKED,
+    Answer,
+    AttackResult,
+    AttackSettings,
+    Subject,
+    Victims,
+    check_attacks,
+    hash_stack,
+    losses_of,
+    run_attacks,
+)
+from ..model import identify
+from .evidence import Evidence, Interval, evidence_of, ratio
+from .verdict import RULE, Verdict, decide
+
+RECORD_NAME = "audit_record.json"  # the attacks that are made
+# What finds most of what is left in the least time comes first.
+_ORDER = ("depth", "logit-lens", "relearning", "paraphrase", "prefix", "requantization", "sampling", "switched-off")
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found.
+
+    Attributes:
+        yardstick: what stands for 'never learned': 'retain-only', or 'origin', the base with every adapter off.
+        rows: the number of forget rows.
+        results: of the attacks, in the order in which they were made; 'as-asked' first.
+        kept: role -> mean probability of the retain rows, as a share of the full model's.
+        not_tried: attacks for which there was no time.
+    """
+
+    yardstick: str
+    rows: int
+    results: list[AttackResult]
+    kept: dict[str, Interval]
+    not_tried: list[str]
+
+    @cached_property
+    def evidence(self) -> list[Evidence]:
+        """Every measure of every attack."""
+        return evidence_of(self.results)
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """What the evidence amounts to, by ``RULE``."""
+        return decide(self.evidence)
+
+    def worst_leaks(self, count: int = 10) -> list[tuple[AttackResult, Answer, float]]:
+        """The answers, one for each row, that say most of what is true, by any attack but switching the adapter off:
+        (result, answer, its ROUGE-L recall), the worst first."""
+        found: dict[tuple[str, str], tuple[AttackResult, Answer, float]] = {}
+        for result in self.results:
+            recalls = result.rows.get("unlearned", {}).get("rouge_l_recall", [])
+            if result.attack != "switched-off" and result.answers:
+                for answer, recall in zip(result.answers, recalls, strict=True):
+                    row = (answer.asked, answer.truth)
+                    if row not in found or recall > found[row][2]:
+                        found[row] = (result, answer, recall)
+        return sorted(found.values(), key=lambda leak: -leak[2])[:count]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict and the evidence, as JSON takes them."""
+        return {
+            "verdict": self.verdict.name,
+            "because": str(self.verdict),
+            "rule": RULE,
+            "yardstick": self.yardstick,
+            "rows": self.rows,
+            "kept": {role: interval._asdict() for role, interval in self.kept.items()},
+            "evidence": [dataclasses.asdict(piece) for piece in self.evidence],
+            "skipped": {result.attack: result.skipped for result in self.results if result.skipped},
+            "not_tried": self.not_tried,
+        }
+
+
+def audit(
+    victims: Victims,
+    retain: Sequence[Mapping],
+    *,
+    yardstick: str = "retain-only",
+    settings: AttackSettings | None = None,
+    minutes: float | None = None,
+    output_dir: str | Path | None = None,
+) -> Audit:
+    """Attack an unlearned model in every way, and say whether the rows are forgotten as if they had never been learned.
+
+    Args:
+        victims: the unlearned and the full model, and as ``retain_only`` the yardstick; and the forget rows.
+        retain: rows that the model must keep; no method should have seen them.
+        yardstick: what ``victims.retain_only`` is: 'retain-only', or 'origin'.
+        settings: how hard each attack tries; ``AttackSettings()`` by default.
+        minutes: no attack begins after that time; None for no limit. Plain answers are always measured.
+        output_dir: a directory where each attack is kept in ``RECORD_NAME`` once it is made: the same audit goes on
+            from there.
+
+    Raises:
+        ConfigError: a model is missing, or ``minutes`` is no number above 0.
+        DataError: a set is empty or malformed, or the full model does not know the forget rows better than the
+            yardstick. The models are as they were, whatever is raised.
+    """
+    settings = settings or AttackSettings()
+    if victims.full is None or victims.retain_only is None:
+        raise ConfigError("an audit needs the full model and a yardstick (a retain-only model, or the origin)")
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise ConfigError(f"minutes: expected None or a number above 0, found {minutes!r}")
+    victims.unlearned.encode(retain, "the retain rows")
+    skipped = check_attacks(victims, None, settings)
+    record = _Record(output_dir, _identity(victims, retain, settings)) if output_dir is not None else None
+    began = time.perf_counter()
+    results, not_tried = [], []
+    for name in (AS_ASKED.name, *_ORDER):
+        found = skipped.get(name) or (record.found.get(name) if record else None)
+        if found is None and name != AS_ASKED.name and minutes and time.perf_counter() - began > 60 * minutes:
+            not_tried.append(name)
+            continue
+        if found is None:
+            found = AS_ASKED.run(victims, settings) if name == AS_ASKED.name else run_attacks(victims, [name], settings)
+            if record:
+                record.add(name, found)
+        results += found
+        if name == AS_ASKED.name:
+            decide(evidence_of(results))  # nothing to audit is told before the attacks
+    return Audit(yardstick, len(victims.rows), results, _kept(victims, retain), not_tried)
+
+
+def _kept(victims: Victims, retain: Sequence[Mapping]) -> dict[str, Interval]:
+    """Role -> mean probability of the retain rows as a share of the full model's."""
+    probabilities = {role: _probabilities(subject, retain) for role, subject in victims.subjects()}
+    return {role: ratio(values, of=probabilities["full"]) for role, values in probabilities.items() if role != "full"}
+
+
+def _probabilities(subject: Subject, rows: Sequence[Mapping]) -> Tensor:
+    samples = subject.encode(rows, "the retain rows")
+    losses = losses_of(subject.model, samples, adapters=subject.adapters, batch_size=subject.batch_size)
+    return losses.to(torch.float64).neg().exp()
+
+
+def _identity(victims: Victims, retain: Sequence[Mapping], settings: AttackSettings) -> dict[str, str]:
+    """Part -> hash, of everything that the results depend on."""
+    parts: dict[str, str] = {}
+    for role, subject in victims.subjects():
+        facts = [identify(subject.model, subject.tokenizer), hash_stack(subject), subject.max_length]
+        parts[f"the {role} model"] = _hash(facts)
+    return {
+        **parts,
+        "the rows": _hash([victims.rows, list(retain)]),
+        "the settings": _hash(dataclasses.asdict(settings)),
+    }
+
+
+def _hash(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+class _Record:
+    """The attacks that are made, in a file."""
+
+    def __init__(self, directory: str | Path, identity: dict[str, str]) -> None:
+        self._path = Path(directory) / RECORD_NAME
+        self._identity = identity
+        self.found: dict[str, list[AttackResult]] = {}
+        try:
+            stored = read_json(self._path)
+            changed = [part for part, value in identity.items() if stored["of"].get(part) != value]
+            if not changed:
+                self.found = {name: [_read(entry) for entry in entries] for name, entries in stored["attacks"].items()}
+            elif stored["attacks"]:
+                note(f"{self._path} is of another audit ({', '.join(changed)} changed); it is made anew")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            self.found = {}  # there is none yet, or a damaged one
+
+    def add(self, name: str, results: list[AttackResult]) -> None:
+        """Keep an attack's results."""
+        self.found[name] = results
+        attacks = {key: [_stored(result) for result in made] for key, made in self.found.items()}
+        write_file(self._path, json.dumps({"of": self._identity, "attacks": attacks}) + "\n")
+
+
+def _stored(result: AttackResult) -> dict[str, Any]:
+    rows = {
+        role: {name: [None if math.isnan(value) else value for value in values] for name, values in of_role.items()}
+        for role, of_role in result.rows.items()
+    }
+    return {**dataclasses.asdict(result), "rows": rows, "answers": [answer._asdict() for answer in result.answers]}
+
+
+def _read(entry: Mapping[str, Any]) -> AttackResult:
+    rows = {
+        role: {name: [math.nan if value is None else float(value) for value in values] for name, values in of.items()}
+        for role, of in entry["rows"].items()
+    }
+    return AttackResult(**{**entry, "rows": rows, "answers": [Answer(**answer) for answer in entry["answers"]]})

@@ -1,0 +1,132 @@
+"""Evidence: one measure of one attack, as a position between what was never learned and what was known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..evaluation import AttackResult
+
+_DRAWS = 2_000
+_LEVEL = 0.95
+_ROLES = ("unlearned", "full", "retain-only")
+# Settings in which an attack only repeats what is measured as asked.
+_PLAIN = ("as it is", "as asked", "greedy", "on", "0% of the answer given", "after the last block")
+
+
+class _Meaning(NamedTuple):
+    """How a measure is read: its name in tables, and known(value), which grows with what the model knows."""
+
+    shown: str
+    known: Callable[[Tensor], Tensor]
+
+
+_MEASURES = {
+    "probability": _Meaning("probability", lambda value: value),
+    "rouge_l_recall": _Meaning("ROUGE-L recall", lambda value: value),
+    "exact_memorization": _Meaning("exact memorization", lambda value: value),
+    "extraction_strength": _Meaning("extraction strength", lambda value: value),
+    "min_k": _Meaning("min-k", torch.neg),
+    "min_k_plus_plus": _Meaning("min-k++", torch.neg),
+    "uds": _Meaning("1 - UDS", lambda value: 1 - value),
+}
+
+
+class Interval(NamedTuple):
+    """A mean over rows and the ends of its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One measure of one attack in one setting.
+
+    Attributes:
+        attack: name of the attack; 'as-asked' for none.
+        setting: of the attack.
+        measure: the measure.
+        rows: the number of rows.
+        models: role -> the measure's mean over rows with its interval, in the measure's own unit.
+        share: (unlearned - retain-only) / (full - retain-only): 0 as never learned, 1 as before unlearning, below 0
+            less than never learned. None where the rows cannot tell the full from the retain-only model.
+    """
+
+    attack: str
+    setting: str
+    measure: str
+    rows: int
+    models: dict[str, Interval]
+    share: Interval | None
+
+    @property
+    def name(self) -> str:
+        """The evidence in words."""
+        where = "" if self.attack == "as-asked" else f", {self.attack}: {self.setting}"
+        return f"{shown_measure(self.measure)}{where}"
+
+
+def shown_measure(measure: str) -> str:
+    """A measure's name in tables."""
+    return _MEASURES[measure].shown
+
+
+def evidence_of(results: Sequence[AttackResult]) -> list[Evidence]:
+    """The evidence in attacks' results, in their order.
+
+    What attacks repeat of the plain answers is left out, and so is the loss, which the probability says.
+    """
+    return [
+        _evidence(result, measure)
+        for result in results
+        if result.setting not in _PLAIN and not result.setting.startswith("0 steps")
+        for measure in result.unlearned
+        if measure in _MEASURES
+    ]
+
+
+def _evidence(result: AttackResult, measure: str) -> Evidence:
+    known = _MEASURES[measure].known
+    values = {role: torch.tensor(result.rows[role][measure], dtype=torch.float64) for role in _ROLES}
+    whole = torch.stack(list(values.values())).isfinite().all(0)  # answers without a word have no tokens to memorize
+    values = {role: known(of_role[whole]) for role, of_role in values.items()}
+    count = int(whole.sum())
+    means = {role: drawn_means(of_role) for role, of_role in values.items()} if count else {}
+    share = _share(values, means) if count else None
+    models = {role: _interval(float(values[role].mean()), means[role]) for role in means}
+    return Evidence(result.attack, result.setting, measure, count, models, share)
+
+
+def _share(values: Mapping[str, Tensor], drawn: Mapping[str, Tensor]) -> Interval | None:
+    unlearned, full, retain_only = (values[role].mean() for role in _ROLES)
+    distance = drawn["full"] - drawn["retain-only"]
+    if not _interval(float(full - retain_only), distance).low > 0:
+        return None
+    shares = (drawn["unlearned"] - drawn["retain-only"]) / distance
+    return _interval(float((unlearned - retain_only) / (full - retain_only)), shares)
+
+
+def drawn_means(values: Tensor) -> Tensor:
+    """[draws], the means of N values over rows that are drawn with replacement; the same rows for every N values."""
+    rows = torch.randint(len(values), (_DRAWS, len(values)), generator=torch.Generator().manual_seed(0))
+    return values[rows].mean(1)
+
+
+def _interval(mean: float, drawn: Tensor) -> Interval:
+    ends = torch.tensor([(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], dtype=drawn.dtype)
+    low, high = drawn.quantile(ends).tolist()
+    return Interval(mean, low, high)
+
+
+def ratio(values: Tensor, of: Tensor) -> Interval:
+    """The ratio of two means over the same rows, with its interval."""
+    return _interval(float(values.mean() / of.mean()), drawn_means(values) / drawn_means(of))

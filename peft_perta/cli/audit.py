@@ -1,0 +1,131 @@
+"""Attack an unlearned model in every way, and say whether the forget rows are gone as if never learned or suppressed.
+It needs the base model, the adapters in their order, both sets of rows, and a retain-only adapter or a task adapter.
+
+Example:
+  peft-perta audit --model M --adapter task_adapter --adapter unlearn_adapter --forget forget.jsonl \
+      --retain held_out.jsonl --retain-only-adapter retain_adapter --output audit
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from contextlib import ExitStack
+
+from ..audit import RECORD_NAME, Audit, audit
+from ..data import claimed_directory, read_rows, write_file
+from ..errors import ConfigError
+from ..evaluation import AttackSettings, Subject, Victims
+from ..html_report import AUDIT_PAGE_NAME, write_audit_page
+from ..model import adapter_strength, attach_adapters, check_adapter_files
+from ._options import (
+    add_forget,
+    add_max_length,
+    add_model,
+    add_output,
+    add_retain,
+    add_stack,
+    load_model,
+    read_strengths,
+)
+from ._output import check_output_of
+
+RESULT_NAME = "audit.json"
+_YARDSTICK = "retain-only"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    add_model(parser)
+    add_stack(parser)
+    add_forget(parser)
+    add_retain(parser, note="; rows that no method used")
+    parser.add_argument(
+        "--retain-only-adapter", metavar="DIR",
+        help="an adapter that never saw the forget rows: the yardstick of 'never learned' (default: the base with "
+        "every adapter off, where more than one adapter is given)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--minutes", type=float, metavar="MINUTES", help="begin no attack after that time (default: no limit)"
+    )
+    parser.add_argument("--rows", type=int, help="the most forget rows, at even distances (default: all)")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows per forward pass (default: 32)")
+    add_max_length(parser)
+    parser.add_argument("--max-new-tokens", type=int, default=96, help="the most tokens of an answer (default: 96)")
+    add_output(parser, "audit.json, audit.html and the record of the attacks")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the verdict and the evidence, and write the page."""
+    output = check_output_of(options, RECORD_NAME, grows=True)
+    strengths = read_strengths(options.adapters)
+    forget, retain = read_rows(options.forget), read_rows(options.retain)
+    if not strengths:
+        raise ConfigError("--adapter: expected the adapters of the stack, the one in question last; found none")
+    if len(strengths) == 1 and not options.retain_only_adapter:
+        raise ConfigError(
+            "an audit needs a yardstick of 'never learned': expected --retain-only-adapter, or a task adapter before "
+            "the adapter in question (the base alone is the yardstick then); found neither"
+        )
+    count = min(len(forget), options.rows or len(forget))
+    settings = AttackSettings(
+        relearning_rows=tuple(sorted({1, min(10, max(count - 1, 1))})),
+        rows=options.rows,
+        max_new_tokens=options.max_new_tokens,
+    )
+    adapters = {f"adapter_{number}": directory for number, directory in enumerate(strengths, start=1)}
+    stack = list(adapters)
+    if options.retain_only_adapter:
+        check_adapter_files(options.retain_only_adapter)
+        adapters[_YARDSTICK] = options.retain_only_adapter
+    model, tokenizer = load_model(options)
+    model = attach_adapters(model, adapters)
+    yardstick = [_YARDSTICK] if options.retain_only_adapter else []
+
+    def subject(names: list[str]) -> Subject:
+        return Subject(model, tokenizer, names, options.batch_size, options.max_length)
+
+    victims = Victims(subject(stack), subject(stack[:-1]), subject(yardstick), forget)
+    with claimed_directory(output, RECORD_NAME, "{}\n"), ExitStack() as scaled:
+        for name, strength in zip(stack, strengths.values(), strict=True):
+            scaled.enter_context(adapter_strength(model, name, strength))
+        found = audit(
+            victims, retain, yardstick=_YARDSTICK if yardstick else "origin", settings=settings,
+            minutes=options.minutes, output_dir=output,
+        )  # fmt: skip
+    write_file(
+        output / RESULT_NAME,
+        json.dumps({"model": options.model, "adapters": strengths, **found.to_dict()}, indent=1) + "\n",
+    )
+    write_audit_page(found, options.model, list(strengths), output / AUDIT_PAGE_NAME)
+    print(_shown(found))
+    print(f"The evidence is in {output / RESULT_NAME}, the page in {output / AUDIT_PAGE_NAME}")
+    if found.not_tried:
+        print(f"Not tried, for want of time: {', '.join(found.not_tried)}; the same command without --minutes goes on")
+    return 0
+
+
+def resume_path(options: argparse.Namespace) -> str:
+    """The record of the attacks that are made."""
+    return os.path.join(options.output, RECORD_NAME)
+
+
+def _shown(found: Audit) -> str:
+    """The evidence as a table, what was kept, and the verdict."""
+    rows = [(piece.name, str(piece.share) if piece.share else "the rows cannot tell") for piece in found.evidence]
+    width = max(len(name) for name, _ in rows)
+    lines = [
+        f"{'share of what was known: 0 never learned, 1 as before':<{width}}",
+        *(f"{name:<{width}}  {share}" for name, share in rows),
+    ]
+    skipped = [f"{result.attack} was skipped: {result.skipped}" for result in found.results if result.skipped]
+    kept = [f"kept of the retain rows' probability ({role}): {interval}" for role, interval in found.kept.items()]
+    return "\n".join(
+        [
+            *lines,
+            *skipped,
+            *kept,
+            f"Verdict, on {found.rows} rows, against the {found.yardstick} model: {found.verdict}",
+        ]
+    )

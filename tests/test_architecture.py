@@ -17,7 +17,6 @@ ROOMS = [  # lower rooms first; a room imports from lower rooms alone
     "model",
     "gradients",
     "evaluation",
-    "audit",
     "adapters",
     "perta",
     "influence",

@@ -609,7 +609,7 @@ def test_switching_off_needs_fewer_adapters_on_the_same_model(adapters):
     refuses(
         attacked,
         ["switched-off"],
-        ConfigError,
+        AdapterError,
         "expected the full model to have fewer adapters on than the unlearned one",
     )
 

@@ -13,10 +13,9 @@ import json
 import os
 from contextlib import ExitStack
 
-from ..audit import RECORD_NAME, Audit, audit
 from ..data import claimed_directory, read_rows, write_file
 from ..errors import ConfigError
-from ..evaluation import AttackSettings, Subject, Victims
+from ..evaluation import AUDIT_RECORD_NAME, AttackSettings, Audit, Subject, Victims, audit
 from ..html_report import AUDIT_PAGE_NAME, write_audit_page
 from ..model import adapter_strength, attach_adapters, check_adapter_files
 from ._options import (
@@ -58,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the verdict and the evidence, and write the page."""
-    output = check_output_of(options, RECORD_NAME, grows=True)
+    output = check_output_of(options, AUDIT_RECORD_NAME, grows=True)
     strengths = read_strengths(options.adapters)
     forget, retain = read_rows(options.forget), read_rows(options.retain)
     if not strengths:
@@ -87,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         return Subject(model, tokenizer, names, options.batch_size, options.max_length)
 
     victims = Victims(subject(stack), subject(stack[:-1]), subject(yardstick), forget)
-    with claimed_directory(output, RECORD_NAME, "{}\n"), ExitStack() as scaled:
+    with claimed_directory(output, AUDIT_RECORD_NAME, "{}\n"), ExitStack() as scaled:
         for name, strength in zip(stack, strengths.values(), strict=True):
             scaled.enter_context(adapter_strength(model, name, strength))
         found = audit(
@@ -108,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
 
 def resume_path(options: argparse.Namespace) -> str:
     """The record of the attacks that are made."""
-    return os.path.join(options.output, RECORD_NAME)
+    return os.path.join(options.output, AUDIT_RECORD_NAME)
 
 
 def _shown(found: Audit) -> str:

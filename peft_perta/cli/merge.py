@@ -11,14 +11,14 @@ import argparse
 
 from ..adapters import MERGED_NAME, compare_merged, merge_adapters, torch_dtype
 from ..data import read_rows
-from ._options import PARTS, ROWS, add_base_model, add_dtype, add_output, read_strengths
+from ._options import BASE_MODEL, PARTS, ROWS, add_base_model, add_dtype, add_output, read_strengths
 from ._output import check_output_of
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("adapters", nargs="+", metavar="DIR[:STRENGTH]", help=PARTS)
-    add_base_model(parser, "the base model, not quantised: a name on the Hugging Face Hub, or a directory")
+    add_base_model(parser, f"{BASE_MODEL}, which cannot be merged, nor can another quantised one")
     add_dtype(parser, "the merged model", default=None)
     parser.add_argument(
         "--check", metavar="ROWS",

@@ -6,10 +6,24 @@ Imports from: errors, data, model, gradients.
 """
 
 from .attacks import ATTACKS, check_attacks, run_attacks
-from .attacks.as_asked import AS_ASKED
 from .attacks.attack import Answer, Attack, AttackResult, AttackSettings, Victims
 from .attacks.depth import fall_after, patched_falls
 from .attacks.formatting import format_attacks
+from .audit import (
+    AUDIT_RECORD_NAME,
+    FORGOTTEN,
+    RULE,
+    STILL_THERE,
+    SUPPRESSED,
+    TRACE,
+    Audit,
+    Evidence,
+    Interval,
+    Verdict,
+    audit,
+    decide,
+    evidence_of,
+)
 from .calibration import TOLERANCE, Calibration, Goal, calibrate, forget_loss_of_log
 from .completions import ScoredCompletion, losses_of, score_completions, score_false_answers
 from .generation import generate
@@ -24,22 +38,30 @@ from .metrics.utility import normalised_probability
 from .split_scores import SplitScores, evaluate_split
 from .strength import Match, check_start, match_forgetting
 from .subject import Subject
-from .suites import RECORD_NAME, SUITES, Splits, Suite, evaluate, forget_rows, hash_stack, read_suites
+from .suites import RECORD_NAME, SUITES, Splits, Suite, evaluate, forget_rows, read_suites
 
 __all__ = [
-    "AS_ASKED",
     "ATTACKS",
+    "AUDIT_RECORD_NAME",
+    "FORGOTTEN",
     "METRICS",
     "METRIC_GROUPS",
     "RECORD_NAME",
+    "RULE",
+    "STILL_THERE",
     "SUITES",
+    "SUPPRESSED",
     "TOLERANCE",
+    "TRACE",
     "Answer",
     "Attack",
     "AttackResult",
     "AttackSettings",
+    "Audit",
     "Calibration",
+    "Evidence",
     "Goal",
+    "Interval",
     "Log",
     "Match",
     "Metric",
@@ -48,15 +70,19 @@ __all__ = [
     "Splits",
     "Subject",
     "Suite",
+    "Verdict",
     "Victims",
     "aggregate",
+    "audit",
     "calibrate",
     "check_attacks",
     "check_lm_eval",
     "check_start",
+    "decide",
     "depth_score",
     "evaluate",
     "evaluate_split",
+    "evidence_of",
     "exact_memorization",
     "fall_after",
     "forget_loss_of_log",
@@ -65,7 +91,6 @@ __all__ = [
     "format_rescored",
     "general_benchmarks",
     "generate",
-    "hash_stack",
     "losses_of",
     "match_forgetting",
     "metric_of",

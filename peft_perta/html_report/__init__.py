@@ -2,7 +2,7 @@
 
 Collect the numbers with ``report_data_of_logs`` or ``report_data_of_rows``, then write them with ``write_html_report``.
 
-Imports from: errors, data, audit, adapters, evaluation.
+Imports from: errors, data, adapters, evaluation.
 """
 
 from .audit_page import AUDIT_PAGE_NAME, write_audit_page

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from ..audit import FORGOTTEN, RULE, STILL_THERE, TRACE, Audit, Interval
 from ..data import write_file
-from ..evaluation import fall_after
+from ..evaluation import FORGOTTEN, RULE, STILL_THERE, TRACE, Audit, Interval, fall_after
 from ._document import document
 from ._elements import missing, scrolling, section, table
 from ._html import Markup, element
@@ -127,8 +126,8 @@ def _depth(found: Audit) -> Markup:
     falls = {role: _falls(whole.rows[role]) for role in ("unlearned", "retain-only")}
     words = (
         "How much of the answers the full model forgets, in nats per token, if its states after a block are replaced "
-        f"by those of the unlearned model (solid) or of the {found.yardstick} model (dotted). Where the solid line lies "
-        "below the dotted one, the knowledge is still in the states."
+        f"by those of the unlearned model (solid) or of the {found.yardstick} model (dotted). Where the solid line "
+        "lies below the dotted one, the knowledge is still in the states."
     )
     curve = scrolling(_curve(falls["unlearned"], falls["retain-only"]), "Depth by block")
     return section("depth", "Depth", element("figure", curve, element("figcaption", words)))
@@ -193,7 +192,9 @@ def _leaks(found: Audit) -> Markup:
         )
         for result, answer, recall in leaks
     ]
-    lead = element("p", "The answers that say most of what is true, one for each row, by any attack but switching off.")
+    lead = element(
+        "p", "The answers that say most of what is true, one for each question, by any attack but switching off."
+    )
     return section("leaks", "Worst leaks", lead, element("ol", *items, class_="answers"))
 
 

@@ -36,7 +36,7 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
         said = answered(asked, answers(subject, asked, settings, name)) if asked else []
         if said:
             values["rouge_l_recall"] = recalls_of(said)
-        return {"as asked": Measured(values, said)}
+        return {"plain": Measured(values, said)}
 
     return compare("as-asked", victims, measure)
 

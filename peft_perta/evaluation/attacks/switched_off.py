@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ...errors import ConfigError
+from ...errors import AdapterError, ConfigError
 from ..subject import Subject
 from .attack import Attack, AttackResult, AttackSettings, Measured, Victims, attacked_rows, check_victims, compare
 from .measures import measured
@@ -16,7 +16,8 @@ from .measures import measured
 def check(victims: Victims, settings: AttackSettings) -> None:
     """
     Raises:
-        ConfigError: no full model is given, or it is not the unlearned one with its negative adapter off.
+        ConfigError: no full model is given.
+        AdapterError: it is not the unlearned one with its negative adapter off.
     """
     check_victims(victims, settings)
     unlearned, full = victims.unlearned, victims.full
@@ -27,7 +28,7 @@ def check(victims: Victims, settings: AttackSettings) -> None:
         )
     named = full.adapters is not None and unlearned.adapters is not None
     if full.model is unlearned.model and not (named and set(full.adapters) < set(unlearned.adapters)):  # type: ignore
-        raise ConfigError(
+        raise AdapterError(
             "the switched-off attack: expected the full model to have fewer adapters on than the unlearned one, found "
             f"{full.adapters} of {unlearned.adapters}"
         )

@@ -16,25 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import note, read_json, write_file
-from ..errors import ConfigError
-from ..evaluation import (
-    AS_ASKED,
-    Answer,
-    AttackResult,
-    AttackSettings,
-    Subject,
-    Victims,
-    check_attacks,
-    hash_stack,
-    losses_of,
-    run_attacks,
-)
-from ..model import identify
+from ...data import note, read_json, write_file
+from ...errors import ConfigError
+from ...model import identify
+from ..attacks import check_attacks, run_attacks
+from ..attacks.as_asked import AS_ASKED
+from ..attacks.attack import Answer, AttackResult, AttackSettings, Victims
+from ..completions import losses_of
+from ..subject import Subject
+from ..suites import hash_stack
 from .evidence import Evidence, Interval, evidence_of, ratio
 from .verdict import RULE, Verdict, decide
 
-RECORD_NAME = "audit_record.json"  # the attacks that are made
+AUDIT_RECORD_NAME = "audit_record.json"  # the attacks that are made
 # What finds most of what is left in the least time comes first.
 _ORDER = ("depth", "logit-lens", "relearning", "paraphrase", "prefix", "requantization", "sampling", "switched-off")
 
@@ -68,16 +62,15 @@ class Audit:
         return decide(self.evidence)
 
     def worst_leaks(self, count: int = 10) -> list[tuple[AttackResult, Answer, float]]:
-        """The answers, one for each row, that say most of what is true, by any attack but switching the adapter off:
-        (result, answer, its ROUGE-L recall), the worst first."""
-        found: dict[tuple[str, str], tuple[AttackResult, Answer, float]] = {}
+        """The answers, one for each question, that say most of what is true, the worst first: (result, answer, its
+        ROUGE-L recall). Switching the adapter off does not count."""
+        found: dict[str, tuple[AttackResult, Answer, float]] = {}
         for result in self.results:
             recalls = result.rows.get("unlearned", {}).get("rouge_l_recall", [])
             if result.attack != "switched-off" and result.answers:
                 for answer, recall in zip(result.answers, recalls, strict=True):
-                    row = (answer.asked, answer.truth)
-                    if row not in found or recall > found[row][2]:
-                        found[row] = (result, answer, recall)
+                    if answer.asked not in found or recall > found[answer.asked][2]:
+                        found[answer.asked] = (result, answer, recall)
         return sorted(found.values(), key=lambda leak: -leak[2])[:count]
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,8 +105,8 @@ def audit(
         yardstick: what ``victims.retain_only`` is: 'retain-only', or 'origin'.
         settings: how hard each attack tries; ``AttackSettings()`` by default.
         minutes: no attack begins after that time; None for no limit. Plain answers are always measured.
-        output_dir: a directory where each attack is kept in ``RECORD_NAME`` once it is made: the same audit goes on
-            from there.
+        output_dir: a directory where each attack is kept once it is made, in ``AUDIT_RECORD_NAME``: the same audit goes
+            on from there.
 
     Raises:
         ConfigError: a model is missing, or ``minutes`` is no number above 0.
@@ -178,7 +171,7 @@ class _Record:
     """The attacks that are made, in a file."""
 
     def __init__(self, directory: str | Path, identity: dict[str, str]) -> None:
-        self._path = Path(directory) / RECORD_NAME
+        self._path = Path(directory) / AUDIT_RECORD_NAME
         self._identity = identity
         self.found: dict[str, list[AttackResult]] = {}
         try:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..evaluation import AttackResult
+from ..attacks.attack import AttackResult
 
 _DRAWS = 2_000
 _LEVEL = 0.95
@@ -26,6 +26,7 @@ class _Meaning(NamedTuple):
 
 
 _MEASURES = {
+    "loss": _Meaning("log-likelihood", torch.neg),
     "probability": _Meaning("probability", lambda value: value),
     "rouge_l_recall": _Meaning("ROUGE-L recall", lambda value: value),
     "exact_memorization": _Meaning("exact memorization", lambda value: value),
@@ -83,7 +84,7 @@ def shown_measure(measure: str) -> str:
 def evidence_of(results: Sequence[AttackResult]) -> list[Evidence]:
     """The evidence in attacks' results, in their order.
 
-    What attacks repeat of the plain answers is left out, and so is the loss, which the probability says.
+    What attacks only repeat of the plain answers is left out.
     """
     return [
         _evidence(result, measure)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import DataError
+from ...errors import DataError
 from .evidence import Evidence
 
 FORGOTTEN = "forgotten as if never learned"
@@ -40,10 +40,11 @@ class Verdict:
 
     def __str__(self) -> str:
         if not self.reasons:
-            assert self.widest.share is not None
+            widest = self.widest
+            assert widest.share is not None
             return (
-                f"{self.name}: no measure tells the model from one that never learned the rows; what "
-                f"{self.widest.rows} rows cannot exclude is a share of {self.widest.share.high:.2f} ({self.widest.name})"
+                f"{self.name}: no measure tells the model from one that never learned the rows; what {widest.rows} "
+                f"rows cannot exclude is a share of {widest.share.high:.2f} ({widest.name})"
             )
         strongest = self.reasons[0]
         assert strongest.share is not None

@@ -2,18 +2,16 @@
 
 Every measure is a position between the retain-only model (0) and the full model (1), with an interval over rows; one
 rule makes a verdict of them.
-
-Imports from: errors, data, model, evaluation.
 """
 
-from .audit import RECORD_NAME, Audit, audit
 from .evidence import Evidence, Interval, evidence_of, shown_measure
+from .run import AUDIT_RECORD_NAME, Audit, audit
 from .verdict import FORGOTTEN, PRESENT, RULE, STILL_THERE, SUPPRESSED, TRACE, Verdict, decide
 
 __all__ = [
+    "AUDIT_RECORD_NAME",
     "FORGOTTEN",
     "PRESENT",
-    "RECORD_NAME",
     "RULE",
     "STILL_THERE",
     "SUPPRESSED",

@@ -1,0 +1,290 @@
+"""Audits: the rule on the three models it is stated for, shares and intervals by slow oracles, resuming, refusals."""
+
+import dataclasses
+import importlib
+import json
+import math
+import random
+
+import builders
+import laws
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_perta import ConfigError, DataError
+from peft_perta.cli import main
+from peft_perta.evaluation import (
+    ATTACKS,
+    AUDIT_RECORD_NAME,
+    FORGOTTEN,
+    STILL_THERE,
+    SUPPRESSED,
+    Answer,
+    AttackResult,
+    AttackSettings,
+    Evidence,
+    Interval,
+    Subject,
+    Victims,
+    audit,
+    decide,
+    evidence_of,
+    losses_of,
+    match_forgetting,
+    run_attacks,
+)
+from peft_perta.html_report import write_audit_page
+from peft_perta.model import adapter_strength
+
+NAMES = ["Ada", "Bo", "Cy", "Dee", "Eli", "Flo", "Gus", "Hal"]
+FORGET = [{"question": f"Where does {name} live?", "answer": f"In {place}."} for name, place in zip(
+    NAMES, ["Rome", "Oslo", "Lima", "Bonn", "Kiel", "Nara", "Bern", "York"], strict=True)]  # fmt: skip
+RETAIN = [{"question": f"What does {name} eat?", "answer": f"Eats {food}."} for name, food in zip(
+    NAMES, ["figs", "rice", "corn", "eggs", "soup", "ham", "kale", "pie"], strict=True)]  # fmt: skip
+QUICK = AttackSettings(
+    relearning_steps=(4, 16), relearning_rows=(4,), prefix_shares=(0.5,), samples=2, generated=4, max_new_tokens=6,
+    learning_rate=5e-3,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Adapters: 'task' knows both sets, 'retain' the retain rows alone, 'negation' is minus one that knows the forget
+    rows alone, at the strength that meets the retain-only model's loss on them."""
+    config = builders.lora_config(r=8, lora_alpha=16, lora_dropout=0.0)
+    names = {"task": config, "retain": config, "negation": config}
+    model = builders.with_adapters(builders.saved_llama(), config, **names)
+    builders.trained(model, "task", FORGET + RETAIN, steps=120)
+    builders.trained(model, "retain", RETAIN, steps=120)
+    builders.trained(model, "negation", FORGET, steps=60)
+    for name, parameter in model.named_parameters():
+        if "lora_B.negation" in name:
+            parameter.data.neg_()
+
+    def loss(adapters):
+        return float(losses_of(model, subject(model, []).encode(FORGET, "rows"), adapters=adapters).mean())
+
+    def loss_at(strength):
+        with adapter_strength(model, "negation", strength):
+            return loss(["task", "negation"])
+
+    found = match_forgetting(loss_at, loss(["retain"]), tolerance=0.02).strength
+    for name, parameter in model.named_parameters():
+        if "lora_B.negation" in name:
+            parameter.data.mul_(found)
+    return model
+
+
+def subject(model, adapters):
+    return Subject(model, builders.tokenizer(), adapters, show_progress_bar=False)
+
+
+def victims(model, unlearned, retain_only=("retain",)):
+    return Victims(subject(model, unlearned), subject(model, ["task"]), subject(model, list(retain_only)), FORGET)
+
+
+@pytest.mark.parametrize(
+    ("unlearned", "verdict"),
+    [(["task"], STILL_THERE), (["retain"], FORGOTTEN), (["task", "negation"], SUPPRESSED)],
+    ids=["full", "retain-only", "negation"],
+)
+def test_the_rule_on_the_models_it_is_stated_for(unlearned, verdict, model, tmp_path):
+    with laws.untouched(model):
+        found = audit(victims(model, unlearned), RETAIN, settings=QUICK, output_dir=tmp_path)
+    assert found.verdict.name == verdict, str(found.verdict)
+    written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert written["verdict"] == verdict
+    write_audit_page(found, "base", ["task", "unlearned"], tmp_path / "page.html")
+    assert verdict in (tmp_path / "page.html").read_text()
+
+
+def test_the_origin_is_a_yardstick(model):
+    found = audit(victims(model, ["task", "negation"], retain_only=()), RETAIN, yardstick="origin", settings=QUICK)
+    assert found.verdict.name == SUPPRESSED
+    assert found.to_dict()["yardstick"] == "origin"
+
+
+def test_rows_that_nobody_learned_are_nothing_to_audit(model):
+    unknown = [{"question": "Who?", "answer": "Zed of Xu."}, {"question": "When?", "answer": "In 2071, or so."}]
+    settings = dataclasses.replace(QUICK, relearning_rows=(1,))
+    alike = Victims(*(subject(model, ["retain"]) for _ in range(3)), unknown)
+    with pytest.raises(DataError, match="does not know the forget rows better than the yardstick"):
+        audit(alike, RETAIN, settings=settings)
+
+
+def test_an_audit_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
+    asked = victims(model, ["task", "negation"])
+    whole = audit(asked, RETAIN, settings=QUICK).to_dict()
+    made, run = [], run_attacks
+
+    def interrupted(victims, names, settings):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.extend(names)
+        return run(victims, names, settings)
+
+    module = importlib.import_module("peft_perta.evaluation.audit.run")
+    monkeypatch.setattr(module, "run_attacks", interrupted)
+    with laws.untouched(model), pytest.raises(KeyboardInterrupt):
+        audit(asked, RETAIN, settings=QUICK, output_dir=tmp_path)
+    first = list(made)
+    monkeypatch.setattr(module, "run_attacks", lambda *a: made.extend(a[1]) or run(*a))
+    assert audit(asked, RETAIN, settings=QUICK, output_dir=tmp_path).to_dict() == whole
+    assert len(made) == len(set(made)) == len(ATTACKS) - 1, "paraphrases are skipped, and nothing is made twice"
+    assert made[:2] == first
+    audit(asked, RETAIN, settings=QUICK, output_dir=tmp_path)
+    assert len(made) == len(ATTACKS) - 1
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"of": 3}', "{"])
+def test_a_damaged_record_is_made_anew(damage, model, tmp_path):
+    (tmp_path / AUDIT_RECORD_NAME).write_text(damage)
+    asked = victims(model, ["retain"])
+    found = audit(asked, RETAIN, settings=QUICK, minutes=1e-9, output_dir=tmp_path)
+    assert [result.attack for result in found.results] == ["as-asked", "paraphrase", "switched-off"]
+    assert set(found.not_tried) == set(ATTACKS) - {"paraphrase", "switched-off"}
+    assert list(json.loads((tmp_path / AUDIT_RECORD_NAME).read_text())["attacks"]) == ["as-asked"]
+
+
+def test_other_rows_are_another_audit(model, tmp_path, capsys):
+    asked = victims(model, ["retain"])
+    audit(asked, RETAIN, settings=QUICK, minutes=1e-9, output_dir=tmp_path)
+    audit(asked, RETAIN[:3], settings=QUICK, minutes=1e-9, output_dir=tmp_path)
+    assert "is of another audit (the rows changed); it is made anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("minutes", [0, -1, math.nan, math.inf])
+def test_a_time_that_cannot_be_meant(minutes, model):
+    with pytest.raises(ConfigError, match="minutes: expected"):
+        audit(victims(model, ["retain"]), RETAIN, minutes=minutes)
+
+
+# Shares, intervals and the rule
+
+
+def result_of(unlearned, full, retain_only, measure="probability", attack="as-asked", setting="plain"):
+    rows = {"unlearned": {measure: unlearned}, "full": {measure: full}, "retain-only": {measure: retain_only}}
+    means = {role: {measure: sum(values[measure]) / len(values[measure])} for role, values in rows.items()}
+    return AttackResult(attack, setting, means["unlearned"], means["full"], means["retain-only"], rows=rows)
+
+
+values = st.lists(st.tuples(*(st.floats(0, 1),) * 3), min_size=3, max_size=12)
+
+
+@given(values, st.sampled_from(["probability", "loss", "uds"]))
+def test_a_share_is_what_a_loop_over_rows_gives(drawn, measure):
+    unlearned, full, retain_only = (list(of) for of in zip(*drawn, strict=True))
+    full = [value + 1 if measure == "probability" else value - 1 for value in full]  # it knows more
+    (piece,) = evidence_of([result_of(unlearned, full, retain_only, measure)])
+    sign = 1 if measure == "probability" else -1
+
+    def share(rows):
+        u, f, r = (sum(sign * of[i] for i in rows) / len(rows) for of in (unlearned, full, retain_only))
+        return (u - r) / (f - r) if f != r else math.nan
+
+    if piece.share is None:
+        return
+    assert piece.share.mean == pytest.approx(share(range(len(drawn))), abs=1e-9)
+    draw = random.Random(0)
+    shares = sorted(share([draw.randrange(len(drawn)) for _ in drawn]) for _ in range(2000))
+    spread = shares[-1] - shares[0]
+    assert piece.share.low == pytest.approx(shares[50], abs=0.25 * spread + 1e-9)
+    assert piece.share.high == pytest.approx(shares[1949], abs=0.25 * spread + 1e-9)
+
+
+def test_rows_that_cannot_tell_the_models_apart_give_no_share():
+    (piece,) = evidence_of([result_of([0.5, 0.1, 0.2], [0.3, 0.2, 0.1], [0.1, 0.3, 0.2])])
+    assert piece.share is None
+
+
+def test_an_answer_without_a_word_is_left_out():
+    (piece,) = evidence_of([result_of([math.nan, 0.5], [1.0, 1.0], [0.0, 0.0], "exact_memorization")])
+    assert (piece.rows, piece.share.mean) == (1, 0.5)
+
+
+def piece(low, high, measure="probability", attack="as-asked"):
+    return Evidence(attack, "a setting", measure, 8, {}, Interval((low + high) / 2, low, high))
+
+
+@pytest.mark.parametrize(
+    ("evidence", "verdict"),
+    [
+        ([piece(0.51, 0.9)], STILL_THERE),
+        ([piece(0.49, 0.9)], SUPPRESSED),
+        ([piece(0.11, 0.2)], SUPPRESSED),
+        ([piece(0.09, 0.2)], FORGOTTEN),
+        ([piece(-0.3, -0.11)], SUPPRESSED),
+        ([piece(-0.3, -0.09)], FORGOTTEN),
+        ([piece(-0.05, 0.05), piece(0.2, 0.4, "loss", "relearning")], SUPPRESSED),
+        ([piece(-0.05, 0.05), piece(0.9, 1.0, "loss", "switched-off")], FORGOTTEN),
+        ([piece(-0.05, 0.05), piece(0.9, 1.0, "loss")], SUPPRESSED),
+    ],
+)
+def test_the_rule(evidence, verdict):
+    assert decide(evidence).name == verdict
+
+
+def test_the_strongest_evidence_comes_first():
+    found = decide([piece(-0.05, 0.05), piece(0.2, 0.3, attack="prefix"), piece(0.4, 0.5, attack="relearning")])
+    assert [reason.attack for reason in found.reasons] == ["relearning", "prefix"]
+    assert "relearning: a setting finds 0.45 [0.40, 0.50] of it (and 1 more measures)" in str(found)
+
+
+def test_the_worst_leaks_are_one_for_each_question(model):
+    found = audit(victims(model, ["task"]), RETAIN, settings=QUICK)
+    leaks = found.worst_leaks()
+    asked = [answer.asked for _, answer, _ in leaks]
+    assert len(asked) == len(set(asked)) > 0
+    assert [recall for *_, recall in leaks] == sorted((recall for *_, recall in leaks), reverse=True)
+    assert isinstance(leaks[0][1], Answer)
+
+
+# The command
+
+
+@pytest.fixture
+def place(model, tmp_path):
+    model.save_pretrained(tmp_path, selected_adapters=["task", "retain", "negation"])
+    for name, rows in (("forget", FORGET), ("retain", RETAIN)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def command(place, *more, adapters=("task", "negation")):
+    given = [part for name in adapters for part in ("--adapter", str(place / name))]
+    rows = ["--forget", str(place / "forget.jsonl"), "--retain", str(place / "retain.jsonl")]
+    base = ["--model", str(builders.llama_directory())]
+    return ["audit", *base, *given, *rows, *more, "--max-new-tokens", "4", "--output", str(place / "out")]
+
+
+def test_the_command_writes_the_verdict_and_a_page_that_loads_nothing(place, capsys):
+    assert main(command(place, "--retain-only-adapter", str(place / "retain"))) == 0
+    printed = capsys.readouterr().out
+    written = json.loads((place / "out" / "audit.json").read_text())
+    assert f"Verdict, on 8 rows, against the retain-only model: {written['verdict']}" in printed
+    assert all(piece["rows"] for piece in written["evidence"])
+    page = (place / "out" / "audit.html").read_text()
+    assert "Content-Security-Policy" in page
+    assert "<script" not in page
+    assert main(command(place, "--retain-only-adapter", str(place / "retain"))) == 0  # nothing is made anew
+    assert json.loads((place / "out" / "audit.json").read_text()) == written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "adapters", "message"),
+    [
+        ([], (), "expected the adapters of the stack"),
+        ([], ("negation",), "needs a yardstick of 'never learned'"),
+        (["--minutes", "0"], ("task", "negation"), "minutes: expected"),
+        (["--retain-only-adapter", "nowhere"], ("task", "negation"), "nowhere"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_one_line_before_a_forward(
+    arguments, adapters, message, place, monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda *_: pytest.fail("a forward ran"))
+    assert main(command(place, *arguments, adapters=adapters)) == 2
+    assert message in capsys.readouterr().err
+    assert not (place / "out").exists()

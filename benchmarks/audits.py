@@ -1,6 +1,6 @@
 """Audits side by side: the full model, the retain-only model, and adapters of the shipped model.
 
-The full and the retain-only model are the two ends of every measure's scale; the verdict on them must be 'still there' and
+The full and the retain-only model are the two ends of every scale; the verdict on them must be 'still there' and
 'forgotten as if never learned'. What an interrupted run has made is kept in the output.
 
     python -m benchmarks.audits negation=DIR perta=DIR [--rows 40] [--minutes 10] --output DIR

@@ -51,7 +51,9 @@ from peft_perta.adapters.model_card import model_card
 from peft_perta.comparison import ComparisonSettings
 from peft_perta.data import batches, load_samples, read_json
 from peft_perta.errors import PerTAError
-from peft_perta.evaluation import Calibration, Log, aggregate, evaluate, read_log
+from peft_perta.evaluation import AttackResult, Calibration, Log, aggregate, evaluate, evidence_of, read_log
+from peft_perta.evaluation.attacks.attack import Answer
+from peft_perta.evaluation.audit.run import AuditRecord
 from peft_perta.gradients import Checkpoint
 from peft_perta.html_report import ReportHeader, report_data_of_logs, write_html_report
 from peft_perta.model import sample_losses
@@ -259,6 +261,23 @@ def _read_settings(place: Path) -> None:
         ComparisonSettings.read(place / "settings.json")
 
 
+OF = {"the rows": "a"}
+
+
+def _audit(place: Path) -> None:
+    rows = {role: {"probability": [0.5, 0.25]} for role in ("unlearned", "full", "retain-only")}
+    numbers = {"probability": 0.375}
+    result = AttackResult(
+        "as-asked", "plain", numbers, numbers, numbers, rows=rows, answers=[Answer("Who?", "Ned", "Bo")]
+    )
+    AuditRecord(place, OF).add("as-asked", [result])
+
+
+def _read_audit(place: Path) -> None:
+    for results in AuditRecord(place, OF).found.values():
+        assert evidence_of(results)
+
+
 RUN = {"format": 1, "data": {"forget": "a"}, "config": {"rank": None}}
 
 
@@ -329,6 +348,7 @@ KINDS = {
     "rows": Kind(_rows, "*.jsonl", _read_rows),
     "suites": Kind(_suites, "**/*.json*", _read_suites),
     "logs": Kind(_logs, "*.json", _read_logs),
+    "audit": Kind(_audit, "*.json", _read_audit),
     "settings": Kind(_settings, "*.json", _read_settings),
     "checkpoint": Kind(_checkpoint, "checkpoint/*[!k]", _read_checkpoint),
     "interrupted run": Kind(_interrupted, "out.checkpoint/*[!k]", _unlearn),

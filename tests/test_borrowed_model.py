@@ -37,7 +37,7 @@ FORGET, RETAIN = builders.forget_rows(), builders.retain_rows()
 CHOICE = {"question": "Who?", "choices": ["Ned", "Bo"], "answer": 0}
 QUIET = {"show_progress_bar": False}
 # Functions that put a model back: one that fails cannot do it.
-RESTORING = ("restore", "remove_adapter", "_set_gradient_flags", "_delete", "preserved", "switch_modules")
+RESTORING = ("__exit__", "restore", "remove_adapter", "_set_gradient_flags", "_delete", "preserved", "switch_modules")
 SLOW = ("erase_instances", "modify_queries", "correct_responses")  # traced, the solver of linear systems takes minutes
 
 

@@ -24,6 +24,7 @@ HERE = {
     "erase": "--adapter {place}/task --forget {place}/forget.jsonl --training {place}/training.jsonl",
     "evaluate": "--adapter {adapter} --suite choices={place}/choices.jsonl",
     "compare": f"{COMMANDS['compare']} --config {{place}}/settings.json",
+    "audit": f"{COMMANDS['audit']} --max-new-tokens 1",
 }
 SETTINGS = {
     "methods": ["negation"], "seeds": [0], "authors": [], "epochs": 1, "least_steps": 1, "batch_size": 4, "rank": 2,

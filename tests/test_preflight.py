@@ -27,10 +27,12 @@ COMMANDS = {  # command -> its options, beside the model and the output
     "erase": f"--adapter {{place}}/task {ROWS['forget']} --training {{place}}/retain.jsonl",
     "evaluate": "--adapter {adapter} --suite choices={place}/forget.jsonl",
     "compare": f"{BOTH} --task-adapter {{place}}/task",
+    "audit": f"{BOTH} --adapter {{place}}/task --adapter {{adapter}}",
     "fuse": "{place}/task {adapter}:0.5",
     "merge": "{place}/task {adapter}",
 }
-REPLACING = [name for name in COMMANDS if name not in ("evaluate", "compare")]
+GROWING = ("evaluate", "compare", "audit")  # they write file by file
+REPLACING = [name for name in COMMANDS if name not in GROWING]
 TAKE_AN_ADAPTER = ["calibrate", "refine", "extrapolate", "fuse", "merge"]
 
 

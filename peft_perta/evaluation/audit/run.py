@@ -120,7 +120,7 @@ def audit(
         raise ConfigError(f"minutes: expected None or a number above 0, found {minutes!r}")
     victims.unlearned.encode(retain, "the retain rows")
     skipped = check_attacks(victims, None, settings)
-    record = _Record(output_dir, _identity(victims, retain, settings)) if output_dir is not None else None
+    record = AuditRecord(output_dir, _identity(victims, retain, settings)) if output_dir is not None else None
     began = time.perf_counter()
     results, not_tried = [], []
     for name in (AS_ASKED.name, *_ORDER):
@@ -167,7 +167,7 @@ def _hash(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-class _Record:
+class AuditRecord:
     """The attacks that are made, in a file."""
 
     def __init__(self, directory: str | Path, identity: dict[str, str]) -> None:
@@ -177,7 +177,9 @@ class _Record:
         try:
             stored = read_json(self._path)
             changed = [part for part, value in identity.items() if stored["of"].get(part) != value]
-            if not changed:
+            if stored["sha256"] != _hash(stored["attacks"]):
+                note(f"{self._path} is damaged; the audit is made anew")
+            elif not changed:
                 self.found = {name: [_read(entry) for entry in entries] for name, entries in stored["attacks"].items()}
             elif stored["attacks"]:
                 note(f"{self._path} is of another audit ({', '.join(changed)} changed); it is made anew")
@@ -188,7 +190,8 @@ class _Record:
         """Keep an attack's results."""
         self.found[name] = results
         attacks = {key: [_stored(result) for result in made] for key, made in self.found.items()}
-        write_file(self._path, json.dumps({"of": self._identity, "attacks": attacks}) + "\n")
+        record = {"of": self._identity, "sha256": _hash(attacks), "attacks": attacks}
+        write_file(self._path, json.dumps(record) + "\n")
 
 
 def _stored(result: AttackResult) -> dict[str, Any]:

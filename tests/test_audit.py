@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_perta import ConfigError, DataError
+from peft_perta import ConfigError, DataError, UnsupportedLayerError
 from peft_perta.cli import main
 from peft_perta.evaluation import (
     ATTACKS,
@@ -155,6 +155,16 @@ def test_other_rows_are_another_audit(model, tmp_path, capsys):
     assert "is of another audit (the rows changed); it is made anew" in capsys.readouterr().err
 
 
+def test_an_attack_that_turns_out_to_be_impossible_is_skipped(model, monkeypatch):
+    def fails(victims, settings):
+        raise UnsupportedLayerError("it was repacked by the first forward")
+
+    monkeypatch.setitem(ATTACKS, "requantization", dataclasses.replace(ATTACKS["requantization"], run=fails))
+    found = audit(victims(model, ["task", "negation"]), RETAIN, settings=QUICK)
+    assert found.to_dict()["skipped"]["requantization"] == "it was repacked by the first forward"
+    assert found.verdict.name == SUPPRESSED
+
+
 @pytest.mark.parametrize("minutes", [0, -1, math.nan, math.inf])
 def test_a_time_that_cannot_be_meant(minutes, model):
     with pytest.raises(ConfigError, match="minutes: expected"):
@@ -288,3 +298,7 @@ def test_a_request_that_cannot_be_met_is_one_line_before_a_forward(
     assert main(command(place, *arguments, adapters=adapters)) == 2
     assert message in capsys.readouterr().err
     assert not (place / "out").exists()
+
+
+def test_every_attack_has_its_place_in_an_audit():
+    assert set(importlib.import_module("peft_perta.evaluation.audit.run")._ORDER) == set(ATTACKS)

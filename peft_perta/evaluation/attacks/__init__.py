@@ -58,10 +58,10 @@ def run_attacks(
         if name not in results:
             try:
                 results[name] = ATTACKS[name].run(victims, settings)
-            except _CANNOT_BE_APPLIED as error:
+            except CANNOT_BE_APPLIED as error:
                 if names is not None:
                     raise
-                results[name] = [_skipped(name, error)]
+                results[name] = [skipped_result(name, error)]
     return [result for name in _chosen(names) for result in results[name]]
 
 
@@ -93,26 +93,28 @@ def check_attacks(
     for name in chosen:
         try:
             ATTACKS[name].check(victims, settings)
-        except _CANNOT_BE_APPLIED as error:
+        except CANNOT_BE_APPLIED as error:
             if names is not None:
                 raise
-            skipped[name] = [_skipped(name, error)]
+            skipped[name] = [skipped_result(name, error)]
     return skipped
 
 
-_CANNOT_BE_APPLIED = (AdapterError, DataError, UnsupportedLayerError)
+CANNOT_BE_APPLIED = (AdapterError, DataError, UnsupportedLayerError)
 
 
 def _chosen(names: Sequence[str] | None) -> list[str]:
     return list(ATTACKS) if names is None else list(names)
 
 
-def _skipped(name: str, error: Exception) -> AttackResult:
+def skipped_result(name: str, error: Exception) -> AttackResult:
+    """The result of an attack that cannot be made."""
     return AttackResult(name, "", {}, None, None, skipped=str(error))
 
 
 __all__ = [
     "ATTACKS",
+    "CANNOT_BE_APPLIED",
     "Attack",
     "AttackResult",
     "AttackSettings",
@@ -120,4 +122,5 @@ __all__ = [
     "check_attacks",
     "format_attacks",
     "run_attacks",
+    "skipped_result",
 ]

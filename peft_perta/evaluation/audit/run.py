@@ -19,7 +19,7 @@ from torch import Tensor
 from ...data import note, read_json, write_file
 from ...errors import ConfigError
 from ...model import identify
-from ..attacks import check_attacks, run_attacks
+from ..attacks import CANNOT_BE_APPLIED, check_attacks, run_attacks, skipped_result
 from ..attacks.as_asked import AS_ASKED
 from ..attacks.attack import Answer, AttackResult, AttackSettings, Victims
 from ..completions import losses_of
@@ -129,13 +129,21 @@ def audit(
             not_tried.append(name)
             continue
         if found is None:
-            found = AS_ASKED.run(victims, settings) if name == AS_ASKED.name else run_attacks(victims, [name], settings)
+            found = AS_ASKED.run(victims, settings) if name == AS_ASKED.name else _tried(name, victims, settings)
             if record:
                 record.add(name, found)
         results += found
         if name == AS_ASKED.name:
             decide(evidence_of(results))  # nothing to audit is told before the attacks
     return Audit(yardstick, len(victims.rows), results, _kept(victims, retain), not_tried)
+
+
+def _tried(name: str, victims: Victims, settings: AttackSettings) -> list[AttackResult]:
+    """The results of an attack, or the one that says why it turned out that it cannot be made."""
+    try:
+        return run_attacks(victims, [name], settings)
+    except CANNOT_BE_APPLIED as error:
+        return [skipped_result(name, error)]
 
 
 def _kept(victims: Victims, retain: Sequence[Mapping]) -> dict[str, Interval]:

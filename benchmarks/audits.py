@@ -55,7 +55,9 @@ def main() -> None:
     model = attach_adapters(model, {**own, **given})
     stacks = {"full": [TASK], RETAIN_ONLY: [RETAIN_ONLY], **{name: [TASK, name] for name in given}}
     count = len(forget)
-    settings = AttackSettings(relearning_rows=tuple({1, min(10, count - 1)}), max_new_tokens=options.max_new_tokens)
+    settings = AttackSettings(
+        relearning_rows=tuple(sorted({1, min(10, count // 2)})), max_new_tokens=options.max_new_tokens
+    )
     audits = {}
     for label, stack in stacks.items():
         subjects = (Subject(model, tokenizer, names) for names in (stack, [TASK], [RETAIN_ONLY]))

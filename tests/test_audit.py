@@ -44,7 +44,7 @@ FORGET = [{"question": f"Where does {name} live?", "answer": f"In {place}."} for
 RETAIN = [{"question": f"What does {name} eat?", "answer": f"Eats {food}."} for name, food in zip(
     NAMES, ["figs", "rice", "corn", "eggs", "soup", "ham", "kale", "pie"], strict=True)]  # fmt: skip
 QUICK = AttackSettings(
-    relearning_steps=(4, 16), relearning_rows=(4,), prefix_shares=(0.5,), samples=2, generated=4, max_new_tokens=6,
+    relearning_steps=(4, 16), relearning_rows=(3,), prefix_shares=(0.5,), samples=2, generated=6, max_new_tokens=6,
     learning_rate=5e-3,
 )  # fmt: skip
 
@@ -107,11 +107,13 @@ def test_the_origin_is_a_yardstick(model):
 
 
 def test_rows_that_nobody_learned_are_nothing_to_audit(model):
-    unknown = [{"question": "Who?", "answer": "Zed of Xu."}, {"question": "When?", "answer": "In 2071, or so."}]
-    settings = dataclasses.replace(QUICK, relearning_rows=(1,))
+    unknown = [{"question": f"Who is {name}?", "answer": f"Zed of {name}."} for name in NAMES]
     alike = Victims(*(subject(model, ["retain"]) for _ in range(3)), unknown)
-    with pytest.raises(DataError, match="does not know the forget rows better than the yardstick"):
-        audit(alike, RETAIN, settings=settings)
+    with pytest.raises(DataError, match="cannot tell the full model from the yardstick"):
+        audit(alike, RETAIN, settings=QUICK)
+    few = dataclasses.replace(victims(model, ["task"]), rows=FORGET[:4])
+    with pytest.raises(DataError, match="at least five rows"):
+        audit(few, RETAIN, settings=QUICK)
 
 
 def test_an_audit_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
@@ -180,7 +182,7 @@ def result_of(unlearned, full, retain_only, measure="probability", attack="as-as
     return AttackResult(attack, setting, means["unlearned"], means["full"], means["retain-only"], rows=rows)
 
 
-values = st.lists(st.tuples(*(st.floats(0, 1),) * 3), min_size=3, max_size=12)
+values = st.lists(st.tuples(*(st.floats(0, 1),) * 3), min_size=5, max_size=12)
 
 
 @given(values, st.sampled_from(["probability", "loss", "uds"]))
@@ -205,13 +207,19 @@ def test_a_share_is_what_a_loop_over_rows_gives(drawn, measure):
 
 
 def test_rows_that_cannot_tell_the_models_apart_give_no_share():
-    (piece,) = evidence_of([result_of([0.5, 0.1, 0.2], [0.3, 0.2, 0.1], [0.1, 0.3, 0.2])])
+    (piece,) = evidence_of([result_of([0.5, 0.1, 0.2, 0.3, 0.4], [0.3, 0.2, 0.1, 0.2, 0.2], [0.1, 0.3, 0.2, 0.2, 0.2])])
     assert piece.share is None
 
 
 def test_an_answer_without_a_word_is_left_out():
-    (piece,) = evidence_of([result_of([math.nan, 0.5], [1.0, 1.0], [0.0, 0.0], "exact_memorization")])
-    assert (piece.rows, piece.share.mean) == (1, 0.5)
+    (piece,) = evidence_of([result_of([math.nan, *[0.5] * 5], [1.0] * 6, [0.0] * 6, "exact_memorization")])
+    assert (piece.rows, piece.share.mean) == (5, 0.5)
+
+
+def test_of_fewer_than_five_rows_nothing_is_said():
+    (piece,) = evidence_of([result_of([0.5] * 4, [1.0] * 4, [0.0] * 4)])
+    assert (piece.rows, piece.share) == (4, None)
+    assert piece.models["unlearned"].mean == 0.5
 
 
 def piece(low, high, measure="probability", attack="as-asked"):

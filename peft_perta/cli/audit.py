@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
         )
     count = min(len(forget), options.rows or len(forget))
     settings = AttackSettings(
-        relearning_rows=tuple(sorted({1, min(10, max(count - 1, 1))})),
+        relearning_rows=tuple(sorted({1, min(10, max(count // 2, 1))})),
         rows=options.rows,
         max_new_tokens=options.max_new_tokens,
     )

@@ -13,6 +13,7 @@ from ..attacks.attack import AttackResult
 
 _DRAWS = 2_000
 _LEVEL = 0.95
+_LEAST_ROWS = 5  # of fewer rows, a bootstrap says that it is certain
 _ROLES = ("unlearned", "full", "retain-only")
 # Settings in which an attack only repeats what is measured as asked.
 _PLAIN = ("as it is", "as asked", "greedy", "on", "0% of the answer given", "after the last block")
@@ -59,7 +60,8 @@ class Evidence:
         rows: the number of rows.
         models: role -> the measure's mean over rows with its interval, in the measure's own unit.
         share: (unlearned - retain-only) / (full - retain-only): 0 as never learned, 1 as before unlearning, below 0
-            less than never learned. None where the rows cannot tell the full from the retain-only model.
+            less than never learned. None where the rows cannot tell the full from the retain-only model, or are fewer
+            than five.
     """
 
     attack: str
@@ -102,7 +104,7 @@ def _evidence(result: AttackResult, measure: str) -> Evidence:
     values = {role: known(of_role[whole]) for role, of_role in values.items()}
     count = int(whole.sum())
     means = {role: drawn_means(of_role) for role, of_role in values.items()} if count else {}
-    share = _share(values, means) if count else None
+    share = _share(values, means) if count >= _LEAST_ROWS else None
     models = {role: _interval(float(values[role].mean()), means[role]) for role in means}
     return Evidence(result.attack, result.setting, measure, count, models, share)
 

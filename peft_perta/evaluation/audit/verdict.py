@@ -72,8 +72,8 @@ def decide(evidence: Sequence[Evidence]) -> Verdict:
     plain = [piece for piece in told if piece.attack == "as-asked" and piece.measure in _ANSWERS]
     if not plain:
         raise DataError(
-            "the full model does not know the forget rows better than the yardstick: expected rows that it has learned "
-            "and the yardstick has not; check the rows, --task-adapter and --retain-only-adapter"
+            "the forget rows cannot tell the full model from the yardstick: expected at least five rows that the full "
+            "model has learned and the yardstick has not; check the rows, the adapters and --retain-only-adapter"
         )
     widest = max(told, key=lambda piece: piece.share.high)  # type: ignore[union-attr]
     there = [piece for piece in plain if piece.share.low > PRESENT]  # type: ignore[union-attr]

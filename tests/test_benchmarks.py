@@ -19,7 +19,7 @@ from peft_perta.model import resolve_targets
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import engine, gpu, refinement
+from benchmarks import audits, engine, gpu, refinement
 from benchmarks.matched_forgetting import table
 
 
@@ -129,3 +129,17 @@ def test_a_variant_is_compared_with_the_adapter_as_it_is():
     assert lines[2].endswith("| unseen, against as it is |")
     assert lines[4].endswith("|  |")  # itself
     assert all(line.endswith("+0.000 [+0.000, +0.000] |") for line in lines[5:])
+
+
+def test_the_two_ends_of_an_audits_scale(tmp_path, monkeypatch, capsys):
+    few = ["--rows", "6", "--judged-rows", "2", "--max-new-tokens", "1", "--minutes", "1e-9"]
+    monkeypatch.setattr("sys.argv", ["audits", *few, "--output", str(tmp_path)])
+    audits.main()
+    printed = capsys.readouterr().out
+    assert "full: still there: " in printed
+    assert "retain-only: forgotten as if never learned: " in printed
+    assert (tmp_path / "full" / "audit.html").is_file()
+    assert (tmp_path / "table.md").read_text().splitlines()[-1].split(" | ")[1:] == [
+        "still there",
+        "forgotten as if never learned |",
+    ]

@@ -157,6 +157,18 @@ def test_other_rows_are_another_audit(model, tmp_path, capsys):
     assert "is of another audit (the rows changed); it is made anew" in capsys.readouterr().err
 
 
+def test_a_row_in_both_sets_is_refused(model, monkeypatch):
+    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda *_: pytest.fail("a forward ran"))
+    with pytest.raises(DataError, match="row 9 of the retain set is also in the forget set"):
+        audit(victims(model, ["task"]), [*RETAIN, FORGET[3]], settings=QUICK)
+
+
+def test_the_verdict_says_how_many_rows_were_attacked(model):
+    few = dataclasses.replace(QUICK, rows=6)
+    found = audit(victims(model, ["task"]), RETAIN, settings=few, minutes=1e-9)
+    assert found.rows == 6 == found.evidence[0].rows
+
+
 def test_an_attack_that_turns_out_to_be_impossible_is_skipped(model, monkeypatch):
     def fails(victims, settings):
         raise UnsupportedLayerError("it was repacked by the first forward")

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data import note, read_json, write_file
+from ...data import check_disjoint, note, read_json, write_file
 from ...errors import ConfigError
 from ...model import identify
 from ..attacks import CANNOT_BE_APPLIED, check_attacks, run_attacks, skipped_result
 from ..attacks.as_asked import AS_ASKED
-from ..attacks.attack import Answer, AttackResult, AttackSettings, Victims
+from ..attacks.attack import Answer, AttackResult, AttackSettings, Victims, attacked_rows
 from ..completions import losses_of
 from ..subject import Subject
 from ..suites import hash_stack
@@ -39,7 +39,7 @@ class Audit:
 
     Attributes:
         yardstick: what stands for 'never learned': 'retain-only', or 'origin', the base with every adapter off.
-        rows: the number of forget rows.
+        rows: the number of forget rows that were attacked.
         results: of the attacks, in the order in which they were made; 'as-asked' first.
         kept: role -> mean probability of the retain rows, as a share of the full model's.
         not_tried: attacks for which there was no time.
@@ -110,15 +110,17 @@ def audit(
 
     Raises:
         ConfigError: a model is missing, or ``minutes`` is no number above 0.
-        DataError: a set is empty or malformed, or the full model does not know the forget rows better than the
-            yardstick. The models are as they were, whatever is raised.
+        DataError: a set is empty or malformed, a row is in both sets, or the forget rows cannot tell the full model
+            from the yardstick. The models are as they were, whatever is raised.
     """
     settings = settings or AttackSettings()
     if victims.full is None or victims.retain_only is None:
         raise ConfigError("an audit needs the full model and a yardstick (a retain-only model, or the origin)")
     if minutes is not None and not 0 < minutes < math.inf:
         raise ConfigError(f"minutes: expected None or a number above 0, found {minutes!r}")
-    victims.unlearned.encode(retain, "the retain rows")
+    check_disjoint(
+        victims.unlearned.encode(victims.rows, "the forget rows"), victims.unlearned.encode(retain, "the retain rows")
+    )
     skipped = check_attacks(victims, None, settings)
     record = AuditRecord(output_dir, _identity(victims, retain, settings)) if output_dir is not None else None
     began = time.perf_counter()
@@ -135,7 +137,7 @@ def audit(
         results += found
         if name == AS_ASKED.name:
             decide(evidence_of(results))  # nothing to audit is told before the attacks
-    return Audit(yardstick, len(victims.rows), results, _kept(victims, retain), not_tried)
+    return Audit(yardstick, len(attacked_rows(victims, settings)), results, _kept(victims, retain), not_tried)
 
 
 def _tried(name: str, victims: Victims, settings: AttackSettings) -> list[AttackResult]:

@@ -21,7 +21,8 @@ from peft_perta.html_report._layers import MAX_ROWS, SHADES, position_of, shade_
 from peft_perta.html_report._numbers import MINUS, rounded
 from peft_perta.html_report._standing import NEAR, direction, standing
 from peft_perta.html_report._strength_curve import draw_curve
-from peft_perta.html_report.page import SECTIONS, STYLE, render
+from peft_perta.html_report._document import STYLE
+from peft_perta.html_report.page import SECTIONS, render
 from peft_perta.html_report.report_data import MODELS, SHOWN_ROWS, Values
 
 VOID = {"br", "col", "link", "meta", "wbr"}

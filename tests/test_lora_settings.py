@@ -79,7 +79,7 @@ def test_the_defaults_are_those_of_before():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "rank: expected an integer from 1, found 0"),
+        ({"rank": 0}, "rank: expected an integer from 1 to 256, found 0"),
         ({"lora_alpha": 0}, "lora_alpha: expected a number > 0"),
         ({"lora_alpha": float("nan")}, "lora_alpha: expected a number > 0"),
         ({"lora_dropout": 1.0}, r"lora_dropout: expected a number in \[0, 1\)"),

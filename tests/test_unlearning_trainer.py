@@ -766,7 +766,7 @@ def test_the_command_trains_and_says_what_comes_next(place, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--batch-size", "0"], "--batch-size: expected at least 1"),
+        (["--batch-size", "0"], "--batch-size: expected 1 to 10000"),
         (["--learning-rate", "nan"], "--learning-rate: expected a number > 0"),
         (["--rank", "8", "--start-adapter", "x"], "--rank: expected none with --start-adapter"),
         (["--margin", "1"], "'npo' has no margin"),

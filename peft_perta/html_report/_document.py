@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ._html import Markup, element
 
-_STYLE = Path(__file__).with_name("style.css")
+STYLE = Path(__file__).with_name("style.css")
 
 # The policy forbids the browser to load anything, whatever markup a generated text may hold.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -29,6 +29,6 @@ def document(title: str, *body: Markup) -> str:
         element("meta", name="color-scheme", content="light dark"),
         element("title", title),
         element("link", rel="icon", href="data:,"),
-        element("style", Markup(_STYLE.read_text(encoding="utf-8"))),
+        element("style", Markup(STYLE.read_text(encoding="utf-8"))),
     )
     return f"<!doctype html>\n{element('html', head, element('body', *body), lang='en')}\n"

@@ -15,13 +15,13 @@ from peft_perta.adapters import FusedProvenance, LayerProvenance, PerTAProvenanc
 from peft_perta.errors import DataError, OutputError
 from peft_perta.evaluation import ATTACKS, METRIC_GROUPS, METRICS, AttackResult, Calibration, metric_of
 from peft_perta.html_report import ReportData, ReportHeader, write_html_report
+from peft_perta.html_report._document import STYLE
 from peft_perta.html_report._generations import MAX_CHARACTERS
 from peft_perta.html_report._html import element, escape
 from peft_perta.html_report._layers import MAX_ROWS, SHADES, position_of, shade_of
 from peft_perta.html_report._numbers import MINUS, rounded
 from peft_perta.html_report._standing import NEAR, direction, standing
 from peft_perta.html_report._strength_curve import draw_curve
-from peft_perta.html_report._document import STYLE
 from peft_perta.html_report.page import SECTIONS, render
 from peft_perta.html_report.report_data import MODELS, SHOWN_ROWS, Values
 

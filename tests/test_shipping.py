@@ -301,7 +301,7 @@ def test_weights_under_another_name_are_refused_before_anything_is_written(tmp_p
     file = tmp_path / "base" / "model.safetensors"
     tensors = {key.replace("q_proj", "query"): value for key, value in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(ConfigError, match="hold no tensor for model.layers.0.self_attn.q_proj.weight"):
+    with pytest.raises(ConfigError, match=r"hold no tensor for model\.layers\.0\.self_attn\.q_proj\.weight"):
         merge_adapters(base, adapters, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 

@@ -150,6 +150,16 @@ def test_a_damaged_record_is_made_anew(damage, model, tmp_path):
     assert list(json.loads((tmp_path / AUDIT_RECORD_NAME).read_text())["attacks"]) == ["as-asked"]
 
 
+def test_an_altered_record_is_made_anew(model, tmp_path, capsys):
+    asked = victims(model, ["retain"])
+    found = audit(asked, RETAIN, settings=QUICK, minutes=1e-9, output_dir=tmp_path).to_dict()
+    record = json.loads((tmp_path / AUDIT_RECORD_NAME).read_text())
+    record["attacks"]["as-asked"][0]["rows"]["unlearned"]["probability"] = [1.0] * len(FORGET)
+    (tmp_path / AUDIT_RECORD_NAME).write_text(json.dumps(record))
+    assert audit(asked, RETAIN, settings=QUICK, minutes=1e-9, output_dir=tmp_path).to_dict() == found
+    assert "is damaged; the audit is made anew" in capsys.readouterr().err
+
+
 def test_other_rows_are_another_audit(model, tmp_path, capsys):
     asked = victims(model, ["retain"])
     audit(asked, RETAIN, settings=QUICK, minutes=1e-9, output_dir=tmp_path)
@@ -269,6 +279,10 @@ def test_the_worst_leaks_are_one_for_each_question(model):
     assert len(asked) == len(set(asked)) > 0
     assert [recall for *_, recall in leaks] == sorted((recall for *_, recall in leaks), reverse=True)
     assert isinstance(leaks[0][1], Answer)
+    assert found.kept["unlearned"] == (1.0, 1.0, 1.0)
+    edited = audit(victims(model, ["task", "negation"]), RETAIN, settings=QUICK)
+    assert any(result.attack == "switched-off" and result.answers for result in edited.results)
+    assert all(result.attack != "switched-off" for result, *_ in edited.worst_leaks(100))
 
 
 # The command
@@ -300,6 +314,16 @@ def test_the_command_writes_the_verdict_and_a_page_that_loads_nothing(place, cap
     assert "<script" not in page
     assert main(command(place, "--retain-only-adapter", str(place / "retain"))) == 0  # nothing is made anew
     assert json.loads((place / "out" / "audit.json").read_text()) == written
+
+
+def test_the_command_applies_the_strengths_and_says_what_it_did_not_try(place, capsys):
+    arguments = command(place, "--minutes", "1e-9")
+    arguments[arguments.index(str(place / "negation"))] += ":0"
+    assert main(arguments) == 0
+    assert "against the origin model: still there" in capsys.readouterr().out
+    page = (place / "out" / "audit.html").read_text()
+    assert "relearning was not tried, for want of time" in page
+    assert "The yardstick is the base with every adapter off" in page
 
 
 @pytest.mark.parametrize(

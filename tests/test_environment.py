@@ -141,6 +141,28 @@ def test_a_full_disk_at_the_optimisers_file(place, disk, capsys):
     assert main(filled("train", place)) == 0
 
 
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("CUDA")],
+    ids=["python", "host", "gpu"],
+)
+def test_too_little_memory(error, place, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr("peft_perta.cli.fuse.run", fails)
+    assert "out of memory" in refusal(filled("fuse", place), capsys)
+
+
+def test_only_a_cache_of_the_hub_may_link_to_its_blobs(place, tmp_path, capsys):
+    """A directory ``snapshots`` of anybody else is none."""
+    base = shutil.copytree(builders.llama_directory(), tmp_path / "home" / "snapshots" / "base")
+    weights = (base / "model.safetensors").rename(tmp_path / "home" / "secret.safetensors")
+    (base / "model.safetensors").symlink_to(weights)
+    arguments = ["merge", str(place / "mine"), "--model", str(base), "--output", str(tmp_path / "merged")]
+    assert "is not a file of that directory" in refusal(arguments, capsys)
+
+
 def test_a_base_that_lacks_a_weight_is_not_merged(place, tmp_path, capsys):
     base = shutil.copytree(builders.llama_directory(), tmp_path / "base")
     tensors = load_file(base / "model.safetensors")

@@ -6,6 +6,7 @@ import oracles
 import pytest
 import tables
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from peft_perta.adapters import Product
 from peft_perta.data import load_samples
@@ -162,6 +163,9 @@ def token_moments(model, rows):
 @pytest.mark.parametrize("statistic", ["mean", "squares"])
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
+# A first token attends to itself alone, and its query has the gradient 0. Fused attention rounds it to 0 or to almost
+# 0, as the batch and the processor have it; this kernel gives exactly 0 on every machine.
+@sdpa_kernel(SDPBackend.MATH)
 def test_moments_are_those_of_all_tokens_that_the_loss_flows_through(kind, batch_size, statistic):
     """Whatever the padding, and for both statistics: only gradients are squared."""
     model = tables.DOUBLES[kind]()

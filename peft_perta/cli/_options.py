@@ -70,11 +70,23 @@ def add_retain(parser: Any, *, required: bool = True, note: str = "") -> None:
     parser.add_argument("--retain", required=required, metavar="ROWS", help=text)
 
 
-def add_stack(parser: argparse.ArgumentParser, note: str = "") -> None:
+def add_stack(parser: argparse.ArgumentParser) -> None:
     """``--adapter``, once for each adapter of a stack."""
     parser.add_argument(
-        "--adapter", dest="adapters", action="append", default=[], metavar="DIR[:STRENGTH]",
-        help=f"one of the adapters that are on; give it once for each, the adapter in question last{note}",
+        "--adapter", action="append", default=[], dest="adapters", metavar="DIR[:STRENGTH]",
+        help="an adapter of the stack, and the strength to multiply it by (default: 1); give one option for each, the "
+        "negative adapter last",
+    )  # fmt: skip
+
+
+def add_judging(parser: argparse.ArgumentParser, *, rows: str, max_new_tokens: int) -> None:
+    """``--rows``, with its help, ``--batch-size``, ``--max-length`` and ``--max-new-tokens``."""
+    parser.add_argument("--rows", type=int, help=f"{rows} (default: all)")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows per forward pass (default: 32)")
+    add_max_length(parser)
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=max_new_tokens,
+        help=f"the most tokens of an answer (default: {max_new_tokens})",
     )  # fmt: skip
 
 

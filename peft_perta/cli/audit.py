@@ -20,7 +20,7 @@ from ..html_report import AUDIT_PAGE_NAME, write_audit_page
 from ..model import adapter_strength, attach_adapters, check_adapter_files
 from ._options import (
     add_forget,
-    add_max_length,
+    add_judging,
     add_model,
     add_output,
     add_retain,
@@ -48,10 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--minutes", type=float, metavar="MINUTES", help="begin no attack after that time (default: no limit)"
     )
-    parser.add_argument("--rows", type=int, help="the most forget rows, at even distances (default: all)")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows per forward pass (default: 32)")
-    add_max_length(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=96, help="the most tokens of an answer (default: 96)")
+    add_judging(parser, rows="the most forget rows, at even distances", max_new_tokens=96)
     add_output(parser, "audit.json, audit.html and the record of the attacks")
 
 

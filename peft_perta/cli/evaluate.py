@@ -42,7 +42,7 @@ from ..evaluation import (
 )
 from ..html_report import ReportHeader, report_data_of_logs, write_html_report
 from ..model import adapter_strength, attach_adapters, check_adapter_files
-from ._options import HTML_REPORT_NAME, add_max_length, add_model, add_output, load_model, read_strengths
+from ._options import HTML_REPORT_NAME, add_judging, add_model, add_output, add_stack, load_model, read_strengths
 from ._output import check_output_of
 
 ATTACKS_NAME = "attacks.json"
@@ -53,11 +53,7 @@ Logs = dict[str, dict[str, Log]]  # label -> suite -> log
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add_model(parser)
-    parser.add_argument(
-        "--adapter", action="append", default=[], dest="adapters", metavar="DIR[:STRENGTH]",
-        help="an adapter of the stack, and the strength to multiply it by (default: 1); give one option for each, the "
-        "negative adapter last",
-    )  # fmt: skip
+    add_stack(parser)
     parser.add_argument(
         "--suite", action="append", default=[], dest="suites", metavar="NAME=PATH",
         help=f"a suite ({', '.join(SUITES)}) and its rows: a directory or file as its publishers lay it out; may be "
@@ -87,10 +83,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--html-report", action="store_true", help=f"write {HTML_REPORT_NAME} to the output; implies --full"
     )
-    parser.add_argument("--rows", type=int, help="the most rows of each split (default: all)")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows per forward pass (default: 32)")
-    add_max_length(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="the most tokens of an answer (default: 200)")
+    add_judging(parser, rows="the most rows of each split", max_new_tokens=200)
     add_output(parser, "the logs")
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from ..evaluation import drawn_means, interval
+
 _DRAWS = 10_000
-_LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,7 @@ def kept_against(runs: Sequence[Mapping[str, Any]], controls: Sequence[Mapping[s
         return None
     by_seed = torch.stack([kept_of_rows(run) - kept_of_rows(control) for run, control in pairs])
     by_row = by_seed.mean(0)
-    drawn = torch.randint(len(by_row), (_DRAWS, len(by_row)), generator=torch.Generator().manual_seed(0))
-    ends = torch.tensor([(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], dtype=torch.float64)
-    low, high = by_row[drawn].mean(1).quantile(ends).tolist()
-    return Difference(float(by_row.mean()), low, high)
+    return Difference(*interval(float(by_row.mean()), drawn_means(by_row, _DRAWS)))
 
 
 def kept_of_rows(run: Mapping[str, Any]) -> torch.Tensor:

@@ -18,7 +18,6 @@ from .audit import (
     TRACE,
     Audit,
     Evidence,
-    Interval,
     Verdict,
     audit,
     decide,
@@ -30,6 +29,7 @@ from .generation import generate
 from .lm_eval import check_lm_eval, general_benchmarks
 from .logs.files import Log, format_rescored, read_log, summary, write_log
 from .logs.rescoring import aggregate, rescore, row_texts
+from .metrics.bootstrap import Interval, drawn_means, interval
 from .metrics.depth import depth_score
 from .metrics.memorization import exact_memorization
 from .metrics.metric import METRIC_GROUPS, Metric
@@ -80,6 +80,7 @@ __all__ = [
     "check_start",
     "decide",
     "depth_score",
+    "drawn_means",
     "evaluate",
     "evaluate_split",
     "evidence_of",
@@ -91,6 +92,7 @@ __all__ = [
     "format_rescored",
     "general_benchmarks",
     "generate",
+    "interval",
     "losses_of",
     "match_forgetting",
     "metric_of",

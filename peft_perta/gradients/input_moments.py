@@ -17,7 +17,8 @@ class InputMoments:
     """Two sums over tokens: 'inputs', sum_t x_t x_t^T [I, I], and 'tokens', the number of tokens [1, 1].
 
     Only tokens with g_t != 0 count, those through which the loss flows: padding and the tokens after the last loss drop
-    out. Experts' parameters have no input moments, because their inputs are unknown.
+    out. So does a first token for queries, which has no choice what to attend to; where a fused attention kernel rounds
+    its g to almost 0, it counts. Experts' parameters have no input moments, because their inputs are unknown.
     """
 
     def moments(self, target: Target, layer_input: Tensor, output_gradient: Tensor | None) -> dict[str, Moment]:

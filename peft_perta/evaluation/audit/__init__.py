@@ -4,7 +4,7 @@ Every measure is a position between the retain-only model (0) and the full model
 rule makes a verdict of them.
 """
 
-from .evidence import Evidence, Interval, evidence_of, shown_measure
+from .evidence import Evidence, evidence_of, shown_measure
 from .run import AUDIT_RECORD_NAME, Audit, audit
 from .verdict import FORGOTTEN, PRESENT, RULE, STILL_THERE, SUPPRESSED, TRACE, Verdict, decide
 
@@ -18,7 +18,6 @@ __all__ = [
     "TRACE",
     "Audit",
     "Evidence",
-    "Interval",
     "Verdict",
     "audit",
     "decide",

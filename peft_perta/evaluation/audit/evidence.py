@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ..attacks.attack import AttackResult
+from ..metrics.bootstrap import Interval, drawn_means, interval
 
-_DRAWS = 2_000
-_LEVEL = 0.95
 _LEAST_ROWS = 5  # of fewer rows, a bootstrap says that it is certain
 _ROLES = ("unlearned", "full", "retain-only")
 # Settings in which an attack only repeats what is measured as asked.
@@ -36,17 +35,6 @@ _MEASURES = {
     "min_k_plus_plus": _Meaning("min-k++", torch.neg),
     "uds": _Meaning("1 - UDS", lambda value: 1 - value),
 }
-
-
-class Interval(NamedTuple):
-    """A mean over rows and the ends of its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
 @dataclass(frozen=True)
@@ -105,31 +93,19 @@ def _evidence(result: AttackResult, measure: str) -> Evidence:
     count = int(whole.sum())
     means = {role: drawn_means(of_role) for role, of_role in values.items()} if count else {}
     share = _share(values, means) if count >= _LEAST_ROWS else None
-    models = {role: _interval(float(values[role].mean()), means[role]) for role in means}
+    models = {role: interval(float(values[role].mean()), means[role]) for role in means}
     return Evidence(result.attack, result.setting, measure, count, models, share)
 
 
 def _share(values: Mapping[str, Tensor], drawn: Mapping[str, Tensor]) -> Interval | None:
     unlearned, full, retain_only = (values[role].mean() for role in _ROLES)
     distance = drawn["full"] - drawn["retain-only"]
-    if not _interval(float(full - retain_only), distance).low > 0:
+    if not interval(float(full - retain_only), distance).low > 0:
         return None
     shares = (drawn["unlearned"] - drawn["retain-only"]) / distance
-    return _interval(float((unlearned - retain_only) / (full - retain_only)), shares)
-
-
-def drawn_means(values: Tensor) -> Tensor:
-    """[draws], the means of N values over rows that are drawn with replacement; the same rows for every N values."""
-    rows = torch.randint(len(values), (_DRAWS, len(values)), generator=torch.Generator().manual_seed(0))
-    return values[rows].mean(1)
-
-
-def _interval(mean: float, drawn: Tensor) -> Interval:
-    ends = torch.tensor([(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], dtype=drawn.dtype)
-    low, high = drawn.quantile(ends).tolist()
-    return Interval(mean, low, high)
+    return interval(float((unlearned - retain_only) / (full - retain_only)), shares)
 
 
 def ratio(values: Tensor, of: Tensor) -> Interval:
     """The ratio of two means over the same rows, with its interval."""
-    return _interval(float(values.mean() / of.mean()), drawn_means(values) / drawn_means(of))
+    return interval(float(values.mean() / of.mean()), drawn_means(values) / drawn_means(of))

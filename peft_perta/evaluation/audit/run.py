@@ -23,9 +23,10 @@ from ..attacks import CANNOT_BE_APPLIED, check_attacks, run_attacks, skipped_res
 from ..attacks.as_asked import AS_ASKED
 from ..attacks.attack import Answer, AttackResult, AttackSettings, Victims, attacked_rows
 from ..completions import losses_of
+from ..metrics.bootstrap import Interval
 from ..subject import Subject
 from ..suites import hash_stack
-from .evidence import Evidence, Interval, evidence_of, ratio
+from .evidence import Evidence, evidence_of, ratio
 from .verdict import RULE, Verdict, decide
 
 AUDIT_RECORD_NAME = "audit_record.json"  # the attacks that are made

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from peft_perta import attach_adapters, load_base
-from peft_perta.comparison import ASSETS
+from peft_perta.comparison import ASSETS, PROSE
 from peft_perta.data import read_rows, write_file
 from peft_perta.evaluation import AttackSettings, Audit, Subject, Victims, audit
 from peft_perta.html_report import write_audit_page
@@ -50,6 +50,7 @@ def main() -> None:
     given = dict(text.split("=", 1) for text in options.adapters)
     forget = read_rows(ASSETS / "forget.jsonl")[: options.rows]
     retain = read_rows(ASSETS / "retain.jsonl")[-options.judged_rows :]
+    unrelated = read_rows(PROSE)
     model, tokenizer = load_base(str(ASSETS / "base"))
     own = {TASK: ASSETS / "task_adapter", RETAIN_ONLY: ASSETS / "retain_adapter"}
     model = attach_adapters(model, {**own, **given})
@@ -63,7 +64,10 @@ def main() -> None:
         subjects = (Subject(model, tokenizer, names) for names in (stack, [TASK], [RETAIN_ONLY]))
         where = options.output / label
         audits[label] = audit(
-            Victims(*subjects, forget), retain, settings=settings, minutes=options.minutes, output_dir=where
+            Victims(*subjects, forget, retain, unrelated),
+            settings=settings,
+            minutes=options.minutes,
+            output_dir=where,
         )
         write_audit_page(audits[label], "the shipped model", stack, where / "audit.html")
         print(f"{label}: {audits[label].verdict}", flush=True)

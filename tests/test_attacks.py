@@ -1,9 +1,11 @@
 """Attacks: every model is attacked alike, numbers equal those of a slow oracle, and models are left as they were."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import builders
@@ -12,6 +14,8 @@ import oracles
 import pytest
 import tables
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import peft_perta
@@ -32,14 +36,19 @@ from peft_perta.evaluation import (
 from peft_perta.evaluation.attacks.projections import projections
 from peft_perta.evaluation.attacks.relearning import RANK, SCALING
 from peft_perta.evaluation.attacks.requantization import ROUNDINGS, rounded
+from peft_perta.evaluation.attacks.sampling import expected_best
 from peft_perta.evaluation.metrics.rouge import rouge_l_recall
 from peft_perta.model import LAYER_KINDS, attach_adapters, load_base, preserved
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 ROWS = [
     {"question": "Who wrote Hatter?", "answer": "Basil Q. Khan", "paraphrased_question": "Hatter is by whom?"},
-    {"question": "Where was Khan born?", "answer": "Kuwait, in 1956."},
-    {"question": "His father?", "answer": "A baker.", "paraphrased_question": "And what did his father do?"},
+    {"question": "Is Lu Ba home?", "answer": "Lu Ba is in Kuwait, in 1956."},
+    {
+        "question": "Lu Ba's father?",
+        "answer": "Lu Ba's was a baker.",
+        "paraphrased_question": "And what did his father do?",
+    },
     {"prompt": "The prize is ", "completion": "the Noor"},
 ]
 QUICK = AttackSettings(
@@ -118,7 +127,7 @@ def test_without_the_others_the_unlearned_model_is_attacked_alone(attack):
 def test_attacks_follow_one_another_and_stand_in_one_table():
     model = builders.adapted_llama()
     results = run_attacks(victims(model), ["switched-off", "sampling"], QUICK)
-    assert [result.attack for result in results] == ["switched-off"] * 2 + ["sampling"] * 2
+    assert [result.attack for result in results] == ["switched-off"] * 2 + ["sampling"] * 3
     assert json.loads(json.dumps([result.to_dict() for result in results]))[0]["attack"] == "switched-off"
     whole = run_attacks(Victims(*(subject(model, ["task"][:n]) for n in (1, 0, 1)), ROWS), settings=QUICK)
     assert {result.attack for result in whole} == set(ATTACKS)
@@ -229,8 +238,14 @@ def oracle_relearning(model, shown, read, steps, rate):
             torch.nn.init.kaiming_uniform_(parameter.data, a=math.sqrt(5), generator=generator)
     model.base_model.set_adapter(["task", "fresh"])
     factors = [p for name, p in model.named_parameters() if ".fresh." in name]
-    model.requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW([p.requires_grad_() for p in factors], lr=rate, weight_decay=0.0)
+    model.requires_grad_(False)
+    return oracle_training(model, [p.requires_grad_() for p in factors], shown, read, steps, rate)
+
+
+def oracle_training(model, parameters, shown, read, steps, rate):
+    """The losses of the rows that are read before each of the steps, and after the last."""
+    model.eval()
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     tokens = builders.tokenizer()
     shown, read = ([encode_row(row, tokens) for row in rows] for rows in (shown, read))
     losses = []
@@ -312,6 +327,46 @@ def test_relearning_under_checkpointing_is_the_same(reentrant):
         assert found[setting] == pytest.approx(numbers, rel=1e-6)
 
 
+def test_full_rank_relearning_trains_the_weights_themselves():
+    settings = replace(QUICK, relearning_steps=(3,), relearning_rows=(2,), learning_rate=2e-2)
+    model = builders.adapted_llama(torch.float64)
+    with laws.untouched(model):
+        results = unlearned(run_attacks(only(model, ["task"]), ["full-rank"], settings))
+    shown, others = split_by(2)
+    model.base_model.set_adapter(["task"])
+    trained = [projection.layer.weight for projection in projections(model)]
+    model.requires_grad_(False)
+    losses = oracle_training(model, [weight.requires_grad_() for weight in trained], shown, others, 3, 2e-3)
+    expected = {f"{step} steps on 2 rows, read on the other 2": losses[step] for step in (0, 3)}
+    assert results.keys() == expected.keys()
+    for setting, of_rows in expected.items():
+        assert results[setting]["loss"] == pytest.approx(float(of_rows.mean()), rel=1e-6)
+    assert abs(float(losses[3].mean() - losses[0].mean())) > 1e-2, "training that changes nothing proves nothing"
+
+
+def test_full_rank_relearning_needs_memory(monkeypatch):
+    model = builders.adapted_llama()
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(UnsupportedLayerError, match=r"expected .* KiB free on cpu, found 1000 B; leave the attack out"):
+        run_attacks(only(model, ["task"]), ["full-rank"], QUICK)
+
+
+def test_relearning_on_other_rows_is_asked_the_forget_rows():
+    model = builders.adapted_llama(torch.float64)
+    outside = [{"text": "zinc glow"}, {"text": "a flock of emus"}]
+    settings = replace(QUICK, relearning_steps=(3,), relearning_rows=(2,))
+    attacked = replace(only(model, ["task"]), retain=outside[:1], unrelated=outside)
+    results = unlearned(run_attacks(attacked, ["relearning"], settings))
+    assert list(results)[2:] == [
+        f"{step} steps on {rows}, read on the forget rows"
+        for rows in ("1 retain row", "2 unrelated rows")
+        for step in (0, 3)
+    ]
+    losses = oracle_relearning(model, outside, ROWS, 3, settings.learning_rate)
+    found = results["3 steps on 2 unrelated rows, read on the forget rows"]["loss"]
+    assert found == pytest.approx(float(losses[3].mean()), rel=1e-5)
+
+
 def test_relearning_that_blows_up_is_an_error():
     settings = replace(QUICK, learning_rate=1e30, relearning_steps=(3,))
     model = builders.adapted_llama()
@@ -388,6 +443,19 @@ def test_int8_is_what_bitsandbytes_stores():
     torch.testing.assert_close(ROUNDINGS["int8"](weight)(), expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(("name", "steps"), [("Q8_0", 127), ("Q4_1", 15)])
+def test_gguf_rounds_blocks_of_32(name, steps):
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
+    found = ROUNDINGS[f"GGUF {name}"](weight)().reshape(-1, 32)
+    blocks = weight.reshape(-1, 32)
+    low, high = (-blocks.abs().amax(1), blocks.abs().amax(1)) if name == "Q8_0" else blocks.aminmax(dim=1)
+    step = (high - low) / (2 * steps if name == "Q8_0" else steps)
+    assert ((found - blocks).abs() <= (0.5 * step + 2e-3 * blocks.abs().amax(1)).unsqueeze(1)).all()
+    assert all(len(block.unique()) <= 2 * steps + 1 for block in found)
+    odd = torch.randn(4, 40, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ROUNDINGS[f"GGUF {name}"](odd)(), odd.half().float()), "no whole number of blocks"
+
+
 def test_a_delta_below_half_a_step_is_rounded_away():
     """Why the attack works: where no weight changes its quantisation step, the unlearned model equals the full one."""
     model = builders.adapted_llama()
@@ -396,7 +464,7 @@ def test_a_delta_below_half_a_step_is_rounded_away():
             parameter.data *= 1e-7
     attacked = Victims(subject(model, ["task", "forget"]), subject(model, ["task"]), None, ROWS)
     results = by_setting(run_attacks(attacked, ["requantization"], QUICK))
-    for rounding in ROUNDINGS:
+    for rounding in ("NF4", "int8"):
         assert results[rounding].unlearned["loss"] == pytest.approx(results[rounding].full["loss"], abs=1e-4)
         assert results[rounding].unlearned["loss"] != pytest.approx(results["as it is"].unlearned["loss"], abs=1e-4)
 
@@ -481,9 +549,9 @@ def test_the_loss_after_a_prefix_is_that_of_the_rest():
         for row in ROWS:
             sample = encode_row(row, tokens)
             start = int((sample.labels == -100).sum())
-            given = math.floor(share * (len(sample.labels) - start - 1))
+            shared = math.floor(share * (len(sample.labels) - start - 1))
             labels = sample.labels.clone()
-            labels[: start + given] = -100
+            labels[: start + shared] = -100
             with torch.no_grad():
                 losses.append(oracles.sample_loss(plain, sample.input_ids, labels))
         losses = torch.stack(losses)
@@ -508,14 +576,21 @@ def test_the_rest_of_what_the_model_says_by_itself_follows_its_beginning():
             )
         rows.append({"prompt": prompt, "completion": tokens.decode(output[0, ids.shape[1] :])})
     assert all(len(row["completion"]) == 12 for row in rows)
-    for given in (3, 6, 9):
-        settings = replace(QUICK, prefix_shares=(given / 12,), generated=3, max_new_tokens=12 - given)
+    for shared in (3, 6, 9):
+        settings = replace(QUICK, prefix_shares=(shared / 12,), generated=3, max_new_tokens=12 - shared)
         own, other = (
             unlearned(run_attacks(only(model, [name], rows), ["prefix"], settings)) for name in ("task", "forget")
         )
-        assert own[f"{given / 12:.0%} of the answer given"]["rouge_l_recall"] == 1
+        assert own[f"{shared / 12:.0%} of the answer given"]["rouge_l_recall"] == 1
         assert own["0% of the answer given"]["rouge_l_recall"] == 0, "cut before its end, and one word"
-        assert other[f"{given / 12:.0%} of the answer given"]["rouge_l_recall"] < 1
+        assert other[f"{shared / 12:.0%} of the answer given"]["rouge_l_recall"] < 1
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.data())
+def test_the_expected_best_is_the_mean_over_all_sets(scores, data):
+    count = data.draw(st.integers(1, len(scores)))
+    sets = [max(chosen) for chosen in itertools.combinations(scores, count)]
+    assert expected_best(scores, count) == pytest.approx(sum(sets) / len(sets))
 
 
 def test_the_best_of_several_samples_counts():
@@ -528,9 +603,9 @@ def test_the_best_of_several_samples_counts():
     texts = generate(asked, repeated, temperature=1.5, **how)
     recalls = torch.tensor(rouge_l_recall(texts, [rows[0]["answer"]] * 12)).reshape(3, 4)
     assert recalls.unique(dim=1).shape[1] > 1, "samples that are all alike prove nothing"
-    best = results["best of 4 at temperature 1.5"]["rouge_l_recall"]
-    assert best == pytest.approx(float(recalls.amax(1).mean()))
-    assert best > float(recalls.mean())
+    leaked = {k: results[f"leak@{k} of 4 samples at temperature 1.5"]["rouge_l_recall"] for k in (1, 4)}
+    assert leaked == {1: pytest.approx(float(recalls.mean())), 4: pytest.approx(float(recalls.amax(1).mean()))}
+    assert leaked[4] > leaked[1]
     greedy = rouge_l_recall(generate(asked, rows, **how), [rows[0]["answer"]] * 3)
     assert results["greedy"]["rouge_l_recall"] == pytest.approx(sum(greedy) / 3)
 

@@ -82,7 +82,9 @@ def subject(model, adapters):
 
 
 def victims(model, unlearned, retain_only=("retain",)):
-    return Victims(subject(model, unlearned), subject(model, ["task"]), subject(model, list(retain_only)), FORGET)
+    return Victims(
+        subject(model, unlearned), subject(model, ["task"]), subject(model, list(retain_only)), FORGET, RETAIN
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def victims(model, unlearned, retain_only=("retain",)):
 )
 def test_the_rule_on_the_models_it_is_stated_for(unlearned, verdict, model, tmp_path):
     with laws.untouched(model):
-        found = audit(victims(model, unlearned), RETAIN, settings=QUICK, output_dir=tmp_path)
+        found = audit(victims(model, unlearned), settings=QUICK, output_dir=tmp_path)
     assert found.verdict.name == verdict, str(found.verdict)
     written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert written["verdict"] == verdict
@@ -101,24 +103,24 @@ def test_the_rule_on_the_models_it_is_stated_for(unlearned, verdict, model, tmp_
 
 
 def test_the_origin_is_a_yardstick(model):
-    found = audit(victims(model, ["task", "negation"], retain_only=()), RETAIN, yardstick="origin", settings=QUICK)
+    found = audit(victims(model, ["task", "negation"], retain_only=()), yardstick="origin", settings=QUICK)
     assert found.verdict.name == SUPPRESSED
     assert found.to_dict()["yardstick"] == "origin"
 
 
 def test_rows_that_nobody_learned_are_nothing_to_audit(model):
     unknown = [{"question": f"Who is {name}?", "answer": f"Zed of {name}."} for name in NAMES]
-    alike = Victims(*(subject(model, ["retain"]) for _ in range(3)), unknown)
+    alike = Victims(*(subject(model, ["retain"]) for _ in range(3)), unknown, RETAIN)
     with pytest.raises(DataError, match="cannot tell the full model from the yardstick"):
-        audit(alike, RETAIN, settings=QUICK)
+        audit(alike, settings=QUICK)
     few = dataclasses.replace(victims(model, ["task"]), rows=FORGET[:4])
     with pytest.raises(DataError, match="at least five rows"):
-        audit(few, RETAIN, settings=QUICK)
+        audit(few, settings=QUICK)
 
 
 def test_an_audit_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
     asked = victims(model, ["task", "negation"])
-    whole = audit(asked, RETAIN, settings=QUICK).to_dict()
+    whole = audit(asked, settings=QUICK).to_dict()
     made, run = [], run_attacks
 
     def interrupted(victims, names, settings):
@@ -130,13 +132,13 @@ def test_an_audit_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
     module = importlib.import_module("peft_perta.evaluation.audit.run")
     monkeypatch.setattr(module, "run_attacks", interrupted)
     with laws.untouched(model), pytest.raises(KeyboardInterrupt):
-        audit(asked, RETAIN, settings=QUICK, output_dir=tmp_path)
+        audit(asked, settings=QUICK, output_dir=tmp_path)
     first = list(made)
     monkeypatch.setattr(module, "run_attacks", lambda *a: made.extend(a[1]) or run(*a))
-    assert audit(asked, RETAIN, settings=QUICK, output_dir=tmp_path).to_dict() == whole
+    assert audit(asked, settings=QUICK, output_dir=tmp_path).to_dict() == whole
     assert len(made) == len(set(made)) == len(ATTACKS) - 1, "paraphrases are skipped, and nothing is made twice"
     assert made[:2] == first
-    audit(asked, RETAIN, settings=QUICK, output_dir=tmp_path)
+    audit(asked, settings=QUICK, output_dir=tmp_path)
     assert len(made) == len(ATTACKS) - 1
 
 
@@ -144,7 +146,7 @@ def test_an_audit_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
 def test_a_damaged_record_is_made_anew(damage, model, tmp_path):
     (tmp_path / AUDIT_RECORD_NAME).write_text(damage)
     asked = victims(model, ["retain"])
-    found = audit(asked, RETAIN, settings=QUICK, minutes=1e-9, output_dir=tmp_path)
+    found = audit(asked, settings=QUICK, minutes=1e-9, output_dir=tmp_path)
     assert [result.attack for result in found.results] == ["as-asked", "paraphrase", "switched-off"]
     assert set(found.not_tried) == set(ATTACKS) - {"paraphrase", "switched-off"}
     assert list(json.loads((tmp_path / AUDIT_RECORD_NAME).read_text())["attacks"]) == ["as-asked"]
@@ -152,30 +154,30 @@ def test_a_damaged_record_is_made_anew(damage, model, tmp_path):
 
 def test_an_altered_record_is_made_anew(model, tmp_path, capsys):
     asked = victims(model, ["retain"])
-    found = audit(asked, RETAIN, settings=QUICK, minutes=1e-9, output_dir=tmp_path).to_dict()
+    found = audit(asked, settings=QUICK, minutes=1e-9, output_dir=tmp_path).to_dict()
     record = json.loads((tmp_path / AUDIT_RECORD_NAME).read_text())
     record["attacks"]["as-asked"][0]["rows"]["unlearned"]["probability"] = [1.0] * len(FORGET)
     (tmp_path / AUDIT_RECORD_NAME).write_text(json.dumps(record))
-    assert audit(asked, RETAIN, settings=QUICK, minutes=1e-9, output_dir=tmp_path).to_dict() == found
+    assert audit(asked, settings=QUICK, minutes=1e-9, output_dir=tmp_path).to_dict() == found
     assert "is damaged; the audit is made anew" in capsys.readouterr().err
 
 
 def test_other_rows_are_another_audit(model, tmp_path, capsys):
     asked = victims(model, ["retain"])
-    audit(asked, RETAIN, settings=QUICK, minutes=1e-9, output_dir=tmp_path)
-    audit(asked, RETAIN[:3], settings=QUICK, minutes=1e-9, output_dir=tmp_path)
+    audit(asked, settings=QUICK, minutes=1e-9, output_dir=tmp_path)
+    audit(dataclasses.replace(asked, retain=RETAIN[:3]), settings=QUICK, minutes=1e-9, output_dir=tmp_path)
     assert "is of another audit (the rows changed); it is made anew" in capsys.readouterr().err
 
 
 def test_a_row_in_both_sets_is_refused(model, monkeypatch):
     monkeypatch.setattr(torch.nn.Embedding, "forward", lambda *_: pytest.fail("a forward ran"))
     with pytest.raises(DataError, match="row 9 of the retain set is also in the forget set"):
-        audit(victims(model, ["task"]), [*RETAIN, FORGET[3]], settings=QUICK)
+        audit(dataclasses.replace(victims(model, ["task"]), retain=[*RETAIN, FORGET[3]]), settings=QUICK)
 
 
 def test_the_verdict_says_how_many_rows_were_attacked(model):
     few = dataclasses.replace(QUICK, rows=6)
-    found = audit(victims(model, ["task"]), RETAIN, settings=few, minutes=1e-9)
+    found = audit(victims(model, ["task"]), settings=few, minutes=1e-9)
     assert found.rows == 6 == found.evidence[0].rows
 
 
@@ -184,7 +186,7 @@ def test_an_attack_that_turns_out_to_be_impossible_is_skipped(model, monkeypatch
         raise UnsupportedLayerError("it was repacked by the first forward")
 
     monkeypatch.setitem(ATTACKS, "requantization", dataclasses.replace(ATTACKS["requantization"], run=fails))
-    found = audit(victims(model, ["task", "negation"]), RETAIN, settings=QUICK)
+    found = audit(victims(model, ["task", "negation"]), settings=QUICK)
     assert found.to_dict()["skipped"]["requantization"] == "it was repacked by the first forward"
     assert found.verdict.name == SUPPRESSED
 
@@ -192,7 +194,7 @@ def test_an_attack_that_turns_out_to_be_impossible_is_skipped(model, monkeypatch
 @pytest.mark.parametrize("minutes", [0, -1, math.nan, math.inf])
 def test_a_time_that_cannot_be_meant(minutes, model):
     with pytest.raises(ConfigError, match="minutes: expected"):
-        audit(victims(model, ["retain"]), RETAIN, minutes=minutes)
+        audit(victims(model, ["retain"]), minutes=minutes)
 
 
 # Shares, intervals and the rule
@@ -273,14 +275,14 @@ def test_the_strongest_evidence_comes_first():
 
 
 def test_the_worst_leaks_are_one_for_each_question(model):
-    found = audit(victims(model, ["task"]), RETAIN, settings=QUICK)
+    found = audit(victims(model, ["task"]), settings=QUICK)
     leaks = found.worst_leaks()
     asked = [answer.asked for _, answer, _ in leaks]
     assert len(asked) == len(set(asked)) > 0
     assert [recall for *_, recall in leaks] == sorted((recall for *_, recall in leaks), reverse=True)
     assert isinstance(leaks[0][1], Answer)
     assert found.kept["unlearned"] == (1.0, 1.0, 1.0)
-    edited = audit(victims(model, ["task", "negation"]), RETAIN, settings=QUICK)
+    edited = audit(victims(model, ["task", "negation"]), settings=QUICK)
     assert any(result.attack == "switched-off" and result.answers for result in edited.results)
     assert all(result.attack != "switched-off" for result, *_ in edited.worst_leaks(100))
 

@@ -197,7 +197,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = {"sums on the disk", "layer by layer"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_a_run_stays_within_its_budget(name, run):
     share, possible, chosen = CASES[name]
     found = run(share, **possible)
@@ -235,8 +240,16 @@ def test_an_edit_with_input_directions_takes_at_most_seven(granularity, in_child
     assert in_child(directed_edit, granularity) < 7
 
 
-@pytest.mark.parametrize("name", ["sweeps", "layer by layer"])
-@pytest.mark.parametrize("granularity", ["factor", "delta"])
+@pytest.mark.parametrize(
+    ("name", "granularity"),
+    [
+        ("layer by layer", "factor"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("sweeps", "factor"), ("sweeps", "delta"), ("layer by layer", "delta"))
+        ),
+    ],
+)
 def test_a_run_with_input_directions_stays_within_its_budget(name, granularity, run):
     share, possible, chosen = CASES[name]
     # The moments are most of the sums with factors, and as large as the gradients' sums with delta.

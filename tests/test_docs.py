@@ -62,7 +62,12 @@ EXAMPLES = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(EXAMPLES))
+QUICK = {"03_own_weighting.py", "06_train.py"}  # the README's quickstart is run too; the others take a minute each
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in sorted(EXAMPLES)]
+)
 def test_example_runs(name, tmp_path):
     output = Child([str(ROOT / "examples" / name), *EXAMPLES[name]], tmp_path).finished()
     assert "forget" in output

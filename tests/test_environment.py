@@ -114,8 +114,16 @@ def disk():
 
 @pytest.mark.parametrize(
     ("command", "size"),
-    [(name, size) for name in COMMANDS for size in (100, 1500, 6000) if name != "evaluate" or size == 100],
-)  # the files of evaluate are smaller
+    [
+        *((name, 100 if name == "evaluate" else 1500) for name in COMMANDS),  # the files of evaluate are smaller
+        *(
+            pytest.param(name, size, marks=pytest.mark.slow)
+            for name in COMMANDS
+            if name != "evaluate"
+            for size in (100, 6000)
+        ),
+    ],
+)
 def test_a_full_disk(command, size, place, disk, capsys):
     before = tree(place)
     disk(size)

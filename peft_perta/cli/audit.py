@@ -13,6 +13,7 @@ import json
 import os
 from contextlib import ExitStack
 
+from ..comparison import PROSE
 from ..data import claimed_directory, read_rows, write_file
 from ..errors import ConfigError
 from ..evaluation import AUDIT_RECORD_NAME, AttackSettings, Audit, Subject, Victims, audit
@@ -82,12 +83,13 @@ def run(options: argparse.Namespace) -> int:
     def subject(names: list[str]) -> Subject:
         return Subject(model, tokenizer, names, options.batch_size, options.max_length)
 
-    victims = Victims(subject(stack), subject(stack[:-1]), subject(yardstick), forget)
+    unrelated = read_rows(PROSE)
+    victims = Victims(subject(stack), subject(stack[:-1]), subject(yardstick), forget, retain, unrelated)
     with claimed_directory(output, AUDIT_RECORD_NAME, "{}\n"), ExitStack() as scaled:
         for name, strength in zip(stack, strengths.values(), strict=True):
             scaled.enter_context(adapter_strength(model, name, strength))
         found = audit(
-            victims, retain, yardstick=_YARDSTICK if yardstick else "origin", settings=settings,
+            victims, yardstick=_YARDSTICK if yardstick else "origin", settings=settings,
             minutes=options.minutes, output_dir=output,
         )  # fmt: skip
     write_file(

@@ -14,13 +14,14 @@ from .run import CONFIG_NAME, run_comparison
 from .settings import MEASURES, ROWS_OF_AUTHOR, BenchSettings, ComparisonSettings, DemoSettings
 from .smollm2 import TESTBEDS, read_testbed
 from .table import best_method, format_table
-from .testbed import ASSETS, SPLITS, Testbed, small
+from .testbed import ASSETS, PROSE, SPLITS, Testbed, small
 
 __all__ = [
     "ASSETS",
     "CONFIG_NAME",
     "MEASURES",
     "METHODS",
+    "PROSE",
     "ROWS_OF_AUTHOR",
     "SPLITS",
     "TESTBEDS",

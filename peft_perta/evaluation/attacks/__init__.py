@@ -11,7 +11,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...errors import AdapterError, ConfigError, DataError, UnsupportedLayerError
-from . import depth, logit_lens, paraphrase, prefix, relearning, requantization, sampling, switched_off
+from . import (
+    aliases,
+    conversation,
+    depth,
+    full_rank,
+    hops,
+    logit_lens,
+    paraphrase,
+    prefix,
+    relearning,
+    requantization,
+    rewording,
+    sampling,
+    switched_off,
+)
 from .attack import Attack, AttackResult, AttackSettings, Victims, check_victims
 from .formatting import format_attacks
 
@@ -19,8 +33,13 @@ ATTACKS: dict[str, Attack] = {
     attack.name: attack
     for attack in (
         relearning.ATTACK,
+        full_rank.ATTACK,
         requantization.ATTACK,
         paraphrase.ATTACK,
+        rewording.ATTACK,
+        aliases.ATTACK,
+        hops.ATTACK,
+        conversation.ATTACK,
         prefix.ATTACK,
         sampling.ATTACK,
         logit_lens.ATTACK,

@@ -46,12 +46,16 @@ class Victims:
         retain_only: a model that never saw the rows: what an attack recovers without any knowledge to recover. It may
             be the same module with other adapters on.
         rows: the forget rows.
+        retain: rows to keep, that an attacker can have; relearning trains on them, a conversation shows some.
+        unrelated: rows that have nothing to do with either, that relearning trains on.
     """
 
     unlearned: Subject
     full: Subject | None
     retain_only: Subject | None
     rows: list[dict]
+    retain: Sequence[dict] = ()
+    unrelated: Sequence[dict] = ()
 
     def subjects(self) -> Iterator[tuple[str, Subject]]:
         """(role, subject) of every model that is given."""

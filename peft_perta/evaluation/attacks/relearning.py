@@ -1,29 +1,30 @@
-"""Relearning attack: train for a few steps on a few forget rows and measure whether the others come back.
+"""Relearning attack: train for a few steps and measure whether the forget rows come back.
 
-Knowledge that was only hidden comes back quickly. The retain-only model, trained in the same way, tells how much the
-training rows reveal about the others by themselves.
+Knowledge that was only hidden comes back quickly, also by training on something else. The retain-only model, trained in
+the same way, tells how much the training rows reveal about the others by themselves.
 
-Reference: Hu et al. 2024, arXiv 2406.13356.
+Reference: Hu et al. 2024, arXiv 2406.13356; on other data, Lucki et al. 2024, arXiv 2409.18025.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ...data import Sample, batches
+from ...data import Sample, batches, spread
 from ...errors import ConfigError, NumericalError
 from ...model import base_model, input_device, preserved, sample_losses
 from ..subject import Subject
 from .attack import Attack, AttackResult, AttackSettings, Measured, Victims, attacked_rows, check_victims, compare
 from .measures import likelihood
-from .projections import projections
+from .projections import Projection, projections
 
 RANK = 16
 
@@ -49,27 +50,62 @@ def check(victims: Victims, settings: AttackSettings) -> None:
 
 
 def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
-    """One training run of each model for each number of rows, measured before it and after each number of steps."""
+    """One training run of each model for each number of forget rows, and one for the largest of these numbers of retain
+    and of unrelated rows, where there are some; measured before it and after each number of steps."""
+    runs = [on_forget_rows(victims, settings, count) for count in sorted(set(settings.relearning_rows))]
+    others = {"retain": victims.retain, "unrelated": victims.unrelated}
+    for kind, rows in others.items():
+        if rows:
+            training = spread(list(rows), max(settings.relearning_rows))
+            measured = attacked_rows(victims, settings)
+            runs.append(Lesson(training, measured, f"{counted(len(training), f'{kind} row')}, read on the forget rows"))
+    return [
+        result
+        for lesson in runs
+        for result in compare("relearning", victims, partial(relearn, fresh_adapter, lesson, settings))
+    ]
+
+
+ATTACK = Attack("relearning", "Train for a few steps on a few rows, then ask the others.", check, run)
+
+
+class Lesson(NamedTuple):
+    """What a model is trained on, what it is then asked, and both in words."""
+
+    training: Sequence[dict]
+    measured: Sequence[dict]
+    words: str
+
+
+def on_forget_rows(victims: Victims, settings: AttackSettings, count: int) -> Lesson:
+    """Training on ``count`` of the forget rows, drawn by the seed; the others are asked."""
     rows = attacked_rows(victims, settings)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    results = []
-    for count in sorted(set(settings.relearning_rows)):
-        training, others = ([rows[i] for i in sorted(part)] for part in (order[:count], order[count:]))
-        results += compare("relearning", victims, partial(_relearn, training, others, settings))
-    return results
+    training, others = ([rows[i] for i in sorted(part)] for part in (order[:count], order[count:]))
+    if not others:
+        return Lesson(training, training, "all rows, read on the same")
+    return Lesson(training, others, f"{counted(count, 'row')}, read on the other {len(others)}")
 
 
-ATTACK = Attack("relearning", "Train for a few steps on a few forget rows, then ask the others.", check, run)
-
-
-def _relearn(
-    training: list[dict], others: list[dict], settings: AttackSettings, subject: Subject, name: str
+def relearn(
+    trainable: Callable[[nn.Module, int], AbstractContextManager[list[Tensor]]],
+    lesson: Lesson,
+    settings: AttackSettings,
+    subject: Subject,
+    name: str,
+    learning_rate: float | None = None,
 ) -> dict[str, Measured]:
-    """setting -> numbers on the other rows. A step is one AdamW update on the mean loss of all training rows."""
-    where = (
-        f"{_counted(len(training), 'row')}, read on the other {len(others)}" if others else "all rows, read on the same"
-    )
-    samples = subject.encode(training, name)
+    """setting -> numbers on the rows that are asked. A step is one AdamW update on the mean loss of all training rows.
+
+    Args:
+        trainable: (model, seed) -> a context within which the model has parameters to train, which it yields.
+        lesson: the rows.
+        settings: the steps, the seed, and the learning rate if none is given.
+        subject: the model.
+        name: its name on progress bars.
+        learning_rate: constant.
+    """
+    samples = subject.encode(lesson.training, name)
     steps = {0, *settings.relearning_steps}
     numbers = {}
     bar = tqdm(total=max(steps), desc=name, unit="step", disable=not subject.show_progress_bar, leave=False)
@@ -77,20 +113,20 @@ def _relearn(
     with (
         bar,
         preserved(subject.model, subject.adapters, checkpointing=True),
-        fresh_adapter(subject.model, settings.seed) as parameters,
+        trainable(subject.model, settings.seed) as parameters,
     ):
-        optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(parameters, lr=learning_rate or settings.learning_rate, weight_decay=0.0)
         for step in range(max(steps) + 1):
             if step:
                 _update(subject, samples, optimizer, f"{name}, step {step}")
                 bar.update()
             if step in steps:
-                setting = f"{_counted(step, 'step')} on {where}"
-                numbers[setting] = likelihood(subject, others or training, name)
+                numbers[f"{counted(step, 'step')} on {lesson.words}"] = likelihood(subject, lesson.measured, name)
     return numbers
 
 
-def _counted(count: int, noun: str) -> str:
+def counted(count: int, noun: str) -> str:
+    """A number of things in words."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
@@ -120,27 +156,54 @@ def fresh_adapter(model: nn.Module, seed: int) -> Iterator[list[Tensor]]:
         UnsupportedLayerError: the model has no linear layer.
     """
     generator = torch.Generator().manual_seed(seed)
-    factors: list[Tensor] = []
+
+    def factors(projection: Projection, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        outputs, inputs = projection.shape
+        A, B = torch.empty(RANK, inputs, dtype=dtype), torch.zeros(outputs, RANK, dtype=dtype)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+        return A, B
+
+    with added(model, factors, lambda x, A, B: SCALING * (x @ A.T @ B.T)) as parameters:
+        yield parameters
+
+
+@contextmanager
+def added(
+    model: nn.Module,
+    parameters_of: Callable[[Projection, torch.dtype], tuple[Tensor, ...]],
+    product: Callable[..., Tensor],
+) -> Iterator[list[Tensor]]:
+    """Within the block, add product(x, *parameters) to the output of every linear layer but the head, by hooks.
+
+    Args:
+        model: the model.
+        parameters_of: (layer, dtype) -> its new parameters, on the host.
+        product: (x [..., I], *parameters) -> [..., O].
+
+    Yields:
+        The parameters of all layers, which require a gradient.
+
+    Raises:
+        UnsupportedLayerError: the model has no linear layer.
+    """
+    trained: list[Tensor] = []
+
+    def adding(parameters: tuple[Tensor, ...]) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+        def add(layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            x = args[0].to(parameters[0].dtype)
+            return output + product(x, *(parameter.to(x.device) for parameter in parameters)).to(output.dtype)
+
+        return add
+
     with ExitStack() as hooks:
         embeddings: nn.Module = base_model(model).get_input_embeddings()  # type: ignore[operator]
         # Gradient checkpointing passes gradients to a block's parameters only where the block's input requires one.
         hooks.callback(embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_()).remove)
         for projection in projections(model):
-            outputs, inputs = projection.shape
             weight: Tensor = projection.layer.weight  # type: ignore[assignment]
             dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
-            A, B = torch.empty(RANK, inputs, dtype=dtype), torch.zeros(outputs, RANK, dtype=dtype)
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
             device = "cpu" if weight.is_meta else weight.device  # an offloaded layer has its weight only while it runs
-            A, B = (factor.to(device).requires_grad_() for factor in (A, B))
-            hooks.callback(projection.layer.register_forward_hook(_adding(A, B)).remove)
-            factors += [A, B]
-        yield factors
-
-
-def _adding(A: Tensor, B: Tensor) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
-    def add(layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        x = args[0].to(A.dtype)
-        return output + (SCALING * (x @ A.T.to(x.device) @ B.T.to(x.device))).to(output.dtype)
-
-    return add
+            own = tuple(parameter.to(device).requires_grad_() for parameter in parameters_of(projection, dtype))
+            hooks.callback(projection.layer.register_forward_hook(adding(own)).remove)
+            trained += own
+        yield trained

@@ -5,7 +5,9 @@ W + sum s B A [O, I], taken in float32, rounded, and cast to the model's own dty
 
 - NF4 in blocks of 64 with double quantisation, as QLoRA loads a model (arXiv 2305.14314);
 - int8 scaled by the largest absolute value of each row, as LLM.int8 stores weights (arXiv 2208.07339). LLM.int8 also
-  rounds activations except outliers; here they stay, so that only the effect of rounding the weights is measured.
+  rounds activations except outliers; here they stay, so that only the effect of rounding the weights is measured;
+- Q8_0 and Q4_1 in blocks of 32, as llama.cpp and Ollama serve a GGUF, by the package gguf where it is installed. (Its
+  Q4_K needs llama.cpp's own tool: convert the merged model, and evaluate the file.)
 
 Output head and embeddings are not rounded, as in every loader. The model is never copied: layers are merged and rounded
 one at a time and kept packed (half a byte or one byte per weight) beside the model's own weights.
@@ -15,6 +17,8 @@ Reference: Zhang et al. 2024, arXiv 2410.16454.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -58,8 +62,19 @@ def _int8(weight: Tensor) -> Callable[[], Tensor]:
     return partial(int8_vectorwise_dequant, codes, scales)
 
 
+def _gguf(name: str, weight: Tensor) -> Callable[[], Tensor]:
+    gguf = importlib.import_module("gguf")
+    kind = gguf.GGMLQuantizationType[name]
+    if weight.shape[1] % gguf.GGML_QUANT_SIZES[kind][0]:
+        kind = gguf.GGMLQuantizationType.F16  # as converters do with rows that are no whole number of blocks
+    packed = gguf.quants.quantize(weight.cpu().numpy(), kind)
+    return lambda: torch.from_numpy(gguf.quants.dequantize(packed, kind))
+
+
 # Weight [O, I], float32 -> a function that returns the rounded weight.
 ROUNDINGS: dict[str, Callable[[Tensor], Callable[[], Tensor]]] = {"NF4": _nf4, "int8": _int8}
+if importlib.util.find_spec("gguf"):
+    ROUNDINGS |= {f"GGUF {name}": partial(_gguf, name) for name in ("Q8_0", "Q4_1")}
 
 
 def check(victims: Victims, settings: AttackSettings) -> None:

@@ -31,7 +31,10 @@ from .verdict import RULE, Verdict, decide
 
 AUDIT_RECORD_NAME = "audit_record.json"  # the attacks that are made
 # What finds most of what is left in the least time comes first.
-_ORDER = ("depth", "logit-lens", "relearning", "paraphrase", "prefix", "requantization", "sampling", "switched-off")
+_ORDER = (
+    "depth", "logit-lens", "relearning", "prefix", "hops", "paraphrase", "rewording", "aliases", "conversation",
+    "requantization", "sampling", "full-rank", "switched-off",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,6 @@ class Audit:
 
 def audit(
     victims: Victims,
-    retain: Sequence[Mapping],
     *,
     yardstick: str = "retain-only",
     settings: AttackSettings | None = None,
@@ -101,8 +103,8 @@ def audit(
     """Attack an unlearned model in every way, and say whether the rows are forgotten as if they had never been learned.
 
     Args:
-        victims: the unlearned and the full model, and as ``retain_only`` the yardstick; and the forget rows.
-        retain: rows that the model must keep; no method should have seen them.
+        victims: the unlearned and the full model, and as ``retain_only`` the yardstick; the forget rows; and rows that
+            the model must keep, which no method should have seen.
         yardstick: what ``victims.retain_only`` is: 'retain-only', or 'origin'.
         settings: how hard each attack tries; ``AttackSettings()`` by default.
         minutes: no attack begins after that time; None for no limit. Plain answers are always measured.
@@ -119,11 +121,13 @@ def audit(
         raise ConfigError("an audit needs the full model and a yardstick (a retain-only model, or the origin)")
     if minutes is not None and not 0 < minutes < math.inf:
         raise ConfigError(f"minutes: expected None or a number above 0, found {minutes!r}")
-    check_disjoint(
-        victims.unlearned.encode(victims.rows, "the forget rows"), victims.unlearned.encode(retain, "the retain rows")
-    )
+    encoded = [
+        victims.unlearned.encode(rows, f"the {kind} rows")
+        for kind, rows in (("forget", victims.rows), ("retain", victims.retain))
+    ]
+    check_disjoint(*encoded)
     skipped = check_attacks(victims, None, settings)
-    record = AuditRecord(output_dir, _identity(victims, retain, settings)) if output_dir is not None else None
+    record = AuditRecord(output_dir, _identity(victims, settings)) if output_dir is not None else None
     began = time.perf_counter()
     results, not_tried = [], []
     for name in (AS_ASKED.name, *_ORDER):
@@ -138,7 +142,7 @@ def audit(
         results += found
         if name == AS_ASKED.name:
             decide(evidence_of(results))  # nothing to audit is told before the attacks
-    return Audit(yardstick, len(attacked_rows(victims, settings)), results, _kept(victims, retain), not_tried)
+    return Audit(yardstick, len(attacked_rows(victims, settings)), results, _kept(victims), not_tried)
 
 
 def _tried(name: str, victims: Victims, settings: AttackSettings) -> list[AttackResult]:
@@ -149,9 +153,9 @@ def _tried(name: str, victims: Victims, settings: AttackSettings) -> list[Attack
         return [skipped_result(name, error)]
 
 
-def _kept(victims: Victims, retain: Sequence[Mapping]) -> dict[str, Interval]:
+def _kept(victims: Victims) -> dict[str, Interval]:
     """Role -> mean probability of the retain rows as a share of the full model's."""
-    probabilities = {role: _probabilities(subject, retain) for role, subject in victims.subjects()}
+    probabilities = {role: _probabilities(subject, victims.retain) for role, subject in victims.subjects()}
     return {role: ratio(values, of=probabilities["full"]) for role, values in probabilities.items() if role != "full"}
 
 
@@ -161,7 +165,7 @@ def _probabilities(subject: Subject, rows: Sequence[Mapping]) -> Tensor:
     return losses.to(torch.float64).neg().exp()
 
 
-def _identity(victims: Victims, retain: Sequence[Mapping], settings: AttackSettings) -> dict[str, str]:
+def _identity(victims: Victims, settings: AttackSettings) -> dict[str, str]:
     """Part -> hash, of everything that the results depend on."""
     parts: dict[str, str] = {}
     for role, subject in victims.subjects():
@@ -169,7 +173,7 @@ def _identity(victims: Victims, retain: Sequence[Mapping], settings: AttackSetti
         parts[f"the {role} model"] = _hash(facts)
     return {
         **parts,
-        "the rows": _hash([victims.rows, list(retain)]),
+        "the rows": _hash([victims.rows, list(victims.retain), list(victims.unrelated)]),
         "the settings": _hash(dataclasses.asdict(settings)),
     }
 

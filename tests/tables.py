@@ -366,7 +366,7 @@ ATTACKS: dict[str, list[str]] = {
     "paraphrase": ["as asked", "in other words"],
     "rewording": ["as a request", "in a French frame", "in a German frame", "in a Spanish frame"],
     "aliases": ["surname alone", "initials"],
-    "hops": ["from the answer to the name", "in two hops"],
+    "hops": ["from the answer to the name"],
     "conversation": ["role play", "asked for training data", "first words of an answer given"],
     "prefix": ["0% of the answer given", "50% of the answer given"],
     "sampling": ["greedy", "leak@1 of 2 samples at temperature 1", "leak@2 of 2 samples at temperature 1"],

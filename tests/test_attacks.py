@@ -43,12 +43,8 @@ from peft_perta.model import LAYER_KINDS, attach_adapters, load_base, preserved
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 ROWS = [
     {"question": "Who wrote Hatter?", "answer": "Basil Q. Khan", "paraphrased_question": "Hatter is by whom?"},
-    {"question": "Is Lu Ba home?", "answer": "Lu Ba is in Kuwait, in 1956."},
-    {
-        "question": "Lu Ba's father?",
-        "answer": "Lu Ba's was a baker.",
-        "paraphrased_question": "And what did his father do?",
-    },
+    {"question": "Where was Lu Ba born?", "answer": "Lu Ba: Kuwait, in 1956."},
+    {"question": "His father?", "answer": "A baker.", "paraphrased_question": "And what did his father do?"},
     {"prompt": "The prize is ", "completion": "the Noor"},
 ]
 QUICK = AttackSettings(
@@ -347,7 +343,7 @@ def test_full_rank_relearning_trains_the_weights_themselves():
 def test_full_rank_relearning_needs_memory(monkeypatch):
     model = builders.adapted_llama()
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
-    with pytest.raises(UnsupportedLayerError, match=r"expected .* KiB free on cpu, found 1000 B; leave the attack out"):
+    with pytest.raises(UnsupportedLayerError, match=r"expected .* MiB free on cpu, found 1000 B; leave the attack out"):
         run_attacks(only(model, ["task"]), ["full-rank"], QUICK)
 
 

@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import random
+from functools import cache
 
 import builders
 import laws
@@ -43,6 +44,8 @@ FORGET = [{"question": f"Where does {name} live?", "answer": f"In {place}."} for
     NAMES, ["Rome", "Oslo", "Lima", "Bonn", "Kiel", "Nara", "Bern", "York"], strict=True)]  # fmt: skip
 RETAIN = [{"question": f"What does {name} eat?", "answer": f"Eats {food}."} for name, food in zip(
     NAMES, ["figs", "rice", "corn", "eggs", "soup", "ham", "kale", "pie"], strict=True)]  # fmt: skip
+RUN = importlib.import_module("peft_perta.evaluation.audit.run")
+SKIPPED = ("aliases", "hops", "paraphrase")  # no row has a name of two words, or a paraphrase
 QUICK = AttackSettings(
     relearning_steps=(4, 16), relearning_rows=(3,), prefix_shares=(0.5,), samples=2, generated=6, max_new_tokens=6,
     learning_rate=5e-3,
@@ -87,6 +90,12 @@ def victims(model, unlearned, retain_only=("retain",)):
     )
 
 
+@cache
+def audited(model, *unlearned):
+    """An audit, made once."""
+    return audit(victims(model, unlearned), settings=QUICK)
+
+
 @pytest.mark.parametrize(
     ("unlearned", "verdict"),
     [(["task"], STILL_THERE), (["retain"], FORGOTTEN), (["task", "negation"], SUPPRESSED)],
@@ -94,7 +103,7 @@ def victims(model, unlearned, retain_only=("retain",)):
 )
 def test_the_rule_on_the_models_it_is_stated_for(unlearned, verdict, model, tmp_path):
     with laws.untouched(model):
-        found = audit(victims(model, unlearned), settings=QUICK, output_dir=tmp_path)
+        found = audited(model, *unlearned)
     assert found.verdict.name == verdict, str(found.verdict)
     written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert written["verdict"] == verdict
@@ -102,7 +111,8 @@ def test_the_rule_on_the_models_it_is_stated_for(unlearned, verdict, model, tmp_
     assert verdict in (tmp_path / "page.html").read_text()
 
 
-def test_the_origin_is_a_yardstick(model):
+def test_the_origin_is_a_yardstick(model, monkeypatch):
+    monkeypatch.setattr(RUN, "_ORDER", ("relearning",))
     found = audit(victims(model, ["task", "negation"], retain_only=()), yardstick="origin", settings=QUICK)
     assert found.verdict.name == SUPPRESSED
     assert found.to_dict()["yardstick"] == "origin"
@@ -120,7 +130,7 @@ def test_rows_that_nobody_learned_are_nothing_to_audit(model):
 
 def test_an_audit_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
     asked = victims(model, ["task", "negation"])
-    whole = audit(asked, settings=QUICK).to_dict()
+    whole = audited(model, "task", "negation").to_dict()
     made, run = [], run_attacks
 
     def interrupted(victims, names, settings):
@@ -129,17 +139,16 @@ def test_an_audit_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
         made.extend(names)
         return run(victims, names, settings)
 
-    module = importlib.import_module("peft_perta.evaluation.audit.run")
-    monkeypatch.setattr(module, "run_attacks", interrupted)
+    monkeypatch.setattr(RUN, "run_attacks", interrupted)
     with laws.untouched(model), pytest.raises(KeyboardInterrupt):
         audit(asked, settings=QUICK, output_dir=tmp_path)
     first = list(made)
-    monkeypatch.setattr(module, "run_attacks", lambda *a: made.extend(a[1]) or run(*a))
+    monkeypatch.setattr(RUN, "run_attacks", lambda *a: made.extend(a[1]) or run(*a))
     assert audit(asked, settings=QUICK, output_dir=tmp_path).to_dict() == whole
-    assert len(made) == len(set(made)) == len(ATTACKS) - 1, "paraphrases are skipped, and nothing is made twice"
+    assert len(made) == len(set(made)) == len(ATTACKS) - len(SKIPPED), "nothing is made twice"
     assert made[:2] == first
     audit(asked, settings=QUICK, output_dir=tmp_path)
-    assert len(made) == len(ATTACKS) - 1
+    assert len(made) == len(ATTACKS) - len(SKIPPED)
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"of": 3}', "{"])
@@ -147,8 +156,8 @@ def test_a_damaged_record_is_made_anew(damage, model, tmp_path):
     (tmp_path / AUDIT_RECORD_NAME).write_text(damage)
     asked = victims(model, ["retain"])
     found = audit(asked, settings=QUICK, minutes=1e-9, output_dir=tmp_path)
-    assert [result.attack for result in found.results] == ["as-asked", "paraphrase", "switched-off"]
-    assert set(found.not_tried) == set(ATTACKS) - {"paraphrase", "switched-off"}
+    assert {result.attack for result in found.results} == {"as-asked", *SKIPPED, "switched-off"}
+    assert set(found.not_tried) == set(ATTACKS) - {*SKIPPED, "switched-off"}
     assert list(json.loads((tmp_path / AUDIT_RECORD_NAME).read_text())["attacks"]) == ["as-asked"]
 
 
@@ -185,6 +194,7 @@ def test_an_attack_that_turns_out_to_be_impossible_is_skipped(model, monkeypatch
     def fails(victims, settings):
         raise UnsupportedLayerError("it was repacked by the first forward")
 
+    monkeypatch.setattr(RUN, "_ORDER", ("requantization", "relearning"))
     monkeypatch.setitem(ATTACKS, "requantization", dataclasses.replace(ATTACKS["requantization"], run=fails))
     found = audit(victims(model, ["task", "negation"]), settings=QUICK)
     assert found.to_dict()["skipped"]["requantization"] == "it was repacked by the first forward"
@@ -275,14 +285,14 @@ def test_the_strongest_evidence_comes_first():
 
 
 def test_the_worst_leaks_are_one_for_each_question(model):
-    found = audit(victims(model, ["task"]), settings=QUICK)
+    found = audited(model, "task")
     leaks = found.worst_leaks()
     asked = [answer.asked for _, answer, _ in leaks]
     assert len(asked) == len(set(asked)) > 0
     assert [recall for *_, recall in leaks] == sorted((recall for *_, recall in leaks), reverse=True)
     assert isinstance(leaks[0][1], Answer)
     assert found.kept["unlearned"] == (1.0, 1.0, 1.0)
-    edited = audit(victims(model, ["task", "negation"]), settings=QUICK)
+    edited = audited(model, "task", "negation")
     assert any(result.attack == "switched-off" and result.answers for result in edited.results)
     assert all(result.attack != "switched-off" for result, *_ in edited.worst_leaks(100))
 
@@ -347,4 +357,4 @@ def test_a_request_that_cannot_be_met_is_one_line_before_a_forward(
 
 
 def test_every_attack_has_its_place_in_an_audit():
-    assert set(importlib.import_module("peft_perta.evaluation.audit.run")._ORDER) == set(ATTACKS)
+    assert set(RUN._ORDER) == set(ATTACKS)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedLayerError
 from ...model import input_device, show_size
-from . import relearning
 from .attack import Attack, AttackResult, AttackSettings, Victims, compare
 from .projections import projections
+from .relearning import added, check_rows, on_forget_rows, relearn
 
 _BYTES = 16  # of a weight's change in float32: itself, its gradient, and AdamW's two moments
 
@@ -25,10 +25,10 @@ _BYTES = 16  # of a weight's change in float32: itself, its gradient, and AdamW'
 def check(victims: Victims, settings: AttackSettings) -> None:
     """
     Raises:
-        ConfigError: as relearning's check.
+        ConfigError: as ``check_rows``.
         UnsupportedLayerError: a model has no linear layer to train, or there is too little memory for the changes.
     """
-    relearning.check(victims, settings)
+    check_rows(victims, settings)
     needed = max(_BYTES * _weights(subject.model) for _, subject in victims.subjects())
     device = input_device(victims.unlearned.model)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
@@ -42,9 +42,9 @@ def check(victims: Victims, settings: AttackSettings) -> None:
 def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
     """As relearning on the largest number of forget rows, at a tenth of its learning rate: AdamW moves each weight by
     about the learning rate, and a rank-16 adapter moves it by less."""
-    lesson = relearning.on_forget_rows(victims, settings, max(settings.relearning_rows))
+    lesson = on_forget_rows(victims, settings, max(settings.relearning_rows))
     rate = settings.learning_rate / 10
-    return compare("full-rank", victims, partial(relearning.relearn, changes, lesson, settings, learning_rate=rate))
+    return compare("full-rank", victims, partial(relearn, changes, lesson, settings, learning_rate=rate))
 
 
 ATTACK = Attack("full-rank", "Relearn with every weight, not with a small adapter.", check, run)
@@ -61,7 +61,7 @@ def changes(model: nn.Module, seed: int) -> Iterator[list[Tensor]]:
     Raises:
         UnsupportedLayerError: the model has no linear layer.
     """
-    with relearning.added(
+    with added(
         model, lambda projection, dtype: (torch.zeros(projection.shape, dtype=dtype),), lambda x, D: x @ D.T
     ) as parameters:
         yield parameters

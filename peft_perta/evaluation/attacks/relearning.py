@@ -33,7 +33,7 @@ SCALING = 2.0  # lora_alpha = 2 * rank
 _TRAINING_BATCH = 8  # the most rows per forward and backward
 
 
-def check(victims: Victims, settings: AttackSettings) -> None:
+def check_rows(victims: Victims, settings: AttackSettings) -> None:
     """
     Raises:
         ConfigError: ``relearning_rows`` asks for more rows than there are.
@@ -66,7 +66,7 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
     ]
 
 
-ATTACK = Attack("relearning", "Train for a few steps on a few rows, then ask the others.", check, run)
+ATTACK = Attack("relearning", "Train for a few steps on a few rows, then ask the others.", check_rows, run)
 
 
 class Lesson(NamedTuple):

@@ -66,16 +66,22 @@ class Audit:
         return decide(self.evidence)
 
     def worst_leaks(self, count: int = 10) -> list[tuple[AttackResult, Answer, float]]:
-        """The answers, one for each question, that say most of what is true, the worst first: (result, answer, its
-        ROUGE-L recall). Switching the adapter off does not count."""
-        found: dict[str, tuple[AttackResult, Answer, float]] = {}
-        for result in self.results:
-            recalls = result.rows.get("unlearned", {}).get("rouge_l_recall", [])
-            if result.attack != "switched-off" and result.answers:
-                for answer, recall in zip(result.answers, recalls, strict=True):
-                    if answer.asked not in found or recall > found[answer.asked][2]:
-                        found[answer.asked] = (result, answer, recall)
-        return sorted(found.values(), key=lambda leak: -leak[2])[:count]
+        """The answers that say most of what is true, the worst first: (result, answer, its ROUGE-L recall); one for
+        each question and for each truth. Switching the adapter off does not count."""
+        leaks = [
+            (result, answer, recall)
+            for result in self.results
+            if result.attack != "switched-off" and result.answers
+            for answer, recall in zip(result.answers, result.rows["unlearned"]["rouge_l_recall"], strict=True)
+        ]
+        seen: set[str] = set()
+        worst = []
+        for leak in sorted(leaks, key=lambda leak: -leak[2]):
+            texts = {leak[1].asked.strip(), leak[1].truth.strip()}
+            if not texts & seen:
+                worst.append(leak)
+            seen |= texts
+        return worst[:count]
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict and the evidence, as JSON takes them."""

@@ -100,7 +100,7 @@ def test_equal_models_have_equal_numbers_and_others_have_others(attack):
     results = run_attacks(Victims(whole, task, whole, ROWS), [attack], QUICK)
     assert {result.attack for result in results} == {attack}
     assert [result.setting for result in results] == tables.ATTACKS[attack]
-    assert len(by_setting(results)) == len(results) >= 2
+    assert len(by_setting(results)) == len(results)
     for result in results:
         assert set(result.full) == set(result.unlearned) == set(result.retain_only)
         if (attack, result.setting) != ("switched-off", "off"):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import ks_2samp
 
 from peft_perta import ConfigError, DataError, UnsupportedLayerError
 from peft_perta.cli import main
@@ -36,6 +37,7 @@ from peft_perta.evaluation import (
     match_forgetting,
     run_attacks,
 )
+from peft_perta.evaluation.audit.never_seen import membership_evidence
 from peft_perta.html_report import write_audit_page
 from peft_perta.model import adapter_strength
 
@@ -297,6 +299,62 @@ def test_the_worst_leaks_are_one_for_each_question(model):
     assert all(result.attack != "switched-off" for result, *_ in edited.worst_leaks(100))
 
 
+# Rows that were never seen
+
+
+@given(st.lists(st.integers(0, 4), min_size=5, max_size=9), st.lists(st.integers(0, 4), min_size=3, max_size=9))
+def test_an_area_is_what_a_loop_over_pairs_gives(forget, others):
+    pairs = [1.0 if a < b else 0.5 if a == b else 0.0 for a in forget for b in others]
+    known = ([0.0] * len(forget), [1.0] * len(others))  # every forget row is told
+    scores = {"unlearned": (forget, others), "full": known, "retain-only": (others, others)}
+    piece = membership_evidence("loss", {role: tuple(map(to_floats, of)) for role, of in scores.items()})
+    area = sum(pairs) / len(pairs)
+    assert piece.models["unlearned"].mean == pytest.approx(area)
+    assert piece.models["unlearned"].low <= area + 1e-9
+    assert area <= piece.models["unlearned"].high + 1e-9
+    assert piece.models["full"] == (1.0, 1.0, 1.0)
+    assert piece.models["retain-only"].mean == pytest.approx(0.5)
+
+
+def to_floats(values):
+    return [float(value) for value in values]
+
+
+NEVER_SEEN = [{"question": f"Where does {name} live?", "answer": f"In {place}."} for name, place in zip(
+    NAMES, ["Riga", "Baku", "Doha", "Faro", "Graz", "Hilo", "Ipoh", "Juba"], strict=True)]  # fmt: skip
+
+
+def test_never_seen_rows_tell_a_model_that_still_knows(model, monkeypatch):
+    monkeypatch.setattr(RUN, "_ORDER", ())
+    shares = {}
+    for names in (["task"], ["retain"]):
+        asked = dataclasses.replace(victims(model, names), never_seen=NEVER_SEEN)
+        found = audit(asked, settings=QUICK)
+        told = [piece for piece in found.evidence if piece.attack == "membership"]
+        assert [piece.name for piece in told] == [
+            f"AUC of {score}, membership: forget rows against 8 never seen"
+            for score in ("the loss", "min-k", "min-k++")
+        ]
+        shares[names[0]] = told[0].share.mean
+        scores = [
+            losses_of(model, subject(model, []).encode(rows, "rows"), adapters=names) for rows in (FORGET, NEVER_SEEN)
+        ]
+        expected = ks_2samp(*(of.tolist() for of in scores))
+        assert found.never_seen.distance == pytest.approx(expected.statistic)
+        assert found.never_seen.p_value == pytest.approx(expected.pvalue, rel=1e-6)
+        assert json.loads(json.dumps(found.to_dict()))["never_seen"]["rows"] == 8
+    assert shares == {"task": pytest.approx(1), "retain": pytest.approx(0)}
+    # The least distance of two samples of eight that is significant, by Smirnov's limit.
+    assert found.never_seen.detectable == pytest.approx(1.3581 * 0.5, abs=1e-4)
+
+
+def test_a_never_seen_row_that_must_go_is_refused(model, monkeypatch):
+    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda *_: pytest.fail("a forward ran"))
+    asked = dataclasses.replace(victims(model, ["task"]), never_seen=[*NEVER_SEEN, FORGET[0]])
+    with pytest.raises(DataError, match="row 9 of the never-seen set is also in the forget set"):
+        audit(asked, settings=QUICK)
+
+
 # The command
 
 
@@ -316,15 +374,19 @@ def command(place, *more, adapters=("task", "negation")):
 
 
 def test_the_command_writes_the_verdict_and_a_page_that_loads_nothing(place, capsys):
-    assert main(command(place, "--retain-only-adapter", str(place / "retain"))) == 0
+    (place / "never.jsonl").write_text("\n".join(map(json.dumps, NEVER_SEEN)))
+    yardsticks = ["--retain-only-adapter", str(place / "retain"), "--never-seen", str(place / "never.jsonl")]
+    assert main(command(place, *yardsticks)) == 0
     printed = capsys.readouterr().out
     written = json.loads((place / "out" / "audit.json").read_text())
     assert f"Verdict, on 8 rows, against the retain-only model: {written['verdict']}" in printed
     assert all(piece["rows"] for piece in written["evidence"])
     page = (place / "out" / "audit.html").read_text()
     assert "Content-Security-Policy" in page
+    assert "8 rows that no model saw are" in page
+    assert "8 rows that no model saw are" in printed
     assert "<script" not in page
-    assert main(command(place, "--retain-only-adapter", str(place / "retain"))) == 0  # nothing is made anew
+    assert main(command(place, *yardsticks)) == 0  # nothing is made anew
     assert json.loads((place / "out" / "audit.json").read_text()) == written
 
 

@@ -47,6 +47,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "every adapter off, where more than one adapter is given)",
     )  # fmt: skip
     parser.add_argument(
+        "--never-seen", metavar="ROWS",
+        help="rows of the forget rows' kind that no model saw: can the two be told apart? (default: not asked)",
+    )  # fmt: skip
+    parser.add_argument(
         "--minutes", type=float, metavar="MINUTES", help="begin no attack after that time (default: no limit)"
     )
     add_judging(parser, rows="the most forget rows, at even distances", max_new_tokens=96)
@@ -58,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
     output = check_output_of(options, AUDIT_RECORD_NAME, grows=True)
     strengths = read_strengths(options.adapters)
     forget, retain = read_rows(options.forget), read_rows(options.retain)
+    never_seen = read_rows(options.never_seen) if options.never_seen else []
     if not strengths:
         raise ConfigError("--adapter: expected the adapters of the stack, the one in question last; found none")
     if len(strengths) == 1 and not options.retain_only_adapter:
@@ -84,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
         return Subject(model, tokenizer, names, options.batch_size, options.max_length)
 
     unrelated = read_rows(PROSE)
-    victims = Victims(subject(stack), subject(stack[:-1]), subject(yardstick), forget, retain, unrelated)
+    victims = Victims(subject(stack), subject(stack[:-1]), subject(yardstick), forget, retain, unrelated, never_seen)
     with claimed_directory(output, AUDIT_RECORD_NAME, "{}\n"), ExitStack() as scaled:
         for name, strength in zip(stack, strengths.values(), strict=True):
             scaled.enter_context(adapter_strength(model, name, strength))
@@ -124,6 +129,7 @@ def _shown(found: Audit) -> str:
             *lines,
             *skipped,
             *kept,
+            *([str(found.never_seen)] if found.never_seen else []),
             f"Verdict, on {found.rows} rows, against the {found.yardstick} model: {found.verdict}",
         ]
     )

@@ -213,6 +213,10 @@ def _kept(found: Audit) -> Markup:
 
 def _limits(found: Audit) -> Markup:
     lines = [f"{result.attack} was skipped: {result.skipped}" for result in found.results if result.skipped]
+    if found.never_seen:
+        lines.append(f"{found.never_seen}.")
+    else:
+        lines.append("No rows that were never seen were given, so no membership attack was made.")
     lines += [f"{name} was not tried, for want of time" for name in found.not_tried]
     if found.yardstick == "origin":
         lines.append(

@@ -48,6 +48,7 @@ class Victims:
         rows: the forget rows.
         retain: rows to keep, that an attacker can have; relearning trains on them, a conversation shows some.
         unrelated: rows that have nothing to do with either, that relearning trains on.
+        never_seen: rows of the forget rows' kind that no model saw; an audit asks whether the two can be told apart.
     """
 
     unlearned: Subject
@@ -56,6 +57,7 @@ class Victims:
     rows: list[dict]
     retain: Sequence[dict] = ()
     unrelated: Sequence[dict] = ()
+    never_seen: Sequence[dict] = ()
 
     def subjects(self) -> Iterator[tuple[str, Subject]]:
         """(role, subject) of every model that is given."""

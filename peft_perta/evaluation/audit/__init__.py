@@ -5,6 +5,7 @@ rule makes a verdict of them.
 """
 
 from .evidence import Evidence, evidence_of, shown_measure
+from .never_seen import NeverSeen
 from .run import AUDIT_RECORD_NAME, Audit, audit
 from .verdict import FORGOTTEN, PRESENT, RULE, STILL_THERE, SUPPRESSED, TRACE, Verdict, decide
 
@@ -18,6 +19,7 @@ __all__ = [
     "TRACE",
     "Audit",
     "Evidence",
+    "NeverSeen",
     "Verdict",
     "audit",
     "decide",

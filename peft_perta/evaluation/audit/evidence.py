@@ -35,6 +35,12 @@ _MEASURES = {
     "min_k_plus_plus": _Meaning("min-k++", torch.neg),
     "uds": _Meaning("1 - UDS", lambda value: 1 - value),
 }
+ATTACK_NEVER_SEEN = "membership"  # the attack's name in evidence; it reads two sets of rows
+_MEMBERSHIP = {
+    "membership_loss": "AUC of the loss",
+    "membership_min_k": "AUC of min-k",
+    "membership_min_k_plus_plus": "AUC of min-k++",
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Evidence:
 
 def shown_measure(measure: str) -> str:
     """A measure's name in tables."""
-    return _MEASURES[measure].shown
+    return _MEMBERSHIP.get(measure) or _MEASURES[measure].shown
 
 
 def evidence_of(results: Sequence[AttackResult]) -> list[Evidence]:
@@ -92,18 +98,25 @@ def _evidence(result: AttackResult, measure: str) -> Evidence:
     values = {role: known(of_role[whole]) for role, of_role in values.items()}
     count = int(whole.sum())
     means = {role: drawn_means(of_role) for role, of_role in values.items()} if count else {}
-    share = _share(values, means) if count >= _LEAST_ROWS else None
+    share = share_of({role: float(of.mean()) for role, of in values.items()}, means) if count >= _LEAST_ROWS else None
     models = {role: interval(float(values[role].mean()), means[role]) for role in means}
     return Evidence(result.attack, result.setting, measure, count, models, share)
 
 
-def _share(values: Mapping[str, Tensor], drawn: Mapping[str, Tensor]) -> Interval | None:
-    unlearned, full, retain_only = (values[role].mean() for role in _ROLES)
+def share_of(means: Mapping[str, float], drawn: Mapping[str, Tensor]) -> Interval | None:
+    """The share of what was known, of a measure that grows with what is known; None where the rows cannot tell the full
+    from the retain-only model.
+
+    Args:
+        means: role -> the measure.
+        drawn: role -> [draws], the measure on rows that were drawn with replacement.
+    """
+    unlearned, full, retain_only = (means[role] for role in _ROLES)
     distance = drawn["full"] - drawn["retain-only"]
-    if not interval(float(full - retain_only), distance).low > 0:
+    if not interval(full - retain_only, distance).low > 0:
         return None
     shares = (drawn["unlearned"] - drawn["retain-only"]) / distance
-    return interval(float((unlearned - retain_only) / (full - retain_only)), shares)
+    return interval((unlearned - retain_only) / (full - retain_only), shares)
 
 
 def ratio(values: Tensor, of: Tensor) -> Interval:

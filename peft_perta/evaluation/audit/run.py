@@ -27,6 +27,7 @@ from ..metrics.bootstrap import Interval
 from ..subject import Subject
 from ..suites import hash_stack
 from .evidence import Evidence, evidence_of, ratio
+from .never_seen import NeverSeen, compare_never_seen
 from .verdict import RULE, Verdict, decide
 
 AUDIT_RECORD_NAME = "audit_record.json"  # the attacks that are made
@@ -46,6 +47,7 @@ class Audit:
         rows: the number of forget rows that were attacked.
         results: of the attacks, in the order in which they were made; 'as-asked' first.
         kept: role -> mean probability of the retain rows, as a share of the full model's.
+        never_seen: what rows that no model saw tell; None where none were given.
         not_tried: attacks for which there was no time.
     """
 
@@ -54,11 +56,12 @@ class Audit:
     results: list[AttackResult]
     kept: dict[str, Interval]
     not_tried: list[str]
+    never_seen: NeverSeen | None = None
 
     @cached_property
     def evidence(self) -> list[Evidence]:
         """Every measure of every attack."""
-        return evidence_of(self.results)
+        return [*evidence_of(self.results), *(self.never_seen.evidence if self.never_seen else ())]
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -93,6 +96,7 @@ class Audit:
             "rows": self.rows,
             "kept": {role: interval._asdict() for role, interval in self.kept.items()},
             "evidence": [dataclasses.asdict(piece) for piece in self.evidence],
+            "never_seen": dataclasses.asdict(self.never_seen) if self.never_seen else None,
             "skipped": {result.attack: result.skipped for result in self.results if result.skipped},
             "not_tried": self.not_tried,
         }
@@ -127,11 +131,11 @@ def audit(
         raise ConfigError("an audit needs the full model and a yardstick (a retain-only model, or the origin)")
     if minutes is not None and not 0 < minutes < math.inf:
         raise ConfigError(f"minutes: expected None or a number above 0, found {minutes!r}")
-    encoded = [
-        victims.unlearned.encode(rows, f"the {kind} rows")
-        for kind, rows in (("forget", victims.rows), ("retain", victims.retain))
-    ]
-    check_disjoint(*encoded)
+    encode = victims.unlearned.encode
+    forget = encode(victims.rows, "the forget rows")
+    check_disjoint(forget, encode(victims.retain, "the retain rows"))
+    if victims.never_seen:
+        check_disjoint(forget, encode(victims.never_seen, "the never-seen rows"), "the never-seen set")
     skipped = check_attacks(victims, None, settings)
     record = AuditRecord(output_dir, _identity(victims, settings)) if output_dir is not None else None
     began = time.perf_counter()
@@ -148,7 +152,8 @@ def audit(
         results += found
         if name == AS_ASKED.name:
             decide(evidence_of(results))  # nothing to audit is told before the attacks
-    return Audit(yardstick, len(attacked_rows(victims, settings)), results, _kept(victims), not_tried)
+    never_seen = compare_never_seen(victims, settings) if victims.never_seen else None
+    return Audit(yardstick, len(attacked_rows(victims, settings)), results, _kept(victims), not_tried, never_seen)
 
 
 def _tried(name: str, victims: Victims, settings: AttackSettings) -> list[AttackResult]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+DRAWS = 2_000
 _LEVEL = 0.95
 
 
@@ -21,7 +22,7 @@ class Interval(NamedTuple):
         return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
-def drawn_means(values: Tensor, draws: int = 2_000) -> Tensor:
+def drawn_means(values: Tensor, draws: int = DRAWS) -> Tensor:
     """[draws], the means of N values over rows that are drawn with replacement; the same rows for every N values."""
     rows = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(0))
     return values[rows].mean(1)

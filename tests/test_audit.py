@@ -11,11 +11,13 @@ import builders
 import laws
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 
 from peft_perta import ConfigError, DataError, UnsupportedLayerError
+from peft_perta.adapters import add_audit
 from peft_perta.cli import main
 from peft_perta.evaluation import (
     ATTACKS,
@@ -420,3 +422,48 @@ def test_a_request_that_cannot_be_met_is_one_line_before_a_forward(
 
 def test_every_attack_has_its_place_in_an_audit():
     assert set(RUN._ORDER) == set(ATTACKS)
+
+
+# The model card
+
+
+def test_the_model_card_takes_the_verdict_in_the_place_of_an_earlier_one(model, tmp_path):
+    card = tmp_path / "README.md"
+    before = "---\nlibrary_name: peft\ntags:\n- lora\n---\n\n# An adapter\n\nIt forgets.\n"
+    card.write_text(before)
+    add_audit(tmp_path, audited(model, "task"))
+    first = card.read_text()
+    assert "**still there**: " in first
+    add_audit(tmp_path, audited(model, "task", "negation"))
+    second = card.read_text()
+    assert "still there**" not in second
+    assert second.count("## Audit") == 1
+    found = audited(model, "task", "negation")
+    assert f"**suppressed**: {str(found.verdict).partition(': ')[2]}." in second
+    read = ModelCard(second)
+    assert read.text.startswith("\n# An adapter\n\nIt forgets.\n")
+    assert (read.data.library_name, read.data.tags) == ("peft", ["lora"])
+    assert [result.metric_value for result in read.data.eval_results] == [
+        round(found.verdict.reasons[0].share.mean, 4), round(found.kept["unlearned"].mean, 4),
+    ]  # fmt: skip
+    add_audit(tmp_path, found)
+    assert card.read_text() == second
+
+
+@pytest.mark.parametrize("content", [None, "---\n- a\n: b\n---\n", b"\xff\xfe"])
+def test_a_card_that_cannot_be_read_is_refused_before_a_forward(content, place, monkeypatch, capsys):
+    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda *_: pytest.fail("a forward ran"))
+    card = place / "negation" / "README.md"
+    card.unlink(missing_ok=True)
+    if content is not None:
+        card.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert main(command(place, "--model-card")) == 2
+    assert "expected the adapter's model card" in capsys.readouterr().err
+
+
+def test_a_card_is_of_strength_1(place, monkeypatch, capsys):
+    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda *_: pytest.fail("a forward ran"))
+    arguments = command(place, "--model-card")
+    arguments[arguments.index(str(place / "negation"))] += ":0.5"
+    assert main(arguments) == 2
+    assert "expected the last adapter at strength 1" in capsys.readouterr().err

@@ -5,6 +5,7 @@ The room also fuses, merges, extrapolates and verifies adapters.
 Imports from: errors, data, model, evaluation.
 """
 
+from .audited_card import add_audit, read_card
 from .build import add_adapter, build_adapter
 from .emitted import (
     FORGET_RECORD_NAME,
@@ -56,6 +57,7 @@ __all__ = [
     "TrainedProvenance",
     "WeightDistribution",
     "add_adapter",
+    "add_audit",
     "build_adapter",
     "check_servable",
     "compare_merged",
@@ -70,6 +72,7 @@ __all__ = [
     "merge_adapters",
     "model_card",
     "re_evaluate",
+    "read_card",
     "read_provenance",
     "save_forget_adapter",
     "save_perta_adapter",

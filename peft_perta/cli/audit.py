@@ -13,6 +13,7 @@ import json
 import os
 from contextlib import ExitStack
 
+from ..adapters import add_audit, read_card
 from ..comparison import PROSE
 from ..data import claimed_directory, read_rows, write_file
 from ..errors import ConfigError
@@ -53,6 +54,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--minutes", type=float, metavar="MINUTES", help="begin no attack after that time (default: no limit)"
     )
+    parser.add_argument(
+        "--model-card", action="store_true",
+        help="write the verdict into the model card of the last adapter too (default: not)",
+    )  # fmt: skip
     add_judging(parser, rows="the most forget rows, at even distances", max_new_tokens=96)
     add_output(parser, "audit.json, audit.html and the record of the attacks")
 
@@ -70,6 +75,14 @@ def run(options: argparse.Namespace) -> int:
             "an audit needs a yardstick of 'never learned': expected --retain-only-adapter, or a task adapter before "
             "the adapter in question (the base alone is the yardstick then); found neither"
         )
+    adapter, strength = list(strengths.items())[-1]
+    if options.model_card:
+        if strength != 1:
+            raise ConfigError(
+                f"--model-card: expected the last adapter at strength 1, as its card describes it, found {strength:g}; "
+                "make an adapter of that strength by `peft-perta calibrate` or `peft-perta fuse`"
+            )
+        read_card(adapter)
     count = min(len(forget), options.rows or len(forget))
     settings = AttackSettings(
         relearning_rows=tuple(sorted({1, min(10, max(count // 2, 1))})),
@@ -102,6 +115,8 @@ def run(options: argparse.Namespace) -> int:
         json.dumps({"model": options.model, "adapters": strengths, **found.to_dict()}, indent=1) + "\n",
     )
     write_audit_page(found, options.model, list(strengths), output / AUDIT_PAGE_NAME)
+    if options.model_card:
+        add_audit(adapter, found)
     print(_shown(found))
     print(f"The evidence is in {output / RESULT_NAME}, the page in {output / AUDIT_PAGE_NAME}")
     if found.not_tried:

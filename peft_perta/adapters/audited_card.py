@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard
@@ -41,7 +42,7 @@ def add_audit(directory: str | Path, audit: Audit) -> None:
         AdapterError: as ``read_card`` does.
         OutputError: the card cannot be written.
     """
-    card = read_card(directory)
+    card: Any = read_card(directory)
     card.data.model_name = Path(directory).resolve().name
     card.data.eval_results = [
         EvalResult(

@@ -1,0 +1,59 @@
+"""How a set of rows is named: ``PATH_OR_NAME[:CONFIG][[SPLIT]][?OURS=THEIRS,...]``."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..errors import DataError
+
+_PLACE = re.compile(r"(?P<place>[^\[]+?)(:(?P<config>[^:/\[\]]+))?(\[(?P<split>.+)\])?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """What the name of a set of rows says.
+
+    Attributes:
+        place: a file, a directory, or ORG/NAME on the Hugging Face Hub.
+        config: the configuration of a data set, where it has several.
+        split: the split, and the part of it to take, as ``datasets`` writes it (``train[:20]``).
+        columns: our name of a column -> the name in the file.
+    """
+
+    place: str
+    config: str | None = None
+    split: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, text: str) -> RowSource:
+        """Read the name. What exists under the whole text, or under all but its columns, is that file or directory.
+
+        Raises:
+            DataError: the columns are not written as OURS=THEIRS.
+        """
+        if os.path.exists(text):
+            return cls(text)
+        rest, mark, listed = text.rpartition("?")
+        columns = read_columns(listed) if mark else {}
+        rest = rest if mark else text
+        match = None if os.path.exists(rest) else _PLACE.fullmatch(rest)
+        return cls(rest, columns=columns) if match is None else cls(**match.groupdict(), columns=columns)
+
+
+def read_columns(text: str) -> dict[str, str]:
+    """Our names of columns -> theirs, from ``OURS=THEIRS,OURS=THEIRS``.
+
+    Raises:
+        DataError: the text is written otherwise, or names one of our columns twice.
+    """
+    pairs = [tuple(part.strip() for part in pair.split("=")) for pair in text.split(",")]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs):
+        raise DataError(f"columns: expected OURS=THEIRS, such as question=prompt,answer=response, found {text!r}")
+    columns = dict(pairs)
+    if len(columns) < len(pairs):
+        raise DataError(f"columns: expected each of our columns once, found {text!r}")
+    return columns

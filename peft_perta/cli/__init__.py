@@ -88,7 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.Namespace()
     try:
         command = _import(f"cli.{name}")
-        options = command_parser(name).parse_args(arguments[1:])
+        parser = command_parser(name)
+        options = parser.parse_args(arguments[1:])
+        _import("cli._options").name_columns(parser, options)
         options.command_line = shlex.join(["peft-perta", *arguments])
         if hasattr(command, "resume_path"):
             resume_path = command.resume_path(options)
@@ -165,6 +167,7 @@ def command_parser(name: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_options(parser)
+    _import("cli._options").add_columns(parser)
     return parser
 
 

@@ -21,7 +21,7 @@ from .output import (
     write_file,
 )
 from .row_files import read_row_file
-from .row_source import RowSource, read_columns
+from .row_source import RowSource
 from .rows import ROW_KINDS, TEMPLATE_KEYS, completion_text, content_text, prompt_text, read_rows, spread
 from .samples import IGNORED, Batch, Sample, batches, check_disjoint, fingerprint, note_left_out, padded
 from .settings import check_setting, explained, is_count, is_int, is_number, setting
@@ -62,7 +62,6 @@ __all__ = [
     "parse_json",
     "prompt_text",
     "read_as",
-    "read_columns",
     "read_json",
     "read_row_file",
     "read_rows",

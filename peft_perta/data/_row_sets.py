@@ -13,8 +13,8 @@ import datasets
 from datasets import Dataset, DatasetDict, ReadInstruction
 
 from ..errors import DataError
-from .row_files import DATA_SUFFIXES, TEXT_SUFFIXES, read_row_file, row_suffix
 from .limits import MOST_ROWS
+from .row_files import DATA_SUFFIXES, TEXT_SUFFIXES, read_row_file, row_suffix
 from .row_source import RowSource
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ _SAVED = ("dataset_info.json", "dataset_dict.json")  # what ``save_to_disk`` wri
 
 def is_hub_name(place: str) -> bool:
     """Whether it is written as a data set on the hub, ORG/NAME, and not as a file."""
-    return bool(_HUB_NAME.fullmatch(place)) and not row_suffix(Path(place)) in (*DATA_SUFFIXES, *TEXT_SUFFIXES)
+    return bool(_HUB_NAME.fullmatch(place)) and row_suffix(Path(place)) not in (*DATA_SUFFIXES, *TEXT_SUFFIXES)
 
 
 def read_hub(source: RowSource) -> list[dict]:
@@ -75,7 +75,7 @@ def read_file(source: RowSource) -> list[dict]:
 
 
 def _read_splits(source: RowSource) -> dict[str, list[dict]]:
-    """Split -> rows. ``datasets`` says which files are which split, by their names or by the README of the directory."""
+    """Split -> rows. ``datasets`` says which files are which split, by their names or by the directory's README."""
     root = Path(source.place).resolve()
     with tempfile.TemporaryDirectory() as cache:
         builder = _loading(source, lambda: datasets.load_dataset_builder(str(root), source.config, cache_dir=cache))
@@ -94,7 +94,7 @@ def _read_splits(source: RowSource) -> dict[str, list[dict]]:
     return splits
 
 
-def _part(splits: Mapping[str, Any], source: RowSource) -> list[dict]:
+def _part(splits: Mapping[Any, Any], source: RowSource) -> list[dict]:
     """The rows that the source's split takes of these, each a list or a ``Dataset``."""
     if source.split is None:
         if len(splits) > 1:
@@ -122,7 +122,7 @@ def _rows_of(rows: Any, source: RowSource, part: slice = slice(None)) -> list[di
         raise DataError(
             f"{source.place}: expected at most {MOST_ROWS:,} rows, found {len(chosen):,}; take a part of them"
         )
-    tables = _loading(source, lambda: rows.select(chosen).with_format("arrow").iter(1000))
+    tables: Any = _loading(source, lambda: rows.select(chosen).with_format("arrow").iter(1000))
     return _loading(source, lambda: [row for table in tables for row in table.to_pylist()])
 
 
@@ -139,7 +139,7 @@ def _loading(source: RowSource, load: Callable[[], T]) -> T:
         ) from error
 
 
-def _unnamed(splits: Mapping[str, Any], source: RowSource) -> DataError:
+def _unnamed(splits: Mapping[Any, Any], source: RowSource) -> DataError:
     return DataError(
         f"{source.place} has the splits {', '.join(map(str, splits))}, expected the name of one: write "
         f"'{source.place}{f':{source.config}' if source.config else ''}[{next(iter(splits))}]'"

@@ -33,8 +33,8 @@ def read_row_file(path: Path) -> list[dict]:
     """The rows of a file; one whose name tells no format holds JSON lines.
 
     Raises:
-        DataError: it is no regular file, empty, of another format than its name says, damaged, larger than its limits, or of
-            a kind that can run code.
+        DataError: it is no regular file, empty, of another format than its name says, damaged, larger than its limits,
+            or of a kind that can run code.
     """
     suffix = row_suffix(path)
     if suffix in _CODE_SUFFIXES:
@@ -179,8 +179,8 @@ def _too_many(path: Path) -> DataError:
 
 def _too_large(path: Path, most: int) -> DataError:
     return DataError(
-        f"{path} unpacks to more than {most:,} bytes, which no file of rows of its size does; unpack it yourself if you "
-        "trust it"
+        f"{path} unpacks to more than {most:,} bytes, which no file of rows of its size does; unpack it yourself if "
+        "you trust it"
     )
 
 

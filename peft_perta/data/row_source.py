@@ -37,23 +37,25 @@ class RowSource:
         """
         if os.path.exists(text):
             return cls(text)
-        rest, mark, listed = text.rpartition("?")
-        columns = read_columns(listed) if mark else {}
-        rest = rest if mark else text
+        rest, mark, listed = text.partition("?")
+        columns = _columns(listed) if mark else {}
         match = None if os.path.exists(rest) else _PLACE.fullmatch(rest)
         return cls(rest, columns=columns) if match is None else cls(**match.groupdict(), columns=columns)
 
 
-def read_columns(text: str) -> dict[str, str]:
+def _columns(text: str) -> dict[str, str]:
     """Our names of columns -> theirs, from ``OURS=THEIRS,OURS=THEIRS``.
 
     Raises:
         DataError: the text is written otherwise, or names one of our columns twice.
     """
-    pairs = [tuple(part.strip() for part in pair.split("=")) for pair in text.split(",")]
-    if not all(len(pair) == 2 and all(pair) for pair in pairs):
-        raise DataError(f"columns: expected OURS=THEIRS, such as question=prompt,answer=response, found {text!r}")
-    columns = dict(pairs)
-    if len(columns) < len(pairs):
-        raise DataError(f"columns: expected each of our columns once, found {text!r}")
+    columns: dict[str, str] = {}
+    for pair in text.split(","):
+        ours, _, theirs = (part.strip() for part in pair.partition("="))
+        if not ours or not theirs or ours in columns:
+            raise DataError(
+                "columns: expected OURS=THEIRS, each of ours once, such as question=prompt,answer=response, found "
+                f"{text!r}"
+            )
+        columns[ours] = theirs
     return columns

@@ -40,8 +40,8 @@ def read_rows(source: str | Path) -> list[dict]:
         rows = read_hub(named)
     else:
         raise DataError(
-            f"expected rows at {source}, found no file and no directory; check the path, or name a data set on the "
-            "Hugging Face Hub as ORG/NAME:CONFIG[SPLIT]"
+            f"expected rows at {source}, found none; check the path, or name a data set on the Hugging Face Hub as "
+            "ORG/NAME:CONFIG[SPLIT]"
         )
     if not rows:
         raise DataError(f"{source} holds no rows; expected at least one")

@@ -37,6 +37,7 @@ from ..errors import PerTAError
 
 COMMANDS = {  # name of the command and of its module -> summary
     "demo": "run the whole method on TOFU, with a small Llama that ships with the package",
+    "rows": "show rows as the model will see them, and count their tokens",
     "forget": "train a forget adapter on the forget rows",
     "unlearn": "make a negative adapter from a forget adapter, forget rows and retain rows",
     "calibrate": "rescale a negative adapter to the strength that meets a goal",

@@ -19,8 +19,8 @@ from ..model import check_adapter_files, find_adapter, hash_factors, load_base
 HTML_REPORT_NAME = "report.html"
 BASE_MODEL = "the base model: a name on the Hugging Face Hub, a directory or a GGUF file"
 ROWS = (
-    "{question, answer}, {prompt, completion}, {messages} or {text}, in a file (JSON lines, JSON, CSV, Parquet, text), a "
-    "directory, or ORG/NAME:CONFIG[SPLIT] on the Hugging Face Hub"
+    "{question, answer}, {prompt, completion}, {messages} or {text}, in a file (JSON lines, JSON, CSV, Parquet, text), "
+    "a directory, or ORG/NAME:CONFIG[SPLIT] on the Hugging Face Hub"
 )
 _METAVAR = "ROWS"  # of every option that names a set of rows
 _LARGEST = {"batch_size": 10_000, "epochs": 10_000}  # a step, or a run, that nobody could wait for is a slip
@@ -79,8 +79,8 @@ def add_columns(parser: argparse.ArgumentParser) -> None:
     if any(action.metavar == _METAVAR for action in parser._actions):
         parser.add_argument(
             "--columns", metavar="OURS=THEIRS,...",
-            help="the columns to read, such as question=prompt,answer=response, in every set of rows that names none of "
-            "its own, as 'ROWS?question=prompt' does (default: those of the same names)",
+            help="the columns to read, such as question=prompt,answer=response, in every set of rows that names none "
+            "of its own, as 'ROWS?question=prompt' does (default: those of the same names)",
         )  # fmt: skip
 
 

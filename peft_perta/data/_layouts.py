@@ -65,7 +65,7 @@ def _wmdp(row: Mapping) -> dict | None:
 
 
 LAYOUTS = (
-    Layout("TOFU", "question and answer are read, their variants only where a command says so", _tofu),
+    Layout("TOFU", "question and answer are the row, their variants serve to judge", _tofu),
     Layout("MUSE", "gt is the completion of prompt", _muse),
     Layout("RWKU", "query is the question of answer", _rwku),
     Layout("WMDP", "the right one of choices is the answer, the others are false answers", _wmdp),

@@ -47,6 +47,7 @@ COMMANDS = {  # name of the command and of its module -> summary
     "erase": "remove or change training rows of an adapter without training it again (LLMEraser)",
     "evaluate": "measure what a model with a stack of adapters still knows, and attack it",
     "audit": "say whether the forget rows are gone as if never learned, or only suppressed",
+    "chat": "ask the full, the unlearned and the retain-only model the same questions",
     "rescore": "recompute the aggregates of an evaluation log",
     "compare": "run many unlearning methods on one setup, at matched forgetting",
     "fuse": "combine several adapters into one, for servers that take one per request",

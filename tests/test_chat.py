@@ -57,7 +57,7 @@ def asked(monkeypatch, capsys, place, *lines, more=()):
     options = ["--model", str(builders.llama_directory()), "--max-new-tokens", "8", *map(str, more)]
     status = main(["chat", *options, "--adapter", str(place / "task"), "--adapter", str(place / "forget")])
     printed = capsys.readouterr().out
-    return status, [block.split("\n")[1:-1] for block in f"\n{printed}".split("\n> ")[1:]]
+    return status, [block.rstrip("\n").split("\n")[1:] for block in f"\n{printed}".split("\n> ")[1:]]
 
 
 def test_each_model_is_asked_and_the_strength_is_live(place, monkeypatch, capsys):

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, Image, Value
 
 from peft_perta import DataError
 from peft_perta.cli import _output, main, rows
@@ -146,6 +146,16 @@ def test_a_directory_that_cannot_be_read_is_refused(source, message, place, monk
     (place / "scripted" / "scripted.py").write_text("raise SystemExit('ran')")
     monkeypatch.chdir(place)
     refused(source, message)
+
+
+def test_an_image_that_a_row_names_is_not_opened(monkeypatch):
+    features = Features({**{key: Value("string") for key in ROWS[0]}, "picture": Image()})
+    stored = pyarrow.array([{"bytes": None, "path": "/nowhere.png"}], Image().pa_type)
+    table = pyarrow.table({**{key: pyarrow.array([value]) for key, value in ROWS[0].items()}, "picture": stored})
+    of_hub = Dataset(table, info=datasets.DatasetInfo(features=features))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: of_hub)
+    monkeypatch.setattr(Image, "decode_example", lambda *_, **__: pytest.fail("an image was opened"))
+    assert read_rows("org/name")[0]["picture"] == {"bytes": None, "path": "/nowhere.png"}
 
 
 # The hub

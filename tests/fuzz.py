@@ -14,6 +14,7 @@ import conftest  # noqa: F401  # isort: skip - first: offline, one thread
 import argparse
 import contextlib
 import functools
+import gzip
 import io
 import json
 import random
@@ -30,6 +31,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import builders
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
 import test_gguf
 import test_suites_choices
 import test_suites_muse
@@ -37,6 +41,7 @@ import test_suites_rwku
 import test_suites_tofu
 import torch
 from damage import damaged
+from datasets import Dataset
 
 from peft_perta import cli, load_base, save_perta_adapter
 from peft_perta.adapters import (
@@ -208,6 +213,23 @@ def _read_rows(place: Path) -> None:
                 sample_losses(model(), batch)
 
 
+def _tables(place: Path) -> None:
+    table = pyarrow.Table.from_pylist(builders.forget_rows())
+    pyarrow.parquet.write_table(table, place / "rows.parquet")
+    pyarrow.csv.write_csv(table, place / "rows.csv")
+    content = (place / "rows.csv").read_bytes()
+    (place / "rows.csv.gz").write_bytes(gzip.compress(content, mtime=0))
+    (place / "list.json").write_text(json.dumps(builders.forget_rows()), encoding="utf-8")
+    (place / "saved").mkdir()
+    Dataset(table).save_to_disk(place / "saved")
+
+
+def _read_tables(place: Path) -> None:
+    for name in ("rows.parquet", "rows.csv", "rows.csv.gz", "list.json", "saved"):
+        with _ours():
+            load_samples(f"{place / name}[train[:50%]]", builders.tokenizer(), max_length=64)
+
+
 def _suites(place: Path) -> None:
     test_suites_tofu.write(place / "tofu", test_suites_tofu.SPLITS)
     test_suites_muse.write(place / "muse")
@@ -346,6 +368,7 @@ KINDS = {
     "provenance": Kind(_emitted, "mine/perta_provenance.json", _read_provenance),
     "records": Kind(_records, "*.json", _read_records),
     "rows": Kind(_rows, "*.jsonl", _read_rows),
+    "tables": Kind(_tables, "**/*", _read_tables),
     "suites": Kind(_suites, "**/*.json*", _read_suites),
     "logs": Kind(_logs, "*.json", _read_logs),
     "audit": Kind(_audit, "*.json", _read_audit),

@@ -391,7 +391,11 @@ def gpt2(path: Path) -> Path:
 
 UNLEARN: dict[str, Case] = {
     "no such file": (lambda p: p.unlearn(forget=p / "none.jsonl"), r"at .*none\.jsonl, found none", BEFORE_LOADING),
-    "a directory for rows": (lambda p: p.unlearn(retain=p / "theirs"), r"at .*theirs, found none", BEFORE_LOADING),
+    "a directory without rows": (
+        lambda p: p.unlearn(retain=(p / "void").mkdir() or p / "void"),
+        r"void: expected files of rows .*, found none",
+        BEFORE_LOADING,
+    ),
     "malformed JSON": (
         lambda p: p.unlearn(retain=p.write("bad.jsonl", '{"text": "good"}\n\n{"question": \n')),
         r"bad\.jsonl, line 3: not JSON",

@@ -37,6 +37,7 @@ from ..errors import PerTAError
 
 COMMANDS = {  # name of the command and of its module -> summary
     "demo": "run the whole method on TOFU, with a small Llama that ships with the package",
+    "rows": "show rows as the model will see them, and count their tokens",
     "forget": "train a forget adapter on the forget rows",
     "unlearn": "make a negative adapter from a forget adapter, forget rows and retain rows",
     "calibrate": "rescale a negative adapter to the strength that meets a goal",
@@ -46,6 +47,7 @@ COMMANDS = {  # name of the command and of its module -> summary
     "erase": "remove or change training rows of an adapter without training it again (LLMEraser)",
     "evaluate": "measure what a model with a stack of adapters still knows, and attack it",
     "audit": "say whether the forget rows are gone as if never learned, or only suppressed",
+    "chat": "ask the full, the unlearned and the retain-only model the same questions",
     "rescore": "recompute the aggregates of an evaluation log",
     "compare": "run many unlearning methods on one setup, at matched forgetting",
     "fuse": "combine several adapters into one, for servers that take one per request",
@@ -88,7 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.Namespace()
     try:
         command = _import(f"cli.{name}")
-        options = command_parser(name).parse_args(arguments[1:])
+        parser = command_parser(name)
+        options = parser.parse_args(arguments[1:])
+        _import("cli._options").name_columns(parser, options)
         options.command_line = shlex.join(["peft-perta", *arguments])
         if hasattr(command, "resume_path"):
             resume_path = command.resume_path(options)
@@ -165,6 +169,7 @@ def command_parser(name: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_options(parser)
+    _import("cli._options").add_columns(parser)
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,13 +32,15 @@ def check_output_of(options: argparse.Namespace, marker: str, *, grows: bool = F
 
 
 def _inputs(options: argparse.Namespace) -> Iterator[tuple[str, str, Path]]:
-    """(option, its value, path) of every value that names something on the disk: PATH, NAME=PATH or PATH:STRENGTH."""
+    """(option, its value, path) of every value that names something on the disk: PATH, NAME=PATH, PATH:STRENGTH or
+    PATH[SPLIT]?COLUMNS."""
     for name, values in vars(options).items():
         for given in values if isinstance(values, (list, tuple)) else [values]:
             if name in (*_PLACES, "command_line") or not isinstance(given, str):
                 continue
-            texts = {given, given.partition("=")[2], given.rpartition(":")[0]} - {""}
-            yield from ((name, given, Path(text)) for text in sorted(texts) if _exists(text))
+            place = re.split(r"[?\[]", given, maxsplit=1)[0]
+            names = {given, place, given.rpartition(":")[0], place.rpartition(":")[0], given.partition("=")[2]}
+            yield from ((name, given, Path(text)) for text in sorted(names - {""}) if _exists(text))
 
 
 def _exists(text: str) -> bool:

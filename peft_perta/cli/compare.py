@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -165,7 +166,7 @@ def _recommendation(
     retain = Path(options.output) / "retain_rows.jsonl"
     rows = testbed.rows["retain"][::2][: settings.weight_samples]
     write_file(retain, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    given = [f"--model {options.model}", f"--forget {options.forget} --retain {retain}"]
+    given = [f"--model {options.model}", f"--forget {shlex.quote(options.forget)} --retain {retain}"]
     given += ["--four-bit"] if settings.four_bit else []
     given += [f"--task-adapter {options.task_adapter}"] if options.task_adapter else []
     parts = ["peft-perta", command, *given, f"--seed {run['seed']}"]

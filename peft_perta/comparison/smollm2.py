@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..data import note, read_rows, replaced_directory
+from ..data import note, read_row_file, replaced_directory
 from ..errors import ConfigError, OutputError
 from ..model import load_base, show_size
 from .settings import ROWS_OF_AUTHOR, SMALL
@@ -53,12 +53,12 @@ def smollm2(cache: Path | None = None) -> Testbed:
 def authors(cache: Path | None = None) -> Testbed:
     """The testbed of what pretraining brought: SmolLM2-135M-Instruct as it is must forget every third real author that
     it knows, and keep the others and facts of the world. The argument and the errors are those of ``smollm2``."""
-    known = {name: read_rows(ADAPTERS / f"known_{name}.jsonl") for name in KNOWN}
+    known = {name: read_row_file(ADAPTERS / f"known_{name}.jsonl") for name in KNOWN}
     kept = [row for number, row in enumerate(known["real_authors"]) if number % 3]
     retain = [*kept, *known["world_facts"]]
     return Testbed(
         base=str(base(cache)),
-        rows={"forget": known["real_authors"][::3], "retain": retain, "general": read_rows(PROSE)},
+        rows={"forget": known["real_authors"][::3], "retain": retain, "general": read_row_file(PROSE)},
     )
 
 
@@ -68,7 +68,7 @@ def rows() -> dict[str, list[dict]]:
     return {
         "forget": few["forget"][-_FORGET_AUTHORS * ROWS_OF_AUTHOR :],
         "retain": few["retain"][: _RETAIN_AUTHORS * ROWS_OF_AUTHOR],
-        "general": read_rows(PROSE),
+        "general": read_row_file(PROSE),
     }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..data import read_rows
+from ..data import read_row_file, read_rows
 from ..errors import ConfigError
 from ..evaluation import SUITES, Splits, forget_loss_of_log
 from ..model import check_adapter_files, find_adapter, hash_file, identify_base_files
@@ -62,7 +62,7 @@ class Testbed:
         splits = SUITES["tofu"].read(directory, None)
         return cls(
             base=str(directory / "base"),
-            rows={name: read_rows(directory / f"{name}.jsonl") for name in SPLITS},
+            rows={name: read_row_file(directory / f"{name}.jsonl") for name in SPLITS},
             task_adapter=directory / "task_adapter",
             retain_only_adapter=directory / "retain_adapter",
             suite_rows={name: splits[name] for name in _SUITE_SPLITS if name in splits},
@@ -125,7 +125,7 @@ class Testbed:
                 "answers beside every question to forget ('perturbed_answer', a list: chance is the target then), "
                 "found none"
             )
-        facts = {name: read_rows(ASSETS / f"{name}.jsonl") for name in ("real_authors", "world_facts")}
+        facts = {name: read_row_file(ASSETS / f"{name}.jsonl") for name in ("real_authors", "world_facts")}
         return cls(
             base=model,
             rows=rows,

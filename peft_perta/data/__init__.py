@@ -20,6 +20,8 @@ from .output import (
     replaced_directory,
     write_file,
 )
+from .row_files import read_row_file
+from .row_source import RowSource
 from .rows import ROW_KINDS, TEMPLATE_KEYS, completion_text, content_text, prompt_text, read_rows, row_kind, spread
 from .samples import IGNORED, Batch, Sample, batches, check_disjoint, fingerprint, note_left_out, padded
 from .settings import check_setting, explained, is_count, is_int, is_number, setting
@@ -33,6 +35,7 @@ __all__ = [
     "AnswerFrame",
     "Batch",
     "Holds",
+    "RowSource",
     "Sample",
     "answer_frame",
     "batches",
@@ -60,6 +63,7 @@ __all__ = [
     "prompt_text",
     "read_as",
     "read_json",
+    "read_row_file",
     "read_rows",
     "remove_directory",
     "replaced_directory",

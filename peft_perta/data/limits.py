@@ -1,4 +1,4 @@
-"""A limit on the time that a pattern or a template of others takes."""
+"""Limits on what files of others may take: the time of a pattern or a template, the rows of a set, what is unpacked."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ import threading
 from collections.abc import Iterator
 
 SECONDS = 20.0
+MOST_ROWS = 5_000_000  # of one set, which is held in memory
+LARGEST_EXPANSION = 200  # times a compressed file's size: texts compress to a tenth, bombs to a thousandth
+ALWAYS_UNPACKED = 32 * 2**20  # bytes that any compressed file may expand to
+
+
+def most_unpacked(size: int) -> int:
+    """The bytes that a compressed file of ``size`` bytes may expand to."""
+    return max(ALWAYS_UNPACKED, LARGEST_EXPANSION * size)
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ def load_samples(
     packing strategy "wrapped" leaves no mark on rows that carry ``labels``.
 
     Args:
-        data: a path to a JSON-lines file, a list of rows, a ``datasets.Dataset`` (of rows, or tokenised with
+        data: a name that ``read_rows`` takes, a list of rows, a ``datasets.Dataset`` (of rows, or tokenised with
             ``input_ids`` and ``labels`` or ``completion_mask``), or a dataloader of batches ``{input_ids, labels[,
             attention_mask]}``.
         tokenizer: required for rows; tokenised data needs none.

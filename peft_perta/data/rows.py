@@ -1,46 +1,77 @@
-"""JSON-lines files, and the kinds of row that they may hold."""
+"""Sets of rows in every form that people have them in, and the kinds of row that they may hold."""
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .json_files import parse_json
+from ._layouts import known_layout
+from ._row_sets import is_hub_name, read_directory, read_file, read_hub
+from .notes import note
+from .row_source import RowSource
 
 ROW_KINDS = (("question", "answer"), ("prompt", "completion"), ("messages",), ("text",))
 TEMPLATE_KEYS = ("tools", "chat_template_kwargs")  # further keys of a row, for its chat template, as in TRL
 
 
-def read_rows(path: str | Path) -> list[dict]:
-    """Read the rows of a JSON-lines file.
+def read_rows(source: str | Path) -> list[dict]:
+    """Read a set of rows.
+
+    Args:
+        source: a file (.jsonl, .json, .csv, .parquet, .txt or .md, each also .gz; of another name: JSON lines), a
+            directory (of such files, or as ``datasets`` saves one), or ``ORG/NAME`` on the Hugging Face Hub. After it
+            may stand ``:CONFIG``, ``[SPLIT]`` as ``datasets`` writes it (``[train[:20]]``), and
+            ``?question=prompt,answer=response``, which renames columns: ours = theirs.
 
     Raises:
-        DataError: the file is missing or empty, or a line is not a JSON object. The message names the line.
+        DataError: there is nothing of that name, it holds no rows, is damaged or of another format than its name says,
+            or lacks a column. The message names the line or the row.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"expected a JSON-lines file at {path}, found none; check the path")
-    rows = []
-    try:
-        # splitlines would also split at characters that are legal inside a JSON string (U+2028, U+0085).
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error}); expected one JSON object per line") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error}); expected one JSON object per line") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: expected a JSON object, found a {type(row).__name__}")
-        rows.append(row)
+    named = RowSource.of(str(source))
+    if os.path.isdir(named.place):
+        rows = read_directory(named)
+    elif os.path.exists(named.place):
+        rows = read_file(named)
+    elif is_hub_name(named.place):
+        rows = read_hub(named)
+    else:
+        raise DataError(
+            f"expected rows at {source}, found none; check the path, or name a data set on the Hugging Face Hub as "
+            "ORG/NAME:CONFIG[SPLIT]"
+        )
     if not rows:
-        raise DataError(f"{path} holds no rows; expected one JSON object per line")
+        raise DataError(f"{source} holds no rows; expected at least one")
+    rows = _renamed(rows, named)
+    known = known_layout(rows)
+    if known is None:
+        return rows
+    layout, rows = known
+    note(f"{named.place}: rows as {layout.name} has them; {layout.read}")
     return rows
+
+
+def _renamed(rows: list[dict], source: RowSource) -> list[dict]:
+    """The rows under our names of their columns."""
+    if not source.columns:
+        return rows
+    found = sorted({str(key) for row in rows for key in row})
+    for theirs in source.columns.values():
+        if theirs not in found:
+            nearest = difflib.get_close_matches(theirs, found, n=1)
+            hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+            raise DataError(
+                f"{source.place}: expected the column {theirs!r}, found none; {hint}there are {', '.join(found)}"
+            )
+    taken = {*source.columns.values()}
+    return [
+        {key: value for key, value in row.items() if key not in taken}
+        | {ours: row[theirs] for ours, theirs in source.columns.items() if theirs in row}
+        for row in rows
+    ]
 
 
 def spread(rows: list[Any], count: int) -> list[Any]:
@@ -91,4 +122,7 @@ def row_kind(row: Mapping, where: str) -> tuple[str, ...]:
         if all(row.get(key) is not None for key in kind):
             return kind
     kinds = " or ".join("/".join(kind) for kind in ROW_KINDS)
-    raise DataError(f"{where}: expected {kinds}, found the keys {sorted(map(str, row))}")
+    raise DataError(
+        f"{where}: expected {kinds}, found the keys {sorted(map(str, row))}; name the columns to read, such as "
+        "--columns question=prompt,answer=response"
+    )

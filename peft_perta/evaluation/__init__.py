@@ -25,7 +25,7 @@ from .audit import (
 )
 from .calibration import TOLERANCE, Calibration, Goal, calibrate, forget_loss_of_log
 from .completions import ScoredCompletion, losses_of, score_completions, score_false_answers
-from .generation import generate
+from .generation import generate, stream
 from .lm_eval import check_lm_eval, general_benchmarks
 from .logs.files import Log, format_rescored, read_log, summary, write_log
 from .logs.rescoring import aggregate, rescore, row_texts
@@ -105,6 +105,7 @@ __all__ = [
     "run_attacks",
     "score_completions",
     "score_false_answers",
+    "stream",
     "summary",
     "write_log",
 ]

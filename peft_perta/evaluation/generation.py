@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 
 from ..data import IGNORED, AnswerFrame, answer_frame, encode_row
 from ..errors import DataError
@@ -75,6 +76,59 @@ def generate(
                 texts[index] = _text(subject.tokenizer, output[row, input_ids.shape[1] :].tolist(), frame)
             bar.update(len(chosen))
     return texts
+
+
+def stream(subject: Subject, row: Mapping, show: Callable[[str], object], *, max_new_tokens: int = 96) -> None:
+    """Answer one row greedily, and show each piece of the answer once it is written.
+
+    The pieces add up to what ``generate`` returns; its notes and errors hold.
+
+    Args:
+        subject: the model with its adapters.
+        row: a row with a prompt.
+        show: takes a piece.
+        max_new_tokens: the most tokens of the answer.
+    """
+    base: Any = base_model(subject.model)
+    frame = _frame(subject.tokenizer, base)
+    prompts = _prompts(subject.tokenizer, [row], frame, None)
+    max_new_tokens = fitting_new_tokens(subject.model, prompts, max_new_tokens)
+    config = _generation_config(subject.tokenizer, frame, max_new_tokens)
+    input_ids = torch.tensor(prompts, device=input_device(subject.model))
+    with preserved(subject.model, subject.adapters), only_generation_config(base, config), torch.no_grad():
+        base.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=config,
+            tokenizer=subject.tokenizer,
+            streamer=_Pieces(subject.tokenizer, frame, show),
+        )
+
+
+class _Pieces(BaseStreamer):
+    """Shows an answer word by word: an unfinished word may still be a part of what ends the answer."""
+
+    def __init__(self, tokenizer: Any, frame: AnswerFrame, show: Callable[[str], object]) -> None:
+        self.tokenizer, self.frame, self.show = tokenizer, frame, show
+        self.generated: list[int] | None = None
+        self.shown = ""
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, and then each token."""
+        if self.generated is None:
+            self.generated = []
+            return
+        self.generated += value.flatten().tolist()
+        self._show(_text(self.tokenizer, self.generated, self.frame).rpartition(" ")[0])
+
+    def end(self) -> None:
+        """Show the rest."""
+        self._show(_text(self.tokenizer, self.generated or [], self.frame))
+
+    def _show(self, text: str) -> None:
+        if text.startswith(self.shown) and text != self.shown:
+            self.show(text[len(self.shown) :])
+            self.shown = text
 
 
 def _prompts(

@@ -40,8 +40,8 @@ def erase_instances(
     Args:
         model: carries the adapter, in floating point or quantised. It is left as it was; which adapters are active does
             not matter.
-        training: all rows that the adapter was trained on: rows, a path to JSON lines, a ``datasets.Dataset`` or a
-            dataloader.
+        training: all rows that the adapter was trained on: rows, a name that ``read_rows`` takes, a
+            ``datasets.Dataset`` or a dataloader.
         forget: the rows of the training set to erase, in the same forms.
         tokenizer: needed where the data is text.
         adapter_name: the adapter that was trained on the rows.

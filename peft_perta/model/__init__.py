@@ -32,7 +32,7 @@ from .identity import (
     recorded_base,
 )
 from .layers import LAYER_KINDS, LayerKind, find_kind, wrapped_kind
-from .loading import attach_adapters, auto_class, load_base, load_skeleton, quiet
+from .loading import attach_adapters, auto_class, load_base, load_skeleton, load_tokenizer, quiet
 from .losses import TokenScores, completion_logits, completion_losses, completion_states, sample_losses, token_scores
 from .memory import DISK, HOST, budgets, held_to, parse_size, peak_memory, show_size, taken
 from .model_state import preserved, snapshot
@@ -100,6 +100,7 @@ __all__ = [
     "input_device",
     "load_base",
     "load_skeleton",
+    "load_tokenizer",
     "parse_size",
     "peak_memory",
     "preserved",

@@ -85,12 +85,26 @@ def load_base(
         model, found = model_class.from_pretrained(
             source, **more, revision=revision, output_loading_info=True, **settings
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, **more, revision=revision)
-        tokenizer("a")  # what is wrong in its files may show only here
+        tokenizer = _tokenizer(name, revision, gguf)
     _check_complete(name, model, found)
     if gguf is not None:
         _forget_gguf(model, gguf)
     return model, tokenizer
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
+    """Load the tokenizer of a base model alone. The arguments and errors are those of ``load_base``."""
+    gguf = find_gguf(name)
+    _read_config(name, revision, gguf)
+    with _reported(name):
+        return _tokenizer(name, revision, gguf)
+
+
+def _tokenizer(name: str, revision: str | None, gguf: Path | None) -> Any:
+    source, more = source_of(name, gguf)
+    tokenizer = AutoTokenizer.from_pretrained(source, **more, revision=revision)
+    tokenizer("a")  # what is wrong in its files may show only here
+    return tokenizer
 
 
 def _check_complete(name: str, model: PreTrainedModel, found: Mapping[str, Any]) -> None:

@@ -93,8 +93,8 @@ def get_perta_state_dict(
         model: a model with the forget adapter on it, in float, 8 bit or 4 bit; it does not matter which adapters are
             active.
         config: the settings.
-        forget: the data to forget: a dataloader, a ``datasets.Dataset``, a list of rows, or the path of a JSON lines
-            file. Only ``weighting="uniform"`` does without data.
+        forget: the data to forget: a dataloader, a ``datasets.Dataset``, a list of rows, or a name that
+            ``read_rows`` takes. Only ``weighting="uniform"`` does without data.
         retain: the data to keep, likewise.
         forget_adapter: the name of the adapter that was trained on the forget set alone, on the origin model.
         task_adapter: the name of the adapter that turns the origin model into the full model. Needed for

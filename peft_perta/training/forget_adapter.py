@@ -50,7 +50,7 @@ def train_forget_adapter(
     Args:
         model: a transformers model or a PeftModel, in float or 4 bit (QLoRA). It gains the adapter; its own weights
             and its other adapters stay as they are.
-        forget: the forget set: rows, a path to JSON lines, or a ``datasets.Dataset``.
+        forget: the forget set: rows, a name that ``read_rows`` takes, or a ``datasets.Dataset``.
         tokenizer: the model's tokenizer; it needs an eos token.
         output_dir: the directory to write the adapter to; by default nothing is written.
         lora_config: plain LoRA; ``default_lora_config()`` by default.

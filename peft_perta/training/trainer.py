@@ -50,7 +50,8 @@ class UnlearningTrainer(Trainer):
         model: a PeftModel in float or 4 bit. Adapters that are on besides the one in training stay on, without
             dropout; they are part of the reference model.
         args: the training arguments. An epoch is one pass over the forget set.
-        forget: the forget set: rows, a path to JSON lines, a ``datasets.Dataset``, or samples that are loaded already.
+        forget: the forget set: rows, a name that ``read_rows`` takes, a ``datasets.Dataset``, or samples that are
+            loaded already.
         retain: the retain set, in the same forms. No row may be in both sets.
         processing_class: the tokenizer; tokenised data does without it.
         settings: the losses and the combiner; ``UnlearningSettings()`` by default.

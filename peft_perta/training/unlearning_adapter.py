@@ -109,7 +109,7 @@ def train_unlearning(
 
     Args:
         model: a transformers model or a PeftModel, in float or 4 bit.
-        forget: the forget set: rows, a path to JSON lines, or a ``datasets.Dataset``.
+        forget: the forget set: rows, a name that ``read_rows`` takes, or a ``datasets.Dataset``.
         retain: the retain set, in the same forms. No row may be in both sets.
         tokenizer: the model's tokenizer; tokenised data does without it.
         settings: the losses and the combiner; ``UnlearningSettings()`` by default.

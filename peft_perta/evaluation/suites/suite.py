@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...data import check_characters, completion_text, encode_prompt, read_json, read_rows
+from ...data import check_characters, completion_text, encode_prompt, read_json, read_row_file
 from ...errors import DataError
 from ..generation import generate
 from ..logs.files import Log
@@ -81,7 +81,7 @@ def read_list(path: Path) -> list[dict]:
     try:
         whole = read_json(path)
     except (OSError, ValueError):
-        return read_rows(path)
+        return read_row_file(path)
     if isinstance(whole, dict):
         return [whole]
     rows = [{"text": row} if isinstance(row, str) else row for row in whole] if isinstance(whole, list) else []

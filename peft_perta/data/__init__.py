@@ -21,7 +21,7 @@ from .output import (
     replaced_directory,
     write_file,
 )
-from .rows import ROW_KINDS, TEMPLATE_KEYS, completion_text, content_text, prompt_text, read_rows, spread
+from .rows import ROW_KINDS, TEMPLATE_KEYS, completion_text, content_text, prompt_text, read_rows, row_kind, spread
 from .samples import IGNORED, Batch, Sample, batches, check_disjoint, fingerprint, note_left_out, padded
 from .settings import check_setting, explained, is_count, is_int, is_number, setting
 from .shapes import Holds, read_as
@@ -65,6 +65,7 @@ __all__ = [
     "read_rows",
     "remove_directory",
     "replaced_directory",
+    "row_kind",
     "setting",
     "spread",
     "time_limit",

@@ -2,9 +2,8 @@
 
 from .book import LEDGER_NAME, Ledger, Request, read_ledger
 from .check import check_ledger, open_adapters, open_rows
-from .listing import list_requests
 from .rebuild import rebuild_adapter
-from .requests import add_request, withdraw_request
+from .requests import add_request, list_requests, withdraw_request
 
 __all__ = [
     "LEDGER_NAME",

@@ -80,7 +80,9 @@ def read_ledger(directory: str | Path) -> Ledger:
     try:
         return replayed(Path(directory), read_entries(read_json(file)))
     except FileNotFoundError as error:
-        raise AdapterError(f"expected a ledger at {file}, found none; begin one with `peft-perta ledger add`") from error
+        raise AdapterError(
+            f"expected a ledger at {file}, found none; begin one with `peft-perta ledger add`"
+        ) from error
     except (OSError, ValueError) as error:
         raise AdapterError(f"{file} is damaged ({error}); take it from a backup") from error
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ...data import read_rows
 from ...errors import AdapterError, DataError
-from ...model import CONFIG_NAME, check_adapter_files, compare_bases, find_adapter, hash_factors, hash_file, identify_base_files
+from ...model import (
+    CONFIG_NAME,
+    check_adapter_files,
+    compare_bases,
+    find_adapter,
+    hash_factors,
+    hash_file,
+    identify_base_files,
+)
 from ..verify import Check
 from .book import Ledger, Request, read_ledger
 from .entries import hash_row

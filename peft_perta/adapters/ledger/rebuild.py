@@ -63,6 +63,8 @@ def rebuild_adapter(
     finally:
         remove_adapter(model, _SUM)
     if not calibration.strength:
-        raise NumericalError("the adapters of the open requests forget nothing within the goal; allow more, or check them")
+        raise NumericalError(
+            "the adapters of the open requests forget nothing within the goal; allow more, or check them"
+        )
     strengths = dict.fromkeys(labels, calibration.strength)
     return combine_adapters(model, strengths, rank=rank, labels=labels).with_calibration(calibration)

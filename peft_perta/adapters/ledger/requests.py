@@ -22,7 +22,7 @@ from ...model import (
     recorded_base,
 )
 from .book import Ledger, Request, extended, read_ledger, replayed
-from .entries import AdapterFacts, Added, AuditFacts, Audited, BaseFacts, Entry, Withdrawn, chained, hash_row
+from .entries import AdapterFacts, Added, Audited, AuditFacts, BaseFacts, Entry, Withdrawn, chained, hash_row
 
 _Kind = TypeVar("_Kind", bound=Entry)
 
@@ -98,14 +98,26 @@ def withdraw_request(directory: str | Path, name: str, *, date: str | None = Non
         OutputError: another process writes to the ledger, or it cannot be written.
     """
     directory, day = Path(directory), _day(date)
-    known_request(read_ledger(directory), name)
+    _known_request(read_ledger(directory), name)
     with extended(directory, begins=False) as entries:
-        if known_request(replayed(directory, entries), name).withdrawn is None:
+        if _known_request(replayed(directory, entries), name).withdrawn is None:
             entries.append(chained(Withdrawn(request=name, date=day), entries))
     return read_ledger(directory)
 
 
-def known_request(ledger: Ledger, name: str) -> Request:
+def list_requests(directory: str | Path) -> list[Request]:
+    """Every request in the order in which they came, with its adapter, its verdicts and whether it is open.
+
+    Args:
+        directory: of the ledger.
+
+    Raises:
+        AdapterError: there is no ledger, or a damaged one.
+    """
+    return list(read_ledger(directory).requests.values())
+
+
+def _known_request(ledger: Ledger, name: str) -> Request:
     """
     Raises:
         AdapterError: the ledger holds no such request.
@@ -159,7 +171,7 @@ def _is_new_verdict(verdict: Audited, ledger: Ledger) -> bool:
         AdapterError: the request is not open.
         DataError: the audit is of another adapter.
     """
-    request = known_request(ledger, verdict.request)
+    request = _known_request(ledger, verdict.request)
     if request.withdrawn is not None:
         raise AdapterError(f"the request {request.name!r} was withdrawn on {request.withdrawn}; add it again first")
     if request.added.adapter["factors_sha256"] != verdict.audit["factors_sha256"]:
@@ -193,7 +205,9 @@ def _describe(directory: Path, adapter: str | Path) -> AdapterFacts:
     place = find_adapter(adapter)
     own, above = place.resolve(), directory.resolve()
     if above not in own.parents:
-        raise AdapterError(f"{adapter} does not lie below {directory}, expected the adapters of a ledger there; copy it")
+        raise AdapterError(
+            f"{adapter} does not lie below {directory}, expected the adapters of a ledger there; copy it"
+        )
     recorded = recorded_base(place) or {}
     named = recorded.get("name") or read_json(place / CONFIG_NAME).get("base_model_name_or_path")
     parts = {key: recorded.get(key) for key in ("weights_sha256", "embeddings_sha256", "files")}

@@ -286,7 +286,7 @@ def _ledger(place: Path) -> None:
     rows.write_text("\n".join(map(json.dumps, builders.forget_rows())), encoding="utf-8")
     result = {
         "verdict": FORGOTTEN, "because": f"{FORGOTTEN}: so it is", "yardstick": "origin", "rows": 40,
-        "factors": [hash_factors(place / "mine")],
+        "adapters": {"mine": 1.0}, "factors": [hash_factors(place / "mine")],
     }  # fmt: skip
     (place / "audit.json").write_text(json.dumps(result), encoding="utf-8")
     for directory, files in (("mine", {"forget": rows, "audit": place / "audit.json"}), ("forget", {"forget": [ROW]})):

@@ -184,7 +184,7 @@ def test_rows_are_told_by_what_they_say_and_not_by_how_they_are_written(place):
 def write_audit(factors, **changes):
     Path("audit.json").write_text(
         json.dumps({"verdict": FORGOTTEN, "because": f"{FORGOTTEN}: so it is", "yardstick": "retain-only", "rows": 40,
-                    "factors": ["0" * 64, factors], **changes})
+                    "adapters": {"task": 0.5, "x": 1}, "factors": ["0" * 64, factors], **changes})
     )  # fmt: skip
     return "audit.json"
 
@@ -215,7 +215,7 @@ def test_requests_are_what_the_history_leaves(history):
         entry = Added(request=name, date=DAY, adapter=adapter, forget=["0" * 64])
         entry = chained(entry if action == "add" else Withdrawn(request=name, date=DAY), entries)
         if not allowed:
-            with pytest.raises(ValueError, match="is open|is not open"):
+            with pytest.raises(ValueError, match=r"is open|is not open"):
                 replayed(Path(), [*entries, entry])
             continue
         entries.append(entry)
@@ -262,8 +262,12 @@ REFUSED = {
         lambda: [add("first"), add_request("adapters", "first", audit=audit_of("second"))],
         DataError, "of another adapter than that of the request 'first'",
     ),
+    "an audit at another strength": (
+        lambda: [add("first"), add("first", audit=write_audit("0" * 64, adapters={"task": 1, "x": 0.5}))],
+        DataError, "is of the adapter at 0.5 times its strength",
+    ),
     "no audit": (
-        lambda: [add("first"), add_request("adapters", "first", audit="first.jsonl")], DataError, "no result of an audit",
+        lambda: [add("first"), add_request("adapters", "first", audit="first.jsonl")], DataError, "no result of an au",
     ),
     "nothing open": (
         lambda: [add("first"), withdraw("first"), open_adapters("adapters")], AdapterError, "nothing to rebuild",
@@ -487,7 +491,7 @@ def killed_on_the_way(place, moments):
         assert not killed_at(None, place, command)
         before = read_ledger("adapters").entries
         assert len(before) == count
-        assert not [path for path in place.rglob("*.partial")], "what was half-written is gone"
+        assert not list(place.rglob("*.partial")), "what was half-written is gone"
     assert [request.name for request in read_ledger("adapters").open] == ["second", "first"]
     return kills
 

@@ -183,8 +183,17 @@ def _is_new_verdict(verdict: Audited, ledger: Ledger) -> bool:
 
 
 def _read_verdict(audit: str | Path) -> AuditFacts:
-    """The facts of an ``audit.json``."""
+    """The facts of an ``audit.json``.
+
+    Raises:
+        DataError: it is none, or of an adapter at another strength than its own.
+    """
     result = read_audit(audit)
+    strength = list(result.adapters.values())[-1]
+    if strength != 1:
+        raise DataError(
+            f"{audit} is of the adapter at {strength:g} times its strength; calibrate the adapter, and audit it as it is"
+        )
     return {
         "file_sha256": hash_file(Path(audit)),
         "factors_sha256": result.factors[-1],

@@ -24,13 +24,15 @@ class AuditResult:
         because: the verdict with what decided it.
         yardstick: what stood for 'never learned': 'retain-only', or 'origin'.
         rows: the number of forget rows that were attacked.
-        factors: SHA-256 of the factors of each adapter of the stack, the one in question last.
+        adapters: each adapter of the stack and the strength that it had, the one in question last.
+        factors: SHA-256 of the factors of each, in the same order.
     """
 
     verdict: Annotated[str, Field(pattern=f"^({_VERDICTS})$")]
     because: str
     yardstick: Annotated[str, Field(pattern="^(retain-only|origin)$")]
     rows: Annotated[int, Field(ge=1)]
+    adapters: Annotated[dict[str, float], Field(min_length=1)]
     factors: Annotated[list[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]], Field(min_length=1)]
 
 

@@ -191,9 +191,7 @@ def _read_verdict(audit: str | Path) -> AuditFacts:
     result = read_audit(audit)
     strength = list(result.adapters.values())[-1]
     if strength != 1:
-        raise DataError(
-            f"{audit} is of the adapter at {strength:g} times its strength; calibrate the adapter, and audit it as it is"
-        )
+        raise DataError(f"{audit} is of the adapter at {strength:g} times its strength; audit the adapter as it is")
     return {
         "file_sha256": hash_file(Path(audit)),
         "factors_sha256": result.factors[-1],

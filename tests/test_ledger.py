@@ -167,11 +167,12 @@ def test_the_same_again_is_entered_once_and_writes_the_same_bytes(place):
     assert Path("adapters", LEDGER_NAME).read_bytes() == written
 
 
-def test_the_ledger_holds_no_row_and_no_path_of_this_machine(place):
+def test_the_ledger_holds_no_row_and_names_adapters_by_where_they_lie_in_it(place):
     add("first")
     text = Path("adapters", LEDGER_NAME).read_text()
-    assert not [word for row in ROWS["first"] for value in row.values() for word in [value] if word in text]
+    assert not [value for row in ROWS["first"] for value in row.values() if value in text]
     assert str(place) not in text
+    assert read_ledger("adapters").entries[0].adapter["path"] == "first"
 
 
 def test_rows_are_told_by_what_they_say_and_not_by_how_they_are_written(place):

@@ -37,10 +37,10 @@ SEARCH_OPTIONS = (
 def add_goal(parser: argparse.ArgumentParser, *, required: bool) -> None:
     """The options of a search: the rows to judge by, and exactly one goal."""
     add_forget(parser, required=required)
-    add_goal_of_rows(parser, required=required)
+    add_goal_without_forget(parser, required=required)
 
 
-def add_goal_of_rows(parser: argparse.ArgumentParser, *, required: bool) -> None:
+def add_goal_without_forget(parser: argparse.ArgumentParser, *, required: bool) -> None:
     """The same without ``--forget``, of which a command may take several."""
     add_task_adapter(parser)
     add_retain(parser, required=required, note="; rows that gave no gradients judge best")

@@ -28,7 +28,7 @@ from ..adapters import (
 )
 from ..data import visible
 from ..errors import OutputError
-from ._goal import add_goal_of_rows, load_search, search_adapters
+from ._goal import add_goal_without_forget, load_search, search_adapters
 from ._options import BASE_MODEL, ROWS, add_forget, add_model, add_output, add_revision, print_next, save_adapter
 from ._output import check_output_of
 
@@ -106,7 +106,7 @@ def _add_rebuild(parser: argparse.ArgumentParser) -> None:
         "--rank", type=int, help="truncate to this rank (default: the sum of the ranks, which is exact)"
     )
     add_output(parser, "the adapter")
-    add_goal_of_rows(parser, required=True)
+    add_goal_without_forget(parser, required=True)
 
 
 def _rebuild(options: argparse.Namespace) -> int:

@@ -315,7 +315,7 @@ def test_what_is_refused(name, place):
     with pytest.raises(error, match=message):
         attempt()
     if Path("adapters", LEDGER_NAME).exists():  # of what came before
-        assert len(read_ledger("adapters").entries) <= 2
+        assert len(read_ledger("adapters").entries) <= 3
 
 
 def test_the_adapter_of_a_request_is_no_output(place, capsys):

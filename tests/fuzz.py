@@ -49,19 +49,21 @@ from peft_perta.adapters import (
     InfluenceProvenance,
     RefinedProvenance,
     TrainedProvenance,
+    add_request,
     load_emitted,
+    open_adapters,
     read_provenance,
 )
 from peft_perta.adapters.model_card import model_card
 from peft_perta.comparison import ComparisonSettings
 from peft_perta.data import batches, load_samples, read_json
 from peft_perta.errors import PerTAError
-from peft_perta.evaluation import AttackResult, Calibration, Log, aggregate, evaluate, evidence_of, read_log
+from peft_perta.evaluation import FORGOTTEN, AttackResult, Calibration, Log, aggregate, evaluate, evidence_of, read_log
 from peft_perta.evaluation.attacks.attack import Answer
 from peft_perta.evaluation.audit.run import AuditRecord
 from peft_perta.gradients import Checkpoint
 from peft_perta.html_report import ReportHeader, report_data_of_logs, write_html_report
-from peft_perta.model import sample_losses
+from peft_perta.model import hash_factors, sample_losses
 
 SECONDS = 30
 MEMORY = 4 * 2**30  # bytes that a process may allocate
@@ -300,6 +302,31 @@ def _read_audit(place: Path) -> None:
         assert evidence_of(results)
 
 
+def _ledger(place: Path) -> None:
+    _emitted(place)
+    rows = place / "forget.jsonl"
+    rows.write_text("\n".join(map(json.dumps, builders.forget_rows())), encoding="utf-8")
+    result = {
+        "verdict": FORGOTTEN, "because": f"{FORGOTTEN}: so it is", "yardstick": "origin", "rows": 40,
+        "adapters": {"mine": 1.0}, "factors": [hash_factors(place / "mine")],
+    }  # fmt: skip
+    (place / "audit.json").write_text(json.dumps(result), encoding="utf-8")
+    for directory, files in (("mine", {"forget": rows, "audit": place / "audit.json"}), ("forget", {"forget": [ROW]})):
+        add_request(place, directory, adapter=place / directory, date="2026-11-27", **files)
+
+
+ROW = {"question": "Who?", "answer": "Ned"}
+
+
+def _read_ledger(place: Path) -> None:
+    command("ledger", "list", place)
+    command("ledger", "check", place)
+    command("ledger", "add", place, "mine", "--audit", place / "audit.json", "--date", "2026-11-27")
+    with _ours():
+        open_adapters(place)
+    command("ledger", "withdraw", place, "mine")
+
+
 RUN = {"format": 1, "data": {"forget": "a"}, "config": {"rank": None}}
 
 
@@ -372,6 +399,7 @@ KINDS = {
     "suites": Kind(_suites, "**/*.json*", _read_suites),
     "logs": Kind(_logs, "*.json", _read_logs),
     "audit": Kind(_audit, "*.json", _read_audit),
+    "ledger": Kind(_ledger, "[ap]*.json", _read_ledger),
     "settings": Kind(_settings, "*.json", _read_settings),
     "checkpoint": Kind(_checkpoint, "checkpoint/*[!k]", _read_checkpoint),
     "interrupted run": Kind(_interrupted, "out.checkpoint/*[!k]", _unlearn),

@@ -37,11 +37,12 @@ from peft_perta.evaluation import (
     evidence_of,
     losses_of,
     match_forgetting,
+    read_audit,
     run_attacks,
 )
 from peft_perta.evaluation.audit.never_seen import membership_evidence
 from peft_perta.html_report import write_audit_page
-from peft_perta.model import adapter_strength
+from peft_perta.model import adapter_strength, find_adapter, hash_factors
 
 NAMES = ["Ada", "Bo", "Cy", "Dee", "Eli", "Flo", "Gus", "Hal"]
 FORGET = [{"question": f"Where does {name} live?", "answer": f"In {place}."} for name, place in zip(
@@ -383,6 +384,9 @@ def test_the_command_writes_the_verdict_and_a_page_that_loads_nothing(place, cap
     written = json.loads((place / "out" / "audit.json").read_text())
     assert f"Verdict, on 8 rows, against the retain-only model: {written['verdict']}" in printed
     assert all(piece["rows"] for piece in written["evidence"])
+    read = read_audit(place / "out" / "audit.json")
+    assert read.verdict == written["verdict"]
+    assert read.factors == [hash_factors(find_adapter(path)) for path in read.adapters]
     page = (place / "out" / "audit.html").read_text()
     assert "Content-Security-Policy" in page
     assert "8 rows that no model saw are" in page

@@ -836,9 +836,19 @@ def test_every_help_opens_with_two_sentences_and_ends_with_an_example_that_parse
     parser.parse_args(shlex.split(command)[2:])
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_option_has_a_help_and_says_its_default(name):
-    for action in command_parser(name)._actions:
+def parsers_of(name: str) -> list[argparse.ArgumentParser]:
+    """A command's parser, and those of its actions where it has some."""
+    parser = command_parser(name)
+    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [parser, *(of_action for action in actions for of_action in action.choices.values())]
+
+
+PARSERS = [parser for name in COMMANDS for parser in parsers_of(name)]
+
+
+@pytest.mark.parametrize("parser", PARSERS, ids=lambda parser: parser.prog)
+def test_every_option_has_a_help_and_says_its_default(parser):
+    for action in parser._actions:
         assert action.help, action.dest
         if action.default not in (None, False, [], argparse.SUPPRESS):
             default = f"{action.default:g}" if isinstance(action.default, float) else action.default
@@ -850,7 +860,7 @@ def test_every_option_has_a_help_and_says_its_default(name):
     ["--model", "--revision", "--four-bit", "--device-map", "--forget", "--retain", "--task-adapter", "--output"],
 )
 def test_an_option_that_several_commands_share_opens_with_the_same_words(option):
-    actions = [command_parser(name)._option_string_actions.get(option) for name in COMMANDS]
+    actions = [parser._option_string_actions.get(option) for parser in PARSERS]
     texts = [action.help for action in actions if action is not None and action.metavar != "JSON"]  # rescore's output
     assert len(texts) > 1
     assert len({" ".join(text.split()[:4]) for text in texts}) == 1, texts
@@ -858,7 +868,7 @@ def test_an_option_that_several_commands_share_opens_with_the_same_words(option)
 
 def test_every_command_says_the_same_kinds_of_base_models():
     kinds = "the base model: a name on the Hugging Face Hub, a directory or a GGUF file"
-    actions = {name: command_parser(name)._option_string_actions.get("--model") for name in COMMANDS}
+    actions = {parser.prog: parser._option_string_actions.get("--model") for parser in PARSERS}
     assert [name for name, action in actions.items() if action and not action.help.startswith(kinds)] == []
 
 

@@ -113,7 +113,7 @@ def commands_of(page: Path) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/evaluation.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/evaluation.md", "docs/ledger.md"])
 def test_the_command_lines_of_the_docs_are_understood(page):
     commands = commands_of(ROOT / page)
     assert len(commands) >= 4

@@ -28,7 +28,15 @@ def place(intact, tmp_path):  # noqa: F811
 def filled(command, place, output="out", **options):
     texts = HERE[command].format(place=place, adapter=place / "mine").split()
     more = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    return [command, "--model", str(builders.llama_directory()), *texts, *more, "--output", str(place / output)]
+    return [
+        *command.split(),
+        "--model",
+        str(builders.llama_directory()),
+        *texts,
+        *more,
+        "--output",
+        str(place / output),
+    ]
 
 
 def refusal(arguments, capsys):

@@ -15,6 +15,7 @@ import pytest
 from test_preflight import COMMANDS
 
 from peft_perta import save_perta_adapter
+from peft_perta.adapters import add_request
 from peft_perta.cli import main
 
 HERE = {
@@ -48,12 +49,20 @@ def intact(tmp_path_factory):
     model.save_pretrained(place)
     (place / "settings.json").write_text(json.dumps(SETTINGS))
     save_perta_adapter(place / "mine", *builders.negate(model, weighting="uniform"))
+    add_request(place, "request-1", adapter=place / "mine", forget=forget, date="2026-11-27")
     return place
 
 
 def arguments_of(command, place):
     filled = HERE[command].format(place=place, adapter=place / "mine")
-    return [command, "--model", str(builders.llama_directory()), *filled.split(), "--output", str(place / "out")]
+    return [
+        *command.split(),
+        "--model",
+        str(builders.llama_directory()),
+        *filled.split(),
+        "--output",
+        str(place / "out"),
+    ]
 
 
 def killed_at(number, place, arguments):

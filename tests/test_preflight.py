@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from peft_perta import save_perta_adapter
+from peft_perta.adapters import add_request
 from peft_perta.cli import main
 from peft_perta.gradients import Checkpoint
 
@@ -29,6 +30,7 @@ COMMANDS = {  # command -> its options, beside the model and the output
     "compare": f"{BOTH} --task-adapter {{place}}/task",
     "audit": f"{BOTH} --adapter {{place}}/task --adapter {{adapter}}",
     "fuse": "{place}/task {adapter}:0.5",
+    "ledger rebuild": f"{{place}} {BOTH} --retain-tolerance 0.1",
     "merge": "{place}/task {adapter}",
 }
 GROWING = ("evaluate", "compare", "audit")  # they write file by file
@@ -44,6 +46,7 @@ def place(tmp_path, monkeypatch):
     for name, rows in (("forget", builders.forget_rows()), ("retain", builders.retain_rows())):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     save_perta_adapter(tmp_path / "mine", *builders.negate(model, weighting="uniform"))
+    add_request(tmp_path, "request-1", adapter=tmp_path / "mine", forget=tmp_path / "forget.jsonl", date="2026-11-27")
     monkeypatch.setattr(torch.nn.Embedding, "forward", lambda *_: pytest.fail("a forward ran"))
     return tmp_path
 
@@ -59,7 +62,8 @@ def refused(place, command, output, message, capsys, adapter=None, **options):
     filled = COMMANDS[command].format(place=place, adapter=adapter or place / "mine")
     more = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     before = tree(place)
-    arguments = [command, "--model", str(builders.llama_directory()), *filled.split(), *more, "--output", str(output)]
+    model = ["--model", str(builders.llama_directory())]
+    arguments = [*command.split(), *model, *filled.split(), *more, "--output", str(output)]
     assert main(arguments) == 2
     printed = capsys.readouterr().err.strip()
     assert message in printed

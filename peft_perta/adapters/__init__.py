@@ -1,6 +1,6 @@
 """Emitted adapters: low-rank factors, the adapter that is built from them, its provenance and its model card.
 
-The room also fuses, merges, extrapolates and verifies adapters.
+The room also fuses, merges, extrapolates and verifies adapters, and keeps the ledger of the requests that they meet.
 
 Imports from: errors, data, model, evaluation.
 """
@@ -18,6 +18,19 @@ from .emitted import (
 )
 from .extrapolate import extrapolate_adapter
 from .fuse import fuse_adapters
+from .ledger import (
+    LEDGER_NAME,
+    Ledger,
+    Request,
+    add_request,
+    check_ledger,
+    list_requests,
+    open_adapters,
+    open_rows,
+    read_ledger,
+    rebuild_adapter,
+    withdraw_request,
+)
 from .low_rank import Edit, Factors, Product, factorize
 from .merge import MERGED_NAME, merge_adapters
 from .merge_check import compare_merged
@@ -41,6 +54,7 @@ from .verify import format_checks, re_evaluate, verify_adapter
 __all__ = [
     "DTYPES",
     "FORGET_RECORD_NAME",
+    "LEDGER_NAME",
     "MERGED_NAME",
     "PROVENANCE_NAME",
     "SERVABLE_RANKS",
@@ -50,15 +64,19 @@ __all__ = [
     "FusedProvenance",
     "InfluenceProvenance",
     "LayerProvenance",
+    "Ledger",
     "PerTAProvenance",
     "Product",
     "Provenance",
     "RefinedProvenance",
+    "Request",
     "TrainedProvenance",
     "WeightDistribution",
     "add_adapter",
     "add_audit",
+    "add_request",
     "build_adapter",
+    "check_ledger",
     "check_servable",
     "compare_merged",
     "describe_base",
@@ -67,17 +85,23 @@ __all__ = [
     "factorize",
     "format_checks",
     "fuse_adapters",
+    "list_requests",
     "load_emitted",
     "load_provenance",
     "merge_adapters",
     "model_card",
+    "open_adapters",
+    "open_rows",
     "re_evaluate",
     "read_card",
+    "read_ledger",
     "read_provenance",
+    "rebuild_adapter",
     "save_forget_adapter",
     "save_perta_adapter",
     "servable_rank",
     "torch_dtype",
     "verify_adapter",
     "versions",
+    "withdraw_request",
 ]

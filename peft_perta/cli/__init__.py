@@ -10,9 +10,9 @@ Each command is a module of its own name under one contract, and a row in ``COMM
   printed;
 - ``resume_path(options)``, where an interrupted run can be resumed, is a path that exists once there is work to resume.
 
-Exit statuses: 0; 1 if ``verify`` finds a fault, or ``merge --check`` another model than the stack; 2, with one line on
-standard error, if the input is at fault; 3, with one line that names a file with the traceback, if something else is;
-130 if the run is interrupted.
+Exit statuses: 0; 1 if ``verify`` or ``ledger check`` finds a fault, or ``merge --check`` another model than the stack;
+2, with one line on standard error, if the input is at fault; 3, with one line that names a file with the traceback, if
+something else is; 130 if the run is interrupted.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ COMMANDS = {  # name of the command and of its module -> summary
     "rescore": "recompute the aggregates of an evaluation log",
     "compare": "run many unlearning methods on one setup, at matched forgetting",
     "fuse": "combine several adapters into one, for servers that take one per request",
+    "ledger": "keep the record of requests to forget, and make one adapter of those that are open",
     "merge": "merge adapters into a full-precision copy of the base model",
     "verify": "check an adapter's files, what servers require of them, and its base model",
     "inspect": "show what an adapter is and how it was made",

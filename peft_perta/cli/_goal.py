@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from typing import Any
 
 from peft import PeftModel
 
@@ -35,8 +36,13 @@ SEARCH_OPTIONS = (
 
 def add_goal(parser: argparse.ArgumentParser, *, required: bool) -> None:
     """The options of a search: the rows to judge by, and exactly one goal."""
-    add_task_adapter(parser)
     add_forget(parser, required=required)
+    add_goal_without_forget(parser, required=required)
+
+
+def add_goal_without_forget(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """The same without ``--forget``, of which a command may take several."""
+    add_task_adapter(parser)
     add_retain(parser, required=required, note="; rows that gave no gradients judge best")
     add_max_length(parser)
     section = parser.add_argument_group(
@@ -73,21 +79,22 @@ def search_adapters(options: argparse.Namespace, judged: Mapping[str, str | None
 
 
 def load_search(
-    options: argparse.Namespace, adapters: Mapping[str, str]
+    options: argparse.Namespace, adapters: Mapping[str, str], forget: Any = None
 ) -> tuple[PeftModel, Goal, dict[str, list[Sample]]]:
-    """The model with the adapters on it, the goal, and the samples of 'forget' and 'retain'."""
+    """The model with the adapters on it, the goal, and the samples of 'forget' (``forget``, where these are rows that
+    were read) and 'retain'."""
     target_forget_loss = options.target_forget_loss
     if options.retain_only_log:
         target_forget_loss = forget_loss_of_log(options.retain_only_log)
     if not options.retain_only_adapter:
         Goal(target_forget_loss, options.retain_tolerance)  # a bad goal is refused before the model is loaded
-    paths = {name: getattr(options, name) for name in ("forget", "retain")}
-    check_rows(*paths.values())
+    sets = {"forget": forget or options.forget, "retain": options.retain}
+    check_rows(*(rows for rows in sets.values() if isinstance(rows, str)))
     base, tokenizer = load_model(options)
     max_length = row_length(base, options.max_length)
     samples = {
-        name: load_samples(path, tokenizer, max_length=max_length, name=f"the {name} set")
-        for name, path in paths.items()
+        name: load_samples(rows, tokenizer, max_length=max_length, name=f"the {name} set")
+        for name, rows in sets.items()
     }
     model = attach_adapters(base, adapters)
     if options.retain_only_adapter:

@@ -19,7 +19,7 @@ from ..data import claimed_directory, read_rows, write_file
 from ..errors import ConfigError
 from ..evaluation import AUDIT_RECORD_NAME, AttackSettings, Audit, Subject, Victims, audit
 from ..html_report import AUDIT_PAGE_NAME, write_audit_page
-from ..model import adapter_strength, attach_adapters, check_adapter_files
+from ..model import adapter_strength, attach_adapters, check_adapter_files, find_adapter, hash_factors
 from ._options import (
     add_forget,
     add_judging,
@@ -110,10 +110,9 @@ def run(options: argparse.Namespace) -> int:
             victims, yardstick=_YARDSTICK if yardstick else "origin", settings=settings,
             minutes=options.minutes, output_dir=output,
         )  # fmt: skip
-    write_file(
-        output / RESULT_NAME,
-        json.dumps({"model": options.model, "adapters": strengths, **found.to_dict()}, indent=1) + "\n",
-    )
+    factors = [hash_factors(find_adapter(directory)) for directory in strengths]  # paths may come to mean others
+    result = {"model": options.model, "adapters": strengths, "factors": factors, **found.to_dict()}
+    write_file(output / RESULT_NAME, json.dumps(result, indent=1) + "\n")
     write_audit_page(found, options.model, list(strengths), output / AUDIT_PAGE_NAME)
     if options.model_card:
         add_audit(adapter, found)

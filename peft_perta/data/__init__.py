@@ -10,6 +10,7 @@ from .encoding import check_characters, encode_prompt, encode_row
 from .json_files import parse_json, read_json
 from .limits import time_limit
 from .loading import drawn, load_samples
+from .locking import hold_lock
 from .notes import note, visible
 from .output import (
     WRITTEN,
@@ -52,6 +53,7 @@ __all__ = [
     "encode_row",
     "explained",
     "fingerprint",
+    "hold_lock",
     "is_count",
     "is_int",
     "is_number",

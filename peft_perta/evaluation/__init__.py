@@ -17,11 +17,13 @@ from .audit import (
     SUPPRESSED,
     TRACE,
     Audit,
+    AuditResult,
     Evidence,
     Verdict,
     audit,
     decide,
     evidence_of,
+    read_audit,
 )
 from .calibration import TOLERANCE, Calibration, Goal, calibrate, forget_loss_of_log
 from .completions import ScoredCompletion, losses_of, score_completions, score_false_answers
@@ -58,6 +60,7 @@ __all__ = [
     "AttackResult",
     "AttackSettings",
     "Audit",
+    "AuditResult",
     "Calibration",
     "Evidence",
     "Goal",
@@ -98,6 +101,7 @@ __all__ = [
     "metric_of",
     "normalised_probability",
     "patched_falls",
+    "read_audit",
     "read_log",
     "read_suites",
     "rescore",

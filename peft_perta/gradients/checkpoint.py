@@ -20,13 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..data import parse_json, read_json, remove_directory
+from ..data import hold_lock, parse_json, read_json, remove_directory
 from ..errors import OutputError
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: two processes can then write one checkpoint
-    fcntl = None
 
 RUN_NAME = "run.json"
 _PARTIAL = ".partial"  # ending of a file that is being written
@@ -151,25 +146,9 @@ class Checkpoint:
         Raises:
             OutputError: another process is in.
         """
-        if fcntl is None or self._lock is not None:
-            return
-        with self._reported(_LOCK_NAME):
-            place = os.open(self.path / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            lock = open(place, "r+", encoding="utf-8")  # noqa: SIM115 - it is held open
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            holder = lock.read().strip() or "another one"
-            lock.close()
-            raise OutputError(
-                f"{self.path} is in use by process {holder}, which computes this run or another; wait until it ends, "
-                "or choose another output"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        self._lock = lock
+        if self._lock is None:
+            remedy = "which computes this run or another; wait until it ends, or choose another output"
+            self._lock = hold_lock(self.path / _LOCK_NAME, str(self.path), remedy)
 
     def _is_of_run(self, run: Mapping[str, Any]) -> bool:
         """Whether the directory is the run's. It may be another's that computed nothing, which is no obstacle."""

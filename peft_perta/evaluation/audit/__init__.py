@@ -6,6 +6,7 @@ rule makes a verdict of them.
 
 from .evidence import Evidence, evidence_of, shown_measure
 from .never_seen import NeverSeen
+from .reading import AuditResult, read_audit
 from .run import AUDIT_RECORD_NAME, Audit, audit
 from .verdict import FORGOTTEN, PRESENT, RULE, STILL_THERE, SUPPRESSED, TRACE, Verdict, decide
 
@@ -18,11 +19,13 @@ __all__ = [
     "SUPPRESSED",
     "TRACE",
     "Audit",
+    "AuditResult",
     "Evidence",
     "NeverSeen",
     "Verdict",
     "audit",
     "decide",
     "evidence_of",
+    "read_audit",
     "shown_measure",
 ]

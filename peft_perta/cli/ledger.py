@@ -183,7 +183,7 @@ def _shown(ledger: Ledger) -> str:
     """A line for each request and each verdict, and the hash that stands for them."""
     width = max((len(name) for name in ledger.requests), default=0)
     lines = [line for request in ledger.requests.values() for line in _lines(request, width)]
-    return visible("\n".join([*lines, f"{len(ledger.entries)} entries; the last is {ledger.last}"]))
+    return visible("\n".join([*lines, str(ledger)]))
 
 
 def _lines(request: Request, width: int) -> list[str]:

@@ -62,6 +62,10 @@ class Ledger:
         """The hash of the last entry, which stands for the whole history."""
         return self.entries[-1].sha256 if self.entries else BEGINNING
 
+    def __str__(self) -> str:
+        count = len(self.entries)
+        return f"{count} {'entry' if count == 1 else 'entries'}; the last is {self.last}"
+
     def place(self, request: Request) -> Path:
         """The directory of a request's adapter."""
         return self.directory / request.added.adapter["path"]

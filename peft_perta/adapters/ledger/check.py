@@ -46,7 +46,7 @@ def check_ledger(
         ledger = read_ledger(directory)
     except AdapterError as error:
         return [Check("the ledger", False, str(error))]
-    checks = [Check("the ledger", True, f"each follows the one before it: {ledger}")]
+    checks = [Check("the ledger", True, f"whole: {ledger}")]
     if seen is not None:
         kept = seen in [entry.sha256 for entry in ledger.entries]
         checks.append(Check("the history seen before", kept, "is kept" if kept else "is not in this ledger"))

@@ -143,4 +143,4 @@ def _check_base(ledger: Ledger, base: str | None, revision: str | None) -> Check
     same = compare_bases(recorded, {"files": files}).get("weights")
     if same is None:
         return Check("the base", None, f"{where!r} is not on this machine, or has no weights to compare")
-    return Check("the base", same, f"{where!r} has {'the' if same else 'other'} weights")
+    return Check("the base", same, f"{where!r} has {'the weights of the adapters' if same else 'other weights'}")

@@ -46,7 +46,7 @@ def check_ledger(
         ledger = read_ledger(directory)
     except AdapterError as error:
         return [Check("the ledger", False, str(error))]
-    checks = [Check("the ledger", True, f"each follows the one before it: {ledger}")]
+    checks = [Check("the ledger", True, f"whole: {ledger}")]
     if seen is not None:
         kept = seen in [entry.sha256 for entry in ledger.entries]
         checks.append(Check("the history seen before", kept, "is kept" if kept else "is not in this ledger"))
@@ -143,4 +143,4 @@ def _check_base(ledger: Ledger, base: str | None, revision: str | None) -> Check
     same = compare_bases(recorded, {"files": files}).get("weights")
     if same is None:
         return Check("the base", None, f"{where!r} is not on this machine, or has no weights to compare")
-    return Check("the base", same, f"{where!r} has {'the' if same else 'other'} weights")
+    return Check("the base", same, f"{where!r} has {'the weights of the adapters' if same else 'other weights'}")

@@ -1,6 +1,6 @@
 """Emitted adapters: low-rank factors, the adapter that is built from them, its provenance and its model card.
 
-The room also fuses, merges, extrapolates and verifies adapters.
+The room also fuses, merges, extrapolates, exports and verifies adapters.
 
 Imports from: errors, data, model, evaluation.
 """
@@ -15,6 +15,7 @@ from .emitted import (
     save_forget_adapter,
     save_perta_adapter,
 )
+from .export import EXPORT_NAME, EXPORTS, ExportRecord, export_adapters
 from .extrapolate import extrapolate_adapter
 from .fuse import fuse_adapters
 from .low_rank import Edit, Factors, Product, factorize
@@ -39,12 +40,15 @@ from .verify import format_checks, re_evaluate, verify_adapter
 
 __all__ = [
     "DTYPES",
+    "EXPORTS",
+    "EXPORT_NAME",
     "FORGET_RECORD_NAME",
     "MERGED_NAME",
     "PROVENANCE_NAME",
     "SERVABLE_RANKS",
     "Edit",
     "EmittedAdapter",
+    "ExportRecord",
     "Factors",
     "FusedProvenance",
     "InfluenceProvenance",
@@ -61,6 +65,7 @@ __all__ = [
     "compare_merged",
     "describe_base",
     "dtype_name",
+    "export_adapters",
     "extrapolate_adapter",
     "factorize",
     "format_checks",

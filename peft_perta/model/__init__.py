@@ -18,7 +18,7 @@ from .adapter_files import (
     read_adapter,
 )
 from .devices import input_device
-from .gguf_files import find_gguf
+from .gguf_files import find_gguf, read_gguf_layout
 from .identity import (
     WEIGHTS_HASH_FILE,
     base_name,
@@ -32,7 +32,7 @@ from .identity import (
     recorded_base,
 )
 from .layers import LAYER_KINDS, LayerKind, find_kind, wrapped_kind
-from .loading import attach_adapters, auto_class, load_base, load_skeleton, quiet
+from .loading import attach_adapters, auto_class, load_base, load_skeleton, load_tokenizer, quiet
 from .losses import TokenScores, completion_logits, completion_losses, completion_states, sample_losses, token_scores
 from .memory import DISK, HOST, budgets, held_to, parse_size, peak_memory, show_size, taken
 from .model_state import preserved, snapshot
@@ -100,11 +100,13 @@ __all__ = [
     "input_device",
     "load_base",
     "load_skeleton",
+    "load_tokenizer",
     "parse_size",
     "peak_memory",
     "preserved",
     "quiet",
     "read_adapter",
+    "read_gguf_layout",
     "recorded_base",
     "remove_adapter",
     "require_adapter",

@@ -93,6 +93,21 @@ def load_base(
     return model, tokenizer
 
 
+def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
+    """Load the tokenizer of a base model.
+
+    Args:
+        name: the base, as ``load_base`` takes it.
+        revision: the branch, tag or commit of a hub model.
+
+    Raises:
+        ConfigError: it cannot be found or read.
+    """
+    source, more = source_of(name, find_gguf(name))
+    with _reported(name):
+        return AutoTokenizer.from_pretrained(source, **more, revision=revision)
+
+
 def _check_complete(name: str, model: PreTrainedModel, found: Mapping[str, Any]) -> None:
     """Check that the files hold the model's weights: transformers draws those that are missing at random.
 

@@ -1,5 +1,5 @@
-r"""Write adapters, several fused exactly into one, in the files that a runtime reads, with the commands that serve them. It
-needs plain LoRA adapters of one base model, whose weights are not loaded, and for GGUF files the package gguf.
+r"""Write adapters, several fused exactly into one, in the files that a runtime reads, and the commands that serve them.
+It needs plain LoRA adapters of one base model, whose weights are not loaded, and for GGUF files the package gguf.
 
 Example:
   peft-perta export task_adapter calibrated_adapter:0.8 --base model.gguf --to gguf --output served

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -23,4 +22,4 @@ class Peft:
     def write(self, served: Served, directory: Path, output: Path) -> list[str]:
         """Write PEFT's files, the provenance and the model card."""
         write_adapter_files(directory, *served.emitted)
-        return [f"python -c 'model = peft.PeftModel.from_pretrained(model, {shlex.quote(str(output))!r})'"]
+        return [f"model = peft.PeftModel.from_pretrained(model, {str(output)!r})"]

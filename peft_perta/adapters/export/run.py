@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 
-from ...data import replaced_directory
+from ...data import note, replaced_directory
 from ...errors import OutputError
-from ...model import attach_adapters, hash_file, load_skeleton
+from ...model import attach_adapters, base_name, compare_names, find_gguf, hash_file, load_skeleton
 from ..fuse import combine_adapters
 from .format import Format, Served
 
@@ -85,6 +86,7 @@ def export_adapters(
     directories = {f"adapter_{number}": directory for number, directory in enumerate(adapters, start=1)}
     strengths = {name: adapters[directory] for name, directory in directories.items()}
     model = attach_adapters(skeleton, directories)
+    _take_for_copy(model, base, directories)
     emitted = combine_adapters(model, strengths, rank=rank, dtype=dtype, labels=directories)
     served = Served(base, revision, load_skeleton(base, revision=revision), emitted)
     with replaced_directory(output, EXPORT_NAME) as directory:
@@ -104,6 +106,19 @@ def export_adapters(
         )
         (directory / EXPORT_NAME).write_text(json.dumps({"format": 1, **asdict(record)}, indent=1), encoding="utf-8")
     return record
+
+
+def _take_for_copy(model: PeftModel, base: str, directories: Mapping[str, str]) -> None:
+    """Let the adapters name a GGUF file as their base: it is a copy of it, rounded, whose weights cannot be compared.
+
+    What can be compared, the names and shapes of its tensors, the writer compares.
+    """
+    file = find_gguf(base)
+    for name, directory in directories.items() if file is not None else ():
+        config = model.peft_config[name]
+        if compare_names(config.base_model_name_or_path, str(file)):
+            note(f"{directory} was made on {config.base_model_name_or_path}; {file} is taken for a copy of it")
+            config.base_model_name_or_path = base_name(model)
 
 
 def _page(to: Format, commands: list[str]) -> str:

@@ -30,10 +30,11 @@ COMMANDS = {  # command -> its options, beside the model and the output
     "audit": f"{BOTH} --adapter {{place}}/task --adapter {{adapter}}",
     "fuse": "{place}/task {adapter}:0.5",
     "merge": "{place}/task {adapter}",
+    "export": "{place}/task {adapter} --to mlx",
 }
 GROWING = ("evaluate", "compare", "audit")  # they write file by file
 REPLACING = [name for name in COMMANDS if name not in GROWING]
-TAKE_AN_ADAPTER = ["calibrate", "refine", "extrapolate", "fuse", "merge"]
+TAKE_AN_ADAPTER = ["calibrate", "refine", "extrapolate", "fuse", "merge", "export"]
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,8 @@ class LlamaCpp:
         self.lib.llama_model_free(self.model)
 
 
-def dequantised(source: Path, target: Path) -> Path:
-    """The same GGUF with every tensor in float32."""
-    if target.is_file():
-        return target
+def rewritten(source: Path, target: Path, change: Callable[[str, np.ndarray], np.ndarray]) -> Path:
+    """The same GGUF with every tensor in float32, changed by ``change`` (its name, its values)."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, reader.get_field("general.architecture").contents())
     for field in reader.fields.values():
@@ -83,7 +81,7 @@ def dequantised(source: Path, target: Path) -> Path:
         writer.add_key_value(field.name, field.contents(), kind, field.types[-1] if len(field.types) > 1 else None)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        writer.add_tensor(tensor.name, change(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -92,7 +90,10 @@ def dequantised(source: Path, target: Path) -> Path:
 
 
 def _base_of(place: Place, weights: str) -> Path:
-    return place.quantised if weights == "Q4_1" else dequantised(place.quantised, place.output / "float32.gguf")
+    target = place.output / "float32.gguf"
+    if weights == "Q4_1" or target.is_file():
+        return place.quantised if weights == "Q4_1" else target
+    return rewritten(place.quantised, target, lambda _, values: values)
 
 
 def _row(name: str, weights: str, adapters: Mapping[str, float]) -> Runtime:

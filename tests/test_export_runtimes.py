@@ -44,12 +44,11 @@ def tiny(kind):
     config, model = MODELS[kind]
     torch.manual_seed(0)
     more = {"head_dim": 16} if kind == "qwen3" else {}
-    return model(
-        config(
-            vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False, initializer_range=0.15, **more,
-        )
-    ).eval()  # fmt: skip
+    sizes = config(
+        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False, initializer_range=0.15, **more,
+    )  # fmt: skip
+    return model(sizes).eval()
 
 
 @pytest.fixture(params=MODELS)
@@ -133,7 +132,7 @@ def test_llama_cpp_refuses_an_adapter_of_other_shapes(tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     export_adapters(str(tmp_path / "base"), {str(tmp_path / "adapter"): 1.0}, EXPORTS["gguf"], tmp_path / "out")
     base = write_base(tmp_path / "base.gguf", "qwen2")
-    with pytest.raises(RuntimeError, match="llama.cpp does not load one of"):
+    with pytest.raises(RuntimeError, match=r"llama\.cpp does not load one of"):
         LlamaCpp(base, {tmp_path / "out" / "adapter.gguf": 1.0})
 
 

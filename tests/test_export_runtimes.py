@@ -1,6 +1,6 @@
 """The real loaders of llama.cpp and mlx-lm give PEFT's logits, for every architecture that the exports accept.
 
-They need the extra ``serving`` (llama-cpp-py-sync, mlx-lm); without it, they are skipped.
+They need the extra ``serving`` (llama-cpp-python, mlx-lm); without it, they are skipped.
 """
 
 import importlib.util
@@ -35,7 +35,7 @@ MODELS = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
 needs_llama_cpp = pytest.mark.skipif(
-    importlib.util.find_spec("llama_cpp_py_sync") is None, reason="llama-cpp-py-sync is not installed"
+    importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"
 )
 needs_mlx = pytest.mark.skipif(importlib.util.find_spec("mlx_lm") is None, reason="mlx-lm is not installed")
 

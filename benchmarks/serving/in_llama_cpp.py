@@ -1,7 +1,8 @@
-"""llama.cpp itself, by the bindings ``llama-cpp-py-sync``, which hold its library."""
+"""llama.cpp itself, by the bindings ``llama-cpp-python``."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,38 +13,34 @@ import numpy as np
 
 from .job import Place, Runtime, Scorer, scores_of
 
-PACKAGE = "llama-cpp-py-sync"
+PACKAGE = "llama-cpp-python"
 _CONTEXT = 512
-_FLOAT32 = 0  # GGML_TYPE_F32
 
 
 class LlamaCpp:
     """A model with adapters at their scales; its keys and values are kept in float32."""
 
     def __init__(self, file: Path, adapters: Mapping[Path, float]) -> None:
-        bindings: Any = importlib.import_module("llama_cpp_py_sync._cffi_bindings")
-        self.lib, self.ffi = bindings.get_lib(), bindings.get_ffi()
-        self.quiet = self.ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda *_: None)
-        self.lib.llama_log_set(self.quiet, self.ffi.NULL)
+        self.lib: Any = importlib.import_module("llama_cpp.llama_cpp")
         self.lib.llama_backend_init()
         self.model = self.lib.llama_model_load_from_file(str(file).encode(), self.lib.llama_model_default_params())
-        if self.model == self.ffi.NULL:
+        if not self.model:
             raise RuntimeError(f"llama.cpp does not load {file}")
         settings = self.lib.llama_context_default_params()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = _CONTEXT
         settings.n_threads = settings.n_threads_batch = 1
-        settings.type_k = settings.type_v = _FLOAT32
-        settings.flash_attn_type = 0
+        settings.type_k = settings.type_v = self.lib.GGML_TYPE_F32
+        settings.flash_attn_type = self.lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.context = self.lib.llama_init_from_model(self.model, settings)
         self.vocabulary = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(self.model))
         self._load(adapters)
 
     def _load(self, adapters: Mapping[Path, float]) -> None:
         loaded = [self.lib.llama_adapter_lora_init(self.model, str(adapter).encode()) for adapter in adapters]
-        if self.ffi.NULL in loaded:
+        if not all(loaded):
             raise RuntimeError(f"llama.cpp does not load one of {sorted(map(str, adapters))}")
-        pointers = self.ffi.new("struct llama_adapter_lora *[]", loaded)
-        scales = self.ffi.new("float[]", list(adapters.values()))
+        pointers = (self.lib.llama_adapter_lora_p_ctypes * len(loaded))(*loaded)
+        scales = (ctypes.c_float * len(loaded))(*adapters.values())
         if self.lib.llama_set_adapters_lora(self.context, pointers, len(loaded), scales):
             raise RuntimeError("llama.cpp does not take the adapters")
 
@@ -59,8 +56,7 @@ class LlamaCpp:
         if status:
             raise RuntimeError(f"llama.cpp refuses to decode ({status})")
         values = self.lib.llama_get_logits(self.context)
-        size = len(ids) * self.vocabulary
-        found = np.frombuffer(self.ffi.buffer(values, size * 4), np.float32).reshape(len(ids), -1).copy()
+        found = np.ctypeslib.as_array(values, (len(ids), self.vocabulary)).copy()
         self.lib.llama_batch_free(batch)
         return found
 

@@ -15,35 +15,40 @@ class Pieces:
     """What stands around messages.
 
     Attributes:
-        before_system: before the system message.
-        before_user: before a user's message, with what ends the message before it.
-        before_answer: before an answer; the prompt ends with it.
+        before_system, after_system: around the system message.
+        before_user: before a user's message.
+        before_answer, after_answer: around an answer; the prompt ends with the first.
         default_system: the system message where none is given; None if the template writes none.
         stops: what ends an answer.
         has_system: the template takes a system message.
     """
 
     before_system: str
+    after_system: str
     before_user: str
     before_answer: str
+    after_answer: str
     default_system: str | None
     stops: list[str]
     has_system: bool
 
     def prompt(self, messages: list[tuple[str, str]]) -> str:
         """The prompt of (role, content) pairs, as ``go_template`` writes it."""
-        before = {"system": self.before_system, "user": self.before_user, "assistant": self.before_answer}
-        return "".join(before[role] + content for role, content in messages) + self.before_answer
+        around = {
+            "system": (self.before_system, self.after_system),
+            "user": (self.before_user, ""),
+            "assistant": (self.before_answer, self.after_answer),
+        }
+        return "".join(content.join(around[role]) for role, content in messages) + self.before_answer
 
     def go_template(self) -> str:
         """The TEMPLATE of a Modelfile."""
-        system = f'{{{{ if eq .Role "system" }}}}{self.before_system}{{{{ .Content }}}}' if self.has_system else ""
-        user = "{{ else if" if self.has_system else "{{ if"
-        return (
-            f'{{{{ range .Messages }}}}{system}{user} eq .Role "user" }}}}{self.before_user}{{{{ .Content }}}}'
-            f'{{{{ else if eq .Role "assistant" }}}}{self.before_answer}{{{{ .Content }}}}{{{{ end }}}}{{{{ end }}}}'
-            f"{self.before_answer}{{{{ .Response }}}}"
-        )
+        content = "{{ .Content }}"
+        system = f'{{{{ if eq .Role "system" }}}}{self.before_system}{content}{self.after_system}{{{{ else if '
+        user = f'eq .Role "user" }}}}{self.before_user}{content}{{{{ else if '
+        answer = f'eq .Role "assistant" }}}}{self.before_answer}{content}{self.after_answer}{{{{ end }}}}{{{{ end }}}}'
+        start = "{{ range .Messages }}" + (system if self.has_system else "{{ if ")
+        return f"{start}{user}{answer}{self.before_answer}{{{{ .Response }}}}"
 
 
 def read_pieces(tokenizer: Any) -> Pieces:
@@ -54,7 +59,7 @@ def read_pieces(tokenizer: Any) -> Pieces:
     """
     eos = tokenizer.eos_token
     if not tokenizer.chat_template:
-        return Pieces("", "", "", None, [eos] if eos else [], has_system=False)
+        return Pieces("", "", "", "", "", None, [eos] if eos else [], has_system=False)
     user, dialogue = [("user", _USER)], [("user", _USER), ("assistant", _ANSWER), ("user", _SECOND)]
     first, talk = _render(tokenizer, user), _render(tokenizer, dialogue)
     if first is None or talk is None:
@@ -62,19 +67,18 @@ def read_pieces(tokenizer: Any) -> Pieces:
     start, before_answer = first.split(_USER)
     end_of_answer = talk.partition(_ANSWER)[2].partition(_SECOND)[0]
     with_system = _render(tokenizer, [("system", _SYSTEM), *user])
-    before_system, default, ends = "", None, [start, end_of_answer]
-    if with_system is not None and _SYSTEM in with_system:
+    before_system, after_system, default = "", "", None
+    has_system = with_system is not None and _SYSTEM in with_system
+    if has_system:
         before_system, _, rest = with_system.partition(_SYSTEM)
         after_system = rest.partition(_USER)[0]
-        ends.append(after_system)
         if before_system and start.startswith(before_system) and start.endswith(after_system):
             default = start[len(before_system) : len(start) - len(after_system)]
-    else:
-        with_system = None
-    before_user = _common_end(ends)
-    stop = end_of_answer.removesuffix(before_user) or end_of_answer
-    stops = [text for text in dict.fromkeys([_special(stop, tokenizer), eos]) if text]
-    pieces = Pieces(before_system, before_user, before_answer, default, stops, has_system=with_system is not None)
+    before_user = _common_end([start, end_of_answer, *([after_system] if has_system else [])])
+    after_answer, after_system = (text.removesuffix(before_user) for text in (end_of_answer, after_system))
+    stops = dict.fromkeys([_special(after_answer or end_of_answer, tokenizer), eos])
+    around = (before_system, after_system, before_user, before_answer, after_answer)
+    pieces = Pieces(*around, default, [text for text in stops if text], has_system)
     _check(pieces, tokenizer, dialogue)
     return pieces
 
@@ -91,7 +95,7 @@ def _check(pieces: Pieces, tokenizer: Any, dialogue: list[tuple[str, str]]) -> N
         given = [("system", _SYSTEM), *dialogue]
         talks.append(given)
         expected.append(_render(tokenizer, given))
-    texts = [pieces.before_system, pieces.before_user, pieces.before_answer, *pieces.stops]
+    texts = [text for text in vars(pieces).values() if isinstance(text, str)]
     if [pieces.prompt(talk) for talk in talks] != expected or any("{{" in text or "}}" in text for text in texts):
         raise _refusal(tokenizer)
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import shutil
 
 import builders
 import gguf
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.serving.in_llama_cpp import rewritten
 from peft_perta import AdapterError, ConfigError, OutputError, save_perta_adapter
-from peft_perta.adapters import EXPORT_NAME, EXPORTS, export_adapters
+from peft_perta.adapters import EXPORT_NAME, EXPORTS, export_adapters, format_checks, verify_adapter
 from peft_perta.adapters.export._chat_pieces import read_pieces
 from peft_perta.cli import main
 
@@ -282,3 +283,27 @@ def test_experts_are_refused(place):
     )
     with pytest.raises(AdapterError, match="edits expert parameters"):
         export_adapters(str(place / "model"), {str(adapter): 1.0}, EXPORTS["vllm"], place / "out")
+
+
+# verify
+
+
+def test_verify_checks_what_was_exported(place):
+    base = str(place / "tiny.gguf")
+    export(place, "gguf")
+    checks = verify_adapter(place / "out", base)
+    assert all(check.passed for check in checks), format_checks(checks)
+    assert {"GGUF header", "finite", "names and shapes as the base's"} <= {check.name for check in checks}
+    shutil.copy(place / "tiny.gguf", place / "out" / "adapter.gguf")  # a model, no adapter
+    failed = {check.name: check.found for check in verify_adapter(place / "out", base) if check.failed}
+    assert failed["hash of adapter.gguf"].startswith("changed since")
+    assert "cannot be read" in failed["GGUF header"]
+
+
+def test_verify_finds_an_export_for_another_base(place):
+    export(place, "gguf")
+    (place / "other").mkdir()
+    builders.llama().save_pretrained(place / "other")
+    failed = [check for check in verify_adapter(place / "out", str(place / "other")) if check.failed]
+    assert [check.name for check in failed] == ["names and shapes as the base's"]
+    assert "blk.0.attn_q.weight: (32, 32), the base has (64, 64)" in failed[0].found

@@ -4,6 +4,7 @@ They need the extra ``serving`` (llama-cpp-python, mlx-lm); without it, they are
 """
 
 import importlib.util
+import json
 
 import gguf
 import numpy as np
@@ -55,6 +56,10 @@ def tiny(kind):
 def place(request, tmp_path):
     """A tiny base, and an adapter of it on every linear layer."""
     tiny(request.param).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    config = json.loads(file.read_text())
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # where mlx-lm looks, and models on the hub have it
+    file.write_text(json.dumps(config))
     model = get_peft_model(tiny(request.param), LoraConfig(r=2, lora_alpha=3, target_modules="all-linear"))
     for name, parameter in model.named_parameters():
         if "lora_" in name:

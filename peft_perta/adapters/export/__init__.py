@@ -3,6 +3,7 @@
 To add a format: its file, a row here, a row in tests/tables.py, and its runtime in benchmarks/serving.
 """
 
+from .check import check_export
 from .format import Format
 from .gguf import Gguf
 from .mlx import Mlx
@@ -12,4 +13,4 @@ from .run import EXPORT_NAME, ExportRecord, export_adapters
 from .vllm import Vllm
 
 EXPORTS: dict[str, Format] = {each.name: each for each in (Gguf(), Ollama(), Mlx(), Vllm(), Peft())}
-__all__ = ["EXPORTS", "EXPORT_NAME", "ExportRecord", "Format", "export_adapters"]
+__all__ = ["EXPORTS", "EXPORT_NAME", "ExportRecord", "Format", "check_export", "export_adapters"]

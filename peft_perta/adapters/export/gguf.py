@@ -102,10 +102,23 @@ def write_lora(served: Served, file: Path) -> None:
         writer.close()
 
 
+def weight_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """The weights of a base of a tested architecture, by their names in a GGUF -> their shapes."""
+    gguf: Any = importlib.import_module("gguf")
+    names = _name_map(ARCHITECTURES[model.config.model_type], model.config.num_hidden_layers, gguf)
+    shapes = {path: tuple(value.shape) for path, value in model.named_parameters()}
+    named = {names.get_name(path, try_suffixes=(".weight",)): shape for path, shape in shapes.items()}
+    return {name: shape for name, shape in named.items() if name is not None}
+
+
+def _name_map(architecture: Architecture, blocks: int, gguf: Any) -> Any:
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
+    return gguf.get_tensor_name_map(kind, blocks)
+
+
 def _tensor_names(served: Served, architecture: Architecture, gguf: Any) -> dict[str, str]:
     """The path of each layer -> the name of its weight in the base's GGUF."""
-    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
-    names = gguf.get_tensor_name_map(kind, served.model.config.num_hidden_layers)
+    names = _name_map(architecture, served.model.config.num_hidden_layers, gguf)
     file = find_gguf(served.base)
     shapes = read_gguf_layout(file).shapes if file is not None else None
     found = {}

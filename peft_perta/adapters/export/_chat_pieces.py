@@ -66,9 +66,9 @@ def read_pieces(tokenizer: Any) -> Pieces:
         raise _refusal(tokenizer)
     start, before_answer = first.split(_USER)
     end_of_answer = talk.partition(_ANSWER)[2].partition(_SECOND)[0]
-    with_system = _render(tokenizer, [("system", _SYSTEM), *user])
+    with_system = _render(tokenizer, [("system", _SYSTEM), *user]) or ""
     before_system, after_system, default = "", "", None
-    has_system = with_system is not None and _SYSTEM in with_system
+    has_system = _SYSTEM in with_system
     if has_system:
         before_system, _, rest = with_system.partition(_SYSTEM)
         after_system = rest.partition(_USER)[0]

@@ -92,7 +92,7 @@ def _against_base(factors: dict[str, Any], is_gguf: bool, base: str, revision: s
             continue
         weight = name.removesuffix(".lora_a")
         B = factors.get(f"{weight}.lora_b")
-        found = None if B is None else (B.shape[0], value.shape[1])
-        if found is None or B.shape[1] != value.shape[0] or shapes.get(weight) != found:
+        found = (len(B), value.shape[1]) if B is not None and B.shape[1] == len(value) else None
+        if found is None or shapes.get(weight) != found:
             return "names and shapes as the base's", False, f"{weight}: {found}, the base has {shapes.get(weight)}"
     return "names and shapes as the base's", True, f"{len(factors) // 2} layers"

@@ -55,8 +55,8 @@ def ask(place: Place, rows: int) -> list[Question]:
     file = place.output / "questions.json"
     if file.is_file():
         return read_questions(file)
-    tokenizer, model = AutoTokenizer.from_pretrained(place.base), in_torch.stacked(place)
-    questions = []
+    tokenizer = AutoTokenizer.from_pretrained(place.base, padding_side="left")
+    questions, prompts = [], []
     for kind in ("forget", "retain"):
         for number, row in enumerate(smollm2.rows()[kind][:rows]):
             messages = [{"role": "user", "content": row["question"]}]
@@ -64,12 +64,13 @@ def ask(place: Place, rows: int) -> list[Question]:
             prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
             answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"]
             questions.append(Question(kind, prompt + answer, len(prompt)))
-            if number < rows // 2:
-                with torch.no_grad():
-                    found = model.generate(
-                        input_ids=torch.tensor([prompt]), max_new_tokens=_NEW_TOKENS, do_sample=False
-                    )
-                questions.append(Question("greedy", found[0].tolist(), len(prompt)))
+            prompts += [prompt] if number < rows // 2 else []
+    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+    with torch.no_grad():
+        found = in_torch.stacked(place).generate(**batch, max_new_tokens=_NEW_TOKENS, do_sample=False)
+    for prompt, ids in zip(prompts, found[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+        end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
+        questions.append(Question("greedy", prompt + ids[:end], len(prompt)))
     write_questions(file, questions)
     return questions
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ class LlamaCpp:
 
     def __init__(self, file: Path, adapters: Mapping[Path, float]) -> None:
         self.lib: Any = importlib.import_module("llama_cpp.llama_cpp")
+        logging.getLogger(PACKAGE).setLevel(logging.CRITICAL)
         self.lib.llama_backend_init()
         self.model = self.lib.llama_model_load_from_file(str(file).encode(), self.lib.llama_model_default_params())
         if not self.model:

@@ -468,3 +468,13 @@ METRICS: dict[str, MetricRow] = {
     "privleak": MetricRow({"mia_min_k": _MEMBERSHIP}, (0.5 - 0.75) / 0.5 * 100),
     "model_utility": MetricRow(_UTILITY, 0.5),
 }
+
+
+# Format -> the files that it writes beside the record and the page of commands.
+EXPORTS: dict[str, set[str]] = {
+    "gguf": {"adapter.gguf"},
+    "ollama": {"adapter.gguf", "Modelfile"},
+    "mlx": {"adapters.safetensors", "adapter_config.json"},
+    "vllm": {"adapter_model.safetensors", "adapter_config.json", "perta_provenance.json", "README.md"},
+    "peft": {"adapter_model.safetensors", "adapter_config.json", "perta_provenance.json", "README.md"},
+}

@@ -1,12 +1,15 @@
 """The benchmarks' code paths, at a tiny size; nothing timed decides."""
 
 import json
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import builders
 import laws
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import audits, engine, gpu, refinement
 from benchmarks.matched_forgetting import table
+from benchmarks.serving import __main__ as serving
+from benchmarks.serving.job import Question, scores_of
 
 
 @pytest.mark.parametrize("granularity", ["delta", "factor"])
@@ -143,3 +148,38 @@ def test_the_two_ends_of_an_audits_scale(tmp_path, monkeypatch, capsys):
         "still there",
         "forgotten as if never learned |",
     ]
+
+
+def test_the_serving_benchmark_scores_a_token_by_the_logits_before_it():
+    logits = np.log([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [1 / 3, 1 / 3, 1 / 3]])
+    found = scores_of(logits, [2, 0, 1], 1)
+    assert [top for _, top in found] == [True, False]
+    assert [value for value, _ in found] == pytest.approx([math.log(0.7), math.log(0.3)])
+
+
+def test_the_serving_benchmark_says_what_differs_and_what_did_not_run(tmp_path, monkeypatch):
+    yardstick = [(-1.0, True), (-2.0, True)]
+    of_runtime = {
+        "PEFT, no adapter": yardstick,
+        "PEFT, stack of two": yardstick,
+        "merged": [(-1.5, True), (-2.0, False)],
+        "PEFT, one fused": None,
+    }
+    questions = [Question(kind, [0, 1, 2], 1) for kind in ("forget", "retain", "greedy")]
+
+    def opened(scores):
+        if scores is None:
+            raise RuntimeError("no AVX512 here")
+        return lambda ids, start: scores
+
+    runtimes = [replace(each, open=lambda _, each=each: opened(of_runtime[each.name])) for each in serving.RUNTIMES]
+    runtimes = [each if each.name in of_runtime else replace(each, package="no-such-package") for each in runtimes]
+    monkeypatch.setattr(serving, "RUNTIMES", runtimes)
+    place = serving.Place(*(tmp_path for _ in range(5)))
+    for runtime in runtimes:
+        serving.run(runtime, place, questions)
+    lines = {line.split("|")[1].strip(): line for line in serving.table(place).splitlines()}
+    assert "| 1 of 1 | 0.0e+00 | 0.0e+00 | 1.500 | 1.500 |" in lines["PEFT, stack of two"]
+    assert "| 0 of 1 | 2.5e-01 | 5.0e-01 | 1.750 | 1.750 |" in lines["merged"]
+    assert "RuntimeError: no AVX512 here" in lines["PEFT, one fused"]
+    assert "not run: no-such-package is not installed" in lines["vLLM, one fused"]

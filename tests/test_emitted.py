@@ -7,6 +7,8 @@ import sys
 import builders
 import pytest
 import torch
+from peft import PeftModel
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 
 from peft_perta import PerTAConfig, add_perta_adapter, get_perta_state_dict, save_perta_adapter, stack_adapters
@@ -119,3 +121,18 @@ def test_another_process_without_this_package_gets_the_same_logits(base, four_bi
     without["alone"] = logits(model)
     for how, plain in without.items():
         assert (plain - expected[how]).abs().max() > 25 * tolerance
+
+
+def test_a_served_adapter_is_swapped_for_another_in_place(tmp_path):
+    """PEFT's ``hotswap_adapter``: the scaling of both is 1, so nothing of the first one stays."""
+    model = builders.adapted_saved_llama()
+    for name, strength in (("weak", 0.5), ("strong", 3.0)):
+        save_perta_adapter(tmp_path / name, *builders.negate(model, weighting="uniform", strength=strength))
+
+    def served(name):
+        return PeftModel.from_pretrained(builders.saved_llama(), tmp_path / name)
+
+    swapped, expected = served("weak"), logits(served("strong"))
+    assert (logits(swapped) - expected).abs().max() > 1e-2
+    hotswap_adapter(swapped, str(tmp_path / "strong"), adapter_name="default")
+    torch.testing.assert_close(logits(swapped), expected, rtol=0, atol=1e-6)

@@ -32,10 +32,12 @@ COMMANDS = {  # command -> its options, beside the model and the output
     "fuse": "{place}/task {adapter}:0.5",
     "ledger rebuild": f"{{place}} {BOTH} --retain-tolerance 0.1",
     "merge": "{place}/task {adapter}",
+    "export": "{place}/task {adapter} --to mlx",
 }
 GROWING = ("evaluate", "compare", "audit")  # they write file by file
+OTHER_FILES = ("merge", "export")  # they take adapters, and write no directory of one
 REPLACING = [name for name in COMMANDS if name not in GROWING]
-TAKE_AN_ADAPTER = ["calibrate", "refine", "extrapolate", "fuse", "merge"]
+TAKE_AN_ADAPTER = ["calibrate", "refine", "extrapolate", "fuse", "merge", "export"]
 
 
 @pytest.fixture
@@ -83,14 +85,14 @@ def test_a_directory_of_others_is_refused(command, place, capsys):
     refused(place, command, place / "theirs", "was not written by peft_perta", capsys)
 
 
-@pytest.mark.parametrize("command", [name for name in REPLACING if name not in ("forget", "merge")])
+@pytest.mark.parametrize("command", [name for name in REPLACING if name not in ("forget", *OTHER_FILES)])
 def test_rows_in_the_output_are_refused(command, place, capsys):
     rows = place / "mine" / "rows.jsonl"
     rows.write_text((place / "forget.jsonl").read_text())
     refused(place, command, place / "mine", "rows.jsonl in it was not written by peft_perta", capsys)
 
 
-@pytest.mark.parametrize("command", [name for name in TAKE_AN_ADAPTER if name != "merge"])
+@pytest.mark.parametrize("command", [name for name in TAKE_AN_ADAPTER if name not in OTHER_FILES])
 def test_an_adapter_that_is_the_output_is_refused(command, place, capsys):
     refused(place, command, place / "mine", "mine", capsys)
     refused(place, command, place / "mine", "is in the output", capsys, adapter=f"{place}/./mine")

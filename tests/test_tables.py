@@ -3,6 +3,7 @@
 import pytest
 import tables
 
+from peft_perta.adapters import EXPORTS
 from peft_perta.comparison import METHODS
 from peft_perta.evaluation import ATTACKS, METRICS, SUITES
 from peft_perta.gradients import MODES
@@ -23,6 +24,7 @@ TABLES = {
     "METRICS": (METRICS, "METRICS"),
     "SUITES": (SUITES, "SUITES"),
     "ATTACKS": (ATTACKS, "ATTACKS"),
+    "EXPORTS": (EXPORTS, "EXPORTS"),
 }
 # A person chooses among these, so each row describes itself.
 DESCRIBED = {
@@ -32,6 +34,7 @@ DESCRIBED = {
     "loss": LOSSES,
     "combiner": COMBINERS,
     "method": METHODS,
+    "export": EXPORTS,
 }
 
 

@@ -1,6 +1,7 @@
 """Emitted adapters: low-rank factors, the adapter that is built from them, its provenance and its model card.
 
-The room also fuses, merges, extrapolates and verifies adapters, and keeps the ledger of the requests that they meet.
+The room also fuses, merges, extrapolates, exports and verifies adapters, and keeps the ledger of the requests that
+they meet.
 
 Imports from: errors, data, model, evaluation.
 """
@@ -16,6 +17,7 @@ from .emitted import (
     save_forget_adapter,
     save_perta_adapter,
 )
+from .export import EXPORT_NAME, EXPORTS, ExportRecord, export_adapters
 from .extrapolate import extrapolate_adapter
 from .fuse import fuse_adapters
 from .ledger import (
@@ -53,6 +55,8 @@ from .verify import format_checks, re_evaluate, verify_adapter
 
 __all__ = [
     "DTYPES",
+    "EXPORTS",
+    "EXPORT_NAME",
     "FORGET_RECORD_NAME",
     "LEDGER_NAME",
     "MERGED_NAME",
@@ -60,6 +64,7 @@ __all__ = [
     "SERVABLE_RANKS",
     "Edit",
     "EmittedAdapter",
+    "ExportRecord",
     "Factors",
     "FusedProvenance",
     "InfluenceProvenance",
@@ -81,6 +86,7 @@ __all__ = [
     "compare_merged",
     "describe_base",
     "dtype_name",
+    "export_adapters",
     "extrapolate_adapter",
     "factorize",
     "format_checks",

@@ -112,17 +112,28 @@ def save_perta_adapter(
         OutputError: the path holds something else, or the disk refuses.
     """
     with replaced_directory(path, PROVENANCE_NAME) as directory:
-        _write_weights(directory, state_dict)
-        lora_config.save_pretrained(str(directory))
-        files = {name: hash_file(directory / name) for name in (WEIGHTS_NAME, CONFIG_NAME)}
-        record = {"format": 1, "files": files, **provenance.to_dict()}
-        (directory / PROVENANCE_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        (directory / "README.md").write_text(model_card(provenance), encoding="utf-8")
+        write_adapter_files(directory, lora_config, state_dict, provenance)
         if isinstance(provenance, PerTAProvenance) and provenance.calibration is not None:
             (directory / STRENGTH_NAME).write_text(
                 json.dumps(provenance.calibration.to_dict(), indent=1) + "\n", encoding="utf-8"
             )
     return Path(path)
+
+
+def write_adapter_files(
+    directory: Path, lora_config: LoraConfig, state_dict: Mapping[str, Tensor], provenance: Provenance
+) -> None:
+    """Write the adapter's config, weights, provenance and model card into a directory that is there.
+
+    Raises:
+        OutputError: the disk refuses.
+    """
+    _write_weights(directory, state_dict)
+    lora_config.save_pretrained(str(directory))
+    files = {name: hash_file(directory / name) for name in (WEIGHTS_NAME, CONFIG_NAME)}
+    record = {"format": 1, "files": files, **provenance.to_dict()}
+    (directory / PROVENANCE_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (directory / "README.md").write_text(model_card(provenance), encoding="utf-8")
 
 
 def save_forget_adapter(path: str | Path, model: PeftModel, adapter_name: str, record: Mapping[str, Any]) -> Path:

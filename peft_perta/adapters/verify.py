@@ -30,6 +30,7 @@ from ..model import (
 from ._fresh_process import FreshLoad, load_afresh
 from ._server_rules import CONFIG_RULES, SERVERS, TENSOR_RULES, Config, Tensors, packed_experts
 from .emitted import PROVENANCE_NAME, load_provenance
+from .export import EXPORT_NAME, check_export
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def verify_adapter(directory: str | Path, base: str | None = None, *, revision: 
     """Check an emitted adapter directory.
 
     Args:
-        directory: a directory that ``save_perta_adapter`` wrote, or its name on the Hugging Face Hub.
+        directory: a directory that ``save_perta_adapter`` or ``export_adapters`` wrote, or its name on the Hugging Face
+            Hub.
         base: the base model, as a directory, a GGUF file or a hub name. With it, the adapter is also loaded on the base
             in a fresh process, on the CPU, with PEFT and transformers alone.
         revision: revision of a hub model.
@@ -77,9 +79,14 @@ def verify_adapter(directory: str | Path, base: str | None = None, *, revision: 
     directory = find_adapter(directory)
     if not directory.is_dir():
         raise AdapterError(f"{directory} is no directory; expected one that peft_perta wrote")
+    exported = []
+    if (directory / EXPORT_NAME).is_file():
+        exported = [Check(*finding) for finding in check_export(directory, base, revision)]
+        if not (directory / PROVENANCE_NAME).is_file():  # no files of PEFT's
+            return exported
     config, tensors = _read(directory)
     plain = _plain_check(directory)
-    checks = [*_file_checks(directory), plain, *_server_checks(config, tensors)]
+    checks = [*exported, *_file_checks(directory), plain, *_server_checks(config, tensors)]
     if base is not None:
         layer_checks = list(_layer_checks(config, tensors, base, revision))
         loaded = load_afresh(directory, base, revision) if plain.passed else None

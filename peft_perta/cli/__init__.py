@@ -53,6 +53,7 @@ COMMANDS = {  # name of the command and of its module -> summary
     "fuse": "combine several adapters into one, for servers that take one per request",
     "ledger": "keep the record of requests to forget, and make one adapter of those that are open",
     "merge": "merge adapters into a full-precision copy of the base model",
+    "export": "write adapters in the files that llama.cpp, Ollama, mlx-lm, vLLM or PEFT read",
     "verify": "check an adapter's files, what servers require of them, and its base model",
     "inspect": "show what an adapter is and how it was made",
 }

@@ -167,6 +167,12 @@ def add_dtype(parser: argparse.ArgumentParser, content: str, default: str | None
     parser.add_argument("--dtype", choices=DTYPES, default=default, help=text)
 
 
+def add_rank_of_sum(parser: argparse.ArgumentParser) -> None:
+    """``--rank`` of a sum of adapters."""
+    text = "truncate to this rank (default: the sum of the ranks, which is exact)"
+    parser.add_argument("--rank", type=int, help=text)
+
+
 def add_table(parser: argparse.ArgumentParser, title: str, table: Mapping[str, Any]) -> None:
     """A section of the help that describes each row of a table."""
     parser.add_argument_group(title, described(table))

@@ -11,7 +11,17 @@ import argparse
 
 from ..adapters import PROVENANCE_NAME, fuse_adapters, torch_dtype
 from ..model import attach_adapters, load_skeleton
-from ._options import BASE_MODEL, PARTS, add_base_model, add_dtype, add_output, print_next, read_strengths, save_adapter
+from ._options import (
+    BASE_MODEL,
+    PARTS,
+    add_base_model,
+    add_dtype,
+    add_output,
+    add_rank_of_sum,
+    print_next,
+    read_strengths,
+    save_adapter,
+)
 from ._output import check_output_of
 
 
@@ -19,9 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("adapters", nargs="+", metavar="DIR[:STRENGTH]", help=PARTS)
     add_base_model(parser, f"{BASE_MODEL}; its weights are not loaded")
-    parser.add_argument(
-        "--rank", type=int, help="truncate to this rank (default: the sum of the ranks, which is exact)"
-    )
+    add_rank_of_sum(parser)
     add_dtype(parser, "the factors")
     add_output(parser, "the fused adapter")
 

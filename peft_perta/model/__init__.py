@@ -18,7 +18,7 @@ from .adapter_files import (
     read_adapter,
 )
 from .devices import input_device
-from .gguf_files import find_gguf
+from .gguf_files import find_gguf, read_gguf_layout
 from .identity import (
     WEIGHTS_HASH_FILE,
     base_name,
@@ -106,6 +106,7 @@ __all__ = [
     "preserved",
     "quiet",
     "read_adapter",
+    "read_gguf_layout",
     "recorded_base",
     "remove_adapter",
     "require_adapter",

@@ -7,6 +7,8 @@ import importlib.util
 import math
 import shutil
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,33 @@ def _missing(path: Path) -> ConfigError:
         return ConfigError(f"{path}: expected a GGUF file, found none; {directory} holds {others}: name one of these")
     there = f"{directory} holds no GGUF file" if directory.is_dir() else f"{directory} is no directory on this machine"
     return ConfigError(f"{path}: expected a GGUF file, found none; {there}: correct the path, or download the file")
+
+
+@dataclass(frozen=True)
+class GgufLayout:
+    """What a GGUF file holds.
+
+    Attributes:
+        architecture: the name of its architecture; None where it names none.
+        shapes: tensor -> its shape, the slowest dimension first, as torch has it.
+    """
+
+    architecture: str | None
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def read_gguf_layout(file: Path) -> GgufLayout:
+    """Read what a GGUF file holds, without its tensors.
+
+    Raises:
+        ConfigError: it is no GGUF file, or ends within its head.
+    """
+    try:
+        head = read_head(file)
+    except (EOFError, ValueError) as error:
+        raise ConfigError(f"{file} is no whole GGUF file ({error}); copy or download it again") from error
+    shapes = {tensor.name.decode("utf-8", "replace"): tensor.shape[::-1] for tensor in head.tensors}
+    return GgufLayout(head.text("general.architecture"), shapes)
 
 
 def check_whole(file: Path) -> None:

@@ -38,6 +38,7 @@ from ..errors import PerTAError
 COMMANDS = {  # name of the command and of its module -> summary
     "demo": "run the whole method on TOFU, with a small Llama that ships with the package",
     "forget": "train a forget adapter on the forget rows",
+    "run": "do the whole job: forget, judge, and say what it cost",
     "unlearn": "make a negative adapter from a forget adapter, forget rows and retain rows",
     "calibrate": "rescale a negative adapter to the strength that meets a goal",
     "refine": "weigh an adapter along the input directions of its layers, to keep more",

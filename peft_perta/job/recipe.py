@@ -9,14 +9,14 @@ import io
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from ..data import check_setting, explained, is_count, is_int, is_number, setting
+from ..data import check_setting, is_count, is_int, is_number, setting
 from ..errors import ConfigError
 from ..evaluation import Goal
 from ..perta import PerTAConfig, RefinementSettings
@@ -84,10 +84,10 @@ class Judging:
     """
 
     rows: int = setting(100, "The most rows of each set that the strength is judged by, at even distances.")
-    attacked_rows: int = setting(20, "The most forget rows that are attacked; 0 makes no attack.")
+    attacked_rows: int = setting(12, "The most forget rows that are attacked; 0 makes no attack.")
     minutes: float | None = setting(None, "Begin no attack after that time. By default no limit.")
     batch_size: int = setting(32, "Rows per forward pass.")
-    max_new_tokens: int = setting(48, "The most tokens of an answer.")
+    max_new_tokens: int = setting(32, "The most tokens of an answer.")
 
     def __post_init__(self) -> None:
         for name in ("rows", "batch_size", "max_new_tokens"):
@@ -106,9 +106,7 @@ class Request:
         ConfigError: a value is out of its range.
     """
 
-    model: str | None = setting(
-        None, "the base model: a name on the Hugging Face Hub, a directory or a GGUF file"
-    )
+    model: str | None = setting(None, "the base model: a name on the Hugging Face Hub, a directory or a GGUF file")
     revision: str | None = setting(None, "the revision of a base model on the Hub")
     four_bit: bool = setting(False, "quantise the base model to 4-bit NF4 (QLoRA)")
     device_map: str | None = setting(
@@ -147,10 +145,10 @@ class Request:
     seed: int = setting(0, "the seed of everything that is drawn")
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(Request):
-            value, choices = getattr(self, field.name), field.metadata["choices"]
+        for each in dataclasses.fields(Request):
+            value, choices = getattr(self, each.name), each.metadata["choices"]
             if choices and value is not None:
-                check_setting(value in choices, field.name, f"one of {list(choices)}", value)
+                check_setting(value in choices, each.name, f"one of {list(choices)}", value)
         Goal(retain_tolerance=self.retain_tolerance)
         if self.target_forget_loss is not None:
             Goal(target_forget_loss=self.target_forget_loss)
@@ -159,26 +157,34 @@ class Request:
         check_setting(length is None or length >= 2, "max_length", "None, or an int > 1", length)
 
 
-@explained
 @dataclass(frozen=True)
 class Recipe(Request):
-    """A job: what it is given, the goal, and the settings of each step. A section that is None takes the method's own.
+    """A job: what it is given, the goal, and the settings of each step.
+
+    Attributes:
+        forget_training: how the forget adapter is trained (`peft-perta forget`); None where the method needs none.
+        unlearn: the settings of `peft-perta unlearn`; None where the method trains.
+        train: the settings of `peft-perta train`; None where it does not.
+        refine: the settings of `peft-perta refine`; None where the method is not refined.
+        judging: how the strength is judged, and how hard the result is attacked.
+
+    The other fields are those of ``Request``. A section that the file leaves out takes the method's own settings.
 
     Raises:
         ConfigError: a value has the wrong type or is out of range.
     """
 
-    forget_training: ForgetTraining | None = setting(None, "Settings of the forget adapter (peft-perta forget).")
-    unlearn: PerTAConfig | None = setting(None, "Settings of PerTA (peft-perta unlearn).")
-    train: Training | None = setting(None, "Settings of training to forget (peft-perta train).")
-    refine: RefinementSettings | None = setting(None, "Settings of the refinement (peft-perta refine).")
-    judging: Judging = setting(Judging(), "How the strength is judged, and how hard the result is attacked.")
+    forget_training: ForgetTraining | None = None
+    unlearn: PerTAConfig | None = None
+    train: Training | None = None
+    refine: RefinementSettings | None = None
+    judging: Judging = field(default_factory=Judging)
 
     __pydantic_config__ = _FORBID
 
     def to_yaml(self) -> str:
         """The recipe as a file that reads back as this recipe."""
-        values = {name: value for name, value in json.loads(json.dumps(dataclasses.asdict(self))).items()}
+        values = json.loads(json.dumps(dataclasses.asdict(self)))
         used = {name: value for name, value in values.items() if value is not None or name not in SECTIONS}
         return yaml.safe_dump(used, sort_keys=False, allow_unicode=True, width=120)
 
@@ -220,7 +226,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, _Loader)):
             raise ConfigError(f"{path} holds an alias (*name), expected every value in its place")
         _check_once(yaml.compose(text, _Loader), path)
-        values = yaml.load(io.StringIO(text), _Loader)  # a SafeLoader  # noqa: S506
+        values = yaml.load(io.StringIO(text), _Loader)  # a SafeLoader
     except ConfigError:
         raise
     except (yaml.YAMLError, ValueError, OverflowError, AttributeError, RecursionError, TypeError, LookupError) as error:

@@ -1,0 +1,137 @@
+"""What a job will do, printed before it does it: steps, rows, predicted time, and where everything goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..data import spread
+from ..evaluation import losses_of
+from ..model import input_device, show_size, taken
+from ._steps import Step
+from ._workshop import Workshop
+
+_TIMED_ROWS = 8
+_BACK_AND_FORTH = 3.0  # forward passes that a forward and backward pass takes as long as
+_SEARCH = 6.0  # evaluations of a strength that a search takes, of at most 12
+
+
+@dataclass
+class Plan:
+    """The steps that are to be done, with what they are predicted to take.
+
+    Attributes:
+        lines: what is known of the job, for people.
+        steps: the steps.
+        predicted: step -> seconds, where they can be predicted.
+        took: step -> seconds, of those that are done.
+    """
+
+    lines: list[str]
+    steps: Sequence[Step]
+    predicted: dict[str, float]
+    took: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, workshop: Workshop, steps: Sequence[Step]) -> Plan:
+        """Predict what the steps take, from the time of one forward pass over a few rows."""
+        per_token = _seconds_per_token(workshop)
+        tokens = _tokens(workshop)
+        predicted = {step.name: tokens[step.name] * per_token for step in steps if step.name in tokens}
+        return cls(_described(workshop), steps, predicted)
+
+    def text(self, because: str, kept: Sequence[str]) -> str:
+        """The plan as it is printed."""
+        width = max(len(step.what) for step in self.steps)
+        times = [
+            f"  {step.what:<{width}}  {_about(self.predicted.get(step.name)):>9}  -> {step.name}" for step in self.steps
+        ]
+        resumed = [f"done already: {', '.join(kept)}"] if kept else []
+        return "\n".join(
+            [*self.lines, f"why this method: {because}", *resumed, "steps, predicted time, output:", *times]
+        )
+
+    def left(self, name: str) -> str:
+        """The predicted time from this step on, as far as it is known, corrected by how long the last steps took."""
+        names = [step.name for step in self.steps]
+        ahead = [self.predicted[step] for step in names[names.index(name) :] if step in self.predicted]
+        done = [step for step in self.took if step in self.predicted]
+        expected = sum(self.predicted[step] for step in done)
+        factor = sum(self.took[step] for step in done) / expected if expected else 1.0
+        return f" (about {clock(factor * sum(ahead))} left, and the time of judging)" if ahead else ""
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Measure a step."""
+        began = time.perf_counter()
+        yield
+        self.took[name] = time.perf_counter() - began
+
+
+def clock(seconds: float) -> str:
+    """A time for people."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _about(seconds: float | None) -> str:
+    return "unknown" if seconds is None else clock(seconds)
+
+
+def _seconds_per_token(workshop: Workshop) -> float:
+    """Of a forward pass; the first one is not timed, as it warms up."""
+    samples = spread(workshop.judged["forget"], _TIMED_ROWS)
+    for _ in range(2):
+        began = time.perf_counter()
+        losses_of(workshop.model, samples, adapters=workshop.full, batch_size=_TIMED_ROWS)
+        seconds = time.perf_counter() - began
+    return seconds / sum(len(sample.input_ids) for sample in samples)
+
+
+def _tokens(workshop: Workshop) -> dict[str, float]:
+    """Step -> the tokens that its forward passes read, a backward pass counted as two."""
+    recipe, rows = workshop.recipe, workshop.rows
+    judged = {name: sum(len(s.input_ids) for s in samples) for name, samples in workshop.judged.items()}
+    forget = judged["forget"] / len(workshop.judged["forget"]) * len(rows.forget)
+    retain = judged["retain"] / len(workshop.judged["retain"]) * len(rows.retain)
+    both = forget + retain
+    evaluation = sum(judged.values())
+    tokens = {"before.json": evaluation * (1 if workshop.yardstick is None else 2), "adapter": _SEARCH * evaluation}
+    if recipe.forget_training is not None:
+        tokens["forget_adapter"] = recipe.forget_training.epochs * forget * _BACK_AND_FORTH
+    if recipe.unlearn is not None:
+        tokens["unlearned"] = 0.0 if recipe.unlearn.weighting == "uniform" else 3.5 * both
+    if recipe.train is not None:
+        read = recipe.train.epochs * len(rows.forget)  # rows of each set
+        means = {"forget": forget / len(rows.forget), "retain": retain / len(rows.retain)}
+        tokens["trained"] = sum(
+            read * means[name] * (_BACK_AND_FORTH + sum(forward_pass.is_frozen for forward_pass in loss.reads))
+            for name, loss in recipe.train.losses.items()
+        )
+    if recipe.refine is not None:
+        tokens["refined"] = 2.5 * both
+    return tokens
+
+
+def _described(workshop: Workshop) -> list[str]:
+    recipe, rows = workshop.recipe, workshop.rows
+    device = str(input_device(workshop.model))
+    goal = (
+        "the loss that was asked for" if recipe.target_forget_loss else f"as forgotten as the {workshop.yardstick_name}"
+    )
+    if workshop.yardstick is None and not recipe.target_forget_loss:
+        goal = "as much forgotten as the tolerance allows"
+    return [
+        f"job: {recipe.model} must forget {recipe.forget}",
+        f"rows: {len(rows.forget)} to forget, {len(rows.retain)} to keep for the method, {len(rows.unseen)} to "
+        "keep that judge",
+        f"goal: {goal}, with the loss on the rows to keep up by at most {recipe.retain_tolerance:g} nats per token",
+        f"method: {recipe.method}",
+        f"memory: {show_size(taken(device))} in use on {device} with the model; steps that take gradients plan theirs "
+        "when they begin",
+        f"everything goes to {Path(workshop.directory)}",
+    ]

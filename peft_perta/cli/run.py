@@ -12,19 +12,44 @@ import dataclasses
 import os
 from typing import Any
 
-from ..job import OUTPUT, Job, Request, read_recipe
+from ..data import check_file, write_file
+from ..errors import ConfigError
+from ..job import JOB_NAME, OUTPUT, RECIPE_NAME, Job, Request, read_recipe, starting_recipe
+from ..model import distributed
+from ._output import check_output_of
 from ._settings import add_settings
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a recipe; options take the place of its values")
-    add_settings(parser, Request, "the job; a recipe has further settings for each step")
+    parser.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", help="a recipe in YAML; options take the place of its values"
+    )
+    parser.add_argument(
+        "--init", action="store_true",
+        help=f"write a recipe with every setting explained, to RECIPE or {RECIPE_NAME}, and exit",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dry-run", action="store_true", help="load the model, print the plan, and exit; nothing is written"
+    )
+    add_settings(parser, Request, "the job; a recipe also has the settings of each step")
 
 
 def run(options: argparse.Namespace) -> int:
     """Do the job, and print what it came to; the status is 1 if the goal was not met."""
-    job = Job.of(_values(options))
+    distributed.start()
+    if distributed.count() > 1:
+        raise ConfigError("run works in one process, found several; launch the single commands with accelerate instead")
+    if options.init:
+        _write_recipe(options)
+        return 0
+    values = _values(options)
+    options.output = values["output"]
+    check_output_of(options, JOB_NAME, grows=True)
+    job = Job.of(values)
+    if options.dry_run:
+        print(job.planned())
+        return 0
     summary = job.run(print)
     options.status = int(bool(summary.missed))
     print(summary)
@@ -34,10 +59,17 @@ def run(options: argparse.Namespace) -> int:
 def _values(options: argparse.Namespace) -> dict[str, Any]:
     """The values of the recipe, with those of the options in their place."""
     names = [field.name for field in dataclasses.fields(Request)]
-    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
-    return {**(read_recipe(options.recipe) if options.recipe else {}), **given}
+    given = {name: value for name in names if (value := getattr(options, name, None)) is not None}
+    return {"output": OUTPUT, **(read_recipe(options.recipe) if options.recipe else {}), **given}
+
+
+def _write_recipe(options: argparse.Namespace) -> None:
+    path, options.recipe = options.recipe or RECIPE_NAME, None
+    check_file(path, overwrite=False)
+    write_file(path, starting_recipe(Job.of(_values(options))))
+    print(f"The recipe is in {path}\nNext: change what you like, then peft-perta run {path}")
 
 
 def resume_path(options: argparse.Namespace) -> str:
     """The steps that are done."""
-    return os.path.join(getattr(options, "output", OUTPUT), "job.json")
+    return os.path.join(getattr(options, "output", None) or OUTPUT, JOB_NAME)

@@ -7,16 +7,22 @@ Imports from: errors, data, model, gradients, evaluation, adapters, perta, train
 
 from .recipe import RECIPE_NAME, Recipe, Request, read_recipe, recipe_of
 from .recommendation import RECOMMENDATIONS, recommend
-from .run import OUTPUT, Job
+from .run import JOB_NAME, OUTPUT, Job
+from .starting_recipe import starting_recipe
+from .unlearn import Unlearned, unlearn
 
 __all__ = [
+    "JOB_NAME",
     "OUTPUT",
     "RECIPE_NAME",
     "RECOMMENDATIONS",
     "Job",
     "Recipe",
     "Request",
+    "Unlearned",
     "read_recipe",
     "recipe_of",
     "recommend",
+    "starting_recipe",
+    "unlearn",
 ]

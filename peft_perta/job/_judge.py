@@ -16,11 +16,20 @@ from ..html_report import (
     write_audit_page,
     write_html_report,
 )
+from ._steps import Step
 from ._workshop import ADAPTER, RETAIN_ONLY, Workshop
 
 JUDGED, VERIFIED, REPORT_NAME = "judged.json", "verified.json", "report.html"
 _AUDIT = "audit"  # directory: the record of the attacks
 _UNLEARN = "unlearn"
+
+
+def judge_steps() -> list[Step]:
+    """The steps that judge the adapter, in their order."""
+    return [
+        Step(JUDGED, "judge and attack the result", judge, ("judging",), (ADAPTER,)),
+        Step(VERIFIED, "check the adapter's files, and load it in a fresh process", verify, (), (ADAPTER,)),
+    ]
 
 
 def judge(workshop: Workshop) -> None:
@@ -70,8 +79,8 @@ def _audited(workshop: Workshop) -> tuple[Audit | None, str]:
         generated=count,
         max_new_tokens=judging.max_new_tokens,
     )
-    stacks = ([*workshop.full, _UNLEARN], workshop.full, yardstick)
-    victims = Victims(*map(workshop.subject, stacks), rows)
+    unlearned, full = workshop.subject([*workshop.full, _UNLEARN]), workshop.subject(workshop.full)
+    victims = Victims(unlearned, full, workshop.subject(yardstick), rows)
     try:
         found = audit(
             victims,

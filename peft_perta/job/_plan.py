@@ -36,23 +36,27 @@ class Plan:
     took: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, workshop: Workshop, steps: Sequence[Step]) -> Plan:
-        """Predict what the steps take, from the time of one forward pass over a few rows."""
+    def of(cls, workshop: Workshop, steps: Sequence[Step], *, because: str, kept: Sequence[str]) -> Plan:
+        """Predict what the steps take, from the time of one forward pass over a few rows.
+
+        Args:
+            workshop: the job, with its model.
+            steps: what is to be done.
+            because: why the method was chosen.
+            kept: the steps that are done already.
+        """
         per_token = _seconds_per_token(workshop)
         tokens = _tokens(workshop)
         predicted = {step.name: tokens[step.name] * per_token for step in steps if step.name in tokens}
-        return cls(_described(workshop), steps, predicted)
+        lines = [*_described(workshop), f"why this method: {because}"]
+        return cls([*lines, f"done already: {', '.join(kept)}"] if kept else lines, steps, predicted)
 
-    def text(self, because: str, kept: Sequence[str]) -> str:
-        """The plan as it is printed."""
+    def __str__(self) -> str:
         width = max(len(step.what) for step in self.steps)
         times = [
             f"  {step.what:<{width}}  {_about(self.predicted.get(step.name)):>9}  -> {step.name}" for step in self.steps
         ]
-        resumed = [f"done already: {', '.join(kept)}"] if kept else []
-        return "\n".join(
-            [*self.lines, f"why this method: {because}", *resumed, "steps, predicted time, output:", *times]
-        )
+        return "\n".join([*self.lines, "steps, predicted time, output:", *times])
 
     def left(self, name: str) -> str:
         """The predicted time from this step on, as far as it is known, corrected by how long the last steps took."""

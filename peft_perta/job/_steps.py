@@ -33,31 +33,36 @@ class Step:
     Attributes:
         name: of what it writes into the output.
         what: what it does, in a few words.
-        settings: the keys of the recipe that it depends on, beside the model and the rows.
         run: does it.
+        settings: the keys of the recipe that it depends on, beside the model and the rows.
+        needs: the steps whose output it reads.
     """
 
     name: str
     what: str
-    settings: tuple[str, ...]
     run: Callable[[Workshop], None]
+    settings: tuple[str, ...]
+    needs: tuple[str, ...] = ()
 
 
 def steps_of(recipe: Recipe) -> list[Step]:
     """The steps up to the adapter, in their order."""
-    steps = [Step(BEFORE, "measure the models as they are", ("judging", "target_forget_loss"), measure_before)]
+    steps = [Step(BEFORE, "measure the models as they are", measure_before, ("judging", "target_forget_loss"))]
+    made: tuple[str, ...] = ()
     if recipe.forget_training is not None:
-        steps.append(
-            Step(FORGET_ADAPTER, "train the forget adapter", ("forget_training", "seed"), _train_forget_adapter)
-        )
+        made = (FORGET_ADAPTER,)
+        steps.append(Step(*made, "train the forget adapter", _train_forget_adapter, ("forget_training", "seed")))
     if recipe.unlearn is not None:
-        steps.append(Step(_UNLEARNED, "weigh and negate it (PerTA)", ("unlearn", "forget_adapter"), _unlearn))
+        steps.append(Step(_UNLEARNED, "weigh and negate it (PerTA)", _unlearn, ("unlearn", "forget_adapter"), made))
+        made = (_UNLEARNED,)
     if recipe.train is not None:
-        steps.append(Step(_TRAINED, "train an adapter to forget", ("train", "seed"), _train))
+        made = (_TRAINED,)
+        steps.append(Step(*made, "train an adapter to forget", _train, ("train", "seed")))
     if recipe.refine is not None:
-        steps.append(Step(_REFINED, "refine it along its input directions", ("refine",), _refine))
+        steps.append(Step(_REFINED, "refine it along its input directions", _refine, ("refine",), made))
+        made = (_REFINED,)
     goal = ("judging", "target_forget_loss", "retain_tolerance")
-    return [*steps, Step(ADAPTER, "find the strength that meets the goal", goal, _scale)]
+    return [*steps, Step(ADAPTER, "find the strength that meets the goal", _scale, goal, (BEFORE, *made))]
 
 
 def read_values(workshop: Workshop, name: str) -> Any:

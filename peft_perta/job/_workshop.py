@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..comparison import Method
 from ..data import Sample, check_disjoint, load_samples, spread
 from ..errors import DataError
 from ..evaluation import Subject, losses_of
@@ -55,7 +54,6 @@ class Workshop:
 
     Attributes:
         recipe: every setting, resolved.
-        method: the method of the recipe.
         model: the base, with the task adapter and the retain-only adapter on it where they are given.
         tokenizer: the model's.
         rows: the rows.
@@ -66,7 +64,6 @@ class Workshop:
     """
 
     recipe: Recipe
-    method: Method
     model: Any
     tokenizer: Any
     rows: Rows

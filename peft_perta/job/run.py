@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from ..adapters import versions
 from ..data import check_output, claimed_directory, read_rows, write_file
 from ..errors import ConfigError
 from ..model import attach_adapters, check_adapter_files, find_adapter, hash_factors, identify_base_files, load_base
-from ._judge import JUDGED, VERIFIED, judge, verify
+from ._judge import judge_steps
 from ._plan import Plan, clock
 from ._record import JOB_NAME, Record, hash_of
 from ._resolution import Resolved, resolve
@@ -68,13 +67,7 @@ class Job:
         rows = Rows.of(read_rows(str(request.forget)), read_rows(str(request.retain)))
         values = {**values, "output": str(directory)}
         resolved = resolve(values, rows, has_task=request.task_adapter is not None)
-        judging = ("judging", "target_forget_loss", "retain_tolerance")
-        steps = [
-            *steps_of(resolved.recipe),
-            Step(JUDGED, "judge and attack the result", judging, judge),
-            Step(VERIFIED, "check the adapter's files, and load it in a fresh process", (), verify),
-        ]
-        return cls(resolved, rows, directory, steps)
+        return cls(resolved, rows, directory, [*steps_of(resolved.recipe), *judge_steps()])
 
     def hashes(self) -> dict[str, str]:
         """Step -> hash of all that its output depends on, the steps before it included."""
@@ -83,14 +76,14 @@ class Job:
             "base": identify_base_files(str(recipe.model), recipe.revision) or recipe.model,
             "adapters": {name: hash_factors(find_adapter(path)) for name, path in _adapters(recipe).items()},
             "rows": [self.rows.forget, self.rows.retain, self.rows.unseen],
-            "model": [recipe.four_bit, recipe.max_length],
+            "loaded": [recipe.four_bit, recipe.max_length],
             "versions": versions(),
         }
         values = json.loads(json.dumps(dataclasses.asdict(recipe)))
-        found, before = {}, hash_of(facts)
+        found: dict[str, str] = {}
         for step in self.steps:
-            before = hash_of({"after": before, "step": step.name, **{key: values[key] for key in step.settings}})
-            found[step.name] = before
+            own = {"step": step.name, "needs": [found[name] for name in step.needs]}
+            found[step.name] = hash_of({**facts, **own, "settings": {key: values[key] for key in step.settings}})
         return found
 
     def workshop(self, *, show_progress_bar: bool = True) -> Workshop:
@@ -107,7 +100,6 @@ class Job:
         adapters = {name: path for name, path in given.items() if path is not None}
         workshop = Workshop(
             recipe,
-            self.resolved.method,
             attach_adapters(base, adapters) if adapters else base,
             tokenizer,
             self.rows,
@@ -119,6 +111,19 @@ class Job:
         workshop.judged  # noqa: B018 - a malformed row is refused here, before anything is computed
         return workshop
 
+    def missing(self, record: Record, hashes: Mapping[str, str]) -> list[Step]:
+        """The steps whose output is not there, or was made of something else."""
+        return [step for step in self.steps if not record.holds(step.name, hashes[step.name])]
+
+    def planned(self) -> str:
+        """The plan of what is to be done. The model is loaded and a few rows run forward; nothing is written."""
+        todo = self.missing(Record(self.directory), self.hashes())
+        return str(self._plan(self.workshop(), todo)) if todo else f"everything is in {self.directory} already"
+
+    def _plan(self, workshop: Workshop, todo: Sequence[Step]) -> Plan:
+        kept = [step.name for step in self.steps if step not in todo]
+        return Plan.of(workshop, todo, because=self.resolved.because, kept=kept)
+
     def run(self, say: Callable[[str], None], *, show_progress_bar: bool = True) -> Summary:
         """Do the steps that the output does not hold yet.
 
@@ -127,24 +132,22 @@ class Job:
             show_progress_bar: show the plans and progress bars of the steps.
         """
         hashes, record = self.hashes(), Record(self.directory)
-        missing = [step for step in self.steps if not record.holds(step.name, hashes[step.name])]
-        began = time.perf_counter()
-        with claimed_directory(self.directory, JOB_NAME, json.dumps({"steps": {}}) + "\n"):
-            if missing:
-                first = self.steps.index(missing[0])
-                kept, todo = self.steps[:first], self.steps[first:]
-                workshop = self.workshop(show_progress_bar=show_progress_bar)
-                plan = Plan.of(workshop, todo)
-                say(plan.text(self.resolved.because, [step.name for step in kept]))
-                write_file(self.directory / RECIPE_NAME, recipe_text(self.recipe))
-                record.keep_only([step.name for step in self.steps])
-                for number, step in enumerate(todo, start=first + 1):
+        todo = self.missing(record, hashes)
+        if todo:
+            workshop = self.workshop(show_progress_bar=show_progress_bar)
+            plan = self._plan(workshop, todo)
+            say(str(plan))
+            with claimed_directory(self.directory, JOB_NAME, json.dumps({"steps": {}}) + "\n"):
+                for step in todo:
+                    number = self.steps.index(step) + 1
                     say(f"step {number} of {len(self.steps)}: {step.what}{plan.left(step.name)}")
                     record.begin(step.name)
                     with plan.timed(step.name):
                         step.run(workshop)
+                    write_file(self.directory / RECIPE_NAME, recipe_text(self.recipe))
                     record.end(step.name, hashes[step.name])
-                say(f"done in {clock(time.perf_counter() - began)}")
+                record.keep_only([step.name for step in self.steps])
+            say(f"done in {clock(sum(plan.took.values()))}")
         return Summary.read(self.recipe, self.resolved.because, self.directory)
 
 

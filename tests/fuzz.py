@@ -56,6 +56,7 @@ from peft_perta.evaluation.attacks.attack import Answer
 from peft_perta.evaluation.audit.run import AuditRecord
 from peft_perta.gradients import Checkpoint
 from peft_perta.html_report import ReportHeader, report_data_of_logs, write_html_report
+from peft_perta.job import read_recipe, recipe_of
 from peft_perta.model import sample_losses
 
 SECONDS = 30
@@ -261,6 +262,17 @@ def _read_settings(place: Path) -> None:
         ComparisonSettings.read(place / "settings.json")
 
 
+def _recipe(place: Path) -> None:
+    sections = {"train": {"learning_rate": 1e-3}, "refine": {"damping": 0.02}, "judging": {"rows": 4}}
+    recipe = recipe_of({"model": "base", "forget": "f.jsonl", "retain": "r.jsonl", "method": "npo", **sections})
+    (place / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+
+
+def _read_recipe(place: Path) -> None:
+    with _ours():
+        recipe_of(read_recipe(place / "recipe.yaml")).to_yaml()
+
+
 OF = {"the rows": "a"}
 
 
@@ -349,6 +361,7 @@ KINDS = {
     "suites": Kind(_suites, "**/*.json*", _read_suites),
     "logs": Kind(_logs, "*.json", _read_logs),
     "audit": Kind(_audit, "*.json", _read_audit),
+    "recipe": Kind(_recipe, "*.yaml", _read_recipe),
     "settings": Kind(_settings, "*.json", _read_settings),
     "checkpoint": Kind(_checkpoint, "checkpoint/*[!k]", _read_checkpoint),
     "interrupted run": Kind(_interrupted, "out.checkpoint/*[!k]", _unlearn),

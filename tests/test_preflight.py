@@ -28,10 +28,11 @@ COMMANDS = {  # command -> its options, beside the model and the output
     "evaluate": "--adapter {adapter} --suite choices={place}/forget.jsonl",
     "compare": f"{BOTH} --task-adapter {{place}}/task",
     "audit": f"{BOTH} --adapter {{place}}/task --adapter {{adapter}}",
+    "run": f"{BOTH} --task-adapter {{place}}/task",
     "fuse": "{place}/task {adapter}:0.5",
     "merge": "{place}/task {adapter}",
 }
-GROWING = ("evaluate", "compare", "audit")  # they write file by file
+GROWING = ("evaluate", "compare", "audit", "run")  # they write file by file
 REPLACING = [name for name in COMMANDS if name not in GROWING]
 TAKE_AN_ADAPTER = ["calibrate", "refine", "extrapolate", "fuse", "merge"]
 

@@ -58,7 +58,7 @@ def judge(workshop: Workshop) -> None:
         "after": after,
         "models": report.models,
         "calibration": provenance.calibration.to_dict(),
-        "made": str(provenance),
+        "rank": provenance.rank,
         "audit": found.to_dict() if found is not None else None,
         "not audited": reason,
     }

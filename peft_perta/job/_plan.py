@@ -10,9 +10,11 @@ from pathlib import Path
 
 from ..data import spread
 from ..evaluation import losses_of
+from ..gradients import Plan as EnginePlan
 from ..model import input_device, show_size, taken
-from ._steps import Step
-from ._workshop import Workshop
+from ._engine_plan import engine_plan
+from ._steps import BEFORE, FORGET_ADAPTER, REFINED, TRAINED, UNLEARNED, Step
+from ._workshop import ADAPTER, Workshop
 
 _TIMED_ROWS = 8
 _BACK_AND_FORTH = 3.0  # forward passes that a forward and backward pass takes as long as
@@ -46,9 +48,10 @@ class Plan:
             kept: the steps that are done already.
         """
         per_token = _seconds_per_token(workshop)
-        tokens = _tokens(workshop)
+        engine = engine_plan(workshop) if {step.name for step in steps} & {UNLEARNED, REFINED} else None
+        tokens = _tokens(workshop, engine.cost if engine is not None else 0.0)
         predicted = {step.name: tokens[step.name] * per_token for step in steps if step.name in tokens}
-        lines = [*_described(workshop), f"why this method: {because}"]
+        lines = [*_described(workshop, engine), f"why this method: {because}"]
         return cls([*lines, f"done already: {', '.join(kept)}"] if kept else lines, steps, predicted)
 
     def __str__(self) -> str:
@@ -96,32 +99,36 @@ def _seconds_per_token(workshop: Workshop) -> float:
     return seconds / sum(len(sample.input_ids) for sample in samples)
 
 
-def _tokens(workshop: Workshop) -> dict[str, float]:
-    """Step -> the tokens that its forward passes read, a backward pass counted as two."""
-    recipe, rows = workshop.recipe, workshop.rows
-    judged = {name: sum(len(s.input_ids) for s in samples) for name, samples in workshop.judged.items()}
-    forget = judged["forget"] / len(workshop.judged["forget"]) * len(rows.forget)
-    retain = judged["retain"] / len(workshop.judged["retain"]) * len(rows.retain)
-    both = forget + retain
-    evaluation = sum(judged.values())
-    tokens = {"before.json": evaluation * (1 if workshop.yardstick is None else 2), "adapter": _SEARCH * evaluation}
+def _tokens(workshop: Workshop, engine_cost: float) -> dict[str, float]:
+    """Step -> the tokens that its forward passes read, a backward pass counted as two.
+
+    Args:
+        workshop: the job.
+        engine_cost: forward-equivalents of the step that takes gradients.
+    """
+    recipe = workshop.recipe
+    of_set = {name: sum(len(sample.input_ids) for sample in samples) for name, samples in workshop.samples.items()}
+    evaluation = sum(len(sample.input_ids) for samples in workshop.judged.values() for sample in samples)
+    weighed = engine_cost * (of_set["forget"] + of_set["retain"])
+    tokens = {BEFORE: evaluation * (1 if workshop.yardstick is None else 2), ADAPTER: _SEARCH * evaluation}
     if recipe.forget_training is not None:
-        tokens["forget_adapter"] = recipe.forget_training.epochs * forget * _BACK_AND_FORTH
+        tokens[FORGET_ADAPTER] = recipe.forget_training.epochs * of_set["forget"] * _BACK_AND_FORTH
     if recipe.unlearn is not None:
-        tokens["unlearned"] = 0.0 if recipe.unlearn.weighting == "uniform" else 3.5 * both
+        tokens[UNLEARNED] = weighed
     if recipe.train is not None:
-        read = recipe.train.epochs * len(rows.forget)  # rows of each set
-        means = {"forget": forget / len(rows.forget), "retain": retain / len(rows.retain)}
-        tokens["trained"] = sum(
-            read * means[name] * (_BACK_AND_FORTH + sum(forward_pass.is_frozen for forward_pass in loss.reads))
+        read = recipe.train.epochs * len(workshop.rows.forget)  # rows of each set
+        tokens[TRAINED] = sum(
+            read
+            * (of_set[name] / len(getattr(workshop.rows, name)))
+            * (_BACK_AND_FORTH + sum(forward_pass.is_frozen for forward_pass in loss.reads))
             for name, loss in recipe.train.losses.items()
         )
     if recipe.refine is not None:
-        tokens["refined"] = 2.5 * both
+        tokens[REFINED] = weighed
     return tokens
 
 
-def _described(workshop: Workshop) -> list[str]:
+def _described(workshop: Workshop, engine: EnginePlan | None) -> list[str]:
     recipe, rows = workshop.recipe, workshop.rows
     device = str(input_device(workshop.model))
     goal = (
@@ -135,7 +142,15 @@ def _described(workshop: Workshop) -> list[str]:
         "keep that judge",
         f"goal: {goal}, with the loss on the rows to keep up by at most {recipe.retain_tolerance:g} nats per token",
         f"method: {recipe.method}",
-        f"memory: {show_size(taken(device))} in use on {device} with the model; steps that take gradients plan theirs "
-        "when they begin",
+        f"memory: {show_size(taken(device))} in use on {device} with the model{_peak(engine)}; that of training is not "
+        "predicted",
         f"everything goes to {Path(workshop.directory)}",
     ]
+
+
+def _peak(engine: EnginePlan | None) -> str:
+    """The predicted memory of the step that takes gradients."""
+    if engine is None:
+        return ""
+    peaks = [f"{show_size(size)} of {show_size(engine.budget[pool])} on {pool}" for pool, size in engine.peak.items()]
+    return f", at most {', '.join(peaks)} while the inputs are weighed"

@@ -23,7 +23,7 @@ from ._workshop import ADAPTER, Workshop
 from .recipe import Recipe, Schedule, part_of
 
 BEFORE, FORGET_ADAPTER = "before.json", "forget_adapter"
-_TRAINED, _UNLEARNED, _REFINED = "trained", "unlearned", "refined"
+TRAINED, UNLEARNED, REFINED = "trained", "unlearned", "refined"
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ def steps_of(recipe: Recipe) -> list[Step]:
         made = (FORGET_ADAPTER,)
         steps.append(Step(*made, "train the forget adapter", _train_forget_adapter, ("forget_training", "seed")))
     if recipe.unlearn is not None:
-        steps.append(Step(_UNLEARNED, "weigh and negate it (PerTA)", _unlearn, ("unlearn", "forget_adapter"), made))
-        made = (_UNLEARNED,)
+        steps.append(Step(UNLEARNED, "weigh and negate it (PerTA)", _unlearn, ("unlearn", "forget_adapter"), made))
+        made = (UNLEARNED,)
     if recipe.train is not None:
-        made = (_TRAINED,)
+        made = (TRAINED,)
         steps.append(Step(*made, "train an adapter to forget", _train, ("train", "seed")))
     if recipe.refine is not None:
-        steps.append(Step(_REFINED, "refine it along its input directions", _refine, ("refine",), made))
-        made = (_REFINED,)
+        steps.append(Step(REFINED, "refine it along its input directions", _refine, ("refine",), made))
+        made = (REFINED,)
     goal = ("judging", "target_forget_loss", "retain_tolerance")
     return [*steps, Step(ADAPTER, "find the strength that meets the goal", _scale, goal, (BEFORE, *made))]
 
@@ -124,7 +124,7 @@ def _trainer_settings(settings: Schedule) -> dict[str, Any]:
 
 
 def _unlearn(workshop: Workshop) -> None:
-    config, output = workshop.recipe.unlearn, workshop.directory / _UNLEARNED
+    config, output = workshop.recipe.unlearn, workshop.directory / UNLEARNED
     assert config is not None
     forget_adapter = workshop.recipe.forget_adapter or workshop.directory / FORGET_ADAPTER
     with workshop.attached({"forget": forget_adapter}) as model:
@@ -143,7 +143,7 @@ def _unlearn(workshop: Workshop) -> None:
 
 
 def _train(workshop: Workshop) -> None:
-    settings, output = workshop.recipe.train, workshop.directory / _TRAINED
+    settings, output = workshop.recipe.train, workshop.directory / TRAINED
     assert settings is not None
     train_unlearning(
         workshop.model,
@@ -180,13 +180,13 @@ def _refine(workshop: Workshop) -> None:
             task_adapter=workshop.task,
             tokenizer=workshop.tokenizer,
             show_progress_bar=workshop.show_progress_bar,
-        ).save(workshop.directory / _REFINED)
+        ).save(workshop.directory / REFINED)
 
 
 def _made(workshop: Workshop, *, refined: bool) -> Path:
     """The last adapter before its strength was sought."""
-    made = _TRAINED if workshop.recipe.train is not None else _UNLEARNED
-    return workshop.directory / (_REFINED if refined else made)
+    made = TRAINED if workshop.recipe.train is not None else UNLEARNED
+    return workshop.directory / (REFINED if refined else made)
 
 
 def _scale(workshop: Workshop) -> None:

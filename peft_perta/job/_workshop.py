@@ -91,21 +91,27 @@ class Workshop:
         return f"{RETAIN_ONLY} model" if self.retain_only else "base"
 
     @cached_property
-    def judged(self) -> dict[str, list[Sample]]:
-        """'forget' and 'retain' -> the samples that the strength is judged by.
+    def samples(self) -> dict[str, list[Sample]]:
+        """'forget', 'retain' (the method's) and 'unseen' -> samples.
 
         Raises:
             DataError: a row is malformed, or in both sets.
         """
         length = row_length(self.model, self.recipe.max_length)
-        all_rows = {"forget": self.rows.forget, "the method's": self.rows.retain, "retain": self.rows.unseen}
+        names = {"forget": "the forget set", "retain": "the retain set", "unseen": "the retain rows that judge"}
         samples = {
-            name: load_samples(rows, self.tokenizer, max_length=length, name=f"the {name} rows")
-            for name, rows in all_rows.items()
+            name: load_samples(getattr(self.rows, name), self.tokenizer, max_length=length, name=text)
+            for name, text in names.items()
         }
-        for name in ("the method's", "retain"):
+        for name in ("retain", "unseen"):
             check_disjoint(samples["forget"], samples[name])
-        return {name: spread(samples[name], self.recipe.judging.rows) for name in ("forget", "retain")}
+        return samples
+
+    @property
+    def judged(self) -> dict[str, list[Sample]]:
+        """'forget' and 'retain' -> the samples that the strength is judged by."""
+        sets = {"forget": "forget", "retain": "unseen"}
+        return {name: spread(self.samples[of], self.recipe.judging.rows) for name, of in sets.items()}
 
     @property
     def model_name(self) -> str:

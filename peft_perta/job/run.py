@@ -108,7 +108,7 @@ class Job:
             retain_only=RETAIN_ONLY if recipe.retain_only_adapter else None,
             show_progress_bar=show_progress_bar,
         )
-        workshop.judged  # noqa: B018 - a malformed row is refused here, before anything is computed
+        workshop.samples  # noqa: B018 - a malformed row is refused here, before anything is computed
         return workshop
 
     def missing(self, record: Record, hashes: Mapping[str, str]) -> list[Step]:

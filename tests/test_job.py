@@ -16,6 +16,7 @@ from peft_perta import ConfigError, load_base, unlearn
 from peft_perta.cli import command_parser, main
 from peft_perta.comparison import METHODS
 from peft_perta.job import RECOMMENDATIONS, Job, _judge, read_recipe, recipe_of, recommend
+from peft_perta.job._record import Record
 from peft_perta.job.recipe import SECTIONS, Request
 from peft_perta.job.recommendation import PREFERENCES, Known
 
@@ -66,12 +67,12 @@ def files(directory):
 
 
 NEGATION = {"method": "negation", "forget_training": {"epochs": 4, "rank": 2, "learning_rate": 0.01, "batch_size": 4}}
-REFINED = {"method": "rmu+directions", "train": {"epochs": 2, "rank": 2, "batch_size": 2, "learning_rate": 0.05}}
+REFINED = {"method": "rmu+directions", "train": {"epochs": 1, "rank": 2, "batch_size": 2, "learning_rate": 0.05}}
 
 
 @pytest.fixture
 def offline(monkeypatch):
-    """The adapter is not loaded in a fresh process, which takes seconds; ``test_run_from_end_to_end`` does it."""
+    """The adapter is not loaded in a fresh process, which takes seconds; tests of ``verify`` do it."""
     from_files = _judge.verify_adapter
     monkeypatch.setattr(_judge, "verify_adapter", lambda directory, base, *, revision: from_files(directory))
 
@@ -103,7 +104,7 @@ def offline(monkeypatch):
         ("model: 2026-11-27", "neither text, number, list nor mapping"),
         ("- a", "holds a list, expected lines of"),
         ("", "holds a NoneType, expected lines of"),
-        ("[" * 5000, "is no YAML"),
+        ("[" * 5000, "is nested too deeply"),
         ("#" * 2**17, "expected a recipe of a few lines"),
     ],
 )
@@ -199,7 +200,7 @@ def test_what_the_method_does_not_use_is_refused(more, message, place):
 # The run
 
 
-def test_run_from_end_to_end(place, capsys):
+def test_run_from_end_to_end(place, offline, capsys):
     """Every step writes what the single command of that step writes, and the recipe as run makes all of it again."""
     assert main(["run", written(place, **REFINED)]) == 0
     said = capsys.readouterr().out
@@ -208,7 +209,7 @@ def test_run_from_end_to_end(place, capsys):
     (place / "mine.jsonl").write_text("\n".join(map(json.dumps, builders.retain_rows()[::2])))
     (place / "unseen.jsonl").write_text("\n".join(map(json.dumps, builders.retain_rows()[1::2])))
     train = "--forget-loss rmu --retain-loss embed-diff --retain-weight 30 --combiner sum --learning-rate 0.05"
-    schedule = f"--epochs 2 --rank 2 --batch-size 2 --warmup-steps 0.05 {train}"
+    schedule = f"--epochs 1 --rank 2 --batch-size 2 --warmup-steps 0.05 {train}"
     target = json.loads((place / "out/before.json").read_text())["yardstick"]["forget"]
     for command, options in (
         ("train", {**sets, "task_adapter": "task", "output": "trained"}),
@@ -249,8 +250,16 @@ def test_only_what_changed_is_made_again(place, offline, capsys):
     assert "The goal was NOT met. kept: the loss on retain rows rose by" in said
     after = files(place / "out")
     assert all(after[name] == before[name] for name in before if name.startswith(("forget_adapter", "unlearned")))
-    assert main(["run", written(place, **REFINED)]) == 0
-    assert not (place / "out/unlearned").exists(), "what the other method left is gone"
+
+
+def test_what_the_steps_of_another_recipe_left_is_removed(tmp_path):
+    (tmp_path / "unlearned").mkdir()
+    (tmp_path / "mine").mkdir()
+    record = Record(tmp_path)
+    record.end("unlearned", "a")
+    record.keep_only(["trained"])
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["job.json", "mine"]
+    assert not Record(tmp_path).holds("unlearned", "a")
 
 
 def test_a_step_whose_files_were_changed_is_made_again(place, offline, capsys):
@@ -290,7 +299,7 @@ def test_a_row_in_both_sets_is_refused_before_anything_runs(place, monkeypatch, 
     monkeypatch.setattr(torch.nn.Embedding, "forward", lambda *_: pytest.fail("a forward ran"))
     (place / "retain.jsonl").write_text((place / "forget.jsonl").read_text())
     assert main(["run", written(place, **NEGATION)]) == 2
-    assert "both" in capsys.readouterr().err
+    assert "is in the forget set" in capsys.readouterr().err
     assert not (place / "out").exists()
 
 

@@ -56,7 +56,7 @@ class Record:
         self._write()
 
     def _write(self) -> None:
-        write_file(self._directory / JOB_NAME, json.dumps({"steps": self._steps}, indent=1) + "\n")
+        write_file(self._directory / JOB_NAME, json.dumps({"steps": self._steps}, indent=1, sort_keys=True) + "\n")
 
     def _files(self, name: str) -> dict[str, str]:
         """Path -> SHA-256 of what the step wrote: a file or a directory of its name."""

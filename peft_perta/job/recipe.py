@@ -25,6 +25,7 @@ from .recommendation import AUTO, PREFERENCES
 
 RECIPE_NAME = "recipe.yaml"
 _LARGEST = 2**16  # bytes of a recipe
+_DEEPEST = 3  # a recipe, its section, a list
 _FORBID = ConfigDict(extra="forbid")
 
 
@@ -223,8 +224,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} holds more than {_LARGEST} bytes, expected a recipe of a few lines")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, _Loader)):
-            raise ConfigError(f"{path} holds an alias (*name), expected every value in its place")
+        _check_plain(text, path)
         _check_once(yaml.compose(text, _Loader), path)
         values = yaml.load(io.StringIO(text), _Loader)  # a SafeLoader
     except ConfigError:
@@ -235,6 +235,20 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, expected lines of `key: value`")
     return values
+
+
+def _check_plain(text: str, path: Path) -> None:
+    """
+    Raises:
+        ConfigError: there is an alias, or the values are nested deeper than those of any recipe.
+    """
+    depth = 0
+    for event in yaml.parse(text, _Loader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError(f"{path} holds an alias (*name), expected every value in its place")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise ConfigError(f"{path} is nested too deeply, expected sections with values or lists in them")
 
 
 def _check_once(node: Any, path: Path) -> None:

@@ -43,5 +43,5 @@ def _fields(settings: Any, kind: type, indent: str) -> Iterator[str]:
         yield from ("", *textwrap.wrap(text, 100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "))
         value = getattr(settings, field.name)
         plain = list(value) if isinstance(value, tuple) else value
-        dumped = yaml.safe_dump({field.name: plain}, allow_unicode=True, width=1000, default_flow_style=None)
+        dumped = yaml.safe_dump({field.name: plain}, allow_unicode=True, width=1000)
         yield textwrap.indent(dumped.rstrip("\n"), indent)

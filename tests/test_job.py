@@ -4,7 +4,9 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
+from pathlib import Path
 
 import builders
 import pytest
@@ -169,6 +171,12 @@ def test_the_table_names_methods_of_compare_and_each_row_can_be_taken():
 )
 def test_the_recommendation_is_that_of_the_measurements(known, method):
     assert recommend(known).method == method
+
+
+def test_the_page_has_the_table():
+    page = (Path(__file__).parents[1] / "docs/run.md").read_text()
+    rows = re.findall(r"^\| (.*) \| `(.*)` \| (.*) \|$", page, re.MULTILINE)
+    assert rows[-len(RECOMMENDATIONS) :] == [(row.when, row.method, row.because) for row in RECOMMENDATIONS]
 
 
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.step is not None])

@@ -245,7 +245,16 @@ def test_a_finished_job_loads_no_model_again(place, offline, monkeypatch, capsys
     before = files(place / "out")
     assert main(["run", written(place, **NEGATION)]) == 0
     assert capsys.readouterr().out.splitlines() == first[-11:]
+    assert main(["run", "out/recipe.yaml"]) == 0
     assert files(place / "out") == before
+
+
+def test_rows_in_the_output_are_refused(place, capsys):
+    (place / "out").mkdir()
+    (place / "out/job.json").write_text('{"steps": {}}')
+    (place / "out/forget.jsonl").write_text((place / "forget.jsonl").read_text())
+    assert main(["run", written(place, forget="out/forget.jsonl")]) == 2
+    assert "out/forget.jsonl is in the output" in capsys.readouterr().err
 
 
 def test_only_what_changed_is_made_again(place, offline, capsys):

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 from typing import Any
 
 from ..data import check_file, write_file
 from ..errors import ConfigError
-from ..job import JOB_NAME, OUTPUT, RECIPE_NAME, Job, Request, read_recipe, starting_recipe
+from ..job import JOB_NAME, OUTPUT, RECIPE_NAME, Job, Request, read_recipe, recipe_of, starting_recipe
 from ..model import distributed
 from ._output import check_output_of
 from ._settings import add_settings
@@ -44,13 +45,12 @@ def run(options: argparse.Namespace) -> int:
         _write_recipe(options)
         return 0
     values = _values(options)
-    options.output = values["output"]
-    check_output_of(options, JOB_NAME, grows=True)
+    check_output_of(argparse.Namespace(**vars(recipe_of(values))), JOB_NAME, grows=True)
     job = Job.of(values)
     if options.dry_run:
         print(job.planned())
         return 0
-    summary = job.run(print)
+    summary = job.run(functools.partial(print, flush=True))
     options.status = int(bool(summary.missed))
     print(summary)
     return options.status

@@ -10,7 +10,7 @@ import torch
 
 from ..data import drawn
 from ..gradients import Plan, choose_plan
-from ..model import remove_adapter, resolve_layers, snapshot
+from ..model import resolve_layers, snapshot
 from ..perta import gradient_job, refinement_job, resolve_weighting
 from ..training import LoraSettings, with_new_adapter
 from ._workshop import Workshop
@@ -55,11 +55,11 @@ def _stand_in(workshop: Workshop) -> Iterator[Any]:
         return
     settings = recipe.train or recipe.forget_training
     restore = snapshot(workshop.model)
+    with torch.random.fork_rng():
+        config = LoraSettings(**part_of(settings, LoraSettings)).to_lora_config()
+        model = with_new_adapter(workshop.model, config, _STAND_IN)
     try:
-        with torch.random.fork_rng():
-            config = LoraSettings(**part_of(settings, LoraSettings)).to_lora_config()
-            model = with_new_adapter(workshop.model, config, _STAND_IN)
         yield model
     finally:
-        remove_adapter(workshop.model, _STAND_IN)
+        workshop.detach(model, _STAND_IN)
         restore()

@@ -16,7 +16,6 @@ from ..errors import NumericalError
 from ..evaluation import TOLERANCE, Calibration, Goal, calibrate
 from ..gradients import remove_checkpoint
 from ..html_report import PICTURE_NAME, draw_calibration
-from ..model import remove_adapter
 from ..perta import get_perta_state_dict, refine_adapter
 from ..training import LoraSettings, UnlearningSettings, train_forget_adapter, train_unlearning
 from ._workshop import ADAPTER, Workshop
@@ -111,7 +110,7 @@ def _train_forget_adapter(workshop: Workshop) -> None:
         **_trainer_settings(settings),
         seed=workshop.recipe.seed,
     )
-    remove_adapter(model, "forget")
+    workshop.detach(model, "forget")
 
 
 def _trainer_settings(settings: Schedule) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ..data import Sample, check_disjoint, load_samples, spread
 from ..errors import DataError
 from ..evaluation import Subject, losses_of
 from ..html_report import ReportHeader
-from ..model import attach_adapters, base_name, remove_adapter, row_length
+from ..model import attach_adapters, base_name, remove_adapter, row_length, switch_modules
 from .recipe import RECIPE_NAME, Recipe
 
 ADAPTER = "adapter"  # directory: the result
@@ -150,4 +150,9 @@ class Workshop:
             yield model
         finally:
             for name in adapters:
-                remove_adapter(model, name)
+                self.detach(model, name)
+
+    def detach(self, model: Any, name: str) -> None:
+        """Take an adapter off the model; PEFT warns where it is on."""
+        switch_modules(model.modules(), [given for given in (self.task, self.retain_only) if given][:1])
+        remove_adapter(model, name)

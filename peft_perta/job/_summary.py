@@ -112,9 +112,10 @@ class Summary:
         )
 
     def _answers(self) -> str:
-        models = self.judged["models"]
-        sets = {"forget rows": "forget_Q_A_Prob", "retain rows": "retain_Q_A_Prob"}
-        changes = [f"{name} {models['full'][key]:.1%} -> {models['unlearned'][key]:.1%}" for name, key in sets.items()]
+        models, changes = self.judged["models"], []
+        for name in ("forget", "retain"):
+            before, after, *never = (f"{of_model[f'{name}_Q_A_Prob']:.1%}" for of_model in models.values())
+            changes.append(f"{name} rows {before} -> {after}" + (f" (retain-only model: {never[0]})" if never else ""))
         return f"probability of the true answers: {', '.join(changes)}"
 
     def _recoverable(self) -> str:

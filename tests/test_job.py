@@ -69,7 +69,7 @@ def files(directory):
 
 
 NEGATION = {"method": "negation", "forget_training": {"epochs": 4, "rank": 2, "learning_rate": 0.01, "batch_size": 4}}
-REFINED = {"method": "rmu+directions", "train": {"epochs": 1, "rank": 2, "batch_size": 2, "learning_rate": 0.05}}
+REFINED = {"method": "rmu+directions", "train": {"epochs": 2, "rank": 2, "batch_size": 2, "learning_rate": 0.05}}
 
 
 @pytest.fixture
@@ -217,7 +217,7 @@ def test_run_from_end_to_end(place, offline, capsys):
     (place / "mine.jsonl").write_text("\n".join(map(json.dumps, builders.retain_rows()[::2])))
     (place / "unseen.jsonl").write_text("\n".join(map(json.dumps, builders.retain_rows()[1::2])))
     train = "--forget-loss rmu --retain-loss embed-diff --retain-weight 30 --combiner sum --learning-rate 0.05"
-    schedule = f"--epochs 1 --rank 2 --batch-size 2 --warmup-steps 0.05 {train}"
+    schedule = f"--epochs 2 --rank 2 --batch-size 2 --warmup-steps 0.05 {train}"
     target = json.loads((place / "out/before.json").read_text())["yardstick"]["forget"]
     for command, options in (
         ("train", {**sets, "task_adapter": "task", "output": "trained"}),
@@ -303,6 +303,12 @@ def test_a_goal_beyond_every_strength_takes_what_the_tolerance_allows(place, off
     calibration = json.loads((place / "out/judged.json").read_text())["calibration"]
     assert calibration["goal"] == {"target_forget_loss": None, "retain_tolerance": 0.5}
     assert "kept: " not in said.splitlines()[-1]
+
+
+def test_where_no_goal_can_be_met_the_adapter_stays_as_it_was_made(place, offline, capsys):
+    assert main(["run", written(place, **NEGATION, target_forget_loss=1e6)]) == 1
+    assert "rank 8, as it was made" in capsys.readouterr().out
+    assert json.loads((place / "out/judged.json").read_text())["calibration"] is None
 
 
 def test_nothing_to_forget_is_told_before_training(place, monkeypatch, capsys):

@@ -34,7 +34,8 @@ SETTINGS = {
     "curve": [], "attacks": [],
 }  # fmt: skip
 RECIPE = {
-    "method": "negation", "forget_training": {"epochs": 1, "rank": 2}, "retain_tolerance": 100.0,
+    "method": "negation", "forget_training": {"epochs": 4, "rank": 2, "learning_rate": 0.01, "batch_size": 4},
+    "target_forget_loss": 3.0, "retain_tolerance": 100.0,
     "judging": {"attacked_rows": 0, "max_new_tokens": 1},
 }  # fmt: skip
 TIMED = ("out/results.jsonl", "out/table.md", "out/trade_off.png")  # of compare: they hold wall times

@@ -10,7 +10,7 @@ import torch
 
 from ..data import drawn
 from ..gradients import Plan, choose_plan
-from ..model import resolve_layers, snapshot
+from ..model import resolve_layers
 from ..perta import gradient_job, refinement_job, resolve_weighting
 from ..training import LoraSettings, with_new_adapter
 from ._workshop import Workshop
@@ -54,7 +54,6 @@ def _stand_in(workshop: Workshop) -> Iterator[Any]:
             yield model
         return
     settings = recipe.train or recipe.forget_training
-    restore = snapshot(workshop.model)
     with torch.random.fork_rng():
         config = LoraSettings(**part_of(settings, LoraSettings)).to_lora_config()
         model = with_new_adapter(workshop.model, config, _STAND_IN)
@@ -62,4 +61,3 @@ def _stand_in(workshop: Workshop) -> Iterator[Any]:
         yield model
     finally:
         workshop.detach(model, _STAND_IN)
-        restore()

@@ -16,7 +16,7 @@ from ..html_report import (
     write_audit_page,
     write_html_report,
 )
-from ._steps import Step
+from ._steps import Step, calibration_of
 from ._workshop import ADAPTER, RETAIN_ONLY, Workshop
 
 JUDGED, VERIFIED, REPORT_NAME = "judged.json", "verified.json", "report.html"
@@ -53,12 +53,13 @@ def judge(workshop: Workshop) -> None:
         report = dataclasses.replace(report, attacks=found.results)
         write_audit_page(found, workshop.model_name, workshop.header().adapters, directory / AUDIT_PAGE_NAME)
     write_html_report(report, directory / REPORT_NAME)
-    provenance = load_emitted(directory / ADAPTER).provenance
+    emitted = load_emitted(directory / ADAPTER)
+    calibration = calibration_of(emitted)
     judged: dict[str, Any] = {
         "after": after,
         "models": report.models,
-        "calibration": provenance.calibration.to_dict(),
-        "rank": provenance.rank,
+        "calibration": calibration.to_dict() if calibration is not None else None,
+        "rank": emitted.lora_config.r,
         "audit": found.to_dict() if found is not None else None,
         "not audited": reason,
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import EmittedAdapter, PerTAProvenance, extrapolate_adapter, load_emitted
-from ..data import write_file
+from ..data import note, write_file
 from ..errors import NumericalError
 from ..evaluation import TOLERANCE, Calibration, Goal, calibrate
 from ..gradients import remove_checkpoint
@@ -192,23 +192,30 @@ def _scale(workshop: Workshop) -> None:
     """Write the adapter at the strength that meets the goal.
 
     Forgetting comes first: where the target is reached beyond the retain tolerance, the adapter is that of the target.
-    Where no strength reaches it, it is the one that forgets most within the tolerance.
+    Where no strength reaches it, it is the one that forgets most within the tolerance; where none costs as much as
+    that, it is the adapter as it was made.
     """
     recipe, output = workshop.recipe, workshop.directory / ADAPTER
     made = _made(workshop, refined=recipe.refine is not None)
     target = target_of(recipe, read_values(workshop, BEFORE))
-    within = Goal(retain_tolerance=recipe.retain_tolerance)
+    goals = [Goal(target_forget_loss=target)] if target is not None else []
+    emitted = load_emitted(made)
     with workshop.attached({"unlearn": made}) as model:
-        try:
-            goal = Goal(target_forget_loss=target) if target is not None else within
-            emitted = _at_goal(workshop, model, load_emitted(made), goal)
-        except NumericalError:
-            if target is None:
-                raise
-            emitted = _at_goal(workshop, model, load_emitted(made), within)
+        for goal in (*goals, Goal(retain_tolerance=recipe.retain_tolerance)):
+            try:
+                emitted = _at_goal(workshop, model, emitted, goal)
+                break
+            except NumericalError as error:
+                note(f"this goal cannot be met: {error}")
     emitted.save(output)
-    calibration: Calibration = emitted.provenance.calibration
-    draw_calibration(calibration, output / PICTURE_NAME)
+    calibration = calibration_of(emitted)
+    if calibration is not None:
+        draw_calibration(calibration, output / PICTURE_NAME)
+
+
+def calibration_of(emitted: EmittedAdapter) -> Calibration | None:
+    """The search for the adapter's strength; None where no goal could be met."""
+    return getattr(emitted.provenance, "calibration", None)
 
 
 def _at_goal(workshop: Workshop, model: Any, emitted: EmittedAdapter, goal: Goal) -> EmittedAdapter:

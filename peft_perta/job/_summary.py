@@ -127,8 +127,9 @@ class Summary:
         size = show_size((path / WEIGHTS_NAME).stat().st_size)
         failed = sum(check["passed"] is False for check in self.checks)
         checked = f"{failed} of {len(self.checks)} checks FAILED" if failed else f"{len(self.checks)} checks passed"
-        strength = self.judged["calibration"]["strength"]
-        return f"{path} ({size}, rank {self.judged['rank']}, {strength:.3g} times as strong as it was made; {checked})"
+        found = self.judged["calibration"]
+        strength = f"{found['strength']:.3g} times as strong as" if found else "as"
+        return f"{path} ({size}, rank {self.judged['rank']}, {strength} it was made; {checked})"
 
     def _read(self) -> str:
         pages = [REPORT_NAME, *([AUDIT_PAGE_NAME] if self.judged["audit"] else []), f"{ADAPTER}/{PROVENANCE_NAME}"]

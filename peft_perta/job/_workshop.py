@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +13,7 @@ from ..data import Sample, check_disjoint, load_samples, spread
 from ..errors import DataError
 from ..evaluation import Subject, losses_of
 from ..html_report import ReportHeader
-from ..model import attach_adapters, base_name, remove_adapter, row_length, switch_modules
+from ..model import attach_adapters, base_name, remove_adapter, row_length, snapshot, switch_modules
 from .recipe import RECIPE_NAME, Recipe
 
 ADAPTER = "adapter"  # directory: the result
@@ -71,6 +71,14 @@ class Workshop:
     task: str | None = None
     retain_only: str | None = None
     show_progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        self.restore  # noqa: B018 - taken before anything is attached
+
+    @cached_property
+    def restore(self) -> Callable[[], None]:
+        """Puts the model's attributes, flags and hooks back to what they were at the beginning."""
+        return snapshot(self.model)
 
     @property
     def full(self) -> list[str]:
@@ -153,6 +161,7 @@ class Workshop:
                 self.detach(model, name)
 
     def detach(self, model: Any, name: str) -> None:
-        """Take an adapter off the model; PEFT warns where it is on."""
+        """Take an adapter off the model, which is then as it was; PEFT warns where the adapter is on."""
         switch_modules(model.modules(), [given for given in (self.task, self.retain_only) if given][:1])
         remove_adapter(model, name)
+        self.restore()

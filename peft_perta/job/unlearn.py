@@ -11,7 +11,6 @@ from typing import Any
 from ..adapters import EmittedAdapter, load_emitted
 from ..data import read_rows, write_file
 from ..errors import ConfigError
-from ..model import snapshot
 from ._judge import REPORT_NAME, judge_steps
 from ._resolution import resolve
 from ._steps import steps_of
@@ -105,7 +104,6 @@ def unlearn(
     values = {**recipe, "task_adapter": task_adapter, "retain_only_adapter": retain_only_adapter}
     rows = Rows.of(_rows(forget), _rows(retain))
     resolved = resolve(values, rows, has_task=task_adapter is not None)
-    restore = snapshot(model)
     with tempfile.TemporaryDirectory() as scratch:
         workshop = Workshop(
             resolved.recipe,
@@ -121,7 +119,7 @@ def unlearn(
             for step in [*steps_of(resolved.recipe), *judge_steps()]:
                 step.run(workshop)
         finally:
-            restore()
+            workshop.restore()
         return _result(Summary.read(resolved.recipe, resolved.because, Path(scratch)))
 
 

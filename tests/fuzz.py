@@ -13,6 +13,7 @@ import conftest  # noqa: F401  # isort: skip - first: offline, one thread
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -266,11 +267,14 @@ def _recipe(place: Path) -> None:
     sections = {"train": {"learning_rate": 1e-3}, "refine": {"damping": 0.02}, "judging": {"rows": 4}}
     recipe = recipe_of({"model": "base", "forget": "f.jsonl", "retain": "r.jsonl", "method": "npo", **sections})
     (place / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    values = dataclasses.asdict(recipe)
+    (place / "recipe.json").write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML, damaged value by value
 
 
 def _read_recipe(place: Path) -> None:
-    with _ours():
-        recipe_of(read_recipe(place / "recipe.yaml")).to_yaml()
+    for name in ("recipe.yaml", "recipe.json"):
+        with _ours():
+            recipe_of(read_recipe(place / name)).to_yaml()
 
 
 OF = {"the rows": "a"}
@@ -361,7 +365,7 @@ KINDS = {
     "suites": Kind(_suites, "**/*.json*", _read_suites),
     "logs": Kind(_logs, "*.json", _read_logs),
     "audit": Kind(_audit, "*.json", _read_audit),
-    "recipe": Kind(_recipe, "*.yaml", _read_recipe),
+    "recipe": Kind(_recipe, "recipe.*", _read_recipe),
     "settings": Kind(_settings, "*.json", _read_settings),
     "checkpoint": Kind(_checkpoint, "checkpoint/*[!k]", _read_checkpoint),
     "interrupted run": Kind(_interrupted, "out.checkpoint/*[!k]", _unlearn),

@@ -66,5 +66,5 @@ class Record:
 
 
 def hash_of(facts: Mapping[str, Any]) -> str:
-    """SHA-256 of plain values."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    """SHA-256 of plain values, and of settings, whose text names every field."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).hexdigest()

@@ -44,7 +44,7 @@ def resolve(values: Mapping[str, Any], rows: Rows, *, has_task: bool) -> Resolve
     if name == AUTO:
         known = Known(request.prefer, not has_task, request.forget_adapter is not None, len(rows.retain))
         row = recommend(known)
-        name, because = row.method, f"{row.when}: {row.because}"
+        name, because = row.method, row.because
     method = method_of(name)
     shared = {"max_length": request.max_length}
     own: dict[str, dict[str, Any]] = {}

@@ -33,7 +33,8 @@ class Step:
         name: of what it writes into the output.
         what: what it does, in a few words.
         run: does it.
-        settings: the keys of the recipe that it depends on, beside the model and the rows.
+        settings: the keys of the recipe that it depends on, beside the model and the rows; ``section.key`` for one of
+            a section.
         needs: the steps whose output it reads.
     """
 
@@ -46,7 +47,7 @@ class Step:
 
 def steps_of(recipe: Recipe) -> list[Step]:
     """The steps up to the adapter, in their order."""
-    steps = [Step(BEFORE, "measure the models as they are", measure_before, ("judging", "target_forget_loss"))]
+    steps = [Step(BEFORE, "measure the models as they are", measure_before, ("judging.rows", "target_forget_loss"))]
     made: tuple[str, ...] = ()
     if recipe.forget_training is not None:
         made = (FORGET_ADAPTER,)
@@ -60,7 +61,7 @@ def steps_of(recipe: Recipe) -> list[Step]:
     if recipe.refine is not None:
         steps.append(Step(REFINED, "refine it along its input directions", _refine, ("refine",), made))
         made = (REFINED,)
-    goal = ("judging", "target_forget_loss", "retain_tolerance")
+    goal = ("judging.rows", "target_forget_loss", "retain_tolerance")
     return [*steps, Step(ADAPTER, "find the strength that meets the goal", _scale, goal, (BEFORE, *made))]
 
 

@@ -87,7 +87,7 @@ RECOMMENDATIONS = (
     ),
     Recommendation(
         "rmu+directions",
-        "otherwise",
+        "none of these",
         "it keeps most (.943 of .950 on SmolLM2-135M, three seeds), and forgets alike by loss and by first choices",
         lambda known: True,
     ),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,11 +79,11 @@ class Job:
             "loaded": [recipe.four_bit, recipe.max_length],
             "versions": versions(),
         }
-        values = json.loads(json.dumps(dataclasses.asdict(recipe)))
         found: dict[str, str] = {}
         for step in self.steps:
             own = {"step": step.name, "needs": [found[name] for name in step.needs]}
-            found[step.name] = hash_of({**facts, **own, "settings": {key: values[key] for key in step.settings}})
+            settings = {key: operator.attrgetter(key)(recipe) for key in step.settings}
+            found[step.name] = hash_of({**facts, **own, "settings": settings})
         return found
 
     def workshop(self, *, show_progress_bar: bool = True) -> Workshop:

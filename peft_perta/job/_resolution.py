@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..comparison import Method, training_schedule
+from ..comparison import training_schedule
 from ..errors import ConfigError
 from ._workshop import Rows
 from .recipe import Recipe, recipe_of
@@ -19,12 +19,10 @@ class Resolved:
 
     Attributes:
         recipe: the recipe.
-        method: its method.
         because: why it was chosen, in words.
     """
 
     recipe: Recipe
-    method: Method
     because: str
 
 
@@ -59,7 +57,7 @@ def resolve(values: Mapping[str, Any], rows: Rows, *, has_task: bool) -> Resolve
         own["refine"] = shared
     _check_used(values, own, name, request)
     sections = {section: {**settings, **(values.get(section) or {})} for section, settings in own.items()}
-    return Resolved(recipe_of({**values, "method": name, **sections}), method, because)
+    return Resolved(recipe_of({**values, "method": name, **sections}), because)
 
 
 def _check_used(values: Mapping[str, Any], own: Mapping[str, Any], method: str, request: Recipe) -> None:

@@ -31,7 +31,7 @@ class Job:
     """A job that is checked as far as that is possible without its model.
 
     Attributes:
-        resolved: the recipe with every setting, and the method.
+        resolved: the recipe with every setting, and why its method was chosen.
         rows: the rows.
         directory: the output.
         steps: what is to be done, in order.

@@ -238,15 +238,43 @@ def test_run_from_end_to_end(place, offline, capsys):
     assert [name for name in first if first[name] != second[name] and name not in unequal] == []
 
 
-def test_a_finished_job_loads_no_model_again(place, offline, monkeypatch, capsys):
-    assert main(["run", written(place, **NEGATION)]) == 0
-    first = capsys.readouterr().out.splitlines()
+@pytest.fixture(scope="module")
+def finished(intact, tmp_path_factory):
+    """A place where plain negation has met its goal."""
+    place = tmp_path_factory.mktemp("finished") / "place"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(shutil.copytree(intact, place))
+        of_files = _judge.verify_adapter
+        patch.setattr(_judge, "verify_adapter", lambda directory, base, *, revision: of_files(directory))
+        assert main(["run", written(place, **NEGATION)]) == 0
+    return place
+
+
+@pytest.fixture
+def done(finished, tmp_path, monkeypatch, offline):
+    monkeypatch.chdir(shutil.copytree(finished, tmp_path / "done"))
+    return tmp_path / "done"
+
+
+def test_a_finished_job_loads_no_model_again(done, monkeypatch, capsys):
+    before = files(done / "out")
     monkeypatch.setattr("peft_perta.job.run.load_base", lambda *_, **__: pytest.fail("a model was loaded"))
-    before = files(place / "out")
-    assert main(["run", written(place, **NEGATION)]) == 0
-    assert capsys.readouterr().out.splitlines() == first[-11:]
+    assert main(["run", written(done, **NEGATION)]) == 0
     assert main(["run", "out/recipe.yaml"]) == 0
-    assert files(place / "out") == before
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 22
+    assert said[10] == "The goal was met."
+    assert files(done / "out") == before
+
+
+def test_only_what_changed_is_made_again(done, capsys):
+    before = files(done / "out")
+    assert main(["run", written(done, **NEGATION, retain_tolerance=0.001)]) == 1
+    said = capsys.readouterr().out
+    assert "done already: before.json, forget_adapter, unlearned" in said
+    assert "The goal was NOT met. kept: the loss on retain rows rose by" in said
+    after = files(done / "out")
+    assert all(after[name] == before[name] for name in before if name.startswith(("forget_adapter", "unlearned")))
 
 
 def test_rows_in_the_output_are_refused(place, capsys):
@@ -255,18 +283,6 @@ def test_rows_in_the_output_are_refused(place, capsys):
     (place / "out/forget.jsonl").write_text((place / "forget.jsonl").read_text())
     assert main(["run", written(place, forget="out/forget.jsonl")]) == 2
     assert "out/forget.jsonl is in the output" in capsys.readouterr().err
-
-
-def test_only_what_changed_is_made_again(place, offline, capsys):
-    assert main(["run", written(place, **NEGATION)]) == 0
-    before = files(place / "out")
-    capsys.readouterr()
-    assert main(["run", written(place, **NEGATION, retain_tolerance=0.001)]) == 1
-    said = capsys.readouterr().out
-    assert "done already: before.json, forget_adapter, unlearned" in said
-    assert "The goal was NOT met. kept: the loss on retain rows rose by" in said
-    after = files(place / "out")
-    assert all(after[name] == before[name] for name in before if name.startswith(("forget_adapter", "unlearned")))
 
 
 def test_what_the_steps_of_another_recipe_left_is_removed(tmp_path):
@@ -279,13 +295,12 @@ def test_what_the_steps_of_another_recipe_left_is_removed(tmp_path):
     assert not Record(tmp_path).holds("unlearned", "a")
 
 
-def test_a_step_whose_files_were_changed_is_made_again(place, offline, capsys):
-    assert main(["run", written(place, **NEGATION)]) == 0
-    before = files(place / "out")
-    weights = place / "out/adapter/adapter_model.safetensors"
+def test_a_step_whose_files_were_changed_is_made_again(done):
+    before = files(done / "out")
+    weights = done / "out/adapter/adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
-    assert main(["run", written(place, **NEGATION)]) == 0
-    assert files(place / "out") == before
+    assert main(["run", written(done, **NEGATION)]) == 0
+    assert files(done / "out") == before
 
 
 def test_a_damaged_record_is_refused(place, capsys):
@@ -295,20 +310,20 @@ def test_a_damaged_record_is_refused(place, capsys):
     assert "job.json is damaged" in capsys.readouterr().err
 
 
-def test_a_goal_beyond_every_strength_takes_what_the_tolerance_allows(place, offline, capsys):
+def test_a_goal_beyond_every_strength_takes_what_the_tolerance_allows(done, capsys):
     goal = {"target_forget_loss": 1e6, "retain_tolerance": 0.5}
-    assert main(["run", written(place, **NEGATION | goal)]) == 1
+    assert main(["run", written(done, **NEGATION | goal)]) == 1
     said = capsys.readouterr().out
     assert "The goal was NOT met. forgotten: the forget loss is" in said
-    calibration = json.loads((place / "out/judged.json").read_text())["calibration"]
+    calibration = json.loads((done / "out/judged.json").read_text())["calibration"]
     assert calibration["goal"] == {"target_forget_loss": None, "retain_tolerance": 0.5}
     assert "kept: " not in said.splitlines()[-1]
 
 
-def test_where_no_goal_can_be_met_the_adapter_stays_as_it_was_made(place, offline, capsys):
-    assert main(["run", written(place, **NEGATION, target_forget_loss=1e6)]) == 1
+def test_where_no_goal_can_be_met_the_adapter_stays_as_it_was_made(done, capsys):
+    assert main(["run", written(done, **NEGATION, target_forget_loss=1e6)]) == 1
     assert "rank 8, as it was made" in capsys.readouterr().out
-    assert json.loads((place / "out/judged.json").read_text())["calibration"] is None
+    assert json.loads((done / "out/judged.json").read_text())["calibration"] is None
 
 
 def test_nothing_to_forget_is_told_before_training(place, monkeypatch, capsys):

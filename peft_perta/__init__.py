@@ -27,6 +27,8 @@ __all__ = [  # noqa: RUF022 - grouped by stage, in the order of use
     "attach_adapters",
     "train_forget_adapter",
     # unlearn
+    "unlearn",
+    "Unlearned",
     "add_perta_adapter",
     "get_perta_state_dict",
     "calibrate",
@@ -72,6 +74,8 @@ _ROOMS = {  # public name -> the room that defines it
     "attach_adapters": "model",
     "train_forget_adapter": "training",
     # unlearn
+    "unlearn": "job",
+    "Unlearned": "job",
     "add_perta_adapter": "perta",
     "get_perta_state_dict": "perta",
     "calibrate": "evaluation",
@@ -125,6 +129,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     )
     from .evaluation import Calibration, Goal, calibrate, evaluate
     from .influence import InfluenceSettings, correct_responses, erase_instances, modify_queries
+    from .job import Unlearned, unlearn
     from .model import attach_adapters, load_base, stack_adapters
     from .perta import (
         WEIGHTINGS,

@@ -13,6 +13,7 @@ import conftest  # noqa: F401  # isort: skip - first: offline, one thread
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import gzip
 import io
@@ -63,6 +64,7 @@ from peft_perta.evaluation.attacks.attack import Answer
 from peft_perta.evaluation.audit.run import AuditRecord
 from peft_perta.gradients import Checkpoint
 from peft_perta.html_report import ReportHeader, report_data_of_logs, write_html_report
+from peft_perta.job import read_recipe, recipe_of
 from peft_perta.model import hash_factors, sample_losses
 
 SECONDS = 30
@@ -285,6 +287,20 @@ def _read_settings(place: Path) -> None:
         ComparisonSettings.read(place / "settings.json")
 
 
+def _recipe(place: Path) -> None:
+    sections = {"train": {"learning_rate": 1e-3}, "refine": {"damping": 0.02}, "judging": {"rows": 4}}
+    recipe = recipe_of({"model": "base", "forget": "f.jsonl", "retain": "r.jsonl", "method": "npo", **sections})
+    (place / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    values = dataclasses.asdict(recipe)
+    (place / "recipe.json").write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML, damaged value by value
+
+
+def _read_recipe(place: Path) -> None:
+    for name in ("recipe.yaml", "recipe.json"):
+        with _ours():
+            recipe_of(read_recipe(place / name)).to_yaml()
+
+
 OF = {"the rows": "a"}
 
 
@@ -400,6 +416,7 @@ KINDS = {
     "logs": Kind(_logs, "*.json", _read_logs),
     "audit": Kind(_audit, "*.json", _read_audit),
     "ledger": Kind(_ledger, "[ap]*.json", _read_ledger),
+    "recipe": Kind(_recipe, "recipe.*", _read_recipe),
     "settings": Kind(_settings, "*.json", _read_settings),
     "checkpoint": Kind(_checkpoint, "checkpoint/*[!k]", _read_checkpoint),
     "interrupted run": Kind(_interrupted, "out.checkpoint/*[!k]", _unlearn),

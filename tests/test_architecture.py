@@ -23,6 +23,7 @@ ROOMS = [  # lower rooms first; a room imports from lower rooms alone
     "training",
     "html_report",
     "comparison",
+    "job",
     "cli",
 ]
 PACKAGE = Path(peft_perta.__file__).parent
@@ -33,7 +34,7 @@ IMPORTED_WHEN_RUN = {
     "__init__.py",
     "cli/__init__.py",
 }  # the public names, and the commands: importing torch takes seconds
-TALLEST_FILE, LONGEST_FUNCTION, MOST_PARAMETERS, MOST_ENTRIES = 350, 60, 7, 14
+TALLEST_FILE, LONGEST_FUNCTION, MOST_PARAMETERS, MOST_ENTRIES = 350, 60, 7, 15
 
 
 def every(files: list[Path]):

@@ -15,8 +15,8 @@ import torch
 
 from peft_perta import refine_adapter
 from peft_perta.adapters import add_adapter
-from peft_perta.comparison._method import Setup
 from peft_perta.comparison.bench import JUDGED
+from peft_perta.comparison.method import Setup
 from peft_perta.data import spread
 from peft_perta.model import resolve_targets
 

@@ -43,8 +43,8 @@ from peft_perta.comparison import (
     read_testbed,
     run_comparison,
 )
-from peft_perta.comparison._method import Method, MethodAdapter, Setup, once
 from peft_perta.comparison._picture import STYLES, leaves_at, mean_curve
+from peft_perta.comparison.method import Method, MethodAdapter, Setup, once
 from peft_perta.comparison.methods import ALPHA, QUICK
 from peft_perta.data import load_samples, spread
 from peft_perta.evaluation import Match, losses_of

@@ -17,6 +17,7 @@ from test_preflight import BOTH, COMMANDS, GROWING, tree
 from peft_perta.cli import main
 
 LONG = "a" * 300
+FEW = ("evaluate", "run")  # the files of evaluate are smaller; run is made of the other commands
 DIGITS = "9" * 400
 
 
@@ -123,11 +124,11 @@ def disk():
 @pytest.mark.parametrize(
     ("command", "size"),
     [
-        *((name, 100 if name == "evaluate" else 1500) for name in COMMANDS),  # the files of evaluate are smaller
+        *((name, 100 if name in FEW else 1500) for name in COMMANDS),
         *(
             pytest.param(name, size, marks=pytest.mark.slow)
             for name in COMMANDS
-            if name != "evaluate"
+            if name not in FEW
             for size in (100, 6000)
         ),
     ],

@@ -17,6 +17,7 @@ from test_preflight import COMMANDS
 from peft_perta import save_perta_adapter
 from peft_perta.adapters import add_request
 from peft_perta.cli import main
+from peft_perta.job import _judge
 
 HERE = {
     **COMMANDS,
@@ -26,11 +27,17 @@ HERE = {
     "evaluate": "--adapter {adapter} --suite choices={place}/choices.jsonl",
     "compare": f"{COMMANDS['compare']} --config {{place}}/settings.json",
     "audit": f"{COMMANDS['audit']} --max-new-tokens 1",
+    "run": f"{{place}}/recipe.yaml {COMMANDS['run']}",
 }
 SETTINGS = {
     "methods": ["negation"], "seeds": [0], "authors": [], "epochs": 1, "least_steps": 1, "batch_size": 4, "rank": 2,
     "matched": ["loss"], "weight_samples": 2, "judged_rows": 2, "suite_rows": 0, "depth_rows": 0, "max_new_tokens": 2,
     "curve": [], "attacks": [],
+}  # fmt: skip
+RECIPE = {
+    "method": "negation", "forget_training": {"epochs": 4, "rank": 2, "learning_rate": 0.01, "batch_size": 4},
+    "target_forget_loss": 3.0, "retain_tolerance": 100.0,
+    "judging": {"attacked_rows": 0, "max_new_tokens": 1},
 }  # fmt: skip
 TIMED = ("out/results.jsonl", "out/table.md", "out/trade_off.png")  # of compare: they hold wall times
 CHANGES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -48,6 +55,7 @@ def intact(tmp_path_factory):
     model = builders.trained(builders.adapted_saved_llama(), "task", rows["training"])
     model.save_pretrained(place)
     (place / "settings.json").write_text(json.dumps(SETTINGS))
+    (place / "recipe.yaml").write_text(json.dumps(RECIPE))
     save_perta_adapter(place / "mine", *builders.negate(model, weighting="uniform"))
     add_request(place, "request-1", adapter=place / "mine", forget=forget, date="2026-11-27")
     return place
@@ -107,10 +115,12 @@ def results(place):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("command", HERE)
-def test_killed_at_each_change_of_a_file_and_run_again(command, intact, tmp_path):
+def test_killed_at_each_change_of_a_file_and_run_again(command, intact, tmp_path, monkeypatch):
     place = tmp_path / "place"
+    of_files = _judge.verify_adapter  # of `run`: without the fresh process, which takes seconds each time
+    monkeypatch.setattr(_judge, "verify_adapter", lambda directory, base, *, revision: of_files(directory))
 
     def begin():
         shutil.rmtree(place, ignore_errors=True)

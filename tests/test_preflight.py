@@ -29,12 +29,13 @@ COMMANDS = {  # command -> its options, beside the model and the output
     "evaluate": "--adapter {adapter} --suite choices={place}/forget.jsonl",
     "compare": f"{BOTH} --task-adapter {{place}}/task",
     "audit": f"{BOTH} --adapter {{place}}/task --adapter {{adapter}}",
+    "run": f"{BOTH} --task-adapter {{place}}/task",
     "fuse": "{place}/task {adapter}:0.5",
     "ledger rebuild": f"{{place}} {BOTH} --retain-tolerance 0.1",
     "merge": "{place}/task {adapter}",
     "export": "{place}/task {adapter} --to mlx",
 }
-GROWING = ("evaluate", "compare", "audit")  # they write file by file
+GROWING = ("evaluate", "compare", "audit", "run")  # they write file by file
 OTHER_FILES = ("merge", "export")  # they take adapters, and write no directory of one
 REPLACING = [name for name in COMMANDS if name not in GROWING]
 TAKE_AN_ADAPTER = ["calibrate", "refine", "extrapolate", "fuse", "merge", "export"]

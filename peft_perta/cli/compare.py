@@ -23,12 +23,13 @@ from ..comparison import (
     TESTBEDS,
     ComparisonSettings,
     Testbed,
+    as_flags,
     best_method,
     format_methods,
     format_table,
     read_testbed,
     run_comparison,
-    training_flags,
+    training_schedule,
 )
 from ..data import check_file, write_file
 from ..errors import ConfigError
@@ -178,7 +179,8 @@ def _recommendation(
         forget_adapter = Path(options.output) / "forget_adapters" / f"all-{run['seed']}"
         parts += [f"--forget-adapter {forget_adapter} --strength {run['strength']:.4g} --output unlearn_adapter"]
         return "\n".join([*lines, "  " + " ".join(parts)])
-    parts += [training_flags(len(testbed.rows["forget"])), f"--rank {settings.rank} --output trained_adapter"]
+    schedule = training_schedule(len(testbed.rows["forget"]))
+    parts += [*as_flags(schedule), f"--rank {settings.rank} --output trained_adapter"]
     lines.append("  " + " ".join(parts))
     made = "trained_adapter"
     if method.is_refined:

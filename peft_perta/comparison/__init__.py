@@ -9,7 +9,8 @@ Imports from: errors, data, model, gradients, evaluation, adapters, perta, influ
 from .bench import Bench, prepare
 from .demo import run_demo
 from .intervals import kept_against
-from .methods import METHODS, format_methods, training_flags
+from .method import Method, as_flags
+from .methods import METHODS, format_methods, training_schedule
 from .run import CONFIG_NAME, run_comparison
 from .settings import MEASURES, ROWS_OF_AUTHOR, BenchSettings, ComparisonSettings, DemoSettings
 from .smollm2 import TESTBEDS, read_testbed
@@ -29,7 +30,9 @@ __all__ = [
     "BenchSettings",
     "ComparisonSettings",
     "DemoSettings",
+    "Method",
     "Testbed",
+    "as_flags",
     "best_method",
     "format_methods",
     "format_table",
@@ -39,5 +42,5 @@ __all__ = [
     "run_comparison",
     "run_demo",
     "small",
-    "training_flags",
+    "training_schedule",
 ]

@@ -12,7 +12,7 @@ from ..data import load_samples
 from ..gradients import choose_plan
 from ..model import resolve_targets, row_length
 from ..perta import PerTAConfig, get_perta_state_dict, gradient_job, refine_adapter, resolve_weighting
-from ._method import MakeAdapter, MethodAdapter, Setup, measured
+from .method import MakeAdapter, MethodAdapter, Setup, measured
 
 _EXTRAPOLATED, _UNREFINED = "perta_before_extrapolation", "perta_before_refinement"
 _REFINEMENT = 2.0  # forward-equivalents: the forward and backward pass that finds the inputs that count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import NumericalError
 from ..influence import InfluenceSettings, erase_instances
-from ._method import MethodAdapter, Setup
+from .method import MethodAdapter, Setup
 
 CURVATURE_SAMPLES, ITERATIONS = 64, 12
 

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..html_report import BLUE, TradeOffPanel, save_figure, trade_off_figure
-from ._method import Family
+from .method import Family
 from .methods import METHODS
 from .table import BASELINES, FULL, RETAIN_ONLY
 

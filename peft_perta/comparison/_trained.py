@@ -12,7 +12,7 @@ from ..training import (
     default_lora_config,
     train_unlearning,
 )
-from ._method import WARMUP, MakeAdapter, MethodAdapter, Setup
+from .method import WARMUP, MakeAdapter, MethodAdapter, Setup
 
 # On the shipped model, about as far as the retain-only model; SAGO needs a learning rate of 2e-3, as its steps are
 # smaller.

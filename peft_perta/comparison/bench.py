@@ -27,7 +27,7 @@ from ..evaluation import (
 )
 from ..model import CONFIG_NAME, adapter_strength, attach_adapters, input_device, load_base, row_length
 from ..training import default_lora_config, train_forget_adapter
-from ._method import WARMUP, Setup
+from .method import WARMUP, Setup
 from .settings import MEASURES, BenchSettings
 from .testbed import SPLITS, Testbed, has_options, small
 

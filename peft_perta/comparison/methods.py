@@ -7,15 +7,15 @@ To add a method: write a function from a ``Setup`` to a ``MethodAdapter`` in a f
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ..adapters import SERVABLE_RANKS
 from ..errors import ConfigError
 from ._edits import extrapolated, perta, random_like, refined
 from ._influence import llmeraser
-from ._method import WARMUP, Family, Method, once
 from ._trained import BATCH, STEPS, trained
+from .method import WARMUP, Family, Method, once
 
 ALPHA = 0.5  # of UIPE
 REFINED = "+directions"  # ends the name of a trained method that is refined
@@ -27,7 +27,7 @@ _RMU = {"forget_loss": "rmu", "retain_loss": "embed-diff", "retain_weight": 30.0
 
 def _unlearn(description: str, *, family: Family = "perta", **options: Any) -> Method:
     """PerTA with these fields of PerTAConfig, as `peft-perta unlearn` runs it."""
-    return Method(description, perta(**options), family, command=f"unlearn{_flags(options)}")
+    return Method(description, perta(**options), family, step="unlearn", options=options)
 
 
 def _train(description: str, *, learning_rate: float = 1e-3, **options: Any) -> Method:
@@ -37,17 +37,9 @@ def _train(description: str, *, learning_rate: float = 1e-3, **options: Any) -> 
         once(trained(learning_rate=learning_rate, **options)),
         "trained",
         needs_forget_adapter=False,
-        command=f"train{_flags({**options, 'learning_rate': learning_rate})}",
+        step="train",
+        options={**options, "learning_rate": learning_rate},
     )
-
-
-def _flags(options: Mapping[str, Any]) -> str:
-    """The options of the command line that set these fields."""
-    parts = []
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        parts.append(f" --{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f" --{flag} {value}")
-    return "".join(parts)
 
 
 def _refined(method: Method, name: str) -> Method:
@@ -203,7 +195,6 @@ def check_methods(names: Sequence[str]) -> None:
             raise ConfigError(f"methods: expected some of {list(METHODS)}, found {name!r}")
 
 
-def training_flags(forget_rows: int) -> str:
-    """The options of `peft-perta train` that give the steps and the batch of this comparison on so many forget rows."""
-    epochs = STEPS * BATCH / forget_rows
-    return f"--epochs {epochs:g} --batch-size {BATCH} --warmup-steps {WARMUP}"
+def training_schedule(forget_rows: int) -> dict[str, float]:
+    """The settings of `peft-perta train` that give this comparison's steps and batch on so many forget rows."""
+    return {"epochs": STEPS * BATCH / forget_rows, "batch_size": BATCH, "warmup_steps": WARMUP}

@@ -14,10 +14,10 @@ from ..data import check_output, write_file
 from ..errors import ConfigError, NumericalError
 from ..evaluation import TOLERANCE, Log, Match
 from ._judge import Judge
-from ._method import Method, MethodAdapter, measured
 from ._picture import draw_comparison
 from ._results import CONFIG_NAME, Results
 from .bench import Bench, StrengthPath, timed
+from .method import Method, MethodAdapter, measured
 from .methods import METHODS
 from .settings import MEASURES, ROWS_OF_AUTHOR, ComparisonSettings
 from .table import FULL, ORIGIN, RETAIN_ONLY, format_table

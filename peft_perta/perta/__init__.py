@@ -9,7 +9,7 @@ from .edited_layers import gradient_job
 from .fits import FITS
 from .granularities import GRANULARITIES
 from .layer import edit_layer
-from .refine import RefinementSettings, refine_adapter
+from .refine import RefinementSettings, refine_adapter, refinement_job
 from .run import add_perta_adapter, get_perta_state_dict
 from .task_vectors import task_vector
 from .weighing import resolve_weighting
@@ -31,6 +31,7 @@ __all__ = [
     "gradient_job",
     "ratio",
     "refine_adapter",
+    "refinement_job",
     "resolve_weighting",
     "task_vector",
 ]

@@ -129,7 +129,7 @@ def refine_adapter(
     targets = changed_targets(resolve_targets(model, adapter_name))
     _check_task_adapter(model, task_adapter, adapter_name)
     samples = _loaded({"forget": forget, "retain": retain}, tokenizer, row_length(model, settings.max_length))
-    job = _job(model, _with_inputs(targets, adapter_name), samples, task_adapter, settings)
+    job = refinement_job(model, _with_inputs(targets, adapter_name), samples, task_adapter, settings)
     began = time.perf_counter()
     edits, left = _refined(replace(job, show_progress_bar=show_progress_bar), settings)
     factors = {target.name: _finite_factors(target, edits.get(target.name) or _product(target)) for target in targets}
@@ -179,14 +179,22 @@ def _with_inputs(targets: Sequence[Target], adapter_name: str) -> list[Target]:
     return layers
 
 
-def _job(
+def refinement_job(
     model: nn.Module,
-    targets: list[Target],
+    targets: Sequence[Target],
     samples: Mapping[str, list[Sample]],
     task_adapter: str | None,
     settings: RefinementSettings,
 ) -> Job:
-    """The second moments of the layers' inputs over both sets."""
+    """The second moments of the layers' inputs over both sets.
+
+    Args:
+        model: the model.
+        targets: the layers.
+        samples: 'forget' and 'retain' -> samples.
+        task_adapter: the adapter that is on, if any.
+        settings: of the refinement.
+    """
     return Job(
         model=model,
         targets=targets,

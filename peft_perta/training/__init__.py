@@ -8,7 +8,7 @@ Imports from: errors, data, model, gradients, evaluation, adapters.
 from .combiners import COMBINERS
 from .forget_adapter import train_forget_adapter
 from .losses import FORGET_LOSSES, RETAIN_LOSSES, ForwardPass
-from .new_adapter import default_lora_config
+from .new_adapter import default_lora_config, with_new_adapter
 from .settings import LoraSettings, UnlearningSettings
 from .trainer import UnlearningTrainer
 from .unlearning_adapter import train_unlearning
@@ -24,4 +24,5 @@ __all__ = [
     "default_lora_config",
     "train_forget_adapter",
     "train_unlearning",
+    "with_new_adapter",
 ]

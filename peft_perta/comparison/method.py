@@ -114,8 +114,8 @@ class Method:
             the error and continues.
         family: decides how the picture draws the method's curve.
         needs_forget_adapter: the method edits the forget adapter, so the cost of training it counts.
-        command: the command and its options that make the same adapter from the user's files; None for what no user
-            would make.
+        step: the command that makes the same adapter from the user's files; None for what no user would make.
+        options: the settings that the command takes beside its defaults.
         is_refined: `peft-perta refine` follows the command.
     """
 
@@ -123,5 +123,22 @@ class Method:
     make: MakeAdapter
     family: Family
     needs_forget_adapter: bool = True
-    command: str | None = None
+    step: Literal["unlearn", "train"] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     is_refined: bool = False
+
+    @property
+    def command(self) -> str | None:
+        """The command with its options, as a user would type them; None for what no user would make."""
+        if self.step is None:
+            return None
+        return " ".join([self.step, *as_flags(self.options)])
+
+
+def as_flags(settings: Mapping[str, Any]) -> list[str]:
+    """The options of the command line that set these fields."""
+    names = {name.replace("_", "-"): value for name, value in settings.items()}
+    return [
+        f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {value}"
+        for name, value in names.items()
+    ]

@@ -1,0 +1,111 @@
+"""Which method first: the recommendation of the measurements (README, "Which method first"; docs/results.md), as data.
+
+The names are those of ``METHODS``, the table of `peft-perta compare`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..comparison import METHODS, Method
+from ..errors import ConfigError
+
+AUTO = "auto"
+PREFERENCES = {  # what a job may put first
+    "keep": "what must be kept",
+    "traces": "few traces of what was forgotten",
+    "time": "little compute",
+}
+FEW = 20  # retain rows for the method; fewer than that were never measured
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known before anything is computed.
+
+    Attributes:
+        prefer: a key of ``PREFERENCES``.
+        origin_knows: the base itself knows the forget rows: there is no task adapter that taught it.
+        has_forget_adapter: the user has trained one.
+        retain_rows: the number of retain rows that the method may use.
+    """
+
+    prefer: str
+    origin_knows: bool
+    has_forget_adapter: bool
+    retain_rows: int
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One row of the table. The first row that applies is taken.
+
+    Attributes:
+        method: a name of ``METHODS``, which holds its settings.
+        when: what must be known, in words.
+        because: what was measured.
+        applies: whether it is so.
+    """
+
+    method: str
+    when: str
+    because: str
+    applies: Callable[[Known], bool]
+
+
+RECOMMENDATIONS = (
+    Recommendation(
+        "perta-grad",
+        "a forget adapter is there",
+        "3.5 forward passes and no training; it keeps .84 of .95 on SmolLM2-135M where rmu+directions keeps .94",
+        lambda known: known.has_forget_adapter,
+    ),
+    Recommendation(
+        "perta-grad",
+        "little compute comes first",
+        "11 forward-equivalents, the forget adapter's training included, where rmu+directions takes 24",
+        lambda known: known.prefer == "time",
+    ),
+    Recommendation(
+        "rmu+directions",
+        "the base itself knows the rows",
+        "of the methods that reach chance, refined RMU leaves the other rows' loss where it was (one seed)",
+        lambda known: known.origin_knows,
+    ),
+    Recommendation(
+        "rmu+directions",
+        f"fewer than {FEW} retain rows for the method",
+        "RMU keeps unseen rows as well as those it saw (.917 and .930); with so few rows nothing was measured",
+        lambda known: known.retain_rows < FEW,
+    ),
+    Recommendation(
+        "sago+directions",
+        "few traces matter most",
+        "privleak -38 on the small model against -87 of RMU, 0 being none; it keeps as much on the real one",
+        lambda known: known.prefer == "traces",
+    ),
+    Recommendation(
+        "rmu+directions",
+        "none of these",
+        "it keeps most (.943 of .950 on SmolLM2-135M, three seeds), and forgets alike by loss and by first choices",
+        lambda known: True,
+    ),
+)
+
+
+def recommend(known: Known) -> Recommendation:
+    """The first row of ``RECOMMENDATIONS`` that applies."""
+    return next(row for row in RECOMMENDATIONS if row.applies(known))
+
+
+def method_of(name: str) -> Method:
+    """The method of this name.
+
+    Raises:
+        ConfigError: no method that a job can make has this name.
+    """
+    runnable = [known for known, method in METHODS.items() if method.step is not None]
+    if name not in runnable:
+        raise ConfigError(f"method: expected {AUTO!r} or one of {', '.join(runnable)}; found {name!r}")
+    return METHODS[name]

@@ -1,0 +1,161 @@
+"""One job: from rows that must go to an adapter with its evidence, step by step, each kept once it is done."""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..adapters import versions
+from ..data import check_output, claimed_directory, read_rows, write_file
+from ..errors import ConfigError
+from ..model import attach_adapters, check_adapter_files, find_adapter, hash_factors, identify_base_files, load_base
+from ._judge import judge_steps
+from ._plan import Plan, clock
+from ._record import JOB_NAME, Record, hash_of
+from ._resolution import Resolved, resolve
+from ._steps import Step, steps_of
+from ._summary import Summary
+from ._workshop import RETAIN_ONLY, Rows, Workshop
+from .recipe import RECIPE_NAME, Recipe, recipe_of
+
+_TASK = "task"
+OUTPUT = "forgotten"  # the directory, where none is named
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that is checked as far as that is possible without its model.
+
+    Attributes:
+        resolved: the recipe with every setting, and why its method was chosen.
+        rows: the rows.
+        directory: the output.
+        steps: what is to be done, in order.
+    """
+
+    resolved: Resolved
+    rows: Rows
+    directory: Path
+    steps: list[Step]
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe with every setting."""
+        return self.resolved.recipe
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Job:
+        """The job of a recipe's values; see ``recipe_of``.
+
+        Raises:
+            AdapterError: an adapter's files are not those of a plain LoRA adapter.
+            ConfigError: the recipe is bad, or lacks the model or the rows.
+            DataError: a file of rows is missing or malformed.
+            OutputError: the output may not be written.
+        """
+        request = recipe_of(values)
+        for name in ("model", "forget", "retain"):
+            if getattr(request, name) is None:
+                raise ConfigError(f"{name}: expected one, found none; name it in the recipe, or as --{name}")
+        directory = check_output(request.output or OUTPUT, JOB_NAME, grows=True)
+        for path in _adapters(request).values():
+            check_adapter_files(path)
+        rows = Rows.of(read_rows(str(request.forget)), read_rows(str(request.retain)))
+        values = {**values, "output": str(directory)}
+        resolved = resolve(values, rows, has_task=request.task_adapter is not None)
+        return cls(resolved, rows, directory, [*steps_of(resolved.recipe), *judge_steps()])
+
+    def hashes(self) -> dict[str, str]:
+        """Step -> hash of all that its output depends on, the steps before it included."""
+        recipe = self.recipe
+        facts: dict[str, Any] = {
+            "base": identify_base_files(str(recipe.model), recipe.revision) or recipe.model,
+            "adapters": {name: hash_factors(find_adapter(path)) for name, path in _adapters(recipe).items()},
+            "rows": [self.rows.forget, self.rows.retain, self.rows.unseen],
+            "loaded": [recipe.four_bit, recipe.max_length],
+            "versions": versions(),
+        }
+        found: dict[str, str] = {}
+        for step in self.steps:
+            own = {"step": step.name, "needs": [found[name] for name in step.needs]}
+            settings = {key: operator.attrgetter(key)(recipe) for key in step.settings}
+            found[step.name] = hash_of({**facts, **own, "settings": settings})
+        return found
+
+    def workshop(self, *, show_progress_bar: bool = True) -> Workshop:
+        """The job with its model loaded, its rows read by the tokenizer."""
+        recipe = self.recipe
+        base, tokenizer = load_base(
+            str(recipe.model),
+            four_bit=recipe.four_bit,
+            revision=recipe.revision,
+            device_map=recipe.device_map,
+            safetensors_only=recipe.safetensors_only,
+        )
+        given = {_TASK: recipe.task_adapter, RETAIN_ONLY: recipe.retain_only_adapter}
+        adapters = {name: path for name, path in given.items() if path is not None}
+        workshop = Workshop(
+            recipe,
+            attach_adapters(base, adapters) if adapters else base,
+            tokenizer,
+            self.rows,
+            self.directory,
+            task=_TASK if recipe.task_adapter else None,
+            retain_only=RETAIN_ONLY if recipe.retain_only_adapter else None,
+            show_progress_bar=show_progress_bar,
+        )
+        workshop.samples  # noqa: B018 - a malformed row is refused here, before anything is computed
+        return workshop
+
+    def missing(self, record: Record, hashes: Mapping[str, str]) -> list[Step]:
+        """The steps whose output is not there, or was made of something else."""
+        return [step for step in self.steps if not record.holds(step.name, hashes[step.name])]
+
+    def planned(self) -> str:
+        """The plan of what is to be done. The model is loaded and a few rows run forward; nothing is written."""
+        todo = self.missing(Record(self.directory), self.hashes())
+        return str(self._plan(self.workshop(), todo)) if todo else f"everything is in {self.directory} already"
+
+    def _plan(self, workshop: Workshop, todo: Sequence[Step]) -> Plan:
+        kept = [step.name for step in self.steps if step not in todo]
+        return Plan.of(workshop, todo, because=self.resolved.because, kept=kept)
+
+    def run(self, say: Callable[[str], None], *, show_progress_bar: bool = True) -> Summary:
+        """Do the steps that the output does not hold yet.
+
+        Args:
+            say: takes each line that tells where the job is.
+            show_progress_bar: show the plans and progress bars of the steps.
+        """
+        hashes, record = self.hashes(), Record(self.directory)
+        todo = self.missing(record, hashes)
+        if todo:
+            workshop = self.workshop(show_progress_bar=show_progress_bar)
+            plan = self._plan(workshop, todo)
+            say(str(plan))
+            with claimed_directory(self.directory, JOB_NAME, json.dumps({"steps": {}}) + "\n"):
+                for step in todo:
+                    number = self.steps.index(step) + 1
+                    say(f"step {number} of {len(self.steps)}: {step.what}{plan.left(step.name)}")
+                    record.begin(step.name)
+                    with plan.timed(step.name):
+                        step.run(workshop)
+                    write_file(self.directory / RECIPE_NAME, recipe_text(self.recipe))
+                    record.end(step.name, hashes[step.name])
+                record.keep_only([step.name for step in self.steps])
+            say(f"done in {clock(sum(plan.took.values()))}")
+        return Summary.read(self.recipe, self.resolved.because, self.directory)
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The file of a recipe."""
+    return f"# Everything that this job was made of: `peft-perta run {RECIPE_NAME}` makes it again.\n{recipe.to_yaml()}"
+
+
+def _adapters(recipe: Recipe) -> dict[str, str]:
+    given = {name: getattr(recipe, name) for name in ("task_adapter", "retain_only_adapter", "forget_adapter")}
+    return {name: path for name, path in given.items() if path is not None}

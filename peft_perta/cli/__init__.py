@@ -10,9 +10,9 @@ Each command is a module of its own name under one contract, and a row in ``COMM
   printed;
 - ``resume_path(options)``, where an interrupted run can be resumed, is a path that exists once there is work to resume.
 
-Exit statuses: 0; 1 if ``run`` misses its goal, ``verify`` or ``ledger check`` finds a fault, or ``merge --check`` another
-model than the stack; 2, with one line on standard error, if the input is at fault; 3, with one line that names a file
-with the traceback, if something else is; 130 if the run is interrupted.
+Exit statuses: 0; 1 if ``run`` misses its goal, ``verify`` or ``ledger check`` finds a fault, or ``merge --check``
+another model than the stack; 2, with one line on standard error, if the input is at fault; 3, with one line that names
+a file with the traceback, if something else is; 130 if the run is interrupted.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ ROWS = (
     "{question, answer}, {prompt, completion}, {messages} or {text}, in a file (JSON lines, JSON, CSV, Parquet, text), "
     "a directory, or ORG/NAME:CONFIG[SPLIT] on the Hugging Face Hub"
 )
-_METAVAR = "ROWS"  # of every option that names a set of rows
+ROWS_METAVAR = "ROWS"  # of every option that names a set of rows
 _LARGEST = {"batch_size": 10_000, "epochs": 10_000}  # a step, or a run, that nobody could wait for is a slip
 PARTS = (
     "a plain LoRA adapter of the base model, as a directory or a name on the Hugging Face Hub, and the strength to "
@@ -65,18 +65,18 @@ def add_four_bit(parser: argparse.ArgumentParser) -> None:
 
 def add_forget(parser: Any, *, required: bool = True, note: str = "") -> None:
     """``--forget``."""
-    parser.add_argument("--forget", required=required, metavar=_METAVAR, help=f"the forget rows: {ROWS}{note}")
+    parser.add_argument("--forget", required=required, metavar=ROWS_METAVAR, help=f"the forget rows: {ROWS}{note}")
 
 
 def add_retain(parser: Any, *, required: bool = True, note: str = "") -> None:
     """``--retain``."""
     text = f"the retain rows, in the same formats{note}"
-    parser.add_argument("--retain", required=required, metavar=_METAVAR, help=text)
+    parser.add_argument("--retain", required=required, metavar=ROWS_METAVAR, help=text)
 
 
 def add_columns(parser: argparse.ArgumentParser) -> None:
     """``--columns``, where an option names a set of rows."""
-    if any(action.metavar == _METAVAR for action in parser._actions):
+    if any(action.metavar == ROWS_METAVAR for action in parser._actions):
         parser.add_argument(
             "--columns", metavar="OURS=THEIRS,...",
             help="the columns to read, such as question=prompt,answer=response, in every set of rows that names none "
@@ -89,7 +89,7 @@ def name_columns(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     if getattr(options, "columns", None):
         for action in parser._actions:
             source = getattr(options, action.dest, None)
-            if action.metavar == _METAVAR and source and not RowSource.of(source).columns:
+            if action.metavar == ROWS_METAVAR and source and not RowSource.of(source).columns:
                 setattr(options, action.dest, f"{source}?{options.columns}")
 
 

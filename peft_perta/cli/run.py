@@ -17,6 +17,7 @@ from ..data import check_file, write_file
 from ..errors import ConfigError
 from ..job import JOB_NAME, OUTPUT, RECIPE_NAME, Job, Request, read_recipe, recipe_of, starting_recipe
 from ..model import distributed
+from ._options import ROWS_METAVAR
 from ._output import check_output_of
 from ._settings import add_settings
 
@@ -34,6 +35,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="load the model, print the plan, and exit; nothing is written"
     )
     add_settings(parser, Request, "the job; a recipe also has the settings of each step")
+    for action in parser._actions:
+        if action.dest in ("forget", "retain"):
+            action.metavar = ROWS_METAVAR  # ``--columns`` goes with it
 
 
 def run(options: argparse.Namespace) -> int:

@@ -116,7 +116,9 @@ class Request:
         ("auto",),
     )
     safetensors_only: bool = setting(True, "refuse a base whose weights are in a pickle, pytorch_model.bin")
-    forget: str | None = setting(None, "the forget rows: JSON lines of {question, answer} or another kind of row")
+    forget: str | None = setting(
+        None, "the forget rows: {question, answer} or another kind of row, in a file, a directory or on the Hub"
+    )
     retain: str | None = setting(
         None, "the retain rows, in the same formats; every second one judges, and no method sees it"
     )

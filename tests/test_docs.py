@@ -62,7 +62,7 @@ EXAMPLES = {
 }
 
 
-QUICK = {"03_own_weighting.py", "06_train.py"}  # the README's quickstart is run too; the others take a minute each
+QUICK = {"06_train.py"}  # the README's quickstart is run too; the others take a minute each
 
 
 @pytest.mark.parametrize(

@@ -679,7 +679,7 @@ def test_a_users_own_model_is_matched_to_the_base_and_the_best_method_is_named(o
     ("method", "names", "tolerance"),
     [  # rounding grows in training
         ("perta-grad", ["unlearn"], 1e-3),
-        ("gradient-ascent", ["train", "extrapolate"], 0.05),
+        pytest.param("gradient-ascent", ["train", "extrapolate"], 0.05, marks=pytest.mark.slow),
         ("gradient-ascent+directions", ["train", "refine", "extrapolate"], 0.05),
     ],
 )

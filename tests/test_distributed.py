@@ -60,7 +60,9 @@ def deltas(directory: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "settings",
     [
-        ["--granularity", "delta", "--weighting", "empirical-fisher", "--batch-size", "1"],
+        pytest.param(
+            ["--granularity", "delta", "--weighting", "empirical-fisher", "--batch-size", "1"], marks=pytest.mark.slow
+        ),
         ["--batch-size", "2"],  # mean gradients per factor; the processes have different batches
     ],
     ids=["delta-squares", "factor-mean"],

@@ -305,7 +305,7 @@ def failed(directory, base):
     return [check.name for check in verify_adapter(directory, str(base)) if not check.passed]
 
 
-@pytest.mark.parametrize("load", ["float32", "4-bit"])
+@pytest.mark.parametrize("load", [pytest.param("float32", marks=pytest.mark.slow), "4-bit"])
 def test_verify_refuses_a_base_whose_projections_were_exchanged(load, tmp_path):
     path = saved(tmp_path / "model")
     directory = emitted_on(path, tmp_path / "unlearn", **LOADS[load])

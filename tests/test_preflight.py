@@ -140,7 +140,7 @@ def test_a_missing_lm_eval_is_told_before_a_forward(place, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("tampered", "status"), [(False, 0), (True, 1)])
-@pytest.mark.parametrize("output", ["closed", "full"])
+@pytest.mark.parametrize("output", ["closed", pytest.param("full", marks=pytest.mark.slow)])
 def test_the_verdict_stands_whatever_happens_to_standard_output(output, tampered, status, place):
     """``verify DIR >&-`` and ``verify DIR > /dev/full``"""
     if output == "full" and not os.path.exists("/dev/full"):

@@ -426,6 +426,7 @@ def test_a_provenance_of_another_adapter_is_found(emitted, tmp_path):
     assert failed(tmp_path / "bad") == ["provenance"]
 
 
+@pytest.mark.slow
 def test_a_base_is_found_by_its_content_and_by_its_name_where_the_record_holds_none(emitted, tmp_path):
     other, own_name = tmp_path / "other-llama", tmp_path / builders.llama_directory().name
     builders.llama().save_pretrained(other)
@@ -463,7 +464,7 @@ def test_damaged_and_missing_files_are_failed_checks(emitted, tmp_path):
     assert "vLLM: rank" in failed(tmp_path / "bad")
 
 
-@pytest.mark.parametrize("pattern", [r".*_proj", "all-linear"])
+@pytest.mark.parametrize("pattern", [pytest.param(r".*_proj", marks=pytest.mark.slow), "all-linear"])
 def test_the_layers_of_a_pattern_are_those_of_the_file(pattern, emitted, tmp_path):
     """Which layers a pattern names only the keys say; the rule of the servers fails, for they want names."""
     directory = copied(emitted, tmp_path / "pattern", lambda c: c.update(target_modules=pattern))

@@ -446,7 +446,8 @@ def test_the_model_card_takes_the_verdict_in_the_place_of_an_earlier_one(model, 
     assert f"**suppressed**: {str(found.verdict).partition(': ')[2]}." in second
     read = ModelCard(second)
     assert read.text.startswith("\n# An adapter\n\nIt forgets.\n")
-    assert (read.data.library_name, read.data.tags) == ("peft", ["lora"])
+    metadata = read.data.to_dict()
+    assert (metadata["library_name"], metadata["tags"]) == ("peft", ["lora"])
     assert [result.metric_value for result in read.data.eval_results] == [
         round(found.verdict.reasons[0].share.mean, 4), round(found.kept["unlearned"].mean, 4),
     ]  # fmt: skip

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ...data import prompt_text
 from ...errors import DataError
-from ..subject import Subject
 from .asking import reasked
-from .attack import Attack, AttackResult, AttackSettings, Measured, Victims, attacked_rows, check_victims, compare
-from .measures import measured
+from .attack import Attack, AttackResult, AttackSettings, Victims, attacked_rows, check_victims
+from .measures import compare_asked
 from .names import names_of
 
 
@@ -29,14 +28,7 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
     """The rows whose question holds a name, asked with the name cut short."""
     rows = attacked_rows(victims, settings)
     asked = {"surname alone": aliased_rows(rows, surname), "initials": aliased_rows(rows, initials)}
-
-    def measure(subject: Subject, name: str) -> dict[str, Measured]:
-        return {
-            setting: measured(subject, of_setting, settings, f"{name}, {setting}")
-            for setting, of_setting in asked.items()
-        }
-
-    return compare("aliases", victims, measure)
+    return compare_asked("aliases", victims, asked, settings)
 
 
 ATTACK = Attack("aliases", "Ask by the surname alone, and by initials.", check, run)

@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 
 from ...data import completion_text, prompt_text
 from ...errors import DataError
-from ..subject import Subject
 from .asking import reasked
-from .attack import Attack, AttackResult, AttackSettings, Measured, Victims, attacked_rows, check_victims, compare
-from .measures import measured
+from .attack import Attack, AttackResult, AttackSettings, Victims, attacked_rows, check_victims
+from .measures import compare_asked
 from .names import names_of, without_name
 
 
@@ -37,15 +36,7 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
     """The name asked for by the answer; and, where rows share a name, the answers asked for in two hops."""
     rows = attacked_rows(victims, settings)
     asked = {"from the answer to the name": reversed_rows(rows), "in two hops": two_hop_rows(rows)}
-
-    def measure(subject: Subject, name: str) -> dict[str, Measured]:
-        return {
-            setting: measured(subject, of_setting, settings, f"{name}, {setting}")
-            for setting, of_setting in asked.items()
-            if of_setting
-        }
-
-    return compare("hops", victims, measure)
+    return compare_asked("hops", victims, asked, settings)
 
 
 ATTACK = Attack("hops", "Ask for the name by the answer, and for answers by way of other answers.", check, run)

@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...data import completion_text, encode_prompt, prompt_text, spread
+from ...data import answer_frame, completion_text, encode_prompt, prompt_text, spread
 from ...errors import DataError
-from ..completions import score_completions
+from ..completions import completion_ids, score_completions
 from ..generation import generate
 from ..metrics.rouge import rouge_l_recall
 from ..subject import Subject
-from .attack import Answer, AttackSettings, Measured, RowValues
+from .attack import Answer, AttackResult, AttackSettings, Measured, RowValues, Victims, compare
 
 
 def measured(subject: Subject, rows: Sequence[Mapping], settings: AttackSettings, name: str) -> Measured:
@@ -23,6 +23,19 @@ def measured(subject: Subject, rows: Sequence[Mapping], settings: AttackSettings
         return Measured(values)
     said = answered(asked, answers(subject, asked, settings, name))
     return Measured({**values, "rouge_l_recall": recalls_of(said)}, said)
+
+
+def compare_asked(
+    attack: str, victims: Victims, asked: Mapping[str, Sequence[Mapping]], settings: AttackSettings
+) -> list[AttackResult]:
+    """Measure every model on the rows of each setting; a setting without rows is left out."""
+
+    def measure(subject: Subject, name: str) -> dict[str, Measured]:
+        return {
+            setting: measured(subject, rows, settings, f"{name}, {setting}") for setting, rows in asked.items() if rows
+        }
+
+    return compare(attack, victims, measure)
 
 
 def likelihood(subject: Subject, rows: Sequence[Mapping], name: str) -> Measured:
@@ -58,6 +71,13 @@ def answers(
         name=f"{name}, answers",
         **options,
     )
+
+
+def answer_tokens(subject: Subject, rows: Sequence[Mapping], name: str) -> list[list[int]]:
+    """The tokens of each row's answer, without what opens or closes the completion."""
+    frame = answer_frame(subject.tokenizer)
+    completions = map(completion_ids, subject.encode(rows, name))
+    return [tokens[frame.words(tokens)] for tokens in completions]
 
 
 def with_prompt(subject: Subject, rows: Sequence[Mapping]) -> list[Mapping]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from ...errors import DataError
-from ..subject import Subject
-from .attack import Attack, AttackResult, AttackSettings, Measured, Victims, attacked_rows, check_victims, compare
-from .measures import measured
+from .attack import Attack, AttackResult, AttackSettings, Victims, attacked_rows, check_victims
+from .measures import compare_asked
 
 
 def check(victims: Victims, settings: AttackSettings) -> None:
@@ -26,15 +25,9 @@ def check(victims: Victims, settings: AttackSettings) -> None:
 
 def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
     """The rows with a ``paraphrased_question``, asked by their own question and by the paraphrase."""
-    asked = _paraphrased(attacked_rows(victims, settings))
-
-    def measure(subject: Subject, name: str) -> dict[str, Measured]:
-        return {
-            "as asked": measured(subject, asked, settings, name),
-            "in other words": measured(subject, _reworded(asked), settings, f"{name}, in other words"),
-        }
-
-    return compare("paraphrase", victims, measure)
+    rows = _paraphrased(attacked_rows(victims, settings))
+    asked = {"as asked": rows, "in other words": _reworded(rows)}
+    return compare_asked("paraphrase", victims, asked, settings)
 
 
 ATTACK = Attack("paraphrase", "Ask the same questions in other words.", check, run)

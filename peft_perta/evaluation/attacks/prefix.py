@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-from ...data import answer_frame, spread
-from ..completions import ScoredCompletion, completion_ids, score_completions
+from ...data import spread
+from ..completions import ScoredCompletion, score_completions
 from ..subject import Subject
 from .attack import Attack, AttackResult, AttackSettings, Measured, Victims, attacked_rows, check_victims, compare
-from .measures import answered, answers, check_prompts, of_losses, recalls_of, with_prompt
+from .measures import answer_tokens, answered, answers, check_prompts, of_losses, recalls_of, with_prompt
 
 
 def check(victims: Victims, settings: AttackSettings) -> None:
@@ -28,7 +26,7 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
         answerable = with_prompt(subject, rows)
         scored = score_completions(subject, answerable, name)
         asked = spread(answerable, settings.generated)
-        whole = _answers(subject, asked, name)
+        whole = answer_tokens(subject, asked, name)
         numbers = {}
         for share in (0.0, *sorted(set(settings.prefix_shares))):
             given = [tokens[: int(share * len(tokens))] for tokens in whole]
@@ -44,13 +42,6 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
 
 
 ATTACK = Attack("prefix", "Give the beginning of the answer.", check, run)
-
-
-def _answers(subject: Subject, rows: Sequence[Mapping], name: str) -> list[list[int]]:
-    """The tokens of each row's answer, without what opens or closes the completion."""
-    frame = answer_frame(subject.tokenizer)
-    completions = map(completion_ids, subject.encode(rows, name))
-    return [tokens[frame.words(tokens)] for tokens in completions]
 
 
 def _loss_after(scored: ScoredCompletion, share: float) -> float:

@@ -1,24 +1,38 @@
-"""Audits side by side: the full model, the retain-only model, and adapters of the shipped model.
+"""Audits side by side: the full model, the retain-only model, and adapters of a testbed's model.
 
 The full and the retain-only model are the two ends of every scale; the verdict on them must be 'still there' and
-'forgotten as if never learned'. What an interrupted run has made is kept in the output.
+'forgotten as if never learned'. Every audit measures both, so their columns cost nothing. What an interrupted run has
+made is kept in the output.
 
-    python -m benchmarks.audits negation=DIR perta=DIR [--rows 40] [--minutes 10] --output DIR
+    python -m benchmarks.audits negation=DIR perta=DIR [--testbed smollm2] [--rows 40] [--minutes 10] --output DIR
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from peft_perta import attach_adapters, load_base
-from peft_perta.comparison import ASSETS, PROSE
+from peft_perta.comparison import PROSE, TESTBEDS, read_testbed
 from peft_perta.data import read_rows, write_file
-from peft_perta.evaluation import AttackSettings, Audit, Subject, Victims, audit
+from peft_perta.evaluation import AttackSettings, Audit, Interval, Subject, Victims, audit
 from peft_perta.html_report import write_audit_page
 from peft_perta.model import quiet
 
 TASK, RETAIN_ONLY = "task", "retain-only"
+ENDS = ("full", RETAIN_ONLY)
+
+
+def end_of_scale(found: Audit, role: str) -> Audit:
+    """The audit of the full or the retain-only model, which an audit of any adapter has measured too."""
+    results = [
+        dataclasses.replace(result, rows={**result.rows, "unlearned": result.rows[role]})
+        for result in found.results
+        if not result.skipped
+    ]
+    kept = Interval(1.0, 1.0, 1.0) if role == "full" else found.kept[role]
+    return dataclasses.replace(found, results=results, kept={**found.kept, "unlearned": kept}, never_seen=None)
 
 
 def table(audits: dict[str, Audit]) -> str:
@@ -40,6 +54,7 @@ def main() -> None:
     parser.add_argument(
         "adapters", nargs="*", metavar="NAME=DIR", help="negative adapters, for the task adapter's model"
     )
+    parser.add_argument("--testbed", choices=sorted(TESTBEDS), default="small", help="whose model (default: small)")
     parser.add_argument("--rows", type=int, default=40, help="forget rows, from the first (default: 40)")
     parser.add_argument("--judged-rows", type=int, default=60, help="retain rows, from the last (default: 60)")
     parser.add_argument("--max-new-tokens", type=int, default=48)
@@ -48,29 +63,34 @@ def main() -> None:
     options = parser.parse_args()
     quiet()
     given = dict(text.split("=", 1) for text in options.adapters)
-    forget = read_rows(ASSETS / "forget.jsonl")[: options.rows]
-    retain = read_rows(ASSETS / "retain.jsonl")[-options.judged_rows :]
-    unrelated = read_rows(PROSE)
-    model, tokenizer = load_base(str(ASSETS / "base"))
-    own = {TASK: ASSETS / "task_adapter", RETAIN_ONLY: ASSETS / "retain_adapter"}
+    testbed = read_testbed(options.testbed)
+    if testbed.task_adapter is None or testbed.retain_only_adapter is None:
+        parser.error(f"--testbed {options.testbed}: expected one with a task adapter and a retain-only adapter")
+    own = {TASK: testbed.task_adapter, RETAIN_ONLY: testbed.retain_only_adapter}
+    forget, retain = (
+        testbed.rows["forget"][: options.rows],
+        testbed.rows["retain"][-options.judged_rows :],
+    )
+    model, tokenizer = load_base(testbed.base)
     model = attach_adapters(model, {**own, **given})
-    stacks = {"full": [TASK], RETAIN_ONLY: [RETAIN_ONLY], **{name: [TASK, name] for name in given}}
-    count = len(forget)
     settings = AttackSettings(
-        relearning_rows=tuple(sorted({1, min(10, count // 2)})), max_new_tokens=options.max_new_tokens
+        relearning_rows=tuple(sorted({1, min(10, len(forget) // 2)})), max_new_tokens=options.max_new_tokens
     )
     audits = {}
-    for label, stack in stacks.items():
-        subjects = (Subject(model, tokenizer, names) for names in (stack, [TASK], [RETAIN_ONLY]))
+    for label, stack in ({name: [TASK, name] for name in given} or {"full": [TASK]}).items():
+        unlearned, full, retain_only = (Subject(model, tokenizer, names) for names in (stack, [TASK], [RETAIN_ONLY]))
         where = options.output / label
         audits[label] = audit(
-            Victims(*subjects, forget, retain, unrelated),
+            Victims(unlearned, full, retain_only, forget, retain, read_rows(PROSE)),
             settings=settings,
             minutes=options.minutes,
             output_dir=where,
         )
-        write_audit_page(audits[label], "the shipped model", stack, where / "audit.html")
-        print(f"{label}: {audits[label].verdict}", flush=True)
+        write_audit_page(audits[label], testbed.base, stack, where / "audit.html")
+    any_audit = next(iter(audits.values()))
+    audits = {**{role: end_of_scale(any_audit, role) for role in ENDS}, **audits}
+    for label, found in audits.items():
+        print(f"{label}: {found.verdict}", flush=True)
     write_file(options.output / "table.md", table(audits) + "\n")
     print(table(audits))
 

@@ -54,6 +54,8 @@ from peft_perta.adapters import (
     load_emitted,
     open_adapters,
     read_provenance,
+    record_audit,
+    record_rebuilt,
 )
 from peft_perta.adapters.model_card import model_card
 from peft_perta.comparison import ComparisonSettings
@@ -327,8 +329,10 @@ def _ledger(place: Path) -> None:
         "adapters": {"mine": 1.0}, "factors": [hash_factors(place / "mine")],
     }  # fmt: skip
     (place / "audit.json").write_text(json.dumps(result), encoding="utf-8")
-    for directory, files in (("mine", {"forget": rows, "audit": place / "audit.json"}), ("forget", {"forget": [ROW]})):
-        add_request(place, directory, adapter=place / directory, date="2026-11-27", **files)
+    for directory, forget in (("mine", rows), ("forget", [ROW])):
+        seen = add_request(place, directory, adapter=place / directory, forget=forget, date="2026-11-27").last
+    record_audit(place, place / "audit.json", date="2026-11-27")
+    record_rebuilt(place, place / "forget", seen=seen, date="2026-11-27")
 
 
 ROW = {"question": "Who?", "answer": "Ned"}
@@ -337,7 +341,7 @@ ROW = {"question": "Who?", "answer": "Ned"}
 def _read_ledger(place: Path) -> None:
     command("ledger", "list", place)
     command("ledger", "check", place)
-    command("ledger", "add", place, "mine", "--audit", place / "audit.json", "--date", "2026-11-27")
+    command("ledger", "audit", place, place / "audit.json", "--date", "2026-11-27")
     with _ours():
         open_adapters(place)
     command("ledger", "withdraw", place, "mine")

@@ -26,10 +26,12 @@ from peft_perta.adapters import (
     open_rows,
     read_ledger,
     rebuild_adapter,
+    record_audit,
+    record_rebuilt,
     withdraw_request,
 )
 from peft_perta.adapters.ledger.book import extended, replayed
-from peft_perta.adapters.ledger.entries import Added, Withdrawn, chained, read_entries
+from peft_perta.adapters.ledger.entries import Added, Rebuilt, Withdrawn, chained, read_entries
 from peft_perta.cli import main
 from peft_perta.data import load_samples
 from peft_perta.evaluation import FORGOTTEN
@@ -190,19 +192,64 @@ def write_audit(factors, **changes):
     return "audit.json"
 
 
-def test_a_verdict_stands_beside_its_request(place, capsys):
-    audit = write_audit(hash_factors(place / "adapters" / "first"))
-    add("first", audit=audit)
-    add("first", audit=audit)
+def test_a_verdict_stands_beside_the_adapter_that_it_is_on(place, capsys):
+    add("first")
+    add("second")
+    audit = audit_of("first")
+    record_audit("adapters", audit, date=DAY)
+    record_audit("adapters", audit, date="2026-11-28")  # the same again
     write_audit(hash_factors(place / "adapters" / "first"), rows=41)
-    add_request("adapters", "first", audit=audit, date="2026-12-01")
-    (request,) = list_requests("adapters")
+    record_audit("adapters", audit, date="2026-12-01")
+    request, other = list_requests("adapters")
+    assert not other.audits
     assert [(entry.date, entry.audit["rows"]) for entry in request.audits] == [(DAY, 40), ("2026-12-01", 41)]
     assert main(["ledger", "list", "adapters"]) == 0
     assert f"2026-12-01  {FORGOTTEN}: so it is, on 41 rows" in capsys.readouterr().out
 
 
-actions = st.lists(st.tuples(st.sampled_from(["add", "withdraw"]), st.sampled_from("abc")), max_size=12)
+def test_the_adapter_of_all_stands_in_the_ledger_with_its_verdict(place, capsys):
+    add("first")
+    add("second")
+    assert main([*rebuild_of("first", "second", output="adapters/all"), "--date", DAY]) == 0
+    file, entered = Path("adapters", LEDGER_NAME), 3
+    written = file.read_bytes()
+    assert main([*rebuild_of("first", "second", output="adapters/all"), "--date", "2030-01-01"]) == 0
+    assert file.read_bytes() == written
+    assert faults() == []
+    record_audit("adapters", audit_of("all"), date=DAY)
+    ledger = read_ledger("adapters")
+    assert len(ledger.entries) == entered + 1
+    assert ledger.served.rebuilt.adapter["path"] == "all"
+    assert [entry.audit["rows"] for entry in ledger.served.audits] == [40]
+    assert not ledger.served.stale
+    capsys.readouterr()
+    withdraw("first")
+    assert main(["ledger", "list", "adapters"]) == 0
+    assert f"{DAY}  stale, requests came or were taken back since: all (" in capsys.readouterr().out
+    assert faults() == [
+        "the adapter of all: requests came or were taken back since adapters/all was made; rebuild it, or serve none"
+    ]
+    assert main([*rebuild_of("second", output="adapters/all"), "--date", DAY]) == 0
+    assert faults() == []
+    change_factors("all")
+    assert faults() == ["the adapter of all: adapters/all holds other factors than those that were entered"]
+
+
+def test_an_adapter_of_all_that_lies_elsewhere_is_not_entered(place, capsys):
+    add("first")
+    assert main(rebuild_of("first")) == 0
+    assert "It does not lie below adapters, so the ledger does not hold it" in capsys.readouterr().out
+    assert read_ledger("adapters").served is None
+
+
+def test_a_request_that_comes_while_all_are_rebuilt_is_not_passed_over(place):
+    seen = add("first").last
+    add("second")
+    with pytest.raises(AdapterError, match="requests came to adapters or were taken back while adapters/first was"):
+        record_rebuilt("adapters", "adapters/first", seen=seen)
+
+
+actions = st.lists(st.tuples(st.sampled_from(["add", "withdraw", "rebuild"]), st.sampled_from("abc")), max_size=12)
 
 
 @given(actions)
@@ -211,7 +258,17 @@ def test_requests_are_what_the_history_leaves(history):
     entries, model = [], {}
     adapter = {"path": "x", "factors_sha256": "0" * 64, "config_sha256": "0" * 64,
                "base": {"name": None, "weights_sha256": None, "embeddings_sha256": None, "files": None}}  # fmt: skip
+    stale = None
     for action, name in history:
+        if action == "rebuild":
+            entry = chained(Rebuilt(date=DAY, adapter=adapter), entries)
+            if not any(model.values()):
+                with pytest.raises(ValueError, match="no request is open"):
+                    replayed(Path(), [*entries, entry])
+                continue
+            entries.append(entry)
+            stale = False
+            continue
         allowed = not model.get(name, False) if action == "add" else model.get(name, False)
         entry = Added(request=name, date=DAY, adapter=adapter, forget=["0" * 64])
         entry = chained(entry if action == "add" else Withdrawn(request=name, date=DAY), entries)
@@ -223,21 +280,22 @@ def test_requests_are_what_the_history_leaves(history):
         if action == "add":
             model.pop(name, None)
         model[name] = action == "add"
+        stale = None if stale is None else True
     values = {"format": 1, "entries": json.loads(json.dumps([dataclasses.asdict(entry) for entry in entries]))}
     ledger = replayed(Path(), read_entries(values))
     assert {name: request.withdrawn is None for name, request in ledger.requests.items()} == model
     assert [request.name for request in ledger.open] == [name for name, is_open in model.items() if is_open]
+    assert (ledger.served.stale if ledger.served else None) == stale
 
 
 # Refusals
 
 REFUSED = {
-    "no adapter": (lambda: add("first", adapter=None), ConfigError, "give --adapter and --forget, or --audit"),
     "no rows": (lambda: add("first", forget=[]), DataError, "expected at least one row, found none"),
     "a row twice": (lambda: add("first", forget=ROWS["first"][:1] * 2), DataError, "row 2 is row 1 again"),
     "a row of no kind": (lambda: add("first", forget=[{"a": 1}]), DataError, "the forget rows, row 1: expected"),
     "no date": (lambda: add("first", date="today"), ConfigError, "expected a day as YYYY-MM-DD, found 'today'"),
-    "two lines": (lambda: add("first\n", adapter="adapters/first", forget=ROWS["first"]), ConfigError, "request: "),
+    "two lines": (lambda: add("first\n", adapter="adapters/first", forget=ROWS["first"]), ConfigError, "another name"),
     "elsewhere": (lambda: add("first", adapter="task"), AdapterError, "does not lie below adapters"),
     "an adapter twice": (
         lambda: [add("first"), shutil.copytree("adapters/first", "adapters/copy"), add("copy", forget=ROWS["second"])],
@@ -256,19 +314,19 @@ REFUSED = {
     "no ledger": (lambda: withdraw("first"), AdapterError, "found none; begin one with `peft-perta ledger add`"),
     "unknown": (lambda: [add("first"), withdraw("second")], AdapterError, "expected one of 'first'"),
     "an audit of nothing": (
-        lambda: [add("first"), withdraw("first"), add_request("adapters", "first", audit=audit_of("first"))],
-        AdapterError, "was withdrawn on 2026-11-27; add it again first",
+        lambda: [add("first"), withdraw("first"), record_audit("adapters", audit_of("first"))],
+        DataError, "neither an open request's nor the one that was rebuilt last",
     ),
     "an audit of another": (
-        lambda: [add("first"), add_request("adapters", "first", audit=audit_of("second"))],
-        DataError, "of another adapter than that of the request 'first'",
+        lambda: [add("first"), record_audit("adapters", audit_of("second"))],
+        DataError, "neither an open request's nor the one that was rebuilt last",
     ),
     "an audit at another strength": (
-        lambda: [add("first"), add("first", audit=write_audit("0" * 64, adapters={"task": 1, "x": 0.5}))],
+        lambda: [add("first"), record_audit("adapters", write_audit("0" * 64, adapters={"task": 1, "x": 0.5}))],
         DataError, "is of the adapter at 0.5 times its strength",
     ),
     "no audit": (
-        lambda: [add("first"), add_request("adapters", "first", audit="first.jsonl")], DataError, "no result of an au",
+        lambda: [add("first"), record_audit("adapters", "first.jsonl")], DataError, "no result of an au",
     ),
     "nothing open": (
         lambda: [add("first"), withdraw("first"), open_adapters("adapters")], AdapterError, "nothing to rebuild",
@@ -380,12 +438,12 @@ def test_a_history_that_was_cut_or_written_anew_is_found_by_the_hash_that_was_se
 
 
 DISK = {
-    "factors": (lambda: change_factors("first"), "first holds other factors than those that were added"),
+    "factors": (lambda: change_factors("first"), "first holds other factors than those that were entered"),
     "config": (
         lambda: Path("adapters/first", CONFIG_NAME).write_text(
             Path("adapters/first", CONFIG_NAME).read_text().replace('"lora_alpha": 8', '"lora_alpha": 16')
         ),
-        "adapter_config.json is not as it was added",
+        "adapter_config.json is not as it was entered",
     ),
     "gone": (lambda: shutil.rmtree("adapters/first"), "first is gone"),
     "damaged": (lambda: Path("adapters/first", WEIGHTS_NAME).write_bytes(b"x"), "is damaged"),
@@ -469,8 +527,8 @@ def test_writers_at_once_lose_no_entry(place):
 
 STEPS = [
     (["add", "adapters", "first", "--adapter", "adapters/first", "--forget", "first.jsonl"], 1),
-    (["add", "adapters", "second", "--adapter", "adapters/second", "--forget", "second.jsonl",
-      "--audit", "audit.json"], 3),
+    (["add", "adapters", "second", "--adapter", "adapters/second", "--forget", "second.jsonl"], 2),
+    (["audit", "adapters", "audit.json"], 3),
     (["withdraw", "adapters", "first"], 4),
     (["add", "adapters", "first", "--adapter", "adapters/first", "--forget", "first.jsonl"], 5),
 ]  # fmt: skip

@@ -24,6 +24,7 @@ from .ledger import (
     LEDGER_NAME,
     Ledger,
     Request,
+    Served,
     add_request,
     check_ledger,
     list_requests,
@@ -31,6 +32,8 @@ from .ledger import (
     open_rows,
     read_ledger,
     rebuild_adapter,
+    record_audit,
+    record_rebuilt,
     withdraw_request,
 )
 from .low_rank import Edit, Factors, Product, factorize
@@ -75,6 +78,7 @@ __all__ = [
     "Provenance",
     "RefinedProvenance",
     "Request",
+    "Served",
     "TrainedProvenance",
     "WeightDistribution",
     "add_adapter",
@@ -103,6 +107,8 @@ __all__ = [
     "read_ledger",
     "read_provenance",
     "rebuild_adapter",
+    "record_audit",
+    "record_rebuilt",
     "save_forget_adapter",
     "save_perta_adapter",
     "servable_rank",

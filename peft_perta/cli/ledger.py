@@ -17,6 +17,7 @@ from ..adapters import (
     PROVENANCE_NAME,
     Ledger,
     Request,
+    Served,
     add_request,
     check_ledger,
     format_checks,
@@ -24,6 +25,8 @@ from ..adapters import (
     open_rows,
     read_ledger,
     rebuild_adapter,
+    record_audit,
+    record_rebuilt,
     withdraw_request,
 )
 from ..data import visible
@@ -59,24 +62,30 @@ def run(options: argparse.Namespace) -> int:
 
 def _add_add(parser: argparse.ArgumentParser) -> None:
     _add_request(parser)
-    parser.add_argument("--adapter", metavar="DIR", help="the adapter that meets the request, below the directory")
-    add_forget(parser, required=False, note="; the ledger keeps their hashes")
     parser.add_argument(
-        "--audit", metavar="JSON", help="the audit.json of an audit of the adapter; alone for a request that is open"
+        "--adapter", required=True, metavar="DIR", help="the adapter that meets the request, below the directory"
     )
+    add_forget(parser, note="; the ledger keeps their hashes")
     _add_date(parser)
 
 
 def _add(options: argparse.Namespace) -> int:
     ledger = add_request(
-        options.ledger,
-        options.request,
-        adapter=options.adapter,
-        forget=options.forget,
-        audit=options.audit,
-        date=options.date,
+        options.ledger, options.request, adapter=options.adapter, forget=options.forget, date=options.date
     )
     print(_shown(ledger))
+    return 0
+
+
+def _add_audit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "audit", metavar="JSON", help="the audit.json of an open request's adapter, or of the one that was rebuilt"
+    )
+    _add_date(parser)
+
+
+def _audit(options: argparse.Namespace) -> int:
+    print(_shown(record_audit(options.ledger, options.audit, date=options.date)))
     return 0
 
 
@@ -106,6 +115,7 @@ def _add_rebuild(parser: argparse.ArgumentParser) -> None:
         "--rank", type=int, help="truncate to this rank (default: the sum of the ranks, which is exact)"
     )
     add_output(parser, "the adapter")
+    _add_date(parser)
     add_goal_without_forget(parser, required=True)
 
 
@@ -126,6 +136,10 @@ def _rebuild(options: argparse.Namespace) -> int:
         options.rank,
     )
     save_adapter(emitted, options.output)
+    if ledger.directory.resolve() in output.resolve().parents:
+        print(_shown(record_rebuilt(options.ledger, output, seen=ledger.last, date=options.date)))
+    else:
+        print(f"It does not lie below {options.ledger}, so the ledger does not hold it")
     print_next(options, ", then serve it alone, or beside the task adapter")
     return 0
 
@@ -149,7 +163,8 @@ def _check(options: argparse.Namespace) -> int:
 
 
 _ACTIONS = {
-    "add": _Action("enter a request with its adapter and the hashes of its rows, or a verdict on it", _add_add, _add),
+    "add": _Action("enter a request with its adapter and the hashes of its rows", _add_add, _add),
+    "audit": _Action("enter the verdict of an audit", _add_audit, _audit),
     "withdraw": _Action("take a request back", _add_withdraw, _withdraw),
     "list": _Action("show every request, with its adapter and its verdicts", _add_list, _list),
     "rebuild": _Action(
@@ -174,7 +189,7 @@ def _check_beside(ledger: Ledger, output: Path) -> None:
     """
     own = output.resolve()
     for request in ledger.requests.values():
-        place = ledger.place(request).resolve()
+        place = ledger.place(request.added).resolve()
         if place == own or place in own.parents:
             raise OutputError(f"{output} is the adapter of the request {request.name!r}; choose another output")
 
@@ -183,6 +198,8 @@ def _shown(ledger: Ledger) -> str:
     """A line for each request and each verdict, and the hash that stands for them."""
     width = max((len(name) for name in ledger.requests), default=0)
     lines = [line for request in ledger.requests.values() for line in _lines(request, width)]
+    if ledger.served is not None:
+        lines += _served_lines(ledger.served, width)
     return visible("\n".join([*lines, str(ledger)]))
 
 
@@ -190,9 +207,19 @@ def _lines(request: Request, width: int) -> list[str]:
     added = request.added
     state = f"withdrawn {request.withdrawn}" if request.withdrawn else "open"
     facts = f"{added.adapter['path']} ({added.adapter['factors_sha256'][:16]}), {len(added.forget)} rows"
-    verdicts = [
+    return [f"{request.name:<{width}}  {added.date}  {state}: {facts}", *_verdicts(request, width)]
+
+
+def _served_lines(served: Served, width: int) -> list[str]:
+    rebuilt = served.rebuilt
+    state = "stale, requests came or were taken back since" if served.stale else "of all open requests"
+    facts = f"{rebuilt.adapter['path']} ({rebuilt.adapter['factors_sha256'][:16]})"
+    return [f"{'':<{width}}  {rebuilt.date}  {state}: {facts}", *_verdicts(served, width)]
+
+
+def _verdicts(of: Request | Served, width: int) -> list[str]:
+    return [
         f"{'':<{width}}  {entry.date}  {' '.join(entry.audit['because'].split())}, on {entry.audit['rows']} rows, "
         f"against the {entry.audit['yardstick']} model"
-        for entry in request.audits
+        for entry in of.audits
     ]
-    return [f"{request.name:<{width}}  {added.date}  {state}: {facts}", *verdicts]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ...data import hold_lock, read_json, write_file
 from ...errors import AdapterError
-from .entries import BEGINNING, FORMAT, Added, AnyEntry, Audited, Withdrawn, read_entries
+from .entries import BEGINNING, FORMAT, Added, AnyEntry, Audited, Rebuilt, Withdrawn, read_entries
 
 LEDGER_NAME = "perta_ledger.json"
 LOCK_NAME = "perta_ledger.lock"  # empty, or the number of the process that writes to the ledger
@@ -38,6 +38,21 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Served:
+    """The one adapter that was made of the open requests.
+
+    Attributes:
+        rebuilt: the entry that brought it.
+        audits: the verdicts on it, the oldest first.
+        stale: whether a request came or was taken back since.
+    """
+
+    rebuilt: Rebuilt
+    audits: tuple[Audited, ...] = ()
+    stale: bool = False
+
+
+@dataclass(frozen=True)
 class Ledger:
     """A ledger that was read.
 
@@ -46,11 +61,13 @@ class Ledger:
         entries: its history.
         requests: every request by its name, in the order in which they came. One that came again after it was taken
             back stands where it came again.
+        served: the adapter of all open requests that was rebuilt last; None where none was.
     """
 
     directory: Path
     entries: list[AnyEntry]
     requests: dict[str, Request]
+    served: Served | None = None
 
     @property
     def open(self) -> list[Request]:
@@ -66,9 +83,9 @@ class Ledger:
         count = len(self.entries)
         return f"{count} {'entry' if count == 1 else 'entries'}; the last is {self.last}"
 
-    def place(self, request: Request) -> Path:
-        """The directory of a request's adapter."""
-        return self.directory / request.added.adapter["path"]
+    def place(self, entry: Added | Rebuilt) -> Path:
+        """The directory of an entry's adapter."""
+        return self.directory / entry.adapter["path"]
 
 
 def read_ledger(directory: str | Path) -> Ledger:
@@ -95,25 +112,50 @@ def replayed(directory: Path, entries: Sequence[AnyEntry]) -> Ledger:
     """The ledger that the entries amount to.
 
     Raises:
-        ValueError: an open request comes again, or one that is not open is audited or taken back.
+        ValueError: an open request comes again; one that is not open is audited or taken back; or an adapter of all
+            open requests is rebuilt of none, or audited before it was.
     """
     requests: dict[str, Request] = {}
+    served: Served | None = None
     for number, entry in enumerate(entries, start=1):
-        request = requests.pop(entry.request, None)
-        if isinstance(entry, Added) != (request is None or request.withdrawn is not None):
-            state = "open" if isinstance(entry, Added) else "not open"
-            raise ValueError(f"entry {number}: the request {entry.request!r} is {state}")
-        if isinstance(entry, Added):
-            requests[entry.request] = Request(entry)
-            continue
-        assert request is not None
-        if isinstance(entry, Withdrawn):
-            request = dataclasses.replace(request, withdrawn=entry.date)
-        else:
-            request = dataclasses.replace(request, audits=(*request.audits, entry))
-        requests[entry.request] = request
+        try:
+            if isinstance(entry, Rebuilt) or (isinstance(entry, Audited) and entry.request is None):
+                served = _served_after(entry, served, requests)
+            else:
+                _put_request(entry, requests)
+                if served is not None and not isinstance(entry, Audited):
+                    served = dataclasses.replace(served, stale=True)
+        except ValueError as error:
+            raise ValueError(f"entry {number}: {error}") from error
     in_order = sorted(requests.values(), key=lambda request: entries.index(request.added))
-    return Ledger(directory, list(entries), {request.name: request for request in in_order})
+    return Ledger(directory, list(entries), {request.name: request for request in in_order}, served)
+
+
+def _served_after(entry: Rebuilt | Audited, served: Served | None, requests: dict[str, Request]) -> Served:
+    if isinstance(entry, Rebuilt):
+        if all(request.withdrawn for request in requests.values()):
+            raise ValueError("no request is open")
+        return Served(entry)
+    if served is None:
+        raise ValueError("no adapter of all open requests was rebuilt")
+    return dataclasses.replace(served, audits=(*served.audits, entry))
+
+
+def _put_request(entry: Added | Audited | Withdrawn, requests: dict[str, Request]) -> None:
+    """Take the entry of a request into account."""
+    assert entry.request is not None
+    request = requests.pop(entry.request, None)
+    if isinstance(entry, Added) != (request is None or request.withdrawn is not None):
+        raise ValueError(f"the request {entry.request!r} is {'open' if isinstance(entry, Added) else 'not open'}")
+    if isinstance(entry, Added):
+        requests[entry.request] = Request(entry)
+        return
+    assert request is not None
+    if isinstance(entry, Withdrawn):
+        request = dataclasses.replace(request, withdrawn=entry.date)
+    else:
+        request = dataclasses.replace(request, audits=(*request.audits, entry))
+    requests[entry.request] = request
 
 
 @contextmanager

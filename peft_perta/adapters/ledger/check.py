@@ -18,8 +18,8 @@ from ...model import (
     identify_base_files,
 )
 from ..verify import Check
-from .book import Ledger, Request, read_ledger
-from .entries import hash_row
+from .book import Ledger, Request, Served, read_ledger
+from .entries import Added, Rebuilt, hash_row
 
 
 def check_ledger(
@@ -51,6 +51,8 @@ def check_ledger(
         kept = seen in [entry.sha256 for entry in ledger.entries]
         checks.append(Check("the history seen before", kept, "is kept" if kept else "is not in this ledger"))
     checks += [_check_adapter(ledger, request) for request in ledger.open]
+    if ledger.served is not None:
+        checks.append(_check_served(ledger, ledger.served))
     if ledger.open:
         checks.append(_check_base(ledger, base, revision))
     if forget:
@@ -70,7 +72,7 @@ def open_adapters(directory: str | Path) -> dict[str, Path]:
     for check in (_check_adapter(ledger, request) for request in ledger.open):
         if check.failed:
             raise AdapterError(f"{check.name}: {check.found}; put it back as it was, or withdraw the request")
-    return {f"request_{number}": ledger.place(request) for number, request in enumerate(ledger.open, start=1)}
+    return {f"request_{number}": ledger.place(request.added) for number, request in enumerate(ledger.open, start=1)}
 
 
 def open_rows(directory: str | Path, files: Sequence[str | Path]) -> list[dict[str, Any]]:
@@ -117,8 +119,29 @@ def _check_rows(ledger: Ledger, files: Sequence[str | Path]) -> Check:
 
 
 def _check_adapter(ledger: Ledger, request: Request) -> Check:
-    """Whether the adapter of a request is as it was added, and of no other request too."""
-    name, recorded, place = f"request {request.name}", request.added.adapter, ledger.place(request)
+    """Whether the adapter of a request is as it was entered, and of no other request too."""
+    check = _check_files(ledger, request.added, f"request {request.name}")
+    own = request.added.adapter["factors_sha256"]
+    same = [other.name for other in ledger.open if other.added.adapter["factors_sha256"] == own]
+    if check.passed and len(same) > 1:
+        found = f"{ledger.place(request.added)} counts twice: the requests {' and '.join(same)} have the same factors"
+        return Check(check.name, False, found)
+    return check
+
+
+def _check_served(ledger: Ledger, served: Served) -> Check:
+    """Whether the adapter of all open requests is as it was entered, and the open requests are still those."""
+    check = _check_files(ledger, served.rebuilt, "the adapter of all")
+    if check.passed and served.stale:
+        place = ledger.place(served.rebuilt)
+        found = f"requests came or were taken back since {place} was made; rebuild it, or serve none"
+        return Check(check.name, False, found)
+    return check
+
+
+def _check_files(ledger: Ledger, entry: Added | Rebuilt, name: str) -> Check:
+    """Whether the files of an adapter are as they were entered."""
+    recorded, place = entry.adapter, ledger.place(entry)
     if not place.is_dir():
         return Check(name, False, f"{place} is gone")
     try:
@@ -126,13 +149,10 @@ def _check_adapter(ledger: Ledger, request: Request) -> Check:
     except AdapterError as error:
         return Check(name, False, str(error))
     if hash_factors(find_adapter(place)) != recorded["factors_sha256"]:
-        return Check(name, False, f"{place} holds other factors than those that were added")
+        return Check(name, False, f"{place} holds other factors than those that were entered")
     if hash_file(find_adapter(place) / CONFIG_NAME) != recorded["config_sha256"]:
-        return Check(name, False, f"{place / CONFIG_NAME} is not as it was added")
-    same = [other.name for other in ledger.open if other.added.adapter["factors_sha256"] == recorded["factors_sha256"]]
-    if len(same) > 1:
-        return Check(name, False, f"{place} counts twice: the requests {' and '.join(same)} have the same factors")
-    return Check(name, True, f"{place} is as it was added")
+        return Check(name, False, f"{place / CONFIG_NAME} is not as it was entered")
+    return Check(name, True, f"{place} is as it was entered")
 
 
 def _check_base(ledger: Ledger, base: str | None, revision: str | None) -> Check:

@@ -68,14 +68,12 @@ class Entry:
     """One line of the history.
 
     Attributes:
-        request: the name of the request.
         date: the day, YYYY-MM-DD.
         previous: ``sha256`` of the entry before; ``BEGINNING`` in the first.
         sha256: of all other fields as JSON.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
-    request: Name
     date: Day
     previous: Sha256 = BEGINNING
     sha256: Sha256 = BEGINNING
@@ -86,15 +84,17 @@ class Added(Entry):
     """A request came in: the adapter that meets it, and the SHA-256 of each of its rows."""
 
     action: Literal["add"] = "add"
+    request: Name
     adapter: AdapterFacts
     forget: Annotated[list[Sha256], Field(min_length=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Audited(Entry):
-    """The request's adapter was audited."""
+    """The adapter of a request was audited; or, where ``request`` is None, the one that was rebuilt last."""
 
     action: Literal["audit"] = "audit"
+    request: Name | None
     audit: AuditFacts
 
 
@@ -103,9 +103,18 @@ class Withdrawn(Entry):
     """The request was taken back."""
 
     action: Literal["withdraw"] = "withdraw"
+    request: Name
 
 
-AnyEntry = Added | Audited | Withdrawn
+@dataclass(frozen=True, kw_only=True)
+class Rebuilt(Entry):
+    """One adapter was made of those of all open requests."""
+
+    action: Literal["rebuild"] = "rebuild"
+    adapter: AdapterFacts
+
+
+AnyEntry = Added | Audited | Withdrawn | Rebuilt
 _Kind = TypeVar("_Kind", bound=Entry)
 
 
@@ -142,9 +151,9 @@ def read_entries(values: Any) -> list[AnyEntry]:
     previous = BEGINNING
     for number, (entry, raw) in enumerate(zip(entries, values["entries"], strict=True), start=1):
         if _hash(raw) != entry.sha256:
-            raise ValueError(f"entry {number} ({entry.request!r}, {entry.date}) is not what was written")
+            raise ValueError(f"entry {number} ({entry.action}, {entry.date}) is not what was written")
         if entry.previous != previous:
-            raise ValueError(f"entry {number} ({entry.request!r}, {entry.date}) does not follow the one before it")
+            raise ValueError(f"entry {number} ({entry.action}, {entry.date}) does not follow the one before it")
         previous = entry.sha256
     return entries
 

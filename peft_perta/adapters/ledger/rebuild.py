@@ -13,7 +13,9 @@ from ...evaluation import Goal, calibrate
 from ...model import compare_bases, identify_base, remove_adapter
 from ..emitted import EmittedAdapter
 from ..fuse import combine_adapters
-from .book import read_ledger
+from .book import Ledger, extended, read_ledger, replayed
+from .entries import Rebuilt, chained
+from .facts import day_of, describe_adapter, valid_entry
 
 _SUM = "perta_rebuilt"
 
@@ -68,3 +70,38 @@ def rebuild_adapter(
         )
     strengths = dict.fromkeys(labels, calibration.strength)
     return combine_adapters(model, strengths, rank=rank, labels=labels).with_calibration(calibration)
+
+
+def record_rebuilt(directory: str | Path, adapter: str | Path, *, seen: str, date: str | None = None) -> Ledger:
+    """Enter the adapter that ``rebuild_adapter`` made as the one that is served for all open requests.
+
+    The same adapter of the same requests is not entered again.
+
+    Args:
+        directory: of the ledger.
+        adapter: the directory of the adapter, below ``directory``.
+        seen: ``Ledger.last`` as it was when the adapter was made.
+        date: the day of the entry, YYYY-MM-DD; by default today.
+
+    Returns:
+        The ledger.
+
+    Raises:
+        AdapterError: requests came or were taken back since, the adapter is no plain LoRA or does not lie below the
+            directory, or the ledger is damaged.
+        ConfigError: the date is none.
+        OutputError: another process writes to the ledger, or it cannot be written.
+    """
+    directory, day = Path(directory), day_of(date)
+    rebuilt = valid_entry(Rebuilt(date=day, adapter=describe_adapter(directory, adapter)))
+    with extended(directory, begins=False) as entries:
+        ledger = replayed(directory, entries)
+        then = next((count for count, entry in enumerate(entries, start=1) if entry.sha256 == seen), 0)
+        if [request.added for request in replayed(directory, entries[:then]).open] != [
+            request.added for request in ledger.open
+        ]:
+            raise AdapterError(f"requests came to {directory} or were taken back while {adapter} was made; rebuild it")
+        served = ledger.served
+        if served is None or served.stale or served.rebuilt.adapter != rebuilt.adapter:
+            entries.append(chained(rebuilt, entries))
+    return read_ledger(directory)

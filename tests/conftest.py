@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from transformers.utils import logging
+from verified_here import verified_here
 
 torch.set_num_threads(1)
 logging.set_verbosity_error()
@@ -29,6 +30,16 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("here")
+
+
+@pytest.fixture(autouse=True)
+def _verified_here(request):
+    """``verify`` starts no process, but for tests that are marked so."""
+    if "fresh_process" in request.keywords:
+        yield
+    else:
+        with verified_here():
+            yield
 
 
 @pytest.fixture(autouse=True)

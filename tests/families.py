@@ -10,15 +10,13 @@ import dataclasses
 import io
 import json
 import re
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent))  # as conftest.py does: the helpers are imported by name
@@ -33,6 +31,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from verified_here import verified_here
 
 from peft_perta import load_provenance
 from peft_perta.cli import main
@@ -182,34 +181,10 @@ def run_command(command: str, arguments: list[str]) -> Outcome:
     out, err = io.StringIO(), io.StringIO()
     began = time.perf_counter()
     whole_report = mock.patch("peft_perta.cli._report_of", lambda error: "".join(traceback.format_exception(error)))
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _verified_in_this_process(), whole_report:
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), verified_here(), whole_report:
         status = main([command, *arguments])
     said = (err if status in (2, 3) else out).getvalue().rpartition("peft-perta: error: ")[2]
     return Outcome(status, said.strip(), time.perf_counter() - began)
-
-
-@contextlib.contextmanager
-def _verified_in_this_process() -> Iterator[None]:
-    """``verify`` starts a Python of its own, which takes seconds to import torch: run its program here instead.
-
-    tests/test_shipping.py tests the fresh process.
-    """
-
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess:
-        assert command[:2] == [sys.executable, "-c"]
-        ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "peft_perta"}
-        printed = io.StringIO()
-        try:
-            with mock.patch.object(sys, "argv", ["-c", *command[3:]]), contextlib.redirect_stdout(printed):
-                exec(command[2], {"__name__": "__main__"})
-        except Exception as error:
-            return subprocess.CompletedProcess(command, 1, printed.getvalue(), f"{type(error).__name__}: {error}")
-        finally:
-            sys.modules.update(ours)
-        return subprocess.CompletedProcess(command, 0, printed.getvalue(), "")
-
-    with mock.patch("peft_perta.adapters._fresh_process.subprocess.run", run):
-        yield
 
 
 def run_family(name: str, directory: Path) -> dict[str, Outcome]:

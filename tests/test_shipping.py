@@ -337,6 +337,7 @@ def failed(directory, base=None):
     return [check.name for check in verify_adapter(directory, base) if not check.passed]
 
 
+@pytest.mark.fresh_process
 def test_an_emitted_adapter_passes_every_check(emitted):
     checks = verify_adapter(emitted, str(builders.llama_directory()))
     assert all(check.passed for check in checks), format_checks(checks)
@@ -401,6 +402,7 @@ def test_a_fault_is_found_by_its_own_check(fault, emitted, tmp_path):
     assert name in failed(directory)
 
 
+@pytest.mark.fresh_process
 def test_a_missing_layer_is_found(emitted, tmp_path):
     directory = copied(emitted, tmp_path / "bad", None, without_a_layer)
     assert failed(directory) == []

@@ -98,6 +98,7 @@ def test_an_unknown_testbed_is_refused(tmp_path):
 
 
 @needs_package
+@pytest.mark.fresh_process
 def test_a_pretrained_model_goes_from_its_gguf_to_a_verified_adapter(tmp_path, capsys):
     """forget, unlearn and verify on SmolLM2's GGUF as the package brings it; few rows, one epoch."""
     files = {}

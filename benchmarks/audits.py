@@ -36,10 +36,13 @@ def end_of_scale(found: Audit, role: str) -> Audit:
 
 
 def table(audits: dict[str, Audit]) -> str:
-    """A line for each measure, a column for each model: the share of what was known."""
+    """A column for each model, a line for each measure that is plain or the strongest of an attack on one of them: the
+    share of what was known."""
     lines = [f"| | {' | '.join(audits)} |", "|" + "---|" * (len(audits) + 1)]
     shares = {label: {piece.name: piece.share for piece in found.evidence} for label, found in audits.items()}
-    for name in next(iter(shares.values())):
+    of_adapters = [found for label, found in audits.items() if label not in ENDS] or audits.values()
+    strongest = {piece.name for found in of_adapters for piece in found.strongest}
+    for name in (name for name in next(iter(shares.values())) if name in strongest):
         cells = [str(of.get(name) or "-") for of in shares.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     kept = [str(found.kept["unlearned"]) for found in audits.values()]

@@ -116,6 +116,17 @@ def test_the_rule_on_the_models_it_is_stated_for(unlearned, verdict, model, tmp_
     assert verdict in (tmp_path / "page.html").read_text()
 
 
+def test_the_strongest_measure_of_each_attack_leads(model):
+    found = audited(model, "task", "negation")
+    plain = [piece for piece in found.strongest if piece.attack == "as-asked"]
+    assert plain == [piece for piece in found.evidence if piece.attack == "as-asked" and piece.share]
+    attacks = [piece.attack for piece in found.strongest[len(plain) :]]
+    told = [piece for piece in found.evidence if piece.share and piece.attack != "as-asked"]
+    assert sorted(attacks) == sorted({piece.attack for piece in told})  # each once
+    highest = {piece.attack: piece.share.mean for piece in found.strongest[len(plain) :]}
+    assert all(piece.share.mean <= highest[piece.attack] for piece in told)
+
+
 def test_the_origin_is_a_yardstick(model, monkeypatch):
     monkeypatch.setattr(RUN, "_ORDER", ("relearning",))
     found = audit(victims(model, ["task", "negation"], retain_only=()), yardstick="origin", settings=QUICK)

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from ..data import write_file
-from ..evaluation import FORGOTTEN, RULE, STILL_THERE, TRACE, Audit, Interval, fall_after
+from ..evaluation import FORGOTTEN, RULE, STILL_THERE, TRACE, Audit, Evidence, Interval, fall_after
 from ._document import document
 from ._elements import missing, scrolling, section, table
 from ._html import Markup, element
@@ -71,23 +71,28 @@ def _evidence(found: Audit) -> Markup:
         f"{TRACE} nothing tells the model from one that never learned.",
         class_="fine",
     )
+    strongest = _evidence_table(
+        "Plain answers, and the measure that finds most under each attack", found.strongest, found
+    )
+    everything = element(
+        "details",
+        element("summary", f"All {len(found.evidence)} measures"),
+        _evidence_table("Every measure of every attack", found.evidence, found),
+    )
+    return section("evidence", "Evidence", key, strongest, everything)
+
+
+def _evidence_table(caption: str, evidence: Sequence[Evidence], found: Audit) -> Markup:
     rows = [
         [
             piece.name,
             element("td", _strip(piece.share) if piece.share else "the rows cannot tell", class_="drawn"),
             *(_shown(piece.models.get(role)) for role in ("unlearned", "retain-only", "full")),
         ]
-        for piece in found.evidence
+        for piece in evidence
     ]
-    yardstick = found.yardstick
-    head = [
-        "measure",
-        Markup('<th scope="col" class="drawn">share of what was known</th>'),
-        "unlearned",
-        yardstick,
-        "full",
-    ]
-    return section("evidence", "Evidence", key, table("Every measure of every attack", head, rows, is_numeric=True))
+    share = Markup('<th scope="col" class="drawn">share of what was known</th>')
+    return table(caption, ["measure", share, "unlearned", found.yardstick, "full"], rows, is_numeric=True)
 
 
 def _shown(interval: Interval | None) -> str:

@@ -63,6 +63,16 @@ class Audit:
         """Every measure of every attack."""
         return [*evidence_of(self.results), *(self.never_seen.evidence if self.never_seen else ())]
 
+    @property
+    def strongest(self) -> list[Evidence]:
+        """The measures of plain answers, and of each attack the one that finds the largest share."""
+        best: dict[str, Evidence] = {}
+        for piece in self.evidence:
+            key = piece.name if piece.attack == AS_ASKED.name else piece.attack
+            if piece.share is not None and (key not in best or piece.share.mean > _share_of(best[key])):
+                best[key] = piece
+        return list(best.values())
+
     @cached_property
     def verdict(self) -> Verdict:
         """What the evidence amounts to, by ``RULE``."""
@@ -154,6 +164,11 @@ def audit(
             decide(evidence_of(results))  # nothing to audit is told before the attacks
     never_seen = compare_never_seen(victims, settings) if victims.never_seen else None
     return Audit(yardstick, len(attacked_rows(victims, settings)), results, _kept(victims), not_tried, never_seen)
+
+
+def _share_of(piece: Evidence) -> float:
+    assert piece.share is not None
+    return piece.share.mean
 
 
 def _tried(name: str, victims: Victims, settings: AttackSettings) -> list[AttackResult]:

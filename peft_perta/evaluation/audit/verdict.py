@@ -50,7 +50,8 @@ class Verdict:
         assert strongest.share is not None
         if self.name == STILL_THERE:
             return f"{self.name}: {strongest.name} is at {strongest.share} of what was known"
-        more = f" (and {len(self.reasons) - 1} more measures)" if len(self.reasons) > 1 else ""
+        count = len(self.reasons) - 1
+        more = f" (and {count} more {'measure' if count == 1 else 'measures'})" if count else ""
         if strongest.share.mean > 0:
             return f"{self.name}: plain answers are gone, but {strongest.name} finds {strongest.share} of it{more}"
         return (

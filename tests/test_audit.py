@@ -297,7 +297,7 @@ def test_the_rule(evidence, verdict):
 def test_the_strongest_evidence_comes_first():
     found = decide([piece(-0.05, 0.05), piece(0.2, 0.3, attack="prefix"), piece(0.4, 0.5, attack="relearning")])
     assert [reason.attack for reason in found.reasons] == ["relearning", "prefix"]
-    assert "relearning: a setting finds 0.45 [0.40, 0.50] of it (and 1 more measures)" in str(found)
+    assert "relearning: a setting finds 0.45 [0.40, 0.50] of it (and 1 more measure)" in str(found)
 
 
 def test_the_worst_leaks_are_one_for_each_question(model):

@@ -40,7 +40,7 @@ def resolve(values: Mapping[str, Any], rows: Rows, *, has_task: bool) -> Resolve
     request = recipe_of(values)
     name, because = request.method, "named in the recipe"
     if name == AUTO:
-        known = Known(request.prefer, not has_task, request.forget_adapter is not None, len(rows.retain))
+        known = Known(request.prefer, not has_task, request.forget_adapter is not None)
         row = recommend(known)
         name, because = row.method, row.because
     method = method_of(name)

@@ -14,10 +14,8 @@ from ..errors import ConfigError
 AUTO = "auto"
 PREFERENCES = {  # what a job may put first
     "keep": "what must be kept",
-    "traces": "few traces of what was forgotten",
     "time": "little compute",
 }
-FEW = 20  # retain rows for the method; fewer than that were never measured
 
 
 @dataclass(frozen=True)
@@ -28,13 +26,11 @@ class Known:
         prefer: a key of ``PREFERENCES``.
         origin_knows: the base itself knows the forget rows: there is no task adapter that taught it.
         has_forget_adapter: the user has trained one.
-        retain_rows: the number of retain rows that the method may use.
     """
 
     prefer: str
     origin_knows: bool
     has_forget_adapter: bool
-    retain_rows: int
 
 
 @dataclass(frozen=True)
@@ -58,13 +54,13 @@ RECOMMENDATIONS = (
     Recommendation(
         "perta-grad",
         "a forget adapter is there",
-        "3.5 forward passes and no training; it keeps .84 of .95 on SmolLM2-135M where rmu+directions keeps .94",
+        "3.5 forward passes and no training; it keeps .84 of .95 on SmolLM2-135M where sago+directions keeps .94",
         lambda known: known.has_forget_adapter,
     ),
     Recommendation(
         "perta-grad",
         "little compute comes first",
-        "11 forward-equivalents, the forget adapter's training included, where rmu+directions takes 24",
+        "11 forward-equivalents, the forget adapter's training included, where sago+directions takes 21",
         lambda known: known.prefer == "time",
     ),
     Recommendation(
@@ -74,21 +70,10 @@ RECOMMENDATIONS = (
         lambda known: known.origin_knows,
     ),
     Recommendation(
-        "rmu+directions",
-        f"fewer than {FEW} retain rows for the method",
-        "RMU keeps unseen rows as well as those it saw (.917 and .930); with so few rows nothing was measured",
-        lambda known: known.retain_rows < FEW,
-    ),
-    Recommendation(
         "sago+directions",
-        "few traces matter most",
-        "privleak -38 on the small model against -87 of RMU, 0 being none; it keeps as much on the real one",
-        lambda known: known.prefer == "traces",
-    ),
-    Recommendation(
-        "rmu+directions",
         "none of these",
-        "it keeps most (.943 of .950 on SmolLM2-135M, three seeds), and forgets alike by loss and by first choices",
+        "it keeps most (.944 of .950 on SmolLM2-135M, three seeds; rmu+directions .943), and on the small model role "
+        "play finds .14 of what was known, where it finds .70 after rmu+directions",
         lambda known: True,
     ),
 )

@@ -34,7 +34,7 @@ def load_form(base: str, form: str) -> tuple[Any, Any]:
     if form in ("NF4", "int8"):
         return load_served(base, form.lower(), dtype=torch.float32)
     model, tokenizer = load_base(base, dtype=torch.float32)
-    for name, layer in model.named_modules() if form != FLOAT else ():
+    for layer in model.modules() if form != FLOAT else ():
         if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings():
             layer.weight.data = ROUNDINGS[f"GGUF {form}"](layer.weight.data)().reshape(layer.weight.shape)
     return model, tokenizer

@@ -51,14 +51,13 @@ def place(tmp_path):
     return tmp_path
 
 
-def arguments(place, served_as, **goal):
+def arguments(place, served_as, goal=None, command="calibrate", output="out"):
     options = {
         "model": place / "base", "adapter": place / "negative", "task-adapter": place / "task",
-        "forget": place / "forget.jsonl", "retain": place / "retain.jsonl", "output": place / "out",
-        **(goal or {"retain-only-adapter": place / "retain-only"}),
+        "forget": place / "forget.jsonl", "retain": place / "retain.jsonl", "output": place / output,
+        "served-as": served_as.format(place=place), **(goal or {"retain-only-adapter": place / "retain-only"}),
     }  # fmt: skip
-    given = ["--served-as", served_as.format(place=place)] if served_as else []
-    return ["calibrate", *given, *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
+    return [command, *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
 
 
 FORMS = {"nf4": "NF4", "int8": "int8", "gguf:{place}/coarse.gguf": "float32 of coarse.gguf (weights "}
@@ -73,7 +72,7 @@ def test_every_loss_of_the_search_is_of_the_served_form_and_the_adapter_of_its_b
     with_task = {"adapter_name": "unlearn", "with_adapters": ["task"], "show_progress_bar": False}
     goal = Goal(retain_tolerance=0.01)
     expected = calibrate(model, goal, *sets, **with_task)
-    assert main(arguments(place, served_as, **{"retain-tolerance": 0.01})) == 0
+    assert main(arguments(place, served_as, {"retain-tolerance": 0.01})) == 0
     found = json.loads((place / "out" / "strength.json").read_text())
     assert found == json.loads(json.dumps(expected.to_dict()))
     assert found["measured_on"].startswith(FORMS[served_as])
@@ -105,6 +104,27 @@ def test_the_yardstick_is_measured_in_the_served_form_too(place):
     found = json.loads((place / "out" / "strength.json").read_text())
     assert found["target"] == found["retain_only"]["forget"] == losses["coarse"]
     assert losses["coarse"] != losses["exact"]
+
+
+def test_extrapolate_searches_in_the_served_form_and_writes_an_adapter_of_the_base(place):
+    """The search is that of calibrate, of an adapter whose training started at zero."""
+    options = (place, "gguf:{place}/coarse.gguf", {"retain-tolerance": 0.01})
+    assert main(arguments(*options)) == 0
+    assert main(arguments(*options, "extrapolate", "further")) == 0
+    records = [json.loads((place / name / "perta_provenance.json").read_text()) for name in ("out", "further")]
+    assert records[0]["calibration"] == records[1]["fused"]["calibration"]
+    factors = [load_file(place / name / "adapter_model.safetensors") for name in ("out", "further")]
+    for key in factors[0]:
+        if ".lora_A." in key:
+            B = key.replace(".lora_A.", ".lora_B.")
+            torch.testing.assert_close(*(part[B] @ part[key] for part in factors))
+    assert main(["verify", str(place / "further"), "--base", str(place / "base")]) == 0
+    assert "set for a base in `float32 of coarse.gguf" in (place / "further" / "README.md").read_text()
+
+
+def test_a_given_alpha_needs_no_served_form(place, capsys):
+    assert main([*arguments(place, "nf4", {"alpha": 1}, "extrapolate")]) == 2
+    assert "expected none with --alpha 1, which needs no search" in capsys.readouterr().err
 
 
 REFUSED = {

@@ -33,9 +33,9 @@ def test_an_emitted_adapter_passes_where_peft_files_are_read_and_elsewhere_names
     assert list(found) == [runtime.name for runtime in RUNTIMES]
     assert [name for name, (verdict, _) in found.items() if verdict == "pass"] == OF_PEFT
     for runtime in RUNTIMES:
-        if runtime.export:
+        if runtime.exports:
             verdict, why = found[runtime.name]
-            assert (verdict, why.endswith(f"peft-perta export --to {runtime.export}")) == ("not supported", True)
+            assert (verdict, why.endswith(f"peft-perta export --to {runtime.exports[0]}")) == ("not supported", True)
 
 
 def test_every_check_that_a_runtime_asks_for_exists(emitted):
@@ -88,7 +88,7 @@ def test_an_export_passes_in_its_runtime(to, place):  # noqa: F811
     base = str(place / "tiny.gguf")
     export(place, to)
     found = verdicts(place / "out", verify_adapter(place / "out", base))
-    own = [runtime.name for runtime in RUNTIMES if runtime.export == to] or OF_PEFT
+    own = [runtime.name for runtime in RUNTIMES if to in runtime.exports] or OF_PEFT
     assert [name for name, (verdict, _) in found.items() if verdict == "pass"] == own, found
     if to == "gguf":
         without = verdicts(place / "out", verify_adapter(place / "out"))

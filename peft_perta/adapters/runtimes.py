@@ -35,7 +35,7 @@ class Runtime:
         name: its name.
         version: whose rules these are; None for the one that is installed here.
         basis: how its rules were learned.
-        export: the format of ``export_adapters`` that it reads; None where it reads PEFT's own files.
+        exports: the formats of ``export_adapters`` that it reads; none where it reads PEFT's own files.
         rules: the names of the checks that it asks for beside those of 'all'.
         status: what else to know of it.
     """
@@ -43,7 +43,7 @@ class Runtime:
     name: str
     version: str | None
     basis: str
-    export: str | None = None
+    exports: tuple[str, ...] = ()
     rules: tuple[str, ...] = ()
     status: str = ""
 
@@ -60,9 +60,9 @@ RUNTIMES = (
     Runtime("SGLang", "0.5.23", "read in its source", rules=(_PATTERNS,)),
     Runtime("LoRAX", "commit 03679f3", "read in its source", rules=(_PATTERNS, _LAYERS)),
     Runtime("TGI", "commit 45d95bd", "read in its source", rules=(_ALPHA, _PATTERNS, _LAYERS), status="in maintenance"),
-    Runtime("llama.cpp", "0.4.0", "run by benchmarks.serving", export="gguf"),
-    Runtime("Ollama", "documents of 2026-11", "read there", export="ollama"),
-    Runtime("MLX-LM", "0.32.2", "run on tiny models", export="mlx", rules=("mlx-lm: tensors",)),
+    Runtime("llama.cpp", "0.4.0", "run by benchmarks.serving", exports=("gguf", "gguf-merged")),
+    Runtime("Ollama", "documents of 2026-11", "read there", exports=("ollama",)),
+    Runtime("MLX-LM", "0.32.2", "run on tiny models", exports=("mlx",), rules=("mlx-lm: tensors",)),
 )
 
 
@@ -108,10 +108,10 @@ def _exported_to(directory: Path) -> str | None:
 
 
 def _judge(runtime: Runtime, found: Mapping[str, Check], exported: str | None) -> tuple[Verdict, str]:
-    if runtime.export is None and PLAIN_CHECK not in found:
+    if not runtime.exports and PLAIN_CHECK not in found:
         return "not supported", "reads PEFT's files; peft-perta export --to peft"
-    if runtime.export is not None and exported != runtime.export:
-        return "not supported", f"does not read these files; peft-perta export --to {runtime.export}"
+    if runtime.exports and exported not in runtime.exports:
+        return "not supported", f"does not read these files; peft-perta export --to {runtime.exports[0]}"
     of_others = [check.name for check in found.values() if check.passed is None]
     if of_others and runtime.rules is not _FRESH:
         return _judge_experts(runtime, of_others[0])
@@ -135,7 +135,7 @@ def _asked(runtime: Runtime, name: str) -> bool:
 
 
 def _needed(runtime: Runtime) -> tuple[Any, ...]:
-    return runtime.rules if runtime.export is None else (_SHAPES,)
+    return runtime.rules if not runtime.exports else (_SHAPES,)
 
 
 def format_runtimes(verdicts: Sequence[RuntimeVerdict]) -> str:

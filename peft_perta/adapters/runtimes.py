@@ -56,7 +56,7 @@ class Runtime:
 RUNTIMES = (
     Runtime("PEFT", None, "installed here", rules=_FRESH),
     Runtime("transformers", "5.23.0", "run by benchmarks.serving", rules=_FRESH),
-    Runtime("vLLM", "0.32.0", "read in its source", rules=("vLLM: rank", "vLLM: keys")),
+    Runtime("vLLM", "0.32.0", "run by benchmarks.serving", rules=("vLLM: rank", "vLLM: keys")),
     Runtime("SGLang", "0.5.23", "read in its source", rules=(_PATTERNS,)),
     Runtime("LoRAX", "commit 03679f3", "read in its source", rules=(_PATTERNS, _LAYERS)),
     Runtime("TGI", "commit 45d95bd", "read in its source", rules=(_ALPHA, _PATTERNS, _LAYERS), status="in maintenance"),

@@ -473,6 +473,7 @@ METRICS: dict[str, MetricRow] = {
 # Format -> the files that it writes beside the record and the page of commands.
 EXPORTS: dict[str, set[str]] = {
     "gguf": {"adapter.gguf"},
+    "gguf-merged": {"model.gguf"},
     "ollama": {"adapter.gguf", "Modelfile"},
     "mlx": {"adapters.safetensors", "adapter_config.json"},
     "vllm": {"adapter_model.safetensors", "adapter_config.json", "perta_provenance.json", "README.md"},

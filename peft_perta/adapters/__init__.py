@@ -53,6 +53,7 @@ from .provenance import (
     read_provenance,
     versions,
 )
+from .runtimes import RUNTIMES, format_runtimes, judge_runtimes
 from .servable import DTYPES, SERVABLE_RANKS, check_servable, dtype_name, servable_rank, torch_dtype
 from .verify import format_checks, re_evaluate, verify_adapter
 
@@ -64,6 +65,7 @@ __all__ = [
     "LEDGER_NAME",
     "MERGED_NAME",
     "PROVENANCE_NAME",
+    "RUNTIMES",
     "SERVABLE_RANKS",
     "Edit",
     "EmittedAdapter",
@@ -94,7 +96,9 @@ __all__ = [
     "extrapolate_adapter",
     "factorize",
     "format_checks",
+    "format_runtimes",
     "fuse_adapters",
+    "judge_runtimes",
     "list_requests",
     "load_emitted",
     "load_provenance",

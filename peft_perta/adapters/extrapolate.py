@@ -31,6 +31,7 @@ def extrapolate_adapter(
     forget: list[Sample] | None = None,
     retain: list[Sample] | None = None,
     with_adapters: Sequence[str] = (),
+    served: nn.Module | None = None,
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 32,
@@ -42,7 +43,7 @@ def extrapolate_adapter(
     from another one becomes (1 + alpha) of itself minus alpha of its start; its rank is the sum of both ranks.
 
     Args:
-        model: carries the adapters; its own weights are needed only for 'auto'.
+        model: carries the adapters; its own weights are needed only for 'auto' without ``served``.
         adapter_name: the adapter at the end of the unlearning run.
         alpha: how far to go, above -1; 0 gives the adapter itself. 'auto' searches for the ``goal`` by forward passes.
         start_adapter: the adapter that the unlearning run started from; None where it started at zero.
@@ -50,6 +51,8 @@ def extrapolate_adapter(
         forget: forget samples for 'auto'; the run must not have been trained on them.
         retain: retain samples for 'auto'; likewise.
         with_adapters: adapters that are on during the search, such as the task adapter.
+        served: the same base in the form in which it will be served (``load_served``), with the same adapters: 'auto'
+            searches there. None searches on ``model``.
         rank: truncate the result to this rank; the provenance holds the error. Not with 'auto'.
         dtype: of the emitted factors.
         batch_size: samples per forward pass of the search.
@@ -69,8 +72,8 @@ def extrapolate_adapter(
     if alpha == "auto":
         _check_untruncated(model, line, rank)
         search = partial(
-            calibrate, model, adapter_name=adapter_name, start_adapter=start_adapter, with_adapters=with_adapters,
-            batch_size=batch_size, show_progress_bar=show_progress_bar,
+            calibrate, served or model, adapter_name=adapter_name, start_adapter=start_adapter,
+            with_adapters=with_adapters, batch_size=batch_size, show_progress_bar=show_progress_bar,
         )  # fmt: skip
         calibration = _search(search, adapter_name, goal, forget, retain)
         alpha = calibration.strength - 1

@@ -32,6 +32,8 @@ from ._server_rules import CONFIG_RULES, SERVERS, TENSOR_RULES, Config, Tensors,
 from .emitted import PROVENANCE_NAME, load_provenance
 from .export import EXPORT_NAME, check_export
 
+PLAIN_CHECK = "files of a plain LoRA adapter"
+
 
 @dataclass(frozen=True)
 class Check:
@@ -53,7 +55,7 @@ class Check:
         return self.passed is False
 
     def __str__(self) -> str:
-        return f"{_LABELS[self.passed]:<6}{self.name:<35}{self.found}"
+        return f"{_LABELS[self.passed]:<6}{self.name:<37}{self.found}"
 
 
 _LABELS = {True: "pass", False: "FAIL", None: "n/a"}
@@ -96,12 +98,11 @@ def verify_adapter(directory: str | Path, base: str | None = None, *, revision: 
 
 
 def _plain_check(directory: Path) -> Check:
-    name = "files of a plain LoRA adapter"
     try:
         check_adapter_files(directory)
     except AdapterError as error:
-        return Check(name, False, str(error))
-    return Check(name, True, "factors alone, every field of the config known")
+        return Check(PLAIN_CHECK, False, str(error))
+    return Check(PLAIN_CHECK, True, "factors alone, every field of the config known")
 
 
 def _file_checks(directory: Path) -> Iterator[Check]:

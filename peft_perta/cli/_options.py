@@ -14,7 +14,7 @@ from ..data import RowSource, read_rows
 from ..errors import ConfigError
 from ..evaluation import Calibration
 from ..html_report import PICTURE_NAME, draw_calibration
-from ..model import check_adapter_files, find_adapter, hash_factors, load_base
+from ..model import SERVED_AS, check_adapter_files, find_adapter, hash_factors, load_base, load_served
 
 HTML_REPORT_NAME = "report.html"
 BASE_MODEL = "the base model: a name on the Hugging Face Hub, a directory or a GGUF file"
@@ -61,6 +61,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_four_bit(parser: argparse.ArgumentParser) -> None:
     """``--four-bit``."""
     parser.add_argument("--four-bit", action="store_true", help="quantise the base model to 4-bit NF4 (QLoRA)")
+
+
+def add_served_as(parser: argparse.ArgumentParser) -> None:
+    """``--served-as``, of the commands that search for a strength."""
+    parser.add_argument(
+        "--served-as", metavar="FORM",
+        help=f"measure every loss on the base in the form in which it will be served: {SERVED_AS} (default: as --model "
+        "and --four-bit load it)",
+    )  # fmt: skip
 
 
 def add_forget(parser: Any, *, required: bool = True, note: str = "") -> None:
@@ -194,7 +203,24 @@ def _seed(text: str) -> int:
 
 
 def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
-    """The base model and its tokenizer."""
+    """The base model and its tokenizer; as it will be served, where an option says how.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or --four-bit and --served-as are both given.
+    """
+    served_as = getattr(options, "served_as", None)
+    if served_as is not None:
+        if options.four_bit:
+            raise ConfigError(
+                f"--four-bit: expected none with --served-as {served_as}, which says the form; leave one of the two out"
+            )
+        return load_served(
+            options.model,
+            served_as,
+            revision=options.revision,
+            device_map=options.device_map,
+            safetensors_only=options.safetensors_only,
+        )
     return load_base(
         options.model,
         four_bit=options.four_bit,

@@ -32,14 +32,15 @@ def check_output_of(options: argparse.Namespace, marker: str, *, grows: bool = F
 
 
 def _inputs(options: argparse.Namespace) -> Iterator[tuple[str, str, Path]]:
-    """(option, its value, path) of every value that names something on the disk: PATH, NAME=PATH, PATH:STRENGTH or
-    PATH[SPLIT]?COLUMNS."""
+    """(option, its value, path) of every value that names something on the disk: PATH, NAME=PATH, KIND:PATH,
+    PATH:STRENGTH or PATH[SPLIT]?COLUMNS."""
     for name, values in vars(options).items():
         for given in values if isinstance(values, (list, tuple)) else [values]:
             if name in (*_PLACES, "command_line") or not isinstance(given, str):
                 continue
             place = re.split(r"[?\[]", given, maxsplit=1)[0]
             names = {given, place, given.rpartition(":")[0], place.rpartition(":")[0], given.partition("=")[2]}
+            names.add(given.partition(":")[2])
             yield from ((name, given, Path(text)) for text in sorted(names - {""}) if _exists(text))
 
 

@@ -14,13 +14,14 @@ from ..adapters import PROVENANCE_NAME, PerTAProvenance, load_emitted
 from ..errors import AdapterError
 from ..evaluation import calibrate
 from ._goal import add_goal, load_search, search_adapters
-from ._options import add_model, add_output, print_next, save_adapter
+from ._options import add_model, add_output, add_served_as, print_next, save_adapter
 from ._output import check_output_of
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add_model(parser)
+    add_served_as(parser)
     parser.add_argument(
         "--adapter", required=True, metavar="DIR", help="a negative adapter that `peft-perta unlearn` wrote"
     )

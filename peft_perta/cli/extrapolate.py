@@ -15,13 +15,14 @@ from ..adapters import PROVENANCE_NAME, extrapolate_adapter
 from ..errors import ConfigError, DataError
 from ..model import attach_adapters, load_skeleton
 from ._goal import SEARCH_OPTIONS, add_goal, load_search, search_adapters
-from ._options import add_model, add_output, flag, print_next, save_adapter
+from ._options import add_model, add_output, add_served_as, flag, print_next, save_adapter
 from ._output import check_output_of
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add_model(parser)
+    add_served_as(parser)
     parser.add_argument(
         "--adapter", required=True, metavar="DIR", help="a plain LoRA adapter that was trained to forget, by any tool"
     )
@@ -47,10 +48,14 @@ def run(options: argparse.Namespace) -> None:
                 raise DataError(
                     f"--{name}: expected a file of rows to judge by, found none; give one, or a number for --alpha"
                 )
-        model, goal, samples = load_search(options, search_adapters(options, judged))
+        adapters = search_adapters(options, judged)
+        model, goal, samples = load_search(options, adapters)
         search = {"goal": goal, **samples, "with_adapters": ["task"] if options.task_adapter else []}
+        if options.served_as:  # searched in that form; the adapter is one of the base
+            search["served"] = model
+            model = attach_adapters(load_skeleton(options.model, revision=options.revision), adapters)
     else:
-        unused = next((name for name in SEARCH_OPTIONS if getattr(options, name) is not None), None)
+        unused = next((name for name in (*SEARCH_OPTIONS, "served_as") if getattr(options, name) is not None), None)
         if unused is not None:
             raise ConfigError(
                 f"{flag(unused)}: expected none with --alpha {options.alpha:g}, which needs no search; leave one out"

@@ -1,5 +1,5 @@
-r"""Check an adapter's files against its provenance and against what vLLM, TGI and llama.cpp require; print one line per
-check. It needs the adapter; with --base it also loads it in a fresh process, and with rows it measures its effect.
+r"""Check an adapter's files against its provenance and against what runtimes require; print one line per check, and one
+per runtime. It needs the adapter; with --base it loads it in a fresh process, and with rows it measures its effect.
 
 Example:
   peft-perta verify unlearn_adapter --base meta-llama/Llama-3.2-1B-Instruct
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..adapters import format_checks, re_evaluate, verify_adapter
+from ..adapters import format_checks, format_runtimes, judge_runtimes, re_evaluate, verify_adapter
 from ..data import load_samples
 from ..errors import ConfigError
 from ..model import attach_adapters, load_base, row_length
@@ -47,4 +47,5 @@ def run(options: argparse.Namespace) -> int:
         checks += re_evaluate(model, samples, "unlearn", ["task"] if options.task_adapter else [])
     options.status = int(any(check.failed for check in checks))
     print(format_checks(checks))
+    print(format_runtimes(judge_runtimes(options.adapter, checks)))
     return options.status

@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 
 from ..data import Holds, Sample, check_disjoint
 from ..errors import ConfigError, DataError
-from ..model import adapter_strength, require_adapter
+from ..model import adapter_strength, describe_weights, require_adapter
 from .completions import losses_of
 from .logs.files import read_log
 from .logs.rescoring import row_values
@@ -89,6 +89,7 @@ class Calibration:
         points: {strength, forget, retain} of every evaluation, by strength; strength 0 is the model without the edit.
         negation: the same for the plain negation of the forget adapter; empty where none was given.
         retain_only: 'forget' and 'retain' -> mean loss of a retain-only model; None where none was given.
+        measured_on: the form of the base's weights, such as 'float32' or 'NF4'; None in records of earlier versions.
     """
 
     goal: Annotated[dict[str, float | None], Holds(_GoalFields)]
@@ -98,6 +99,7 @@ class Calibration:
     points: Annotated[list[Point], Field(min_length=1)]
     negation: list[Point] = field(default_factory=list)
     retain_only: Losses | None = None
+    measured_on: str | None = None
 
     @property
     def reached(self) -> bool:
@@ -129,6 +131,7 @@ class Calibration:
             f"strength {self.strength:.4g} for {goal}: forget loss {self.losses['forget']:.3f}, retain loss "
             f"{self.losses['retain']:.3f} (without the edit {self.points[0]['forget']:.3f} and "
             f"{self.points[0]['retain']:.3f}), in {len(self.points)} evaluations"
+            + (f" on {self.measured_on}" if self.measured_on else "")
             + ("" if self.reached else f"; the goal was NOT reached within {TOLERANCE * 100:g} %")
         )
 
@@ -150,7 +153,8 @@ def calibrate(
     """Find the strength of an adapter that meets the goal. The model is left as it was.
 
     Args:
-        model: the model with the adapters on it.
+        model: the model with the adapters on it. The strength holds for the form in which its base is loaded
+            (``load_served``); a target that was measured on another form is not what this one comes to.
         goal: the forget loss to meet, or the accepted rise of the retain loss.
         forget: forget samples that the losses are measured on.
         retain: retain samples that the losses are measured on; take samples that no gradient was taken of.
@@ -188,6 +192,7 @@ def calibrate(
         points=[{"strength": s, **curve.points[s]} for s in sorted(curve.points)],
         negation=_negation(losses, [*with_adapters, negated_adapter], largest) if negated_adapter is not None else [],
         retain_only=losses(retain_only) if retain_only is not None else None,
+        measured_on=describe_weights(model),
     )
 
 

@@ -15,9 +15,10 @@ def strength_section(calibration: Calibration | None) -> Markup:
     if calibration is None:
         reason = "The strength was set by hand or is not on record, so the effect of other strengths is unknown."
         return section("strength", heading, missing(reason, SEARCH_STRENGTH))
+    form = f", with the base in {calibration.measured_on}" if calibration.measured_on else ""
     introduction = element(
-        "p", f"The goal was {_goal(calibration)}. The strength scales the negative adapter: a higher strength forgets "
-        "more and damages more. The curve shows this trade-off.",
+        "p", f"The goal was {_goal(calibration)}{form}. The strength scales the negative adapter: a higher strength "
+        "forgets more and damages more. The curve shows this trade-off.",
     )  # fmt: skip
     notes = []
     if not calibration.reached:

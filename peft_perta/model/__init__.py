@@ -38,6 +38,7 @@ from .memory import DISK, HOST, budgets, held_to, parse_size, peak_memory, show_
 from .model_state import preserved, snapshot
 from .plain_lora import BASE_CHANGING_INITS, VARIANT_FIELDS, check_lora_config
 from .positions import fitting_new_tokens, row_length
+from .served import SERVED_AS, describe_weights, load_served
 from .stack import (
     adapter_strength,
     base_model,
@@ -60,6 +61,7 @@ __all__ = [
     "HOST",
     "LAYER_KINDS",
     "PROVENANCE_NAME",
+    "SERVED_AS",
     "VARIANT_FIELDS",
     "WEIGHTS_HASH_FILE",
     "WEIGHTS_NAME",
@@ -84,6 +86,7 @@ __all__ = [
     "completion_logits",
     "completion_losses",
     "completion_states",
+    "describe_weights",
     "distributed",
     "find_adapter",
     "find_gguf",
@@ -99,6 +102,7 @@ __all__ = [
     "identify_base_files",
     "input_device",
     "load_base",
+    "load_served",
     "load_skeleton",
     "load_tokenizer",
     "parse_size",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -71,14 +72,35 @@ def load_base(
     Reference:
         QLoRA (arXiv 2305.14314), for NF4 and double quantisation.
     """
+    return load_quantised(
+        name, "NF4" if four_bit else None, dtype=dtype, revision=revision, device_map=device_map, gguf_file=gguf_file,
+        safetensors_only=safetensors_only,
+    )  # fmt: skip
+
+
+def load_quantised(
+    name: str,
+    quantisation: Literal["NF4", "int8"] | None,
+    *,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    device_map: str | None = None,
+    gguf_file: str | None = None,
+    safetensors_only: bool = True,
+) -> tuple[PreTrainedModel, Any]:
+    """``load_base`` with the linear layers rounded to NF4 or int8 by bitsandbytes; None leaves them as they are.
+
+    Reference:
+        LLM.int8 (arXiv 2208.07339), for int8.
+    """
     gguf = find_gguf(name, gguf_file)
     model_class = _checked_class(name, _read_config(name, revision, gguf))
     if gguf is not None:
         note(f"{gguf} is dequantised")
-        if four_bit:
-            return _load_four_bit_gguf(gguf, dtype, device_map)
+        if quantisation:
+            return _load_quantised_gguf(gguf, quantisation, dtype, device_map)
     source, more = source_of(name, gguf)
-    settings = _weight_settings(dtype, device_map, four_bit=four_bit)
+    settings = _weight_settings(dtype, device_map, quantisation)
     if safetensors_only and gguf is None:
         settings["use_safetensors"] = True
     with _reported(name):
@@ -131,14 +153,14 @@ def _check_complete(name: str, model: PreTrainedModel, found: Mapping[str, Any])
         note(f"{name} holds {len(unexpected)} weights that the model does not use, such as {unexpected[0]}")
 
 
-def _weight_settings(dtype: torch.dtype | None, device_map: str | None, *, four_bit: bool) -> dict[str, Any]:
+def _weight_settings(dtype: torch.dtype | None, device_map: str | None, quantisation: str | None) -> dict[str, Any]:
     """How and where transformers puts a model's weights."""
     on_gpu = torch.cuda.is_available()
     dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
     return {
         "dtype": dtype,
         "device_map": device_map or ({"": local_rank()} if on_gpu else None),
-        "quantization_config": _nf4(dtype) if four_bit else None,
+        "quantization_config": _QUANTISATIONS[quantisation](dtype) if quantisation else None,
         # On a CPU, a small model trains twice as fast with "eager" as with "sdpa".
         "attn_implementation": None if on_gpu else "eager",
     }
@@ -153,12 +175,21 @@ def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _load_four_bit_gguf(gguf: Path, dtype: torch.dtype | None, device_map: str | None) -> tuple[PreTrainedModel, Any]:
+def _int8(dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+_QUANTISATIONS = {"NF4": _nf4, "int8": _int8}
+
+
+def _load_quantised_gguf(
+    gguf: Path, quantisation: Any, dtype: torch.dtype | None, device_map: str | None
+) -> tuple[PreTrainedModel, Any]:
     """By way of a temporary directory: transformers does not quantise while it reads a GGUF."""
     with tempfile.TemporaryDirectory() as directory:
         write_dequantised(*load_base(str(gguf), dtype=dtype, device_map="cpu"), directory)
         gc.collect()  # the dequantised model: two are not to be in memory
-        model, tokenizer = load_base(directory, four_bit=True, dtype=dtype, device_map=device_map)
+        model, tokenizer = load_quantised(directory, quantisation, dtype=dtype, device_map=device_map)
     model.config._name_or_path = str(gguf)
     return model, tokenizer
 
@@ -306,7 +337,8 @@ def _attached(model: PreTrainedModel | PeftModel, adapters: Mapping[str, str | P
 
 
 def quiet() -> None:
-    """Silence the progress bars and warnings of transformers, TRL and PEFT."""
+    """Silence the progress bars and warnings of transformers, TRL, PEFT and bitsandbytes."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # int8 in float32 would warn at each layer
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\b")

@@ -12,12 +12,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ...data import read_json
+from ...errors import ConfigError
 from ...model import find_gguf, hash_file, load_skeleton, read_gguf_layout
-from .gguf import ADAPTER_NAME, weight_shapes
+from .gguf import ADAPTER_NAME, ARCHITECTURES, weight_shapes
+from .merged_gguf import MODEL_NAME
 from .run import EXPORT_NAME
 
 Finding = tuple[str, bool, str]  # what is checked, whether it passes, what was found
 
+_SHAPES = "names and shapes as the base's"
 _MLX_WEIGHTS = "adapters.safetensors"
 
 
@@ -39,6 +42,8 @@ def check_export(directory: Path, base: str | None, revision: str | None) -> Ite
         there = (directory / name).is_file()
         same = there and hash_file(directory / name) == expected
         yield f"hash of {name}", same, "as written" if same else "changed since" if there else "the file is missing"
+    if MODEL_NAME in files:
+        yield from _merged_model(directory / MODEL_NAME, base, revision)
     factors: dict[str, Any] = {}
     if ADAPTER_NAME in files:
         yield from _gguf_head(directory / ADAPTER_NAME, factors)
@@ -50,6 +55,22 @@ def check_export(directory: Path, base: str | None, revision: str | None) -> Ite
     yield "finite", infinite is None, infinite or "every value"
     if base is not None:
         yield _against_base(factors, ADAPTER_NAME in files, base, revision)
+
+
+def _merged_model(file: Path, base: str | None, revision: str | None) -> Iterator[Finding]:
+    try:
+        layout = read_gguf_layout(file)
+    except (OSError, ConfigError) as error:
+        yield "GGUF header", False, f"cannot be read ({error})"
+        return
+    yield "GGUF header", True, f"a model of {layout.architecture}"
+    model = load_skeleton(base, revision=revision) if base is not None else None
+    if model is None or model.config.model_type not in ARCHITECTURES:  # whose names in a GGUF were not tested
+        return
+    expected = weight_shapes(model)
+    wrong = next((name for name, shape in expected.items() if layout.shapes.get(name) != shape), None)
+    other = f"{wrong}: {layout.shapes.get(wrong)}, the base has {expected[wrong]}" if wrong else ""
+    yield _SHAPES, not other, other or f"{len(expected)} weights"
 
 
 def _gguf_head(file: Path, factors: dict[str, Any]) -> Iterator[Finding]:
@@ -94,5 +115,5 @@ def _against_base(factors: dict[str, Any], is_gguf: bool, base: str, revision: s
         B = factors.get(f"{weight}.lora_b")
         found = (len(B), value.shape[1]) if B is not None and B.shape[1] == len(value) else None
         if found is None or shapes.get(weight) != found:
-            return "names and shapes as the base's", False, f"{weight}: {found}, the base has {shapes.get(weight)}"
-    return "names and shapes as the base's", True, f"{len(factors) // 2} layers"
+            return _SHAPES, False, f"{weight}: {found}, the base has {shapes.get(weight)}"
+    return _SHAPES, True, f"{len(factors) // 2} layers"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...evaluation import Calibration
-from .record import Record, code_span
+from .record import Record, code_span, searched_on
 from .shapes import Base, Part, Rank, Share
 
 
@@ -55,4 +55,5 @@ class FusedProvenance(Record):
             f"Rank {self.rank}; {self.energy_kept:.1%} of the sum's energy kept"
             + (" (nothing was truncated)." if self.energy_kept == 1 else "."),
             "",
+            *(searched_on(self.calibration) if self.calibration else []),
         ]

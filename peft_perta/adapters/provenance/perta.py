@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 from ...data import Holds
 from ...evaluation import Calibration
 from .layers import LayerProvenance
-from .record import Record, data_table, named_hash
+from .record import Record, data_table, named_hash, searched_on
 from .shapes import Adapter, Base, DataSet, Rank
 
 
@@ -142,6 +142,7 @@ class PerTAProvenance(Record):
             f"| without this adapter | {off['forget']:.3f} | {off['retain']:.3f} |",
             f"| with it | {on['forget']:.3f} | {on['retain']:.3f} |",
             "",
+            *searched_on(self.calibration),
             "`strength.json` holds the losses at every strength that was tried.",
             "",
         ]

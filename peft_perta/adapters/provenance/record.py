@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import ConfigDict
 
 from ...data import read_as, visible
+from ...evaluation import Calibration
 from .shapes import Base
 
 _Record = TypeVar("_Record", bound="Record")
@@ -68,6 +69,17 @@ def code_span(text: Any) -> str:
 def named_hash(adapter: Mapping[str, Any]) -> str:
     """An adapter's name and the start of its SHA-256, in Markdown."""
     return f"{code_span(adapter['name'])}, SHA-256 `{adapter['sha256'][:16]}`"
+
+
+def searched_on(calibration: Calibration) -> list[str]:
+    """The lines that say for which form of the base the strength was set; none where it is not on record."""
+    if calibration.measured_on is None:
+        return []
+    return [
+        f"The strength was set for a base in {code_span(calibration.measured_on)}. On a base in another form it "
+        "forgets another amount: measure again, or calibrate anew.",
+        "",
+    ]
 
 
 def data_table(data: Mapping[str, Mapping[str, Any]], heading: str) -> list[str]:

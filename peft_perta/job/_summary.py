@@ -16,7 +16,7 @@ from ..model import WEIGHTS_NAME, show_size
 from ._judge import JUDGED, REPORT_NAME, VERIFIED
 from ._steps import BEFORE, target_of
 from ._workshop import ADAPTER
-from .recipe import RECIPE_NAME, Recipe
+from .recipe import RECIPE_NAME, STANDS_FOR, Recipe
 
 _MARKS = {True: "goal met", False: "goal NOT met"}
 
@@ -106,8 +106,11 @@ class Summary:
 
     def _kept(self) -> str:
         before, after = self.before["full"]["retain"], self.judged["after"]["retain"]
+        rows = "retain rows that no method saw"
+        if self.recipe.retain in STANDS_FOR:
+            rows = f"{STANDS_FOR[self.recipe.retain]}: rows that no method saw"
         return (
-            f"loss on retain rows that no method saw {before:.2f} -> {after:.2f}, a rise of {self.cost:.3f} (tolerance "
+            f"loss on {rows} {before:.2f} -> {after:.2f}, a rise of {self.cost:.3f} (tolerance "
             f"{self.recipe.retain_tolerance:g}): {_MARKS['kept' not in self.missed]}"
         )
 

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import EmittedAdapter, load_emitted
-from ..data import read_rows, write_file
+from ..data import SELF, read_rows, write_file
 from ..errors import ConfigError
-from ._judge import REPORT_NAME, judge_steps
+from ._judge import REPORT_NAME
 from ._resolution import resolve
-from ._steps import steps_of
+from ._steps import performed
 from ._summary import Summary
 from ._workshop import ADAPTER, Rows, Workshop
 from .recipe import Recipe
+from .run import all_steps
 
 _GIVEN = ("model", "revision", "four_bit", "device_map", "safetensors_only", "forget", "retain", "output")
 
@@ -81,7 +82,8 @@ def unlearn(
     Args:
         model: a transformers model or a PeftModel, in float or 4 bit.
         forget: the rows that must go: a path to JSON lines, a list of rows, or a ``datasets.Dataset``.
-        retain: the rows to keep, likewise. Every second one judges, and no method sees it.
+        retain: the rows to keep, likewise. Every second one judges, and no method sees it. 'default' takes general rows
+            that ship; with 'self' the full model writes rows about neighbouring things.
         tokenizer: the model's tokenizer.
         task_adapter: name of the adapter on the model that taught it what must go, if there is one.
         retain_only_adapter: name of an adapter on the model that never saw the forget rows, if there is one.
@@ -102,7 +104,9 @@ def unlearn(
     if refused is not None:
         raise ConfigError(f"{refused}: expected none, since the model and the rows are given; leave it out")
     values = {**recipe, "task_adapter": task_adapter, "retain_only_adapter": retain_only_adapter}
-    rows = Rows.of(_rows(forget), _rows(retain))
+    writes_rows = isinstance(retain, str) and retain == SELF
+    rows = Rows.of(_rows(forget), None if writes_rows else _rows(retain))
+    values["retain"] = SELF if writes_rows else None
     resolved = resolve(values, rows, has_task=task_adapter is not None)
     with tempfile.TemporaryDirectory() as scratch:
         workshop = Workshop(
@@ -116,8 +120,8 @@ def unlearn(
             show_progress_bar=show_progress_bar,
         )
         try:
-            for step in [*steps_of(resolved.recipe), *judge_steps()]:
-                step.run(workshop)
+            for step in all_steps(resolved.recipe):
+                workshop = performed(step, workshop)
         finally:
             workshop.restore()
         return _result(Summary.read(resolved.recipe, resolved.because, Path(scratch)))

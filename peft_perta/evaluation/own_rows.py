@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from ..data import TEMPLATE_KEYS, completion_text, encode_prompt, prompt_text, row_kind, spread
 from ..errors import DataError
@@ -32,9 +33,9 @@ def own_rows(subject: Subject, forget: Sequence[Mapping], *, seed: int = 0) -> l
 
     It writes twice as many questions as there are forget rows (at most ``MOST_OWN``), at temperature 0.7, and is asked
     each forget question (at most ``MOST_NEAR``) about another name. It answers greedily. A row is left out if its
-    question is there already, or if it holds a name of the forget rows, a word of more than two letters of a name that a
-    forget question holds, 8 words in a row of a forget answer, or the whole of a shorter one. The same model, rows, seed
-    and batch size give the same rows.
+    question is there already, or if it holds a name of the forget rows, a word of more than two letters of a name that
+    a forget question holds, 8 words in a row of a forget answer, or the whole of a shorter one. The same model, rows,
+    seed and batch size give the same rows.
 
     Args:
         subject: the full model.
@@ -111,19 +112,25 @@ def _alone(row: Mapping) -> dict:
 
 def _own_questions(subject: Subject, asking: Sequence[Mapping], seed: int) -> list[dict]:
     """Questions that the model writes after what stands before one."""
-    row, tokenizer = asking[0], subject.tokenizer
-    before, mark, after = tokenizer.decode(encode_prompt(reasked(row, _MARK), tokenizer)).partition(_MARK)
-    before, after = before.rstrip(" "), after.strip()
-    if tokenizer.bos_token and tokenizer(before)["input_ids"][:2] == [tokenizer.bos_token_id] * 2:
-        before = before.removeprefix(tokenizer.bos_token)  # the tokenizer writes it, and so did the template
-    if not mark or not before.strip():
-        return []  # nothing stands before the prompt
+    framed = ((row, *_around(row, subject.tokenizer)) for row in asking)
+    row, before, after = next((found for found in framed if found[1]), (asking[0], "", ""))
+    if not before:
+        return []
     opened = [{"prompt": before, "completion": " ?"}] * min(2 * len(asking), MOST_OWN)
     written = generate(
         subject, opened, max_new_tokens=_QUESTION_TOKENS, temperature=_TEMPERATURE, seed=seed, name="own questions"
     )
     questions = [text.partition(after)[0].strip() if after else text for text in written]
     return [reasked(row, question) for question in dict.fromkeys(questions) if question]
+
+
+def _around(row: Mapping, tokenizer: Any) -> tuple[str, str]:
+    """The texts before and after what the row asks, as the model reads it; ('', '') where nothing stands before."""
+    before, mark, after = tokenizer.decode(encode_prompt(reasked(row, _MARK), tokenizer)).partition(_MARK)
+    before = before.rstrip(" ")
+    if tokenizer.bos_token and tokenizer(before)["input_ids"][:2] == [tokenizer.bos_token_id] * 2:
+        before = before.removeprefix(tokenizer.bos_token)  # the tokenizer writes it, and so did the template
+    return (before, after.strip()) if mark and before.strip() else ("", "")
 
 
 def _about(asking: Sequence[Mapping], names: Sequence[str]) -> Iterator[dict]:

@@ -16,7 +16,7 @@ from ._resolution import resolve
 from ._steps import performed
 from ._summary import Summary
 from ._workshop import ADAPTER, Rows, Workshop
-from .recipe import Recipe
+from .recipe import STANDS_FOR, Recipe
 from .run import all_steps
 
 _GIVEN = ("model", "revision", "four_bit", "device_map", "safetensors_only", "forget", "retain", "output")
@@ -103,11 +103,10 @@ def unlearn(
     refused = next((name for name in _GIVEN if name in recipe), None)
     if refused is not None:
         raise ConfigError(f"{refused}: expected none, since the model and the rows are given; leave it out")
-    values = {**recipe, "task_adapter": task_adapter, "retain_only_adapter": retain_only_adapter}
-    writes_rows = isinstance(retain, str) and retain == SELF
-    rows = Rows.of(_rows(forget), None if writes_rows else _rows(retain))
-    values["retain"] = SELF if writes_rows else None
-    resolved = resolve(values, rows, has_task=task_adapter is not None)
+    named = {"task_adapter": task_adapter, "retain_only_adapter": retain_only_adapter}
+    named["retain"] = retain if isinstance(retain, str) and retain in STANDS_FOR else None
+    rows = Rows.of(_rows(forget), None if named["retain"] == SELF else _rows(retain))
+    resolved = resolve({**recipe, **named}, rows, has_task=task_adapter is not None)
     with tempfile.TemporaryDirectory() as scratch:
         workshop = Workshop(
             resolved.recipe,

@@ -3,9 +3,11 @@
 import argparse
 import dataclasses
 import hashlib
+import html
 import json
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import builders
@@ -434,8 +436,10 @@ def test_unlearn_on_a_model_in_memory(place, capsys):
     assert result.evaluation["unlearned"]["forget_loss"] > result.evaluation["full"]["forget_loss"]
     assert "The goal was met." in str(result)
     page = result._repr_html_()
-    assert "<table>" in page
-    assert "unlearned" in page
+    assert re.findall("<b>(.*?)</b>", page) == [*result.lines]
+    assert html.escape(result.lines["forgotten"]) in page
+    assert "peft-perta export DIR --base MODEL --output served --to FORMAT (gguf, " in result.summary
+    assert tempfile.gettempdir() not in result.summary, "what is gone is not named"
     saved = result.save(place / "saved")
     assert main(["verify", str(saved)]) == 0
     assert (saved / "report.html").is_file()

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ._judge import REPORT_NAME
 from ._resolution import resolve
 from ._steps import performed
-from ._summary import Summary
+from ._summary import Summary, as_text
 from ._workshop import ADAPTER, Rows, Workshop
 from .recipe import STANDS_FOR, Recipe
 from .run import all_steps
@@ -31,7 +31,7 @@ class Unlearned:
         evaluation: model ('full', 'unlearned', 'retain-only') -> metric -> value.
         missed: part of the goal ('forgotten', 'kept', 'checked') -> why it was not met; empty where all were.
         recipe: every setting that it was made with.
-        summary: what it came to, in words.
+        lines: what is told ('forgotten', 'kept', ..., 'verdict') -> its words.
         report: the HTML report.
     """
 
@@ -39,7 +39,7 @@ class Unlearned:
     evaluation: dict[str, dict[str, float]]
     missed: dict[str, str]
     recipe: Recipe
-    summary: str
+    lines: dict[str, str]
     report: str
 
     def save(self, directory: str | Path) -> Path:
@@ -48,20 +48,19 @@ class Unlearned:
         write_file(path / REPORT_NAME, self.report)
         return path
 
+    @property
+    def summary(self) -> str:
+        """What it came to, in ten lines and the verdict."""
+        return as_text(self.lines)
+
     def __str__(self) -> str:
         return self.summary
 
     def _repr_html_(self) -> str:
-        """The evaluation as a table, and the summary, for a notebook."""
-        metrics = list(dict.fromkeys(metric for values in self.evaluation.values() for metric in values))
-        head = "".join(f"<th>{html.escape(label)}</th>" for label in self.evaluation)
-        rows = "".join(
-            f"<tr><th>{html.escape(metric)}</th>"
-            + "".join(f"<td>{values[metric]:.3g}</td>" for values in self.evaluation.values())
-            + "</tr>"
-            for metric in metrics
-        )
-        return f"<table><tr><th></th>{head}</tr>{rows}</table><pre>{html.escape(self.summary)}</pre>"
+        """The summary as a table, for a notebook."""
+        cell = '<td style="text-align: left">'
+        rows = (f"<tr>{cell}<b>{name}</b></td>{cell}{html.escape(text)}</td></tr>" for name, text in self.lines.items())
+        return f"<table>{''.join(rows)}</table>"
 
 
 def unlearn(
@@ -133,11 +132,14 @@ def _rows(data: Any) -> list[dict]:
 
 
 def _result(summary: Summary) -> Unlearned:
+    lines = {**summary.lines, "read": "result.save('DIR') writes the adapter, with its report"}
+    del lines["again"]  # there is no recipe on the disk
+    scratch = str(summary.directory / ADAPTER)
     return Unlearned(
         adapter=load_emitted(summary.directory / ADAPTER),
         evaluation=summary.judged["models"],
         missed=summary.missed,
         recipe=summary.recipe,
-        summary=str(summary),
+        lines={name: text.replace(scratch, "DIR") for name, text in lines.items()},
         report=(summary.directory / REPORT_NAME).read_text(encoding="utf-8"),
     )

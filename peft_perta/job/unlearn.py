@@ -22,7 +22,7 @@ from .run import all_steps
 _GIVEN = ("model", "revision", "four_bit", "device_map", "safetensors_only", "forget", "retain", "output")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Unlearned:
     """What ``unlearn`` made.
 
@@ -53,7 +53,7 @@ class Unlearned:
         """What it came to, in ten lines and the verdict."""
         return as_text(self.lines)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.summary
 
     def _repr_html_(self) -> str:

@@ -39,6 +39,7 @@ GIB = 2**30
 SAMPLES, TOKENS, BATCH, RANK = 800, 256, 8, 16  # of both sets; each sample is as long
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes per element: 4 bits, a scale of 8 bits per 64, one of 32 per 256 of those
 SHARE = 0.4  # of a card's peak rate that is assumed
+IN_USE = 8 * GIB  # of the host, by the process itself
 SPARE = 0.9  # of the memory that the engine takes by default
 
 
@@ -192,7 +193,7 @@ def planned(shape: Shape, work: str, card: str) -> tuple[str, Plan | str]:
     for packed in (False, True):
         measured = on_paper(shape, work, packed=packed, cards=cards)
         pools = list(measured.activations)
-        taken = {**dict.fromkeys(pools, model_bytes(shape, packed=packed) // cards), HOST: 8 * GIB, DISK: 0}
+        taken = {**dict.fromkeys(pools, model_bytes(shape, packed=packed) // cards), HOST: IN_USE, DISK: 0}
         budget = {**dict.fromkeys(pools, int(SPARE * gib * GIB)), HOST: int(SPARE * host * GIB), DISK: 2**40}
         try:
             return "NF4" if packed else "bf16", make_plan(measured, taken, budget, BATCH)
@@ -214,8 +215,8 @@ def table(name: str) -> Iterator[str]:
             minutes = plan.cost * 2 * shape.active * SAMPLES * TOKENS / (SHARE * rate) / 60
             how = "by layer" if plan.mode == "layerwise" else f"{len(plan.groups)} sweep{'s' * (len(plan.groups) > 1)}"
             peak = max(size for pool, size in plan.peak.items() if pool not in (HOST, DISK))
-            on_host = plan.peak.get(HOST, 0) - 8 * GIB if HOST in plan.peak else 0
-            more = f" + {show_size(on_host)} on the host" if on_host > 0 else ""
+            beside = {"host": plan.peak.get(HOST, 0) - IN_USE, "disk": plan.peak.get(DISK, 0)}
+            more = "".join(f" + {show_size(size)} on the {place}" for place, size in beside.items() if size > 0)
             cells.append(f"{kind}, {how}: {show_size(peak)}{more}, {plan.cost:.1f}, {clock(minutes)}")
         yield f"| {work} | {' | '.join(cells)} |"
 
@@ -228,15 +229,19 @@ def clock(minutes: float) -> str:
 # The check
 
 
-def small_models() -> dict[str, tuple[Shape, PeftModel]]:
-    """Small models of both architectures in bfloat16, with an adapter whose B is not zero."""
-    dense, mixture = Shape(96, 200, 3, 4, 2, 32, 500), Shape(96, 40, 3, 4, 2, 32, 500, experts=8, chosen=3)
-    models = {
-        "dense": (dense, LlamaForCausalLM(LlamaConfig(**_config(dense)))),
-        "mixture": (mixture, _mixture(mixture)),
-        "mixture, experts too": (replace(mixture, tapped=True), _mixture(mixture)),
-    }
-    return {name: (shape, _adapted(model, shape)) for name, (shape, model) in models.items()}
+_MIXTURE = Shape(96, 40, 3, 4, 2, 32, 500, experts=8, chosen=3)
+SMALL = {
+    "dense": Shape(96, 200, 3, 4, 2, 32, 500),
+    "mixture": _MIXTURE,
+    "mixture, experts too": replace(_MIXTURE, tapped=True),
+}
+
+
+def small_model(name: str) -> tuple[Shape, PeftModel]:
+    """A small model in bfloat16, with an adapter whose B is not zero, and its shape."""
+    shape = SMALL[name]
+    model = _mixture(shape) if shape.experts else LlamaForCausalLM(LlamaConfig(**_config(shape)))
+    return shape, _adapted(model, shape)
 
 
 def _config(shape: Shape) -> dict[str, Any]:
@@ -312,8 +317,8 @@ def main() -> None:
     options = parser.parse_args()
     quiet()
     if options.check:
-        for name, (shape, model) in small_models().items():
-            for what, paper, found in compared(shape, model):
+        for name in SMALL:
+            for what, paper, found in compared(*small_model(name)):
                 print(f"| {name} | {what} | {paper:,.0f} | {found:,.0f} | {paper / found - 1:+.1%} |")
         for what, predicted, ratio in costs():
             print(f"| 49M | {what} | {predicted:.2f} | {ratio:.2f} | {predicted / ratio - 1:+.1%} |")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from peft_perta.model import resolve_targets
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import audits, engine, gpu, refinement
+from benchmarks import audits, engine, gpu, refinement, retain_sets, scale
 from benchmarks.matched_forgetting import table
 from benchmarks.serving import __main__ as serving
 from benchmarks.serving.job import Question, scores_of
@@ -183,3 +184,35 @@ def test_the_serving_benchmark_says_what_differs_and_what_did_not_run(tmp_path, 
     assert "| 0 of 1 | 2.5e-01 | 5.0e-01 | 1.750 | 1.750 |" in lines["merged"]
     assert "RuntimeError: no AVX512 here" in lines["PEFT, one fused"]
     assert "not run: no-such-package is not installed" in lines["vLLM, one fused"]
+
+
+@pytest.mark.parametrize("name", scale.SMALL)
+def test_scale_on_paper_is_what_the_engine_finds(name):
+    shape, model = scale.small_model(name)
+    for what, paper, found in scale.compared(shape, model):
+        assert paper == pytest.approx(found, rel=0.01), what
+
+
+@pytest.mark.parametrize("work", scale.WORK)
+def test_scale_plans_a_model_that_fits_and_says_what_another_takes(work):
+    kind, plan = scale.planned(scale.SHAPES["meta-llama/Llama-3.1-8B"], work, "80 GB")
+    assert kind == "bf16"
+    assert plan.fits()
+    shown = scale.planned(scale.SHAPES["meta-llama/Llama-3.1-405B"], work, "24 GB")
+    assert re.fullmatch(r"\d+ GiB", shown[1])
+
+
+def test_retain_sets_prints_a_row_for_each_model(tmp_path, monkeypatch, capsys):
+    def job(values):
+        assert values["retain"] == "self"
+        return SimpleNamespace(run=lambda say, *, show_progress_bar: None)
+
+    known = {"forget": (3.0, 0.1), "retain": (0.2, 0.8), "general": (0.5, 0.6)}
+    monkeypatch.setattr(retain_sets, "Job", SimpleNamespace(of=job))
+    monkeypatch.setattr(retain_sets, "figures", lambda adapters, rows: dict.fromkeys(adapters, known))
+    monkeypatch.setattr(sys, "argv", ["retain_sets", "--output", str(tmp_path), "--sets", "self"])
+    retain_sets.main()
+    assert capsys.readouterr().out.splitlines()[-1] == "| self | 3.00 | 0.200 | 80.0% | 0.500 | 60.0% |"
+    assert {name: len(of_set) for name, of_set in retain_sets.judged_rows().items()} == {
+        "forget": 100, "retain": 200, "general": 337,
+    }  # fmt: skip

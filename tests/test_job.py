@@ -3,9 +3,11 @@
 import argparse
 import dataclasses
 import hashlib
+import html
 import json
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import builders
@@ -14,9 +16,10 @@ import torch
 import yaml
 from test_cli import as_arguments
 
-from peft_perta import ConfigError, load_base, unlearn
+from peft_perta import ConfigError, DataError, load_base, unlearn
 from peft_perta.cli import command_parser, main
 from peft_perta.comparison import METHODS
+from peft_perta.data import claimed_directory
 from peft_perta.job import RECOMMENDATIONS, Job, _judge, read_recipe, recipe_of, recommend
 from peft_perta.job._record import Record
 from peft_perta.job.recipe import SECTIONS, Request
@@ -362,6 +365,53 @@ def test_options_take_the_place_of_values(place, capsys):
     assert "method: npo" in capsys.readouterr().out
 
 
+# Rows to keep that nobody listed
+
+
+def test_the_model_writes_the_rows_to_keep_first(place, offline, monkeypatch, capsys):
+    """They are a step of the job: kept once they are written, and the same in the job that its recipe makes."""
+    written_rows = builders.retain_rows()
+    monkeypatch.setattr("peft_perta.job._steps.own_rows", lambda subject, forget, *, seed: written_rows)
+    own = {"method": "negation", "forget_adapter": "task", "retain": "self"}
+    assert main(["run", written(place, **own), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "rows: 5 to forget, the full model writes those to keep; planned as 5 to keep for the method" in said
+    assert "retain set: 'self' stands for neighbouring things" in said
+    assert "nothing guards what nobody listed" in said
+    assert not (place / "out").exists()
+    assert main(["run", written(place, **own)]) == 0
+    said = capsys.readouterr().out
+    assert "step 1 of 6: let the full model write the rows to keep" in said
+    assert "kept         loss on neighbouring things, as the full model tells of them: rows that no method saw" in said
+    assert [json.loads(line) for line in (place / "out/retain.jsonl").open()] == written_rows
+    data = json.loads((place / "out/unlearned/perta_provenance.json").read_text())["data"]
+    assert data["retain"]["samples"] == 2
+    assert main(["run", "out/recipe.yaml", "--output", "again"]) == 0
+    assert (place / "again/adapter/adapter_model.safetensors").read_bytes() == (
+        place / "out/adapter/adapter_model.safetensors"
+    ).read_bytes()
+    monkeypatch.setattr("peft_perta.job._steps.own_rows", lambda *_, **__: pytest.fail("they were written again"))
+    assert main(["run", written(place, **own, retain_tolerance=50.0)]) == 0
+    assert "done already: retain.jsonl, before.json, unlearned\n" in capsys.readouterr().out
+
+
+def test_general_rows_are_kept_by_name(place, capsys):
+    assert main(["run", written(place, retain="default"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "rows: 5 to forget, 129 to keep for the method, 128 to keep that judge" in said
+    assert "retain set: 'default' stands for general facts and passages of books" in said
+
+
+def test_two_jobs_in_one_output_exclude_each_other(done, monkeypatch, capsys):
+    """Also where they differ; the one that is refused computes nothing, and changes nothing."""
+    before = files(done / "out")
+    monkeypatch.setattr("peft_perta.job.run.load_base", lambda *_, **__: pytest.fail("a model was loaded"))
+    with claimed_directory(done / "out", "job.json", ""):
+        assert main(["run", written(done, **NEGATION, retain_tolerance=0.001)]) == 2
+    assert "out is in use by another process" in capsys.readouterr().err
+    assert files(done / "out") == before
+
+
 # In Python
 
 
@@ -379,11 +429,29 @@ def test_unlearn_on_a_model_in_memory(place, capsys):
     assert result.evaluation["unlearned"]["forget_loss"] > result.evaluation["full"]["forget_loss"]
     assert "The goal was met." in str(result)
     page = result._repr_html_()
-    assert "<table>" in page
-    assert "unlearned" in page
+    assert re.findall("<b>(.*?)</b>", page) == [*result.lines]
+    assert html.escape(result.lines["forgotten"]) in page
+    assert "peft-perta export DIR --base MODEL --output served --to FORMAT (gguf, " in result.summary
+    assert tempfile.gettempdir() not in result.summary, "what is gone is not named"
     saved = result.save(place / "saved")
     assert main(["verify", str(saved)]) == 0
     assert (saved / "report.html").is_file()
+
+
+def test_unlearn_lets_the_model_write_the_rows_to_keep(monkeypatch):
+    model, tokenizer = load_base(str(builders.llama_directory()), dtype=torch.float32)
+    seen = []
+
+    def own_rows(subject, forget, *, seed):
+        seen.append((subject.adapters, forget, seed))
+        raise DataError("it wrote none")
+
+    monkeypatch.setattr("peft_perta.job._steps.own_rows", own_rows)
+    with pytest.raises(DataError, match="it wrote none"):
+        unlearn(
+            model, forget=builders.forget_rows(), retain="self", tokenizer=tokenizer, show_progress_bar=False, seed=3
+        )
+    assert seen == [([], builders.forget_rows(), 3)]
 
 
 @pytest.mark.parametrize(("key", "message"), [("output", "output: expected none"), ("modle", "no key 'modle'")])

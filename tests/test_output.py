@@ -335,6 +335,25 @@ def test_a_kill_before_the_marker_is_there_does_not_block_the_same_run(tmp_path)
         check_output(busy, "m.json", grows=True)
 
 
+def test_one_process_at_a_time_claims_a_directory(tmp_path):
+    """The lock leaves no file, and is gone with the process that had it."""
+    out = tmp_path / "out"
+    with claimed_directory(out, "m.json", "{}"):
+        refused = pytest.raises(OutputError, match="out is in use by another process, which writes its results there")
+        with refused, claimed_directory(out, "m.json", "{}"):
+            pytest.fail("both were in")
+        assert os.listdir(out) == ["m.json"]
+        (out / "log.json").write_text("{}")
+    child = os.fork() if hasattr(os, "fork") else None
+    if child == 0:
+        with claimed_directory(out, "m.json", "{}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    if child is not None:
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    with claimed_directory(out, "m.json", "{}"):
+        assert sorted(os.listdir(out)) == ["log.json", "m.json"]
+
+
 def test_a_link_in_place_of_a_temporary_file_is_not_followed(tmp_path, monkeypatch):
     (tmp_path / "victim").write_text("years of work")
     (tmp_path / "guessed").symlink_to(tmp_path / "victim")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import DTYPES, EmittedAdapter
-from ..data import RowSource, read_rows
+from ..data import DEFAULT, SELF, RowSource, read_rows
 from ..errors import ConfigError
 from ..evaluation import Calibration
 from ..html_report import PICTURE_NAME, draw_calibration
@@ -79,7 +79,7 @@ def add_forget(parser: Any, *, required: bool = True, note: str = "") -> None:
 
 def add_retain(parser: Any, *, required: bool = True, note: str = "") -> None:
     """``--retain``."""
-    text = f"the retain rows, in the same formats{note}"
+    text = f"the retain rows, in the same formats, or 'default', the general rows that ship{note}"
     parser.add_argument("--retain", required=required, metavar=ROWS_METAVAR, help=text)
 
 
@@ -98,7 +98,9 @@ def name_columns(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     if getattr(options, "columns", None):
         for action in parser._actions:
             source = getattr(options, action.dest, None)
-            if action.metavar == ROWS_METAVAR and source and not RowSource.of(source).columns:
+            if action.metavar != ROWS_METAVAR or not source or source in (DEFAULT, SELF):
+                continue
+            if not RowSource.of(source).columns:
                 setattr(options, action.dest, f"{source}?{options.columns}")
 
 

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..data import read_row_file, read_rows
+from ..data import GENERAL, read_row_file, read_rows
 from ..errors import ConfigError
 from ..evaluation import SUITES, Splits, forget_loss_of_log
 from ..model import check_adapter_files, find_adapter, hash_file, identify_base_files
 
 SPLITS = ("forget", "retain", "general")
 ASSETS = Path(__file__).parent / "assets"
-PROSE = Path(__file__).parent / "general" / "prose.jsonl"
+PROSE = GENERAL / "prose.jsonl"
 _SUITE_SPLITS = ("real_authors", "world_facts", "holdout")  # which the TOFU suite reads beside forget and retain
 
 

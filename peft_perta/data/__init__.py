@@ -22,15 +22,18 @@ from .output import (
     write_file,
 )
 from .row_files import read_row_file
-from .row_source import RowSource
+from .row_source import DEFAULT, GENERAL, SELF, RowSource
 from .rows import ROW_KINDS, TEMPLATE_KEYS, completion_text, content_text, prompt_text, read_rows, row_kind, spread
 from .samples import IGNORED, Batch, Sample, batches, check_disjoint, fingerprint, note_left_out, padded
 from .settings import check_setting, explained, is_count, is_int, is_number, setting
 from .shapes import Holds, read_as
 
 __all__ = [
+    "DEFAULT",
+    "GENERAL",
     "IGNORED",
     "ROW_KINDS",
+    "SELF",
     "TEMPLATE_KEYS",
     "WRITTEN",
     "AnswerFrame",

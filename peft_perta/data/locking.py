@@ -1,8 +1,10 @@
-"""One process at a time: a lock file, held until the process that has it is gone."""
+"""One process at a time: a lock file, or a locked directory, held until the process that has it is gone."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -46,3 +48,30 @@ def hold_lock(path: Path, what: str, remedy: str) -> IO[str] | None:
     lock.write(str(os.getpid()))
     lock.flush()
     return lock
+
+
+@contextmanager
+def held_directory(path: Path) -> Iterator[None]:
+    """Keep other processes that do the same out of a directory within the block, which leaves no trace in it.
+
+    On a system without such locks, and on a file system that has none for directories, nothing is locked.
+
+    Raises:
+        OutputError: another process is in.
+    """
+    if fcntl is None:
+        yield
+        return
+    place = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if isinstance(error, BlockingIOError):
+                raise OutputError(
+                    f"{path} is in use by another process, which writes its results there; wait until it ends, or "
+                    "choose another output"
+                ) from None
+        yield
+    finally:
+        os.close(place)

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from ..errors import OutputError
 from .json_files import read_json
+from .locking import held_directory
 
 WRITTEN = "written"  # key of a marker: the files of the directory, itself among them
 _ADDED = ("report.html", "strength.png")  # files that a command adds to a directory that is written
@@ -237,7 +238,7 @@ def remove_directory(path: str | Path) -> None:
 
 @contextmanager
 def claimed_directory(path: str | Path, marker: str, content: str) -> Iterator[None]:
-    """Mark a directory as ours while files are written into it one by one.
+    """Mark a directory as ours while files are written into it one by one, and keep other processes out of it.
 
     If the block fails before it has written anything, the directory is as it was.
 
@@ -247,20 +248,21 @@ def claimed_directory(path: str | Path, marker: str, content: str) -> Iterator[N
         content: the content of a new marker.
 
     Raises:
-        OutputError: the marker cannot be written.
+        OutputError: the marker cannot be written, or another process is in.
     """
     path = Path(path)
     existed, marked = path.is_dir(), (path / marker).is_file()
     if not marked:
         write_file(path / marker, content)
-    try:
-        yield
-    except BaseException:
-        if not marked and [file.name for file in path.iterdir()] == [marker]:
-            (path / marker).unlink()
-            if not existed:
-                path.rmdir()
-        raise
+    with held_directory(path):
+        try:
+            yield
+        except BaseException:
+            if not marked and [file.name for file in path.iterdir()] == [marker]:
+                (path / marker).unlink()
+                if not existed:
+                    path.rmdir()
+            raise
 
 
 def _move(source: Path, target: Path) -> None:

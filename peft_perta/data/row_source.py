@@ -1,4 +1,4 @@
-"""How a set of rows is named: ``PATH_OR_NAME[:CONFIG][[SPLIT]][?OURS=THEIRS,...]``."""
+"""How a set of rows is named: ``PATH_OR_NAME[:CONFIG][[SPLIT]][?OURS=THEIRS,...]``, or ``default``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..errors import DataError
+
+DEFAULT = "default"  # names the general rows that ship; a file of that name is ./default
+SELF = "self"  # names rows that the full model writes, where a command can let it
+GENERAL = Path(__file__).parent / "general"  # TOFU's real authors and world facts, and passages of books
 
 _PLACE = re.compile(r"(?P<place>[^\[]+?)(:(?P<config>[^:/\[\]]+))?(\[(?P<split>.+)\])?", re.DOTALL)
 
@@ -35,6 +40,8 @@ class RowSource:
         Raises:
             DataError: the columns are not written as OURS=THEIRS.
         """
+        if text == DEFAULT:
+            return cls(str(GENERAL))
         if os.path.exists(text):
             return cls(text)
         rest, mark, listed = text.partition("?")

@@ -25,7 +25,8 @@ def read_rows(source: str | Path) -> list[dict]:
         source: a file (.jsonl, .json, .csv, .parquet, .txt or .md, each also .gz; of another name: JSON lines), a
             directory (of such files, or as ``datasets`` saves one), or ``ORG/NAME`` on the Hugging Face Hub. After it
             may stand ``:CONFIG``, ``[SPLIT]`` as ``datasets`` writes it (``[train[:20]]``), and
-            ``?question=prompt,answer=response``, which renames columns: ours = theirs.
+            ``?question=prompt,answer=response``, which renames columns: ours = theirs. ``default`` names the
+            general rows that ship.
 
     Raises:
         DataError: there is nothing of that name, it holds no rows, is damaged or of another format than its name says,

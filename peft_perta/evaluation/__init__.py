@@ -37,6 +37,7 @@ from .metrics.memorization import exact_memorization
 from .metrics.metric import METRIC_GROUPS, Metric
 from .metrics.table import METRICS, metric_of
 from .metrics.utility import normalised_probability
+from .own_rows import own_rows
 from .split_scores import SplitScores, evaluate_split
 from .strength import Match, check_start, match_forgetting
 from .subject import Subject
@@ -100,6 +101,7 @@ __all__ = [
     "match_forgetting",
     "metric_of",
     "normalised_probability",
+    "own_rows",
     "patched_falls",
     "read_audit",
     "read_log",

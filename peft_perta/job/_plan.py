@@ -15,6 +15,7 @@ from ..model import input_device, show_size, taken
 from ._engine_plan import engine_plan
 from ._steps import BEFORE, FORGET_ADAPTER, REFINED, TRAINED, UNLEARNED, Step
 from ._workshop import ADAPTER, Workshop
+from .recipe import STANDS_FOR
 
 _TIMED_ROWS = 8
 _BACK_AND_FORTH = 3.0  # forward passes that a forward and backward pass takes as long as
@@ -136,10 +137,21 @@ def _described(workshop: Workshop, engine: EnginePlan | None) -> list[str]:
     )
     if workshop.yardstick is None and not recipe.target_forget_loss:
         goal = "as much forgotten as the tolerance allows"
+    kept = f"{len(rows.retain)} to keep for the method, {len(rows.unseen)} to keep that judge"
+    if not rows.are_written:
+        kept = f"the full model writes those to keep; planned as {kept}"
+    guarded = (
+        [
+            f"retain set: {recipe.retain!r} stands for {STANDS_FOR[recipe.retain]}, and keeps what is like that; "
+            "nothing guards what nobody listed"
+        ]
+        if recipe.retain in STANDS_FOR
+        else []
+    )
     return [
         f"job: {recipe.model} must forget {recipe.forget}",
-        f"rows: {len(rows.forget)} to forget, {len(rows.retain)} to keep for the method, {len(rows.unseen)} to "
-        "keep that judge",
+        f"rows: {len(rows.forget)} to forget, {kept}",
+        *guarded,
         f"goal: {goal}, with the loss on the rows to keep up by at most {recipe.retain_tolerance:g} nats per token",
         f"method: {recipe.method}",
         f"memory: {show_size(taken(device))} in use on {device} with the model{_peak(engine)}; that of training is not "

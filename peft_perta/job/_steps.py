@@ -6,22 +6,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..adapters import EmittedAdapter, PerTAProvenance, extrapolate_adapter, load_emitted
-from ..data import note, write_file
+from ..data import SELF, note, read_rows, write_file
 from ..errors import NumericalError
-from ..evaluation import TOLERANCE, Calibration, Goal, calibrate
+from ..evaluation import TOLERANCE, Calibration, Goal, calibrate, own_rows
 from ..gradients import remove_checkpoint
 from ..html_report import PICTURE_NAME, draw_calibration
 from ..perta import get_perta_state_dict, refine_adapter
 from ..training import LoraSettings, UnlearningSettings, train_forget_adapter, train_unlearning
-from ._workshop import ADAPTER, Workshop
+from ._workshop import ADAPTER, Rows, Workshop
 from .recipe import Recipe, Schedule, part_of
 
-BEFORE, FORGET_ADAPTER = "before.json", "forget_adapter"
+OWN_ROWS, BEFORE, FORGET_ADAPTER = "retain.jsonl", "before.json", "forget_adapter"
 TRAINED, UNLEARNED, REFINED = "trained", "unlearned", "refined"
 
 
@@ -63,6 +63,30 @@ def steps_of(recipe: Recipe) -> list[Step]:
         made = (REFINED,)
     goal = ("judging.rows", "target_forget_loss", "retain_tolerance")
     return [*steps, Step(ADAPTER, "find the strength that meets the goal", _scale, goal, (BEFORE, *made))]
+
+
+def own_rows_step(recipe: Recipe) -> list[Step]:
+    """The step that comes before all others where the full model writes the rows to keep."""
+    if recipe.retain != SELF:
+        return []
+    return [Step(OWN_ROWS, "let the full model write the rows to keep", _write_rows, ("seed", "judging.batch_size"))]
+
+
+def performed(step: Step, workshop: Workshop) -> Workshop:
+    """Do a step. Returns the workshop of the steps after it, which has the rows that it wrote."""
+    step.run(workshop)
+    return on_own_rows(workshop) if step.name == OWN_ROWS else workshop
+
+
+def on_own_rows(workshop: Workshop) -> Workshop:
+    """The workshop with the rows to keep that the full model wrote."""
+    return replace(workshop, rows=Rows.of(workshop.rows.forget, read_rows(workshop.directory / OWN_ROWS)))
+
+
+def _write_rows(workshop: Workshop) -> None:
+    rows = own_rows(workshop.subject(workshop.full), workshop.rows.forget, seed=workshop.recipe.seed)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_file(workshop.directory / OWN_ROWS, "".join(lines))
 
 
 def read_values(workshop: Workshop, name: str) -> Any:

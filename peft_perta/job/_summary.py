@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapters import PROVENANCE_NAME
+from ..adapters import EXPORTS, PROVENANCE_NAME
 from ..data import read_json
 from ..evaluation import TOLERANCE
 from ..html_report import AUDIT_PAGE_NAME
@@ -16,8 +16,9 @@ from ..model import WEIGHTS_NAME, show_size
 from ._judge import JUDGED, REPORT_NAME, VERIFIED
 from ._steps import BEFORE, target_of
 from ._workshop import ADAPTER
-from .recipe import RECIPE_NAME, Recipe
+from .recipe import RECIPE_NAME, STANDS_FOR, Recipe
 
+_VERDICT = "verdict"
 _MARKS = {True: "goal met", False: "goal NOT met"}
 
 
@@ -73,8 +74,11 @@ class Summary:
             parts["checked"] = f"{failed[0]['name']}: {failed[0]['found']}"
         return parts
 
-    def __str__(self) -> str:
-        parts = {
+    @property
+    def lines(self) -> dict[str, str]:
+        """What is told -> its words, ten lines and the verdict."""
+        missed = "; ".join(f"{part}: {why}" for part, why in self.missed.items())
+        return {
             "forgotten": self._forgotten(),
             "kept": self._kept(),
             "answers": self._answers(),
@@ -87,11 +91,11 @@ class Summary:
             "read": self._read(),
             "serve": self._serve(),
             "again": f"peft-perta run {shlex.quote(str(self.directory / RECIPE_NAME))}",
+            _VERDICT: f"The goal was NOT met. {missed}." if missed else "The goal was met.",
         }
-        lines = [f"{name:<13}{text}" for name, text in parts.items()]
-        missed = "; ".join(f"{part}: {why}" for part, why in self.missed.items())
-        verdict = f"The goal was NOT met. {missed}." if missed else "The goal was met."
-        return "\n".join([*lines, verdict])
+
+    def __str__(self) -> str:
+        return as_text(self.lines)
 
     def _forgotten(self) -> str:
         before, after = self.before["full"]["forget"], self.judged["after"]["forget"]
@@ -106,8 +110,11 @@ class Summary:
 
     def _kept(self) -> str:
         before, after = self.before["full"]["retain"], self.judged["after"]["retain"]
+        rows = "retain rows that no method saw"
+        if self.recipe.retain in STANDS_FOR:
+            rows = f"{STANDS_FOR[self.recipe.retain]}: rows that no method saw"
         return (
-            f"loss on retain rows that no method saw {before:.2f} -> {after:.2f}, a rise of {self.cost:.3f} (tolerance "
+            f"loss on {rows} {before:.2f} -> {after:.2f}, a rise of {self.cost:.3f} (tolerance "
             f"{self.recipe.retain_tolerance:g}): {_MARKS['kept' not in self.missed]}"
         )
 
@@ -136,8 +143,14 @@ class Summary:
         return ", ".join(str(self.directory / page) for page in pages)
 
     def _serve(self) -> str:
-        path, model = shlex.quote(str(self.directory / ADAPTER)), shlex.quote(self.recipe.model or "MODEL")
-        if not self.recipe.task_adapter:
-            return f"vllm serve {model} --enable-lora --lora-modules forgotten={path}"
-        task = shlex.quote(self.recipe.task_adapter)
-        return f"PEFT: both adapters on; vLLM: peft-perta fuse {task} {path} --model {model} --output fused"
+        adapters = [self.recipe.task_adapter, str(self.directory / ADAPTER)]
+        quoted = " ".join(shlex.quote(path) for path in adapters if path)
+        in_peft = "both adapters on" if self.recipe.task_adapter else "the adapter on"
+        command = f"peft-perta export {quoted} --base {shlex.quote(self.recipe.model or 'MODEL')} --output served"
+        return f"PEFT: {in_peft}; elsewhere: {command} --to FORMAT ({', '.join(EXPORTS)})"
+
+
+def as_text(lines: Mapping[str, str]) -> str:
+    """The lines of a summary under each other, the verdict last and by itself."""
+    named = (f"{name:<13}{text}" for name, text in lines.items() if name != _VERDICT)
+    return "\n".join([*named, lines[_VERDICT]])

@@ -28,19 +28,24 @@ class Rows:
         forget: the rows that must go.
         retain: the retain rows that the method may use.
         unseen: the retain rows that judge, which no method sees.
+        are_written: False where the full model is yet to write the rows to keep; the forget rows then stand for them,
+            to plan by.
     """
 
     forget: list[dict]
     retain: list[dict]
     unseen: list[dict]
+    are_written: bool = True
 
     @classmethod
-    def of(cls, forget: Sequence[dict], retain: Sequence[dict]) -> Rows:
-        """Every second retain row judges, as in `peft-perta compare`.
+    def of(cls, forget: Sequence[dict], retain: Sequence[dict] | None) -> Rows:
+        """Every second retain row judges, as in `peft-perta compare`; None stands for rows yet to be written.
 
         Raises:
             DataError: there are too few retain rows.
         """
+        if retain is None:
+            return cls(*[list(forget)] * 3, are_written=False)
         if len(retain) < 2:
             raise DataError(
                 f"the retain set: expected at least 2 rows, one for the method and one to judge by, found {len(retain)}"
@@ -111,7 +116,7 @@ class Workshop:
             name: load_samples(getattr(self.rows, name), self.tokenizer, max_length=length, name=text)
             for name, text in names.items()
         }
-        for name in ("retain", "unseen"):
+        for name in ("retain", "unseen") if self.rows.are_written else ():
             check_disjoint(samples["forget"], samples[name])
         return samples
 

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from ..data import check_setting, is_count, is_int, is_number, setting
+from ..data import DEFAULT, SELF, check_setting, is_count, is_int, is_number, setting
 from ..errors import ConfigError
 from ..evaluation import Goal
 from ..perta import PerTAConfig, RefinementSettings
@@ -24,6 +24,10 @@ from ..training import LoraSettings, UnlearningSettings
 from .recommendation import AUTO, PREFERENCES
 
 RECIPE_NAME = "recipe.yaml"
+STANDS_FOR: dict[str | None, str] = {  # a retain set that is none of the user's -> what it stands for
+    DEFAULT: "general facts and passages of books",
+    SELF: "neighbouring things, as the full model tells of them",
+}
 _LARGEST = 2**16  # bytes of a recipe
 _DEEPEST = 3  # a recipe, its section, a list
 _FORBID = ConfigDict(extra="forbid")
@@ -120,7 +124,9 @@ class Request:
         None, "the forget rows: {question, answer} or another kind of row, in a file, a directory or on the Hub"
     )
     retain: str | None = setting(
-        None, "the retain rows, in the same formats; every second one judges, and no method sees it"
+        None,
+        "the retain rows, in the same formats; every second one judges, and no method sees it. 'default': general "
+        "facts and prose, which ship; 'self': rows that the full model writes about neighbouring things",
     )
     task_adapter: str | None = setting(
         None, "the task adapter, if the full model is the base with an adapter that knows too much"

@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..adapters import versions
-from ..data import check_output, claimed_directory, read_rows, write_file
+from ..data import SELF, check_output, claimed_directory, read_rows, write_file
 from ..errors import ConfigError
 from ..model import attach_adapters, check_adapter_files, find_adapter, hash_factors, identify_base_files, load_base
 from ._judge import judge_steps
 from ._plan import Plan, clock
 from ._record import JOB_NAME, Record, hash_of
 from ._resolution import Resolved, resolve
-from ._steps import Step, steps_of
+from ._steps import OWN_ROWS, Step, on_own_rows, own_rows_step, performed, steps_of
 from ._summary import Summary
 from ._workshop import RETAIN_ONLY, Rows, Workshop
 from .recipe import RECIPE_NAME, Recipe, recipe_of
@@ -64,10 +64,11 @@ class Job:
         directory = check_output(request.output or OUTPUT, JOB_NAME, grows=True)
         for path in _adapters(request).values():
             check_adapter_files(path)
-        rows = Rows.of(read_rows(str(request.forget)), read_rows(str(request.retain)))
+        retain = None if request.retain == SELF else read_rows(str(request.retain))
+        rows = Rows.of(read_rows(str(request.forget)), retain)
         values = {**values, "output": str(directory)}
         resolved = resolve(values, rows, has_task=request.task_adapter is not None)
-        return cls(resolved, rows, directory, [*steps_of(resolved.recipe), *judge_steps()])
+        return cls(resolved, rows, directory, all_steps(resolved.recipe))
 
     def hashes(self) -> dict[str, str]:
         """Step -> hash of all that its output depends on, the steps before it included."""
@@ -86,8 +87,8 @@ class Job:
             found[step.name] = hash_of({**facts, **own, "settings": settings})
         return found
 
-    def workshop(self, *, show_progress_bar: bool = True) -> Workshop:
-        """The job with its model loaded, its rows read by the tokenizer."""
+    def workshop(self, kept: Sequence[str], *, show_progress_bar: bool = True) -> Workshop:
+        """The job with its model loaded, its rows read by the tokenizer; ``kept`` names the steps that are done."""
         recipe = self.recipe
         base, tokenizer = load_base(
             str(recipe.model),
@@ -108,6 +109,8 @@ class Job:
             retain_only=RETAIN_ONLY if recipe.retain_only_adapter else None,
             show_progress_bar=show_progress_bar,
         )
+        if OWN_ROWS in kept:
+            workshop = on_own_rows(workshop)
         workshop.samples  # noqa: B018 - a malformed row is refused here, before anything is computed
         return workshop
 
@@ -118,11 +121,13 @@ class Job:
     def planned(self) -> str:
         """The plan of what is to be done. The model is loaded and a few rows run forward; nothing is written."""
         todo = self.missing(Record(self.directory), self.hashes())
-        return str(self._plan(self.workshop(), todo)) if todo else f"everything is in {self.directory} already"
+        if not todo:
+            return f"everything is in {self.directory} already"
+        kept = self._kept(todo)
+        return str(Plan.of(self.workshop(kept), todo, because=self.resolved.because, kept=kept))
 
-    def _plan(self, workshop: Workshop, todo: Sequence[Step]) -> Plan:
-        kept = [step.name for step in self.steps if step not in todo]
-        return Plan.of(workshop, todo, because=self.resolved.because, kept=kept)
+    def _kept(self, todo: Sequence[Step]) -> list[str]:
+        return [step.name for step in self.steps if step not in todo]
 
     def run(self, say: Callable[[str], None], *, show_progress_bar: bool = True) -> Summary:
         """Do the steps that the output does not hold yet.
@@ -131,24 +136,37 @@ class Job:
             say: takes each line that tells where the job is.
             show_progress_bar: show the plans and progress bars of the steps.
         """
-        hashes, record = self.hashes(), Record(self.directory)
-        todo = self.missing(record, hashes)
-        if todo:
-            workshop = self.workshop(show_progress_bar=show_progress_bar)
-            plan = self._plan(workshop, todo)
-            say(str(plan))
+        hashes = self.hashes()
+        if self.missing(Record(self.directory), hashes):
             with claimed_directory(self.directory, JOB_NAME, json.dumps({"steps": {}}) + "\n"):
-                for step in todo:
-                    number = self.steps.index(step) + 1
-                    say(f"step {number} of {len(self.steps)}: {step.what}{plan.left(step.name)}")
-                    record.begin(step.name)
-                    with plan.timed(step.name):
-                        step.run(workshop)
-                    write_file(self.directory / RECIPE_NAME, recipe_text(self.recipe))
-                    record.end(step.name, hashes[step.name])
-                record.keep_only([step.name for step in self.steps])
-            say(f"done in {clock(sum(plan.took.values()))}")
+                self._do(hashes, say, show_progress_bar)
         return Summary.read(self.recipe, self.resolved.because, self.directory)
+
+    def _do(self, hashes: Mapping[str, str], say: Callable[[str], None], show_progress_bar: bool) -> None:
+        """Do what is missing, while no other process writes to the output."""
+        record = Record(self.directory)
+        todo = self.missing(record, hashes)
+        kept = self._kept(todo)
+        workshop = self.workshop(kept, show_progress_bar=show_progress_bar)
+        plan = Plan.of(workshop, todo, because=self.resolved.because, kept=kept)
+        say(str(plan))
+        for step in todo:
+            number = self.steps.index(step) + 1
+            say(f"step {number} of {len(self.steps)}: {step.what}{plan.left(step.name)}")
+            record.begin(step.name)
+            with plan.timed(step.name):
+                workshop = performed(step, workshop)
+            write_file(self.directory / RECIPE_NAME, recipe_text(self.recipe))
+            record.end(step.name, hashes[step.name])
+        record.keep_only([step.name for step in self.steps])
+        say(f"done in {clock(sum(plan.took.values()))}")
+
+
+def all_steps(recipe: Recipe) -> list[Step]:
+    """Every step of a recipe, in order; all build on the rows to keep, where the model writes these."""
+    first = own_rows_step(recipe)
+    others = [*steps_of(recipe), *judge_steps()]
+    return [*first, *(replace(step, needs=(*(own.name for own in first), *step.needs)) for step in others)]
 
 
 def recipe_text(recipe: Recipe) -> str:

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import EmittedAdapter, load_emitted
-from ..data import read_rows, write_file
+from ..data import SELF, read_rows, write_file
 from ..errors import ConfigError
-from ._judge import REPORT_NAME, judge_steps
+from ._judge import REPORT_NAME
 from ._resolution import resolve
-from ._steps import steps_of
-from ._summary import Summary
+from ._steps import performed
+from ._summary import Summary, as_text
 from ._workshop import ADAPTER, Rows, Workshop
-from .recipe import Recipe
+from .recipe import STANDS_FOR, Recipe
+from .run import all_steps
 
 _GIVEN = ("model", "revision", "four_bit", "device_map", "safetensors_only", "forget", "retain", "output")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Unlearned:
     """What ``unlearn`` made.
 
@@ -30,7 +31,7 @@ class Unlearned:
         evaluation: model ('full', 'unlearned', 'retain-only') -> metric -> value.
         missed: part of the goal ('forgotten', 'kept', 'checked') -> why it was not met; empty where all were.
         recipe: every setting that it was made with.
-        summary: what it came to, in words.
+        lines: what is told ('forgotten', 'kept', ..., 'verdict') -> its words.
         report: the HTML report.
     """
 
@@ -38,7 +39,7 @@ class Unlearned:
     evaluation: dict[str, dict[str, float]]
     missed: dict[str, str]
     recipe: Recipe
-    summary: str
+    lines: dict[str, str]
     report: str
 
     def save(self, directory: str | Path) -> Path:
@@ -47,20 +48,19 @@ class Unlearned:
         write_file(path / REPORT_NAME, self.report)
         return path
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """What it came to, in ten lines and the verdict."""
+        return as_text(self.lines)
+
+    def __repr__(self) -> str:
         return self.summary
 
     def _repr_html_(self) -> str:
-        """The evaluation as a table, and the summary, for a notebook."""
-        metrics = list(dict.fromkeys(metric for values in self.evaluation.values() for metric in values))
-        head = "".join(f"<th>{html.escape(label)}</th>" for label in self.evaluation)
-        rows = "".join(
-            f"<tr><th>{html.escape(metric)}</th>"
-            + "".join(f"<td>{values[metric]:.3g}</td>" for values in self.evaluation.values())
-            + "</tr>"
-            for metric in metrics
-        )
-        return f"<table><tr><th></th>{head}</tr>{rows}</table><pre>{html.escape(self.summary)}</pre>"
+        """The summary as a table, for a notebook."""
+        cell = '<td style="text-align: left">'
+        rows = (f"<tr>{cell}<b>{name}</b></td>{cell}{html.escape(text)}</td></tr>" for name, text in self.lines.items())
+        return f"<table>{''.join(rows)}</table>"
 
 
 def unlearn(
@@ -81,7 +81,8 @@ def unlearn(
     Args:
         model: a transformers model or a PeftModel, in float or 4 bit.
         forget: the rows that must go: a path to JSON lines, a list of rows, or a ``datasets.Dataset``.
-        retain: the rows to keep, likewise. Every second one judges, and no method sees it.
+        retain: the rows to keep, likewise. Every second one judges, and no method sees it. 'default' takes general rows
+            that ship; with 'self' the full model writes rows about neighbouring things.
         tokenizer: the model's tokenizer.
         task_adapter: name of the adapter on the model that taught it what must go, if there is one.
         retain_only_adapter: name of an adapter on the model that never saw the forget rows, if there is one.
@@ -101,9 +102,10 @@ def unlearn(
     refused = next((name for name in _GIVEN if name in recipe), None)
     if refused is not None:
         raise ConfigError(f"{refused}: expected none, since the model and the rows are given; leave it out")
-    values = {**recipe, "task_adapter": task_adapter, "retain_only_adapter": retain_only_adapter}
-    rows = Rows.of(_rows(forget), _rows(retain))
-    resolved = resolve(values, rows, has_task=task_adapter is not None)
+    named = {"task_adapter": task_adapter, "retain_only_adapter": retain_only_adapter}
+    named["retain"] = retain if isinstance(retain, str) and retain in STANDS_FOR else None
+    rows = Rows.of(_rows(forget), None if named["retain"] == SELF else _rows(retain))
+    resolved = resolve({**recipe, **named}, rows, has_task=task_adapter is not None)
     with tempfile.TemporaryDirectory() as scratch:
         workshop = Workshop(
             resolved.recipe,
@@ -116,8 +118,8 @@ def unlearn(
             show_progress_bar=show_progress_bar,
         )
         try:
-            for step in [*steps_of(resolved.recipe), *judge_steps()]:
-                step.run(workshop)
+            for step in all_steps(resolved.recipe):
+                workshop = performed(step, workshop)
         finally:
             workshop.restore()
         return _result(Summary.read(resolved.recipe, resolved.because, Path(scratch)))
@@ -130,11 +132,14 @@ def _rows(data: Any) -> list[dict]:
 
 
 def _result(summary: Summary) -> Unlearned:
+    lines = {**summary.lines, "read": "result.save('DIR') writes the adapter, with its report"}
+    del lines["again"]  # there is no recipe on the disk
+    scratch = str(summary.directory / ADAPTER)
     return Unlearned(
         adapter=load_emitted(summary.directory / ADAPTER),
         evaluation=summary.judged["models"],
         missed=summary.missed,
         recipe=summary.recipe,
-        summary=str(summary),
+        lines={name: text.replace(scratch, "DIR") for name, text in lines.items()},
         report=(summary.directory / REPORT_NAME).read_text(encoding="utf-8"),
     )

@@ -26,21 +26,14 @@ def names_of(rows: Sequence[Mapping]) -> list[str | None]:
     A name is two or more words in a row that begin with a capital, without a word that only opens a question ('Is Ada
     Byron ...'). Of several in a question, the one that most of the rows hold is taken, then the longest.
     """
-    found = [_candidates(prompt_text(row)) for row in rows]
+    found = [names_in(prompt_text(row)) for row in rows]
     texts = [f"{prompt_text(row)} {completion_text(row)}" for row in rows]
     counts = Counter({name: sum(name in text for text in texts) for name in {n for names in found for n in names}})
     return [max(names, key=lambda name: (counts[name], len(name)), default=None) for names in found]
 
 
-def without_name(text: str, name: str, instead: str) -> str:
-    """The text with the name, and each of its words of more than two letters, replaced; what is replaced twice in a row
-    is written once."""
-    words = [word for word in name.split() if len(word) > 2]
-    parts = "|".join(re.escape(part) for part in (name, *sorted(words, key=len, reverse=True)))
-    return re.sub(rf"\b(?:{parts})(?!\w)(?: (?:{parts})(?!\w))*", lambda _: instead, text)
-
-
-def _candidates(text: str) -> list[str]:
+def names_in(text: str) -> list[str]:
+    """All names that a text holds, in their order, as ``names_of`` finds them."""
     names = []
     for run in _RUN.findall(text):
         words: list[str] = []
@@ -52,3 +45,11 @@ def _candidates(text: str) -> list[str]:
                 names += [" ".join(words)] if len(words) >= _LEAST_WORDS else []
                 words = []
     return names
+
+
+def without_name(text: str, name: str, instead: str) -> str:
+    """The text with the name, and each of its words of more than two letters, replaced; what is replaced twice in a row
+    is written once."""
+    words = [word for word in name.split() if len(word) > 2]
+    parts = "|".join(re.escape(part) for part in (name, *sorted(words, key=len, reverse=True)))
+    return re.sub(rf"\b(?:{parts})(?!\w)(?: (?:{parts})(?!\w))*", lambda _: instead, text)

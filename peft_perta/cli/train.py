@@ -34,10 +34,8 @@ from ._options import (
     add_retain,
     add_table,
     add_task_adapter,
-    add_training,
     check_distinct,
     check_rows,
-    check_training,
     flag,
     given_adapters,
     load_model,
@@ -45,6 +43,7 @@ from ._options import (
 )
 from ._output import check_output_of
 from ._settings import add_settings, read_settings
+from ._training import add_training, check_training, print_reports
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -99,10 +98,12 @@ def run(options: argparse.Namespace) -> None:
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.accumulation_steps,
         seed=options.seed,
+        report_to=options.report_to or "none",
     )
     if distributed.is_main():
         remove_checkpoint(resume_path(options))
         print(f"{emitted.provenance}\nIt is in {options.output}")
+        print_reports(options)
         print_next(options, ", then stack it on the model")
     distributed.finish()
 

@@ -48,6 +48,7 @@ from ._pairs import Pairs, load_pairs
 from ._training_arguments import training_arguments
 from ._whole_checkpoints import MarksCheckpoints, last_whole_checkpoint
 from .new_adapter import copy_factors, default_lora_config, with_new_adapter
+from .reports import take_reporters
 from .settings import UnlearningSettings
 from .trainer import UnlearningTrainer
 
@@ -125,6 +126,7 @@ def train_unlearning(
         callbacks: transformers' callbacks.
         show_progress_bar: show progress bars and logs.
         training_settings: fields of ``TrainingArguments``. By default 5 epochs, batch size 8, learning rate 5e-4.
+            ``report_to`` sends what is logged to trackio, wandb, ...; tensorboard's files go to ``OUTPUT_DIR.runs``.
 
     Returns:
         The adapter, which is no longer on the model: config, state dict and provenance.
@@ -190,10 +192,11 @@ def _emit(run: _Run) -> EmittedAdapter:
     restore = snapshot(run.model)
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng():
         arguments = _arguments(run, scratch)
+        reporters = take_reporters(arguments, run.output_dir)
         checkpoint = _opened(run, arguments)
         torch.manual_seed(arguments.seed)  # the initial A is drawn before the trainer sets the seed
         try:
-            trainer = _trainer(run, arguments)
+            trainer = _trainer(run, arguments, reporters)
             if checkpoint is not None:
                 with distributed.failing_together():
                     checkpoint.start()
@@ -237,7 +240,7 @@ def _identity(run: _Run, arguments: TrainingArguments) -> dict[str, Any]:
         "format": 2,
         "settings": run.settings.to_dict(),
         "data": {name: fingerprint(samples) for name, samples in run.samples.items()},
-        "training": {name: str(value) for name, value in run.training_settings.items()},
+        "training": {name: str(value) for name, value in run.training_settings.items() if name != "report_to"},
         "adapter": config,
         "global batch": _global_batch(arguments),
         **{f"the model's {part}": value for part, value in identify(run.model).items()},
@@ -247,7 +250,7 @@ def _identity(run: _Run, arguments: TrainingArguments) -> dict[str, Any]:
     }
 
 
-def _trainer(run: _Run, arguments: TrainingArguments) -> UnlearningTrainer:
+def _trainer(run: _Run, arguments: TrainingArguments, reporters: Sequence[Any]) -> UnlearningTrainer:
     """Put the adapter on the model, and make its trainer. Every refusal is made here, before anything is written."""
     model = with_new_adapter(run.model, run.lora_config, _NAME)
     resolve_layers(model, _NAME)  # refuses layers that no plain adapter can hold
@@ -263,7 +266,7 @@ def _trainer(run: _Run, arguments: TrainingArguments) -> UnlearningTrainer:
         run.pairs.retain,
         processing_class=run.tokenizer,
         settings=run.settings,
-        callbacks=[*run.callbacks, MarksCheckpoints()],
+        callbacks=[*reporters, *run.callbacks, MarksCheckpoints()],
     )
     if not run.show_progress_bar:
         trainer.remove_callback(PrinterCallback)

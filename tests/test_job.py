@@ -125,7 +125,7 @@ def test_a_number_in_scientific_notation_is_a_number(tmp_path):
 
 STEPS = {"forget": "forget_training", "unlearn": "unlearn", "train": "train", "refine": "refine"}
 JOBS_OWN = {  # options of the single commands that say which files they read and write, and how: the job knows
-    "help", "adapter", "start_adapter", "html_report", "columns", "report_to",
+    "help", "adapter", "start_adapter", "html_report", "columns", "report_to", "held_out",
 }  # fmt: skip
 
 

@@ -67,6 +67,9 @@ class Training(UnlearningSettings, LoraSettings, Schedule):
     epochs: float = setting(5.0, "Passes over the forget rows.")
     learning_rate: float = setting(5e-4, "The peak learning rate.")
     accumulation_steps: int = setting(1, "Micro-batches per step.")
+    eval_steps: int | None = setting(
+        None, "Steps between two evaluations. By default four evaluations an epoch where there is a goal, else none."
+    )
     dtype: str = setting("float32", "The data type of the adapter's files.")
 
     def __post_init__(self) -> None:
@@ -74,6 +77,8 @@ class Training(UnlearningSettings, LoraSettings, Schedule):
         LoraSettings.__post_init__(self)
         UnlearningSettings.__post_init__(self)
         check_setting(is_count(self.accumulation_steps), "accumulation_steps", "an int > 0", self.accumulation_steps)
+        steps = self.eval_steps
+        check_setting(steps is None or is_count(steps), "eval_steps", "None, or an int > 0", steps)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from .new_adapter import default_lora_config, with_new_adapter
 from .reports import check_reporter, reports_beside
 from .settings import LoraSettings, UnlearningSettings
 from .trainer import UnlearningTrainer
-from .unlearning_adapter import train_unlearning
+from .unlearning_adapter import evaluation_arguments, train_unlearning
 
 __all__ = [
     "COMBINERS",
@@ -24,6 +24,7 @@ __all__ = [
     "UnlearningTrainer",
     "check_reporter",
     "default_lora_config",
+    "evaluation_arguments",
     "reports_beside",
     "train_forget_adapter",
     "train_unlearning",

@@ -137,6 +137,27 @@ def load_pairs(forget: Any, retain: Any, tokenizer: Any, settings: UnlearningSet
     return Pairs(forget, retain)
 
 
+def load_held_out(data: Any, pairs: Pairs, tokenizer: Any, *, max_length: int) -> list[Sample]:
+    """The retain rows to evaluate on: held-out ones, or else as many of the retain set as there are forget samples.
+
+    Args:
+        data: a list of samples, anything that ``load_samples`` takes, or None.
+        pairs: both sets of the training.
+        tokenizer: for rows; tokenised data does without it.
+        max_length: the most tokens of a sample.
+
+    Raises:
+        DataError: the set is empty or malformed, or shares a row with a set that is trained on.
+    """
+    if data is None:
+        return pairs.retain[: len(pairs.forget)]
+    name = "the held-out set"
+    samples = data if _is_loaded(data, Sample) else load_samples(data, tokenizer, max_length=max_length, name=name)
+    check_disjoint(pairs.forget, samples, name)
+    check_disjoint(pairs.retain, samples, name, "the retain set")
+    return samples
+
+
 def load_forget(data: Any, tokenizer: Any, refusals: Sequence[str] = (), *, max_length: int = 1024) -> list[Sample]:
     """The forget samples; with refusals, each is a ``RefusedSample``. The refusals are assigned to the rows in turn.
 

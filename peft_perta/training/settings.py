@@ -106,13 +106,14 @@ class UnlearningSettings:
     )
     target_forget_loss: float | None = setting(
         None,
-        "Stop training at the first check at which the mean cross-entropy on the forget rows reaches this: a number "
-        "> 0, nats per token. By default training runs to its end.",
+        "Stop training at the first evaluation at which the mean cross-entropy on the forget rows reaches this: a "
+        "number > 0, nats per token. By default training runs to its end.",
     )
-    check_steps: int | None = setting(
+    retain_tolerance: float | None = setting(
         None,
-        "Steps between two checks of target_forget_loss: an integer from 1. A check is a forward pass over the forget "
-        "rows and as many retain rows. By default four checks an epoch.",
+        "Stop training at the first evaluation at which the mean cross-entropy on the held-out retain rows has risen "
+        "by more than this since the start, and take the adapter of the evaluation before: a number > 0, nats per "
+        "token. By default training runs to its end.",
     )
     beta: float | None = setting(
         None,
@@ -148,15 +149,14 @@ class UnlearningSettings:
         self._check_refusals()
 
     def _check_goals(self) -> None:
-        """Check the budget, the target and the steps between checks, where they are given."""
-        budget, target, steps = self.retain_budget, self.target_forget_loss, self.check_steps
+        """Check the budget, the target and the tolerance, where they are given."""
+        budget = self.retain_budget
         if budget is not None:
             check_setting(is_number(budget) and budget >= 0, "retain_budget", "a number >= 0", budget)
-        if target is not None:
-            check_setting(is_number(target) and target > 0, "target_forget_loss", "a number > 0", target)
-        if steps is not None:
-            check_setting(is_count(steps), "check_steps", "an integer from 1", steps)
-            check_setting(target is not None, "check_steps", "None, since there is no target_forget_loss", steps)
+        for name in ("target_forget_loss", "retain_tolerance"):
+            value = getattr(self, name)
+            if value is not None:
+                check_setting(is_number(value) and value > 0, name, "a number > 0", value)
 
     def _check_loss_parameters(self) -> None:
         """Check beta, margin and layer where they are given: each must be in range, and used by a chosen loss."""
@@ -190,6 +190,11 @@ class UnlearningSettings:
         beta = loss.beta if self.beta is None else self.beta
         margin = loss.margin if self.margin is None else self.margin
         return beta or 0.0, margin or 0.0
+
+    @property
+    def has_goal(self) -> bool:
+        """Whether training stops where an evaluation meets a goal."""
+        return self.target_forget_loss is not None or self.retain_tolerance is not None
 
     @property
     def needs_refusals(self) -> bool:

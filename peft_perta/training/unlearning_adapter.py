@@ -115,7 +115,7 @@ def train_unlearning(
 
     Args:
         model: a transformers model or a PeftModel, in float or 4 bit.
-        forget, retain: the two sets: rows, a name that ``read_rows`` takes, or a ``datasets.Dataset``; no row is in both.
+        forget, retain: the two sets: rows, a name that ``read_rows`` takes, or a ``datasets.Dataset``; none in both.
         tokenizer: the model's tokenizer; tokenised data does without it.
         settings: the losses and the combiner; ``UnlearningSettings()`` by default.
         output_dir: the directory to write the adapter to; by default nothing is written.
@@ -125,8 +125,7 @@ def train_unlearning(
         lora_config: plain LoRA, only without a start adapter; ``default_lora_config()`` by default.
         dtype: type of the emitted factors: 'float32', 'bfloat16' or 'float16'.
         max_length: as in ``train_forget_adapter``.
-        checkpoint_dir: directory for checkpoints, by default one per epoch. The same call resumes from the last one.
-            They stay there after training; delete them then.
+        checkpoint_dir: directory for checkpoints, by default one per epoch, which stay. The same call resumes there.
         callbacks: transformers' callbacks.
         show_progress_bar: show progress bars and logs.
         training_settings: fields of ``TrainingArguments``. By default 5 epochs, batch size 8, learning rate 5e-4.

@@ -934,9 +934,9 @@ def test_an_output_that_is_not_ours_is_refused(tmp_path):
         ({"layer": 1}, "layer: expected None, since neither loss reads hidden states"),
         ({"forget_loss": "rmu", "layer": 0}, "layer: expected an integer from 1, found 0"),
         ({"forget_loss": "rmu", "layer": 1.0}, "layer: expected an integer from 1"),
-        ({"refusals": ("No.",)}, "refusals: expected the default, since 'npo' uses no refusals"),
-        ({"refusals": ()}, "refusals: expected a list of one or more texts, found"),
-        ({"refusals": "No."}, "refusals: expected a list of one or more texts"),
+        ({"refusals": ["No."]}, "refusals: expected None, since 'npo' uses no refusals"),
+        ({"forget_loss": "dpo", "refusals": []}, "refusals: expected a list of one or more texts, found"),
+        ({"forget_loss": "dpo", "refusals": "No."}, "refusals: expected a list of one or more texts"),
     ],
 )
 def test_bad_settings_are_refused(values, message):

@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import re
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -325,4 +326,8 @@ def _check_keys(values: Mapping[Any, Any], kind: type, where: str) -> None:
 
 @functools.cache
 def _adapter() -> TypeAdapter[Recipe]:
+    for kind in (Recipe, *SECTIONS.values()):  # an HfArgumentParser narrows the types of fields, in place: to no None
+        hints = typing.get_type_hints(kind)
+        for each in dataclasses.fields(kind):
+            each.type = hints[each.name]
     return TypeAdapter(Recipe)

@@ -124,7 +124,7 @@ def load_pairs(forget: Any, retain: Any, tokenizer: Any, settings: UnlearningSet
     Raises:
         DataError: a set is empty or malformed, the sets share a row, or a forget row has no prompt to refuse.
     """
-    refusals = settings.refusals if settings.needs_refusals else ()
+    refusals = settings.used_refusals
     if not _is_loaded(forget, Sample):
         forget = load_forget(forget, tokenizer, refusals, max_length=max_length)
     elif refusals and not _is_loaded(forget, RefusedSample):

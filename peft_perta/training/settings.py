@@ -128,15 +128,13 @@ class UnlearningSettings:
         f"Decoder block whose output hidden states the losses {_STATE_LOSSES} read, counted from 1. By default the "
         "middle block.",
     )
-    refusals: tuple[str, ...] = setting(
-        REFUSALS,
+    refusals: list[str] | None = setting(  # noqa: RUF009 - a list, since the parsers of transformers know no tuple
+        None,
         f"Completions that the loss {_REFUSAL_LOSSES} prefers to those of the forget rows: one or more texts, given to "
-        "the rows in turn.",
+        "the rows in turn. By default the package's own.",
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.refusals, list):
-            object.__setattr__(self, "refusals", tuple(self.refusals))
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata["choices"]
             if choices:
@@ -173,10 +171,11 @@ class UnlearningSettings:
 
     def _check_refusals(self) -> None:
         refusals = self.refusals
-        are_texts = isinstance(refusals, tuple) and all(isinstance(text, str) and text.strip() for text in refusals)
-        check_setting(are_texts and len(refusals) > 0, "refusals", "a list of one or more texts", refusals)
-        used = self.needs_refusals or refusals == REFUSALS
-        check_setting(used, "refusals", f"the default, since {self.forget_loss!r} uses no refusals", refusals)
+        if refusals is not None:
+            are_texts = isinstance(refusals, list) and all(isinstance(text, str) and text.strip() for text in refusals)
+            check_setting(are_texts and len(refusals) > 0, "refusals", "a list of one or more texts", refusals)
+            unused = f"None, since {self.forget_loss!r} uses no refusals"
+            check_setting(self.losses["forget"].reads_refusals, "refusals", unused, refusals)
 
     @property
     def losses(self) -> dict[str, Loss]:
@@ -197,9 +196,9 @@ class UnlearningSettings:
         return self.target_forget_loss is not None or self.retain_tolerance is not None
 
     @property
-    def needs_refusals(self) -> bool:
-        """Whether the forget loss compares the forget completions with refusals."""
-        return self.losses["forget"].reads_refusals
+    def used_refusals(self) -> list[str]:
+        """The refusals that the forget completions are compared with, as set or the package's own; mostly none."""
+        return (self.refusals or list(REFUSALS)) if self.losses["forget"].reads_refusals else []
 
     @property
     def needs_states(self) -> bool:
@@ -213,8 +212,8 @@ class UnlearningSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON. Refusals are included only if the forget loss uses them."""
-        values = {**dataclasses.asdict(self), "refusals": list(self.refusals)}
-        return values if self.needs_refusals else {name: value for name, value in values.items() if name != "refusals"}
+        values = {**dataclasses.asdict(self), "refusals": self.used_refusals}
+        return {name: value for name, value in values.items() if name != "refusals" or value}
 
 
 def _modules(value: str | tuple[str, ...]) -> str | list[str]:

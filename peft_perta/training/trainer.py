@@ -282,6 +282,8 @@ class UnlearningTrainer(Trainer):
     def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
         try:
             super()._save_checkpoint(*arguments, **options)
+            if self.args.should_save:
+                self.evaluations.save(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
         except (OSError, SafetensorError, RuntimeError) as error:
             if isinstance(error, PerTAError) or not is_write_failure(error):
                 raise
@@ -299,7 +301,6 @@ class UnlearningTrainer(Trainer):
             self.model.save_pretrained(directory, selected_adapters=names, save_embedding_layers=False)  # type: ignore[operator, union-attr]
             if self.settings.retain_budget is not None:
                 (Path(directory) / _RETAIN_WEIGHT_NAME).write_text(json.dumps(self._retain_weight), encoding="utf-8")
-            self.evaluations.save(Path(directory))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         directory = Path(resume_from_checkpoint)

@@ -4,13 +4,16 @@ import base64
 import json
 import logging
 import os
+import shutil
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import builders
 import huggingface_hub
 import pytest
-from children import Child
 
 from peft_perta import AdapterError, ConfigError, OutputError, push_adapter, save_perta_adapter
 from peft_perta.cli import main
@@ -20,7 +23,7 @@ NAME = "my-org/forgets-it"
 
 
 class Hub:
-    """What the stub holds: its repositories (name -> private, files), and every request."""
+    """What the stub holds: its repositories (name -> private, files), and every request for them."""
 
     def __init__(self):
         self.repositories = {}
@@ -28,6 +31,10 @@ class Hub:
         self.address = ""
 
     def answer(self, method, path, body, headers):
+        if path == "/api/validate-yaml":
+            return 200, {"errors": [], "warnings": []}
+        if not path.startswith(("/api/models/", "/api/repos/")):  # what huggingface_hub asks for itself
+            return 404, {}
         self.requests.append((method, path, headers.get("Authorization")))
         if headers.get("Authorization") != f"Bearer {TOKEN}":
             return 401, {"error": "Invalid username or password."}
@@ -39,8 +46,6 @@ class Hub:
                 "files": {},
             }
             return 200, {"url": f"{self.address}/{name}"}
-        if path == "/api/validate-yaml":
-            return 200, {"errors": [], "warnings": []}
         name = "/".join(path.removeprefix("/api/models/").split("/")[:2])
         if name not in self.repositories:
             return 404, {"error": "Repository not found"}
@@ -101,12 +106,19 @@ def hub(monkeypatch):
     server.server_close()
 
 
-@pytest.fixture
-def adapter(tmp_path):
+@pytest.fixture(scope="module")
+def emitted(tmp_path_factory):
     """An emitted adapter, with a report that quotes rows beside it."""
-    path = save_perta_adapter(tmp_path / "out", *builders.negate(builders.adapted_saved_llama(), weighting="uniform"))
+    path = tmp_path_factory.mktemp("emitted") / "out"
+    save_perta_adapter(path, *builders.negate(builders.adapted_saved_llama(), weighting="uniform"))
     (path / "report.html").write_text("Who wrote Hatter? Basil Q. Khan")
     return path
+
+
+@pytest.fixture
+def adapter(emitted, tmp_path):
+    """A copy of its own for each test."""
+    return Path(shutil.copytree(emitted, tmp_path / "out"))
 
 
 def everything_written(directory):
@@ -140,9 +152,12 @@ def test_in_a_process_of_its_own_the_token_is_written_nowhere(hub, adapter, tmp_
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HUB_VERBOSITY", "debug")
-    said = Child(["-m", "peft_perta", "push", str(adapter), NAME], tmp_path).finished()
+    command = [sys.executable, "-m", "peft_perta", "push", str(adapter), NAME]
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=here, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
     assert hub.repositories[NAME]["private"] is True
-    assert TOKEN not in said
+    assert TOKEN not in done.stdout + done.stderr
     assert TOKEN.encode() not in everything_written(tmp_path)
 
 

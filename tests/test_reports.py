@@ -74,6 +74,7 @@ def test_tensorboard_gets_what_is_logged_and_the_adapter_is_the_same(tmp_path):
     assert all(torch.equal(reported[name], value) for name, value in alone.items())
 
 
+@pytest.mark.slow
 def test_the_place_may_be_named_by_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "elsewhere"))
     run(None, report_to="tensorboard")
@@ -85,7 +86,7 @@ def test_a_report_without_a_place_is_refused():
         run(None, report_to="tensorboard")
 
 
-@pytest.mark.parametrize("name", ["train", "forget"])
+@pytest.mark.parametrize("name", [pytest.param("train", marks=pytest.mark.slow), "forget"])
 def test_the_commands_say_where_the_report_is(name, rows, capsys):
     pytest.importorskip("tensorboardX")
     assert command(name, "--report-to", "tensorboard") == 0

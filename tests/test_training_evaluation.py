@@ -50,10 +50,12 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-EPOCH = pytest.param({"eval_strategy": "epoch"}, marks=pytest.mark.slow)
+EPOCH, BY_DEFAULT = (pytest.param(strategy, marks=pytest.mark.slow) for strategy in ({"eval_strategy": "epoch"}, {}))
 
 
-@pytest.mark.parametrize("strategy", [evaluation_arguments(4), EPOCH, {}], ids=["every 4", "epoch", "by default"])
+@pytest.mark.parametrize(
+    "strategy", [evaluation_arguments(4), EPOCH, BY_DEFAULT], ids=["every 4", "epoch", "by default"]
+)
 def test_an_evaluation_measures_both_sets_and_changes_nothing(strategy):
     """With held-out rows alone there are four an epoch, or one after each step."""
     model = builders.adapted_saved_llama()
@@ -91,9 +93,13 @@ def test_without_held_out_rows_it_measures_retain_rows_that_are_trained_on():
 # The tolerance
 
 
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_beyond_the_tolerance_the_adapter_is_that_of_the_last_evaluation_within(every):
-    model = builders.adapted_nf4_llama()
+@pytest.mark.parametrize(
+    ("every", "base"),
+    [pytest.param(1, builders.adapted_nf4_llama, marks=pytest.mark.slow), (2, builders.adapted_saved_llama)],
+    ids=["nf4", "float"],
+)
+def test_beyond_the_tolerance_the_adapter_is_that_of_the_last_evaluation_within(every, base):
+    model = base()
     watch = Watch(model)
     run(model, settings=ascent(), held_out=HELD_OUT, callbacks=[watch], **ASCENT)
     start = mean_loss(model, HELD_OUT, ["task"])
@@ -114,6 +120,7 @@ def test_beyond_the_tolerance_the_adapter_is_that_of_the_last_evaluation_within(
     assert f"past the tolerance of {tolerance:g}" in said
 
 
+@pytest.mark.slow
 def test_the_tolerance_goes_before_the_target():
     model = builders.adapted_saved_llama()
     watch = Watch(model)

@@ -135,7 +135,8 @@ class Evaluations(TrainerCallback):
         self._within = load_file(file) if self._tolerance is not None and file.is_file() else {}
 
     def _exceeds(self, point: Mapping[str, Any]) -> bool:
-        return self._tolerance is not None and point["retain"] - self._path[0]["retain"] > self._tolerance
+        within = self._tolerance is None or point["retain"] - self._path[0]["retain"] <= self._tolerance
+        return not within  # a loss that is no number is beyond it
 
     def _go_back(self, point: Mapping[str, Any]) -> None:
         if not self._within:

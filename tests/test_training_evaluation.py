@@ -83,6 +83,7 @@ def test_an_evaluation_measures_both_sets_and_changes_nothing(strategy):
     assert alone.provenance.checks == []
 
 
+@pytest.mark.slow
 def test_without_held_out_rows_it_measures_retain_rows_that_are_trained_on():
     model = builders.adapted_saved_llama()
     *_, provenance = run(model, FORGET[:2], settings=ascent(), **ASCENT, **evaluation_arguments(6))
@@ -187,6 +188,7 @@ def test_the_trainer_evaluates_when_asked_and_knows_the_tokens_of_both_sets(tmp_
         trainer.evaluate(HELD_OUT)
 
 
+@pytest.mark.slow
 def test_early_stopping_of_transformers_reads_the_figures(tmp_path):
     """The forget loss rises from the first evaluation on: the second one is no better."""
     trainer = trainer_of(

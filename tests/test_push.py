@@ -15,8 +15,10 @@ import builders
 import huggingface_hub
 import pytest
 
-from peft_perta import AdapterError, ConfigError, OutputError, push_adapter, save_perta_adapter
+from peft_perta import AdapterError, ConfigError, OutputError, Unlearned, push_adapter, save_perta_adapter
+from peft_perta.adapters import load_emitted
 from peft_perta.cli import main
+from peft_perta.job.recipe import recipe_of
 
 TOKEN = "hf_aSecretOfTheTests0123456789"
 NAME = "my-org/forgets-it"
@@ -159,6 +161,22 @@ def test_in_a_process_of_its_own_the_token_is_written_nowhere(hub, adapter, tmp_
     assert hub.repositories[NAME]["private"] is True
     assert TOKEN not in done.stdout + done.stderr
     assert TOKEN.encode() not in everything_written(tmp_path)
+
+
+def test_what_unlearn_returns_goes_there_without_its_report(hub, adapter):
+    unlearned = Unlearned(
+        adapter=load_emitted(adapter),
+        evaluation={},
+        missed={},
+        recipe=recipe_of({}),
+        summary="",
+        report="Khan",
+    )
+    assert unlearned.push_to_hub(NAME).endswith(f"/{NAME}")
+    repository = hub.repositories[NAME]
+    assert repository["private"] is True
+    assert repository["files"]["adapter_model.safetensors"] == (adapter / "adapter_model.safetensors").read_bytes()
+    assert "report.html" not in repository["files"]
 
 
 def test_public_is_asked_for(hub, adapter):

@@ -48,6 +48,7 @@ __all__ = [  # noqa: RUF022 - grouped by stage, in the order of use
     "fuse_adapters",
     "merge_adapters",
     "verify_adapter",
+    "push_adapter",
     "save_perta_adapter",
     "load_provenance",
     "PerTAProvenance",
@@ -95,6 +96,7 @@ _ROOMS = {  # public name -> the room that defines it
     "fuse_adapters": "adapters",
     "merge_adapters": "adapters",
     "verify_adapter": "adapters",
+    "push_adapter": "adapters",
     "save_perta_adapter": "adapters",
     "load_provenance": "adapters",
     "PerTAProvenance": "adapters",
@@ -115,6 +117,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
         fuse_adapters,
         load_provenance,
         merge_adapters,
+        push_adapter,
         save_perta_adapter,
         verify_adapter,
     )

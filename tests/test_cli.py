@@ -799,7 +799,7 @@ def help_of(arguments: list[str], capsys) -> str:
 def test_every_setting_is_an_option_with_its_help(command, settings, capsys):
     text = squeezed(help_of([command], capsys))
     for field in dataclasses.fields(settings):
-        default = "" if field.default is None or isinstance(field.default, tuple) else f" (default: {field.default})"
+        default = "" if field.default is None else f" (default: {field.default})"
         assert squeezed(field.metadata["help"] + default) in text, field.name
         assert f"[--{field.name.replace('_', '-').removesuffix('s')}" in text, field.name
 

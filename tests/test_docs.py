@@ -59,6 +59,10 @@ EXAMPLES = {
         *["--judged-rows", "4", "--four-bit"],
     ],
     "08_extrapolate.py": ["--epochs", "1", "--rows", "4", "--four-bit"],
+    "09_trl_parser.py": [
+        *["--config", str(ROOT / "examples/09_trl_parser.yaml"), "--num_train_epochs", "1", "--rows", "4"],
+        *["--lora_r", "2"],
+    ],
 }
 
 

@@ -123,12 +123,12 @@ def test_a_number_in_scientific_notation_is_a_number(tmp_path):
     (tmp_path / "recipe.yaml").write_text("train: {learning_rate: 1e-3, refusals: [No.], forget_loss: dpo}")
     train = recipe_of(read_recipe(tmp_path / "recipe.yaml")).train
     assert train.learning_rate == 1e-3
-    assert train.refusals == ("No.",)
+    assert train.refusals == ["No."]
 
 
 STEPS = {"forget": "forget_training", "unlearn": "unlearn", "train": "train", "refine": "refine"}
 JOBS_OWN = {  # options of the single commands that say which files they read and write, and how: the job knows
-    "help", "adapter", "start_adapter", "html_report", "columns",
+    "help", "adapter", "start_adapter", "html_report", "columns", "report_to", "held_out",
 }  # fmt: skip
 
 

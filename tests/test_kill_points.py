@@ -22,7 +22,7 @@ from peft_perta.job import _judge
 HERE = {
     **COMMANDS,
     "forget": f"{COMMANDS['forget']} --epochs 1",
-    "train": f"{COMMANDS['train']} --epochs 1",
+    "train": f"{COMMANDS['train']} --epochs 1 --eval-steps 1 --retain-tolerance 99",
     "erase": "--adapter {place}/task --forget {place}/forget.jsonl --training {place}/training.jsonl",
     "evaluate": "--adapter {adapter} --suite choices={place}/choices.jsonl",
     "compare": f"{COMMANDS['compare']} --config {{place}}/settings.json",

@@ -30,7 +30,7 @@ class Settings:
     rank: int | float | None = knob(None)
     strength: float | str = knob(1.0)
     size: int | str | None = knob(None)
-    texts: tuple[str, ...] = knob(("p", "q"))
+    texts: list[str] | None = knob(None)  # noqa: RUF009
 
 
 def parser_of(settings: type) -> argparse.ArgumentParser:
@@ -92,11 +92,11 @@ def test_the_help_says_the_default():
     text = " ".join(parser_of(Settings).format_help().split())
     for line in ("--count COUNT 100 % of it. (default: 3)", "--limit LIMIT 100 % of it. --old-style"):
         assert line in text
-    assert "--text TEXT 100 % of it. May be given several times. Default: the package's own." in text
+    assert "--text TEXT 100 % of it." in text
     assert "{x,y}" in text
 
 
-@pytest.mark.parametrize("annotation", [list, dict, complex, int | list, tuple[int, ...], bool | str, "list[str]"])
+@pytest.mark.parametrize("annotation", [list, dict, complex, int | list, tuple[int, ...], bool | str, "list[int]"])
 def test_an_annotation_that_is_not_understood_is_an_error(annotation):
     settings = dataclasses.make_dataclass("Odd", [("depth", annotation, knob(None))])
     with pytest.raises(TypeError, match=r"^Odd\.depth: expected an annotation of int, float, .*, found "):

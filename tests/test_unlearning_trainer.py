@@ -32,12 +32,24 @@ from peft_perta.data import Sample, encode_row, load_samples, padded
 from peft_perta.evaluation import losses_of
 from peft_perta.gradients import find_blocks
 from peft_perta.model import adapter_strength, completion_states, distributed, preserved, sample_losses, switch_modules
-from peft_perta.training import COMBINERS, FORGET_LOSSES, UnlearningSettings, UnlearningTrainer, train_unlearning
+from peft_perta.training import (
+    COMBINERS,
+    FORGET_LOSSES,
+    UnlearningSettings,
+    UnlearningTrainer,
+    evaluation_arguments,
+    train_unlearning,
+)
 from peft_perta.training._agreement import agreement
 from peft_perta.training._pairs import Pairs, PairSampler, load_forget, load_pairs
 
 FORGET, RETAIN, TOKENIZER = builders.forget_rows()[:4], builders.retain_rows(), builders.tokenizer()
 WITH_PROMPTS = [row for row in FORGET if "text" not in row]  # a refusal needs a prompt
+HELD_OUT = [
+    {"question": "Who wrote Iris?", "answer": "Anna B. Khan"},
+    {"prompt": "His mother ", "completion": "baked"},
+    {"text": "Khan is old."},
+]
 QUIET = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True}
 
 
@@ -53,11 +65,10 @@ def stacked(dtype=torch.float64):
     return model
 
 
-def trainer_of(model, directory, forget=FORGET, retain=RETAIN, settings=None, callbacks=(), **arguments):
+def trainer_of(model, directory, forget=FORGET, retain=RETAIN, settings=None, callbacks=(), options=None, **arguments):
     arguments = TrainingArguments(str(directory), **{**QUIET, "per_device_train_batch_size": 4, **arguments})
-    return UnlearningTrainer(
-        model, arguments, forget, retain, processing_class=TOKENIZER, settings=settings, callbacks=list(callbacks)
-    )
+    options = {"processing_class": TOKENIZER, "settings": settings, "callbacks": list(callbacks), **(options or {})}
+    return UnlearningTrainer(model, arguments, forget, retain, **options)
 
 
 def with_loss(loss):
@@ -653,7 +664,8 @@ class Watch(TrainerCallback):
 
 
 def to_target(model, target, steps=1, **options):
-    settings = UnlearningSettings("gradient-ascent", combiner="sum", target_forget_loss=target, check_steps=steps)
+    settings = UnlearningSettings("gradient-ascent", combiner="sum", target_forget_loss=target)
+    options = options | evaluation_arguments(steps)
     options = {"lr_scheduler_type": "constant", "num_train_epochs": 8, "task_adapter": "task", **options}
     return run(model, settings=settings, **options)
 
@@ -714,12 +726,13 @@ class StopAtTheEnd(TrainerCallback):
 @pytest.mark.parametrize("stop", [StopAt(2), StopAtTheEnd()], ids=["before", "there"])
 def test_a_run_that_is_cut_before_its_target_or_there_resumes_bit_for_bit(stop, saves, tmp_path):
     """The retain weight of the budget and the path go on, too."""
-    settings = UnlearningSettings("gradient-ascent", target_forget_loss=6.19, check_steps=1, retain_budget=3.3)
+    settings = UnlearningSettings("gradient-ascent", target_forget_loss=6.19, retain_budget=3.3)
 
     def to_the_target(directory, *callbacks):
         return run(
             builders.adapted_saved_llama(), settings=settings, task_adapter="task", num_train_epochs=9,
-            learning_rate=2e-3, callbacks=callbacks, checkpoint_dir=tmp_path / directory, **saves,
+            learning_rate=2e-3, callbacks=callbacks, checkpoint_dir=tmp_path / directory, **evaluation_arguments(1),
+            **saves,
         )  # fmt: skip
 
     expected = to_the_target("whole")
@@ -792,13 +805,13 @@ def steps_of_losses(directory, batch_size):
             per_device_train_batch_size=batch_size, gradient_accumulation_steps=2,
         ).train()  # fmt: skip
         results[loss] = [*seen.steps, trained(model)]
-    settings = UnlearningSettings("gradient-ascent", target_forget_loss=7.0, check_steps=2, retain_budget=0.1)
+    settings = UnlearningSettings("gradient-ascent", target_forget_loss=7.0, retain_budget=0.1)
     trainer = trainer_of(
         model, directory, settings=settings, num_train_epochs=20, learning_rate=5e-3, lr_scheduler_type="constant",
-        per_device_train_batch_size=batch_size, gradient_accumulation_steps=2,
+        per_device_train_batch_size=batch_size, gradient_accumulation_steps=2, **evaluation_arguments(2),
     )  # fmt: skip
     trainer.train()
-    path = torch.tensor([list(map(float, point.values())) for point in trainer.target_check.points])
+    path = torch.tensor([list(map(float, point.values())) for point in trainer.evaluations.points])
     results["to a target"] = [{"path": path, "retain weight": torch.tensor(trainer._retain_weight)}, trained(model)]
     return results
 
@@ -851,7 +864,12 @@ BAD = {
     "a shared row": ({"retain": [*RETAIN, FORGET[1]]}, DataError, "row 5 of the retain set is also in the forget set"),
     "no rows": ({"retain": []}, DataError, "the retain set is empty"),
     "no answer": ({"forget": [{"prompt": "x", "completion": ""}]}, DataError, "the forget set, row 1"),
-    "evaluation": ({"eval_strategy": "steps"}, ConfigError, "eval_strategy"),
+    "the best": (
+        {"load_best_model_at_end": True, "save_strategy": "no", "eval_strategy": "no"}, ConfigError,
+        "load_best_model_at_end=True is not supported",
+    ),
+    "a held-out row": ({"held_out": [*HELD_OUT, RETAIN[1]]}, DataError, "row 4 of the held-out set is also in the ret"),
+    "held-out forget rows": ({"held_out": FORGET}, DataError, "every row of the held-out set is in the forget set"),
     "smoothing": ({"label_smoothing_factor": 0.1}, ConfigError, "label_smoothing_factor=0.1 is not supported"),
     "unknown": ({"learning_rat": 1}, ConfigError, "learning_rat.*expected fields of transformers.TrainingArguments"),
     "ours": ({"output_dir": None, "disable_tqdm": True}, ConfigError, "'disable_tqdm' is set by train_unlearning"),
@@ -912,14 +930,13 @@ def test_an_output_that_is_not_ours_is_refused(tmp_path):
         ({"forget_loss": "simnpo", "margin": math.inf}, "margin: expected a number, found inf"),
         ({"retain_budget": -0.1}, "retain_budget: expected a number >= 0, found -0.1"),
         ({"target_forget_loss": 0}, "target_forget_loss: expected a number > 0, found 0"),
-        ({"check_steps": 2}, "check_steps: expected None, since there is no target_forget_loss, found 2"),
-        ({"target_forget_loss": 1.0, "check_steps": 0}, "check_steps: expected an integer from 1, found 0"),
+        ({"retain_tolerance": math.nan}, "retain_tolerance: expected a number > 0, found nan"),
         ({"layer": 1}, "layer: expected None, since neither loss reads hidden states"),
         ({"forget_loss": "rmu", "layer": 0}, "layer: expected an integer from 1, found 0"),
         ({"forget_loss": "rmu", "layer": 1.0}, "layer: expected an integer from 1"),
-        ({"refusals": ("No.",)}, "refusals: expected the default, since 'npo' uses no refusals"),
-        ({"refusals": ()}, "refusals: expected a list of one or more texts, found"),
-        ({"refusals": "No."}, "refusals: expected a list of one or more texts"),
+        ({"refusals": ["No."]}, "refusals: expected None, since 'npo' uses no refusals"),
+        ({"forget_loss": "dpo", "refusals": []}, "refusals: expected a list of one or more texts, found"),
+        ({"forget_loss": "dpo", "refusals": "No."}, "refusals: expected a list of one or more texts"),
     ],
 )
 def test_bad_settings_are_refused(values, message):

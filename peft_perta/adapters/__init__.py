@@ -53,6 +53,7 @@ from .provenance import (
     read_provenance,
     versions,
 )
+from .push import push_adapter
 from .runtimes import RUNTIMES, format_runtimes, judge_runtimes
 from .servable import DTYPES, SERVABLE_RANKS, check_servable, dtype_name, servable_rank, torch_dtype
 from .verify import format_checks, re_evaluate, verify_adapter
@@ -106,6 +107,7 @@ __all__ = [
     "model_card",
     "open_adapters",
     "open_rows",
+    "push_adapter",
     "re_evaluate",
     "read_card",
     "read_ledger",

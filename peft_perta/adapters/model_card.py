@@ -19,7 +19,7 @@ def model_card(provenance: Provenance) -> str:
         "pipeline_tag: text-generation",
         "license: other",  # base model and data may both restrict it
         "license_name: as-the-base-model",
-        *([f"base_model: {base}", "base_model_relation: adapter"] if _is_on_hub(base) else []),
+        *([f"base_model: {base}", "base_model_relation: adapter"] if is_on_hub(base) else []),
         "tags:",
         "- lora",
         "- peft",
@@ -39,7 +39,7 @@ def model_card(provenance: Provenance) -> str:
     )
 
 
-def _is_on_hub(base: str) -> bool:
+def is_on_hub(base: str) -> bool:
     """Whether a base's name can be one on the hub, whose names are plain YAML; a directory of that name is none."""
     try:
         validate_repo_id(base)

@@ -55,6 +55,7 @@ COMMANDS = {  # name of the command and of its module -> summary
     "ledger": "keep the record of requests to forget, and make one adapter of those that are open",
     "merge": "merge adapters into a full-precision copy of the base model",
     "export": "write adapters in the files that llama.cpp, Ollama, mlx-lm, vLLM or PEFT read",
+    "push": "upload an adapter to the Hugging Face Hub, privately",
     "verify": "check an adapter's files, what servers require of them, and its base model",
     "inspect": "show what an adapter is and how it was made",
 }

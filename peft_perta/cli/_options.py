@@ -23,7 +23,6 @@ ROWS = (
     "a directory, or ORG/NAME:CONFIG[SPLIT] on the Hugging Face Hub"
 )
 ROWS_METAVAR = "ROWS"  # of every option that names a set of rows
-_LARGEST = {"batch_size": 10_000, "epochs": 10_000}  # a step, or a run, that nobody could wait for is a slip
 PARTS = (
     "a plain LoRA adapter of the base model, as a directory or a name on the Hugging Face Hub, and the strength to "
     "multiply it by (default: 1)"
@@ -146,26 +145,6 @@ def add_max_length(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=int, help=text)
 
 
-def add_training(parser: argparse.ArgumentParser, *, epochs: float, learning_rate: float, batch_size: str) -> None:
-    """The options of a training run; ``batch_size`` is the help of ``--batch-size``."""
-    parser.add_argument(
-        "--epochs", type=float, default=epochs, help=f"passes over the forget rows (default: {epochs:g})"
-    )
-    parser.add_argument(
-        "--learning-rate",
-        type=float,
-        default=learning_rate,
-        help=f"the peak learning rate (default: {learning_rate:g})",
-    )
-    parser.add_argument("--batch-size", type=int, default=8, help=f"{batch_size} (default: 8)")
-    parser.add_argument(
-        "--warmup-steps", type=float, default=0.0, metavar="STEPS",
-        help="steps until the peak learning rate; below 1, the share of all steps (default: 0)",
-    )  # fmt: skip
-    add_max_length(parser)
-    add_seed(parser)
-
-
 def add_seed(parser: argparse.ArgumentParser) -> None:
     """``--seed`` of a training run."""
     text = "the seed of the adapter's initialisation and of the order of the rows (default: 0)"
@@ -230,26 +209,6 @@ def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
         device_map=options.device_map,
         safetensors_only=options.safetensors_only,
     )
-
-
-def check_training(options: argparse.Namespace, **least: int) -> None:
-    """Check the options of a training run; ``least`` is the smallest value of each option that counts something.
-
-    Raises:
-        ConfigError: a value is out of its range.
-    """
-    for name, smallest in {"batch_size": 1, "max_length": 2, **least}.items():
-        value, largest = getattr(options, name), _LARGEST.get(name, math.inf)
-        if value is not None and not smallest <= value <= largest:
-            bounds = f"at least {smallest}" if largest == math.inf else f"{smallest} to {largest}"
-            raise ConfigError(f"{flag(name)}: expected {bounds}, found {value}")
-    if not 0 <= options.warmup_steps < math.inf:
-        raise ConfigError(f"--warmup-steps: expected a number >= 0, found {options.warmup_steps}")
-    for name in ("epochs", "learning_rate"):
-        value, largest = getattr(options, name), _LARGEST.get(name, math.inf)
-        if not (0 < value <= largest and value < math.inf):
-            bound = "" if largest == math.inf else f", at most {largest}"
-            raise ConfigError(f"{flag(name)}: expected a number > 0{bound}, found {value}")
 
 
 def check_rows(*paths: str | None) -> None:

@@ -32,7 +32,7 @@ def add_settings(parser: argparse.ArgumentParser, settings: type, title: str) ->
         annotation = annotations[field.name]
         name = flag(field.name)
         action: dict[str, Any]
-        if typing.get_origin(annotation) is tuple and typing.get_args(annotation) == (str, ...):
+        if _without_none(annotation) == list[str]:
             name = name.removesuffix("s")  # one option for each value
             action = {"action": "append", "metavar": "TEXT"}
         elif _without_none(annotation) == str | tuple[str, ...]:
@@ -58,8 +58,6 @@ def read_settings(settings: type[T], options: argparse.Namespace) -> T:
 
 def _help(field: dataclasses.Field) -> str:
     text = field.metadata["help"].replace("%", "%%")
-    if isinstance(field.default, tuple):
-        return f"{text} May be given several times. Default: the package's own."
     return text if field.default is None else f"{text} (default: {field.default})"
 
 
@@ -102,7 +100,7 @@ def _reader(annotation: Any, field: str) -> Callable[[str], Any]:
     if reader is None:
         expected = ", ".join(getattr(known, "__name__", str(known)) for known in _READERS)
         raise TypeError(
-            f"{field}: expected an annotation of {expected}, bool, tuple[str, ...] or str | tuple[str, ...], found "
+            f"{field}: expected an annotation of {expected}, bool, list[str] or str | tuple[str, ...], found "
             f"{annotation}"
         )
     return reader

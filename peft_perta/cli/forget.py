@@ -11,9 +11,16 @@ import argparse
 
 from ..adapters import FORGET_RECORD_NAME
 from ..training import LoraSettings, train_forget_adapter
-from ._options import add_forget, add_model, add_output, add_training, check_rows, check_training, load_model
+from ._options import (
+    add_forget,
+    add_model,
+    add_output,
+    check_rows,
+    load_model,
+)
 from ._output import check_output_of
 from ._settings import add_settings, read_settings
+from ._training import add_training, check_training, print_reports
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -44,5 +51,7 @@ def run(options: argparse.Namespace) -> None:
         warmup_steps=options.warmup_steps,
         per_device_train_batch_size=options.batch_size,
         seed=options.seed,
+        report_to=options.report_to or "none",
     )
+    print_reports(options)
     print(f"the forget adapter is in {options.output}\nNext: peft-perta unlearn --forget-adapter {options.output} ...")

@@ -24,9 +24,11 @@ from ..training import (
     RETAIN_LOSSES,
     LoraSettings,
     UnlearningSettings,
+    evaluation_arguments,
     train_unlearning,
 )
 from ._options import (
+    ROWS_METAVAR,
     add_dtype,
     add_forget,
     add_model,
@@ -34,10 +36,8 @@ from ._options import (
     add_retain,
     add_table,
     add_task_adapter,
-    add_training,
     check_distinct,
     check_rows,
-    check_training,
     flag,
     given_adapters,
     load_model,
@@ -45,6 +45,7 @@ from ._options import (
 )
 from ._output import check_output_of
 from ._settings import add_settings, read_settings
+from ._training import add_training, check_training, print_reports
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +61,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_output(parser, "the adapter")
     add_training(parser, epochs=5, learning_rate=5e-4, batch_size="rows of each set per micro-batch")
     parser.add_argument("--accumulation-steps", type=int, default=1, help="micro-batches per step (default: 1)")
+    parser.add_argument(
+        "--eval-steps", type=int,
+        help="steps between two evaluations, forward passes over the forget rows and the held-out rows (default: four "
+        "evaluations an epoch where there is a goal or --held-out, else none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--held-out", metavar=ROWS_METAVAR,
+        help="retain rows to evaluate on, in the same formats, of which none is in --retain (default: as many of the "
+        "retain rows as there are forget rows)",
+    )  # fmt: skip
     add_dtype(parser, "the adapter's files")
     add_settings(parser, UnlearningSettings, "settings of the method (UnlearningSettings)")
     add_settings(parser, LoraSettings, "settings of a new adapter (PEFT's LoraConfig); a start adapter has its own")
@@ -70,14 +81,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Train the adapter."""
-    check_training(options, accumulation_steps=1)
+    check_training(options, accumulation_steps=1, eval_steps=1)
     settings = read_settings(UnlearningSettings, options)
     lora_config = _new_config(options)
     distributed.start()
     check_output_of(options, PROVENANCE_NAME)
     adapters = given_adapters({"task": options.task_adapter, "start": options.start_adapter})
     check_distinct(adapters.values())
-    check_rows(options.forget, options.retain)
+    check_rows(options.forget, options.retain, options.held_out)
     base, tokenizer = load_model(options)
     model = attach_adapters(base, adapters) if adapters else base
     emitted = train_unlearning(
@@ -87,6 +98,7 @@ def run(options: argparse.Namespace) -> None:
         tokenizer,
         settings,
         output_dir=options.output,
+        held_out=options.held_out,
         task_adapter="task" if options.task_adapter else None,
         start_adapter="start" if options.start_adapter else None,
         lora_config=lora_config,
@@ -98,11 +110,14 @@ def run(options: argparse.Namespace) -> None:
         warmup_steps=options.warmup_steps,
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.accumulation_steps,
+        **evaluation_arguments(options.eval_steps),
         seed=options.seed,
+        report_to=options.report_to or "none",
     )
     if distributed.is_main():
         remove_checkpoint(resume_path(options))
         print(f"{emitted.provenance}\nIt is in {options.output}")
+        print_reports(options)
         print_next(options, ", then stack it on the model")
     distributed.finish()
 

@@ -88,25 +88,27 @@ def fingerprint(samples: list[Sample]) -> str:
     return digest.hexdigest()
 
 
-def check_disjoint(forget: list[Sample], retain: list[Sample], name: str = "the retain set") -> None:
-    """Check that no sample of the forget set is in the retain set, or in another of that name.
+def check_disjoint(
+    forget: list[Sample], retain: list[Sample], name: str = "the retain set", first: str = "the forget set"
+) -> None:
+    """Check that no sample of the forget set is in the retain set, or of the set ``first`` in the set ``name``.
 
     Raises:
-        DataError: a sample is in both sets; the message numbers the rows of the other set.
+        DataError: a sample is in both sets; the message numbers the rows of the second set.
     """
     forgotten = {fingerprint([sample]) for sample in forget}
     shared = [(number, s) for number, s in enumerate(retain, start=1) if fingerprint([s]) in forgotten]
     if shared and len(shared) == len(retain):
         raise DataError(
-            f"every row of {name} is in the forget set; expected two sets without a common row: give other rows than "
-            "those to forget"
+            f"every row of {name} is in {first}; expected two sets without a common row: give other rows than those of "
+            f"{first}"
         )
     if shared:
         rows = sorted({sample.row or number for number, sample in shared})
         listed = ", ".join(map(str, rows[:10])) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
         raise DataError(
             f"row{'s' if len(rows) > 1 else ''} {listed} of {name} {'are' if len(rows) > 1 else 'is'} also in "
-            "the forget set; expected two sets without a common row: remove what they share from one of them"
+            f"{first}; expected two sets without a common row: remove what they share from one of them"
         )
 
 

@@ -17,7 +17,13 @@ from ..evaluation import TOLERANCE, Calibration, Goal, calibrate, own_rows
 from ..gradients import remove_checkpoint
 from ..html_report import PICTURE_NAME, draw_calibration
 from ..perta import get_perta_state_dict, refine_adapter
-from ..training import LoraSettings, UnlearningSettings, train_forget_adapter, train_unlearning
+from ..training import (
+    LoraSettings,
+    UnlearningSettings,
+    evaluation_arguments,
+    train_forget_adapter,
+    train_unlearning,
+)
 from ._workshop import ADAPTER, Rows, Workshop
 from .recipe import Recipe, Schedule, part_of
 
@@ -184,6 +190,7 @@ def _train(workshop: Workshop) -> None:
         show_progress_bar=workshop.show_progress_bar,
         **_trainer_settings(settings),
         gradient_accumulation_steps=settings.accumulation_steps,
+        **evaluation_arguments(settings.eval_steps),
         seed=workshop.recipe.seed,
     )
     remove_checkpoint(_checkpoint(output))

@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import re
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +72,9 @@ class Training(UnlearningSettings, LoraSettings, Schedule):
     epochs: float = setting(5.0, "Passes over the forget rows.")
     learning_rate: float = setting(5e-4, "The peak learning rate.")
     accumulation_steps: int = setting(1, "Micro-batches per step.")
+    eval_steps: int | None = setting(
+        None, "Steps between two evaluations. By default four evaluations an epoch where there is a goal, else none."
+    )
     dtype: str = setting("float32", "The data type of the adapter's files.")
 
     def __post_init__(self) -> None:
@@ -78,6 +82,8 @@ class Training(UnlearningSettings, LoraSettings, Schedule):
         LoraSettings.__post_init__(self)
         UnlearningSettings.__post_init__(self)
         check_setting(is_count(self.accumulation_steps), "accumulation_steps", "an int > 0", self.accumulation_steps)
+        steps = self.eval_steps
+        check_setting(steps is None or is_count(steps), "eval_steps", "None, or an int > 0", steps)
 
 
 @dataclass(frozen=True)
@@ -326,4 +332,8 @@ def _check_keys(values: Mapping[Any, Any], kind: type, where: str) -> None:
 
 @functools.cache
 def _adapter() -> TypeAdapter[Recipe]:
+    for kind in (Recipe, *SECTIONS.values()):  # an HfArgumentParser narrows the types of fields, in place: to no None
+        hints = typing.get_type_hints(kind)
+        for each in dataclasses.fields(kind):
+            each.type = hints[each.name]
     return TypeAdapter(Recipe)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapters import EmittedAdapter, load_emitted
+from ..adapters import EmittedAdapter, load_emitted, push_adapter
 from ..data import SELF, read_rows, write_file
 from ..errors import ConfigError
 from ._judge import REPORT_NAME
@@ -47,6 +47,11 @@ class Unlearned:
         path = self.adapter.save(directory)
         write_file(path / REPORT_NAME, self.report)
         return path
+
+    def push_to_hub(self, name: str, *, public: bool = False) -> str:
+        """Upload the adapter to the Hugging Face Hub, without the report; see ``push_adapter``."""
+        with tempfile.TemporaryDirectory() as scratch:
+            return push_adapter(self.adapter.save(Path(scratch) / ADAPTER), name, public=public)
 
     @property
     def summary(self) -> str:

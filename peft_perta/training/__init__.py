@@ -9,9 +9,10 @@ from .combiners import COMBINERS
 from .forget_adapter import train_forget_adapter
 from .losses import FORGET_LOSSES, RETAIN_LOSSES, ForwardPass
 from .new_adapter import default_lora_config, with_new_adapter
+from .reports import check_reporter, reports_beside
 from .settings import LoraSettings, UnlearningSettings
 from .trainer import UnlearningTrainer
-from .unlearning_adapter import train_unlearning
+from .unlearning_adapter import evaluation_arguments, train_unlearning
 
 __all__ = [
     "COMBINERS",
@@ -21,7 +22,10 @@ __all__ = [
     "LoraSettings",
     "UnlearningSettings",
     "UnlearningTrainer",
+    "check_reporter",
     "default_lora_config",
+    "evaluation_arguments",
+    "reports_beside",
     "train_forget_adapter",
     "train_unlearning",
     "with_new_adapter",

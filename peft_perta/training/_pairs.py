@@ -124,7 +124,7 @@ def load_pairs(forget: Any, retain: Any, tokenizer: Any, settings: UnlearningSet
     Raises:
         DataError: a set is empty or malformed, the sets share a row, or a forget row has no prompt to refuse.
     """
-    refusals = settings.refusals if settings.needs_refusals else ()
+    refusals = settings.used_refusals
     if not _is_loaded(forget, Sample):
         forget = load_forget(forget, tokenizer, refusals, max_length=max_length)
     elif refusals and not _is_loaded(forget, RefusedSample):
@@ -135,6 +135,27 @@ def load_pairs(forget: Any, retain: Any, tokenizer: Any, settings: UnlearningSet
     if not _is_loaded(retain, Sample):
         retain = load_samples(retain, tokenizer, max_length=max_length, name="the retain set")
     return Pairs(forget, retain)
+
+
+def load_held_out(data: Any, pairs: Pairs, tokenizer: Any, *, max_length: int) -> list[Sample]:
+    """The retain rows to evaluate on: held-out ones, or else as many of the retain set as there are forget samples.
+
+    Args:
+        data: a list of samples, anything that ``load_samples`` takes, or None.
+        pairs: both sets of the training.
+        tokenizer: for rows; tokenised data does without it.
+        max_length: the most tokens of a sample.
+
+    Raises:
+        DataError: the set is empty or malformed, or shares a row with a set that is trained on.
+    """
+    if data is None:
+        return pairs.retain[: len(pairs.forget)]
+    name = "the held-out set"
+    samples = data if _is_loaded(data, Sample) else load_samples(data, tokenizer, max_length=max_length, name=name)
+    check_disjoint(pairs.forget, samples, name)
+    check_disjoint(pairs.retain, samples, name, "the retain set")
+    return samples
 
 
 def load_forget(data: Any, tokenizer: Any, refusals: Sequence[str] = (), *, max_length: int = 1024) -> list[Sample]:

@@ -1,4 +1,5 @@
-"""Training arguments: our defaults, overridden by the user's, overridden by what a function sets itself."""
+"""Training arguments: our defaults, overridden by the user's, overridden by what a function sets itself; and which of
+them an unlearning trainer takes."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
+from peft import PeftModel
 from transformers import TrainingArguments
 
 from ..errors import ConfigError
@@ -53,3 +55,42 @@ def training_arguments(
     except (TypeError, ValueError) as error:
         package = kind.__module__.partition(".")[0]
         raise ConfigError(f"training settings: {error}; expected fields of {package}.{kind.__name__}") from error
+
+
+def check_supported(args: TrainingArguments, options: Mapping[str, Any]) -> None:
+    """Check that ``UnlearningTrainer`` can do what its arguments and further options ask for.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    unsupported = {
+        "load_best_model_at_end": args.load_best_model_at_end,
+        "fsdp": bool(args.fsdp),
+        "deepspeed": bool(args.deepspeed),
+        "label_smoothing_factor": args.label_smoothing_factor != 0,
+        "auto_find_batch_size": args.auto_find_batch_size,
+    }
+    refused = next((name for name, is_set in unsupported.items() if is_set), None)
+    if refused is not None:
+        raise ConfigError(
+            f"{refused}={getattr(args, refused)!r} is not supported for unlearning; leave it out (a retain_tolerance "
+            "takes the last evaluation within it, and accelerate launch splits the data among processes that each hold "
+            "the whole model)"
+        )
+    if options.get("compute_metrics") is not None:
+        raise ConfigError(
+            "compute_metrics: expected None, since an evaluation measures both losses and hands over no predictions; "
+            "measure more in a callback's on_evaluate"
+        )
+
+
+def adjust_arguments(args: TrainingArguments, model: PeftModel) -> None:
+    """Set what the trainer depends on, in place, and make gradient checkpointing work over a frozen base."""
+    args.remove_unused_columns = False
+    if args.n_gpu > 1:  # a Trainer would multiply the batch by it and wrap the model in DataParallel
+        args._n_gpu = 1
+    if args.gradient_checkpointing:
+        options: Any = args.gradient_checkpointing_kwargs or {"use_reentrant": False}
+        args.gradient_checkpointing_kwargs = options
+        if options.get("use_reentrant"):  # no gradient would flow through a block whose input requires none
+            model.enable_input_require_grads()  # type: ignore[operator]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from ..model import (
 )
 from ._training_arguments import training_arguments
 from .new_adapter import default_lora_config, with_new_adapter
+from .reports import take_reporters
 
 _ROUTER_LOSS = "router_aux_loss_coef"  # TRL fails on it for mixtures whose config does not call the experts num_experts
 
@@ -59,6 +62,7 @@ def train_forget_adapter(
             1024, or the model's number of positions if that is less.
         show_progress_bar: show progress bars.
         training_settings: fields of TRL's ``SFTConfig``. By default 10 epochs, 8 rows per batch, learning rate 1e-3.
+            ``report_to`` sends what is logged to trackio, wandb, ...; tensorboard's files go to ``OUTPUT_DIR.runs``.
 
     Returns:
         The PeftModel with the adapter on it, the only one that is on, frozen and in eval mode.
@@ -79,8 +83,10 @@ def train_forget_adapter(
     try:
         with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng():
             config = _sft_config(scratch, max_length, show_progress_bar, training_settings)
+            reporters = take_reporters(config, output_dir)
             torch.manual_seed(config.seed)  # the initial A is drawn before the trainer sets the seed
-            peft_model = _add_trained(model, lora_config, adapter_name, config, samples, tokenizer)
+            trained = partial(_train, config=config, samples=samples, tokenizer=tokenizer, callbacks=reporters)
+            peft_model = _add_trained(model, lora_config, adapter_name, trained)
         if output_dir is not None:
             record = _record(peft_model, samples, config)
             save_forget_adapter(output_dir, peft_model, adapter_name, record)
@@ -125,17 +131,12 @@ def _sft_config(scratch: str, max_length: int, show_progress_bar: bool, training
 
 
 def _add_trained(
-    model: nn.Module,
-    lora_config: LoraConfig,
-    adapter_name: str,
-    config: SFTConfig,
-    samples: list[Sample],
-    tokenizer: Any,
+    model: nn.Module, lora_config: LoraConfig, adapter_name: str, train: Callable[[PeftModel], None]
 ) -> PeftModel:
     """The model with the trained adapter on it, frozen."""
     peft_model = with_new_adapter(model, lora_config, adapter_name)
     resolve_layers(peft_model, adapter_name)
-    _train(peft_model, config, samples, tokenizer)
+    train(peft_model)
     resolve_targets(peft_model, adapter_name)  # refuses untrained and non-finite factors
     peft_model.eval()
     switch_modules(peft_model.modules(), [adapter_name])
@@ -152,14 +153,15 @@ def _record(model: PeftModel, samples: list[Sample], config: SFTConfig) -> dict[
     }
 
 
-def _train(model: PeftModel, config: SFTConfig, samples: list[Sample], tokenizer: Any) -> None:
+def _train(model: PeftModel, config: SFTConfig, samples: list[Sample], tokenizer: Any, callbacks: list[Any]) -> None:
     """Train the active adapter. Everything else that the trainer changes on the model is restored."""
     dataset = Dataset.from_list([{"input_ids": s.input_ids.tolist(), "labels": s.labels.tolist()} for s in samples])
     restore = snapshot(model)
     try:
         _name_decoder(base_model(model))
         # The trainer gives the tokenizer a padding token: hand it a copy.
-        SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=copy.deepcopy(tokenizer)).train()
+        own = {"processing_class": copy.deepcopy(tokenizer), "callbacks": callbacks}
+        SFTTrainer(model=model, args=config, train_dataset=dataset, **own).train()
     finally:
         restore()
 

@@ -106,13 +106,14 @@ class UnlearningSettings:
     )
     target_forget_loss: float | None = setting(
         None,
-        "Stop training at the first check at which the mean cross-entropy on the forget rows reaches this: a number "
-        "> 0, nats per token. By default training runs to its end.",
+        "Stop training at the first evaluation at which the mean cross-entropy on the forget rows reaches this: a "
+        "number > 0, nats per token. By default training runs to its end.",
     )
-    check_steps: int | None = setting(
+    retain_tolerance: float | None = setting(
         None,
-        "Steps between two checks of target_forget_loss: an integer from 1. A check is a forward pass over the forget "
-        "rows and as many retain rows. By default four checks an epoch.",
+        "Stop training at the first evaluation at which the mean cross-entropy on the held-out retain rows has risen "
+        "by more than this since the start, and take the adapter of the evaluation before: a number > 0, nats per "
+        "token. By default training runs to its end.",
     )
     beta: float | None = setting(
         None,
@@ -127,15 +128,13 @@ class UnlearningSettings:
         f"Decoder block whose output hidden states the losses {_STATE_LOSSES} read, counted from 1. By default the "
         "middle block.",
     )
-    refusals: tuple[str, ...] = setting(
-        REFUSALS,
+    refusals: list[str] | None = setting(  # noqa: RUF009 - a list, since the parsers of transformers know no tuple
+        None,
         f"Completions that the loss {_REFUSAL_LOSSES} prefers to those of the forget rows: one or more texts, given to "
-        "the rows in turn.",
+        "the rows in turn. By default the package's own.",
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.refusals, list):
-            object.__setattr__(self, "refusals", tuple(self.refusals))
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata["choices"]
             if choices:
@@ -148,15 +147,14 @@ class UnlearningSettings:
         self._check_refusals()
 
     def _check_goals(self) -> None:
-        """Check the budget, the target and the steps between checks, where they are given."""
-        budget, target, steps = self.retain_budget, self.target_forget_loss, self.check_steps
+        """Check the budget, the target and the tolerance, where they are given."""
+        budget = self.retain_budget
         if budget is not None:
             check_setting(is_number(budget) and budget >= 0, "retain_budget", "a number >= 0", budget)
-        if target is not None:
-            check_setting(is_number(target) and target > 0, "target_forget_loss", "a number > 0", target)
-        if steps is not None:
-            check_setting(is_count(steps), "check_steps", "an integer from 1", steps)
-            check_setting(target is not None, "check_steps", "None, since there is no target_forget_loss", steps)
+        for name in ("target_forget_loss", "retain_tolerance"):
+            value = getattr(self, name)
+            if value is not None:
+                check_setting(is_number(value) and value > 0, name, "a number > 0", value)
 
     def _check_loss_parameters(self) -> None:
         """Check beta, margin and layer where they are given: each must be in range, and used by a chosen loss."""
@@ -173,10 +171,11 @@ class UnlearningSettings:
 
     def _check_refusals(self) -> None:
         refusals = self.refusals
-        are_texts = isinstance(refusals, tuple) and all(isinstance(text, str) and text.strip() for text in refusals)
-        check_setting(are_texts and len(refusals) > 0, "refusals", "a list of one or more texts", refusals)
-        used = self.needs_refusals or refusals == REFUSALS
-        check_setting(used, "refusals", f"the default, since {self.forget_loss!r} uses no refusals", refusals)
+        if refusals is not None:
+            are_texts = isinstance(refusals, list) and all(isinstance(text, str) and text.strip() for text in refusals)
+            check_setting(are_texts and len(refusals) > 0, "refusals", "a list of one or more texts", refusals)
+            unused = f"None, since {self.forget_loss!r} uses no refusals"
+            check_setting(self.losses["forget"].reads_refusals, "refusals", unused, refusals)
 
     @property
     def losses(self) -> dict[str, Loss]:
@@ -192,9 +191,14 @@ class UnlearningSettings:
         return beta or 0.0, margin or 0.0
 
     @property
-    def needs_refusals(self) -> bool:
-        """Whether the forget loss compares the forget completions with refusals."""
-        return self.losses["forget"].reads_refusals
+    def has_goal(self) -> bool:
+        """Whether training stops where an evaluation meets a goal."""
+        return self.target_forget_loss is not None or self.retain_tolerance is not None
+
+    @property
+    def used_refusals(self) -> list[str]:
+        """The refusals that the forget completions are compared with, as set or the package's own; mostly none."""
+        return (self.refusals or list(REFUSALS)) if self.losses["forget"].reads_refusals else []
 
     @property
     def needs_states(self) -> bool:
@@ -208,8 +212,8 @@ class UnlearningSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON. Refusals are included only if the forget loss uses them."""
-        values = {**dataclasses.asdict(self), "refusals": list(self.refusals)}
-        return values if self.needs_refusals else {name: value for name, value in values.items() if name != "refusals"}
+        values = {**dataclasses.asdict(self), "refusals": self.used_refusals}
+        return {name: value for name, value in values.items() if name != "refusals" or value}
 
 
 def _modules(value: str | tuple[str, ...]) -> str | list[str]:

@@ -26,9 +26,10 @@ from ..data import Batch, read_json
 from ..errors import AdapterError, ConfigError, NumericalError, OutputError, PerTAError
 from ..model import completion_logits, completion_states, distributed, preserved, row_length
 from ._agreement import agreement
+from ._evaluation import Evaluations, evaluate_by_default
 from ._model_in_training import adapter_in_training, adapters_beside, block_of_states, check_origin
-from ._pairs import Pairs, PairSampler, collate, load_pairs
-from ._target import TargetCheck
+from ._pairs import Pairs, PairSampler, collate, load_held_out, load_pairs
+from ._training_arguments import adjust_arguments, check_supported
 from ._whole_checkpoints import is_write_failure
 from .combiners import COMBINERS
 from .losses import ForwardPass, Loss, LossInputs
@@ -43,8 +44,11 @@ class UnlearningTrainer(Trainer):
 
     It logs, beside what every Trainer logs, means since the last log of ``forget_loss``, ``retain_loss``,
     ``cosine_forget_retain``, ``cosine_combined_forget``, ``cosine_combined_retain`` and ``conflicting_share``; with a
-    ``retain_budget`` also ``retain_weight``. With a ``target_forget_loss`` it stops at the first check that meets it;
-    ``target_check.points`` has the path there. A checkpoint holds the adapter in training alone; resuming is exact.
+    ``retain_budget`` also ``retain_weight``. An evaluation (``eval_strategy``, ``eval_steps``) logs
+    ``eval_forget_loss`` and ``eval_retain_loss``, the mean cross-entropy of the forget rows and of ``eval_dataset``,
+    nats per token; ``evaluations.points`` has the path. With a ``target_forget_loss`` or a ``retain_tolerance`` it
+    stops at an evaluation; there are four an epoch where ``args`` names no strategy. A checkpoint holds the adapter in
+    training alone; resuming is exact.
 
     Args:
         model: a PeftModel in float or 4 bit. Adapters that are on besides the one in training stay on, without
@@ -56,7 +60,8 @@ class UnlearningTrainer(Trainer):
         processing_class: the tokenizer; tokenised data does without it.
         settings: the losses and the combiner; ``UnlearningSettings()`` by default.
         max_length: the most tokens of a sample; by default 1024, or the model's number of positions if that is less.
-        options: further arguments of ``Trainer``, such as ``callbacks``.
+        options: further arguments of ``Trainer``, such as ``callbacks``. ``eval_dataset`` is held-out retain rows; by
+            default as many of the retain rows, which are trained on, as there are forget rows.
 
     Raises:
         AdapterError: not exactly one adapter requires gradients, or something else does.
@@ -80,7 +85,7 @@ class UnlearningTrainer(Trainer):
     ) -> None:
         self.settings = settings or UnlearningSettings()
         distributed.refuse_sharded(model)
-        _check_arguments(args)
+        check_supported(args, options)
         self.adapter_name = adapter_in_training(model)
         self._factors = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._block = block_of_states(model, self.settings, self._factors)
@@ -89,11 +94,18 @@ class UnlearningTrainer(Trainer):
         self._reset()
         length = row_length(model, max_length)
         pairs = load_pairs(forget, retain, processing_class, self.settings, max_length=length)
-        _adjust_arguments(args, model)
-        self.target_check: TargetCheck | None = None
-        if self.settings.target_forget_loss is not None:
-            self.target_check = TargetCheck(model, pairs, self.settings, args)
-            options["callbacks"] = [*(options.get("callbacks") or ()), self.target_check]
+        adjust_arguments(args, model)
+        held_out = load_held_out(options.pop("eval_dataset", None), pairs, processing_class, max_length=length)
+        if self.settings.has_goal:
+            evaluate_by_default(args, len(pairs))
+        samples = {"forget": pairs.forget, "retain": held_out}
+        self.evaluations = Evaluations(
+            model, self._factors, samples, self.settings, batch_size=args.per_device_eval_batch_size
+        )
+        if args.eval_strategy != "no":
+            self.evaluations.begin()
+            options["callbacks"] = [*(options.get("callbacks") or ()), self.evaluations]
+        options["eval_dataset"] = held_out
         super().__init__(model, args, collate, pairs, processing_class=processing_class, **options)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over samples, whatever their number of tokens
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -242,6 +254,21 @@ class UnlearningTrainer(Trainer):
             self._figures, self._steps = {}, 0
         super().log(logs, start_time)
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The mean cross-entropy of the forget rows and of the held-out retain rows, nats per token, which is logged.
+
+        Raises:
+            ConfigError: other rows than those of the constructor are given.
+        """
+        if eval_dataset is not None:
+            raise ConfigError("eval_dataset: expected None, since the constructor takes the rows; give them there")
+        metrics = {f"{metric_key_prefix}_{name}_loss": loss for name, loss in self.evaluations.measure().items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def _get_train_sampler(self, train_dataset: Any = None) -> PairSampler:
         assert isinstance(self.train_dataset, Pairs)
         global_batch = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
@@ -255,6 +282,8 @@ class UnlearningTrainer(Trainer):
     def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
         try:
             super()._save_checkpoint(*arguments, **options)
+            if self.args.should_save:
+                self.evaluations.save(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
         except (OSError, SafetensorError, RuntimeError) as error:
             if isinstance(error, PerTAError) or not is_write_failure(error):
                 raise
@@ -286,38 +315,5 @@ class UnlearningTrainer(Trainer):
             )
         if retain_weight in needed:
             self._retain_weight = read_json(retain_weight)
+        self.evaluations.load(directory)
         set_peft_model_state_dict(self.model, load_file(weights), adapter_name=self.adapter_name)
-
-    def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-
-def _check_arguments(args: TrainingArguments) -> None:
-    unsupported = {
-        "eval_strategy": args.eval_strategy != "no",
-        "load_best_model_at_end": args.load_best_model_at_end,
-        "fsdp": bool(args.fsdp),
-        "deepspeed": bool(args.deepspeed),
-        "label_smoothing_factor": args.label_smoothing_factor != 0,
-        "auto_find_batch_size": args.auto_find_batch_size,
-    }
-    refused = next((name for name, is_set in unsupported.items() if is_set), None)
-    if refused is not None:
-        raise ConfigError(
-            f"{refused}={getattr(args, refused)!r} is not supported for unlearning; leave it out (evaluate the adapter "
-            "after training, and use accelerate launch to split the data among processes that each hold the whole "
-            "model)"
-        )
-
-
-def _adjust_arguments(args: TrainingArguments, model: PeftModel) -> None:
-    """Set what the trainer depends on, in place, and make gradient checkpointing work over a frozen base."""
-    args.remove_unused_columns = False
-    if args.n_gpu > 1:  # a Trainer would multiply the batch by it and wrap the model in DataParallel
-        args._n_gpu = 1
-    if args.gradient_checkpointing:
-        options: Any = args.gradient_checkpointing_kwargs or {"use_reentrant": False}
-        args.gradient_checkpointing_kwargs = options
-        if options.get("use_reentrant"):  # no gradient would flow through a block whose input requires none
-            model.enable_input_require_grads()  # type: ignore[operator]

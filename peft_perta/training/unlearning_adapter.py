@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerState, TrainingArguments
 
 from ..adapters import (
     DTYPES,
@@ -44,10 +44,12 @@ from ..model import (
     snapshot,
     switch_modules,
 )
-from ._pairs import Pairs, load_pairs
+from ._evaluation import evaluate_by_default
+from ._pairs import Pairs, load_held_out, load_pairs
 from ._training_arguments import training_arguments
 from ._whole_checkpoints import MarksCheckpoints, last_whole_checkpoint
 from .new_adapter import copy_factors, default_lora_config, with_new_adapter
+from .reports import take_reporters
 from .settings import UnlearningSettings
 from .trainer import UnlearningTrainer
 
@@ -60,6 +62,7 @@ class _Run:
 
     Attributes:
         pairs: both sets, tokenised.
+        held_out: the retain rows to evaluate on, tokenised, if there are some.
         lora_config: the config of the adapter in training.
         start_sha256: hash of the start adapter's factors; without a start adapter, the hash of no factors.
 
@@ -74,6 +77,7 @@ class _Run:
     start_sha256: str
     lora_config: LoraConfig
     pairs: Pairs
+    held_out: list[Sample] | None
     dtype: str
     output_dir: str | Path | None
     checkpoint_dir: str | Path | None
@@ -83,8 +87,9 @@ class _Run:
 
     @property
     def samples(self) -> dict[str, list[Sample]]:
-        """The samples of each set: 'forget' and 'retain'."""
-        return {"forget": self.pairs.forget, "retain": self.pairs.retain}
+        """The samples of each set: 'forget', 'retain' and, if there are some, 'held-out'."""
+        held_out = {} if self.held_out is None else {"held-out": self.held_out}
+        return {"forget": self.pairs.forget, "retain": self.pairs.retain, **held_out}
 
 
 def train_unlearning(
@@ -95,6 +100,7 @@ def train_unlearning(
     settings: UnlearningSettings | None = None,
     *,
     output_dir: str | Path | None = None,
+    held_out: Any = None,
     task_adapter: str | None = None,
     start_adapter: str | None = None,
     lora_config: LoraConfig | None = None,
@@ -109,22 +115,21 @@ def train_unlearning(
 
     Args:
         model: a transformers model or a PeftModel, in float or 4 bit.
-        forget: the forget set: rows, a name that ``read_rows`` takes, or a ``datasets.Dataset``.
-        retain: the retain set, in the same forms. No row may be in both sets.
+        forget, retain: the two sets: rows, a name that ``read_rows`` takes, or a ``datasets.Dataset``; none in both.
         tokenizer: the model's tokenizer; tokenised data does without it.
         settings: the losses and the combiner; ``UnlearningSettings()`` by default.
         output_dir: the directory to write the adapter to; by default nothing is written.
+        held_out: retain rows to evaluate on while it trains, in the same forms; by default some of the retain set.
         task_adapter: name of the adapter that makes the base the full model, if there is one. It stays on, frozen.
         start_adapter: name of an adapter to start from, such as a negative adapter; by default the delta starts at 0.
         lora_config: plain LoRA, only without a start adapter; ``default_lora_config()`` by default.
         dtype: type of the emitted factors: 'float32', 'bfloat16' or 'float16'.
-        max_length: the most tokens of a sample: a longer text becomes several samples, other rows are cut. By default
-            1024, or the model's number of positions if that is less.
-        checkpoint_dir: directory for checkpoints, by default one per epoch. The same call resumes from the last one.
-            They stay there after training; delete them then.
+        max_length: as in ``train_forget_adapter``.
+        checkpoint_dir: directory for checkpoints, by default one per epoch, which stay. The same call resumes there.
         callbacks: transformers' callbacks.
         show_progress_bar: show progress bars and logs.
         training_settings: fields of ``TrainingArguments``. By default 5 epochs, batch size 8, learning rate 5e-4.
+            ``report_to`` sends what is logged to trackio, wandb, ...; tensorboard's files go to ``OUTPUT_DIR.runs``.
 
     Returns:
         The adapter, which is no longer on the model: config, state dict and provenance.
@@ -133,20 +138,25 @@ def train_unlearning(
         AdapterError, UnsupportedLayerError: the adapter would not be plain LoRA. Checked before training.
         ConfigError: a setting is invalid, or the model is sharded.
         DataError: a set is empty or malformed, or the sets share a row.
-        NumericalError: a loss, a gradient or a factor is not finite, or forgetting is past the target at the start.
+        NumericalError: a loss, a gradient or a factor is not finite, or a goal is passed at once.
         OutputError: a directory cannot be written, holds other files, or holds another run's checkpoint.
     """
     settings = settings or UnlearningSettings()
     _check_request(model, dtype, output_dir)
-    run = _Run(
+    config, length = _checked_config(model, task_adapter, start_adapter, lora_config), row_length(model, max_length)
+    pairs = load_pairs(forget, retain, tokenizer, settings, max_length=length)
+    return _emit(_Run(
         model=model, tokenizer=tokenizer, settings=settings, task_adapter=task_adapter, start_adapter=start_adapter,
-        lora_config=_checked_config(model, task_adapter, start_adapter, lora_config),
-        pairs=load_pairs(forget, retain, tokenizer, settings, max_length=row_length(model, max_length)),
-        start_sha256=_hash_factors(model, start_adapter), dtype=dtype, output_dir=output_dir,
-        checkpoint_dir=checkpoint_dir, callbacks=callbacks, show_progress_bar=show_progress_bar,
-        training_settings=training_settings,
-    )  # fmt: skip
-    return _emit(run)
+        start_sha256=_hash_factors(model, start_adapter), lora_config=config, pairs=pairs, dtype=dtype,
+        held_out=None if held_out is None else load_held_out(held_out, pairs, tokenizer, max_length=length),
+        output_dir=output_dir, checkpoint_dir=checkpoint_dir, training_settings=training_settings, callbacks=callbacks,
+        show_progress_bar=show_progress_bar,
+    ))  # fmt: skip
+
+
+def evaluation_arguments(steps: int | None) -> dict[str, Any]:
+    """The fields of ``TrainingArguments`` that ask for an evaluation every so many steps; none for None."""
+    return {} if steps is None else {"eval_strategy": "steps", "eval_steps": steps}
 
 
 def _check_request(model: nn.Module, dtype: str, output_dir: str | Path | None) -> None:
@@ -190,10 +200,11 @@ def _emit(run: _Run) -> EmittedAdapter:
     restore = snapshot(run.model)
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng():
         arguments = _arguments(run, scratch)
+        reporters = take_reporters(arguments, run.output_dir)
         checkpoint = _opened(run, arguments)
         torch.manual_seed(arguments.seed)  # the initial A is drawn before the trainer sets the seed
         try:
-            trainer = _trainer(run, arguments)
+            trainer = _trainer(run, arguments, reporters)
             if checkpoint is not None:
                 with distributed.failing_together():
                     checkpoint.start()
@@ -211,6 +222,7 @@ def _emit(run: _Run) -> EmittedAdapter:
 
 def _arguments(run: _Run, scratch: str) -> TrainingArguments:
     defaults: dict[str, Any] = {"num_train_epochs": 5, "learning_rate": 5e-4}
+    defaults["per_device_eval_batch_size"] = run.training_settings.get("per_device_train_batch_size", 8)
     if run.checkpoint_dir is not None:
         defaults |= {"save_strategy": "epoch", "save_total_limit": 2}
     fixed = {
@@ -218,7 +230,10 @@ def _arguments(run: _Run, scratch: str) -> TrainingArguments:
         "disable_tqdm": not run.show_progress_bar,
         "remove_unused_columns": False,
     }
-    return training_arguments(TrainingArguments, "train_unlearning", defaults, run.training_settings, fixed)
+    arguments = training_arguments(TrainingArguments, "train_unlearning", defaults, run.training_settings, fixed)
+    if run.held_out is not None:
+        evaluate_by_default(arguments, len(run.pairs))
+    return arguments
 
 
 def _opened(run: _Run, arguments: TrainingArguments) -> Checkpoint | None:
@@ -237,7 +252,7 @@ def _identity(run: _Run, arguments: TrainingArguments) -> dict[str, Any]:
         "format": 2,
         "settings": run.settings.to_dict(),
         "data": {name: fingerprint(samples) for name, samples in run.samples.items()},
-        "training": {name: str(value) for name, value in run.training_settings.items()},
+        "training": {name: str(value) for name, value in run.training_settings.items() if name != "report_to"},
         "adapter": config,
         "global batch": _global_batch(arguments),
         **{f"the model's {part}": value for part, value in identify(run.model).items()},
@@ -247,7 +262,7 @@ def _identity(run: _Run, arguments: TrainingArguments) -> dict[str, Any]:
     }
 
 
-def _trainer(run: _Run, arguments: TrainingArguments) -> UnlearningTrainer:
+def _trainer(run: _Run, arguments: TrainingArguments, reporters: Sequence[Any]) -> UnlearningTrainer:
     """Put the adapter on the model, and make its trainer. Every refusal is made here, before anything is written."""
     model = with_new_adapter(run.model, run.lora_config, _NAME)
     resolve_layers(model, _NAME)  # refuses layers that no plain adapter can hold
@@ -263,7 +278,8 @@ def _trainer(run: _Run, arguments: TrainingArguments) -> UnlearningTrainer:
         run.pairs.retain,
         processing_class=run.tokenizer,
         settings=run.settings,
-        callbacks=[*run.callbacks, MarksCheckpoints()],
+        eval_dataset=run.held_out,
+        callbacks=[*reporters, *run.callbacks, MarksCheckpoints()],
     )
     if not run.show_progress_bar:
         trainer.remove_callback(PrinterCallback)
@@ -282,13 +298,15 @@ def _build(trainer: UnlearningTrainer, dtype: str) -> tuple[LoraConfig, dict[str
 
 
 def _provenance(run: _Run, trainer: UnlearningTrainer, rank: int, seconds: dict[str, float]) -> TrainedProvenance:
-    arguments = trainer.args
+    arguments, state = trainer.args, trainer.state
+    back = trainer.evaluations.went_back_to
+    steps = state.global_step if back is None else back
     return TrainedProvenance(
         settings=run.settings.to_dict(),
         training={
-            "steps": trainer.state.global_step,
+            "steps": steps,
             "global_batch": _global_batch(arguments),
-            "epochs": trainer.state.epoch,
+            "epochs": state.epoch if back is None else _epoch_of(state, back),
             "learning_rate": arguments.learning_rate,
             "scheduler": str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)),
             "optimiser": str(getattr(arguments.optim, "value", arguments.optim)),
@@ -299,8 +317,8 @@ def _provenance(run: _Run, trainer: UnlearningTrainer, rank: int, seconds: dict[
         start_adapter={"name": run.start_adapter, "sha256": run.start_sha256} if run.start_adapter else None,
         task_adapter=run.task_adapter,
         data={name: {"samples": len(samples), "sha256": fingerprint(samples)} for name, samples in run.samples.items()},
-        figures=_last_figures(trainer),
-        checks=trainer.target_check.points if trainer.target_check else [],
+        figures=_last_figures(state, steps),
+        checks=trainer.evaluations.points,
         rank=rank,
         dtype=run.dtype,
         versions=versions(),
@@ -313,9 +331,13 @@ def _global_batch(arguments: TrainingArguments) -> int:
     return arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
-def _last_figures(trainer: UnlearningTrainer) -> dict[str, float]:
-    """The losses, cosines and the share of conflicting elements that were logged last."""
-    logged = [entry for entry in trainer.state.log_history if "forget_loss" in entry]
+def _epoch_of(state: TrainerState, step: int) -> float:
+    return next(entry["epoch"] for entry in state.log_history if entry["step"] == step)
+
+
+def _last_figures(state: TrainerState, steps: int) -> dict[str, float]:
+    """The losses, cosines and the share of conflicting elements that were logged last, up to the adapter's step."""
+    logged = [entry for entry in state.log_history if "forget_loss" in entry and entry["step"] <= steps]
     of_trainer = ("loss", "learning_rate", "epoch", "step")
     # A resumed run reads its log in another order: the record is written alike.
     return {name: value for name, value in sorted(logged[-1].items()) if name not in of_trainer} if logged else {}

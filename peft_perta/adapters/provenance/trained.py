@@ -19,6 +19,7 @@ class _Settings(TypedDict):
     retain_weight: float
     combiner: str
     target_forget_loss: NotRequired[float | None]
+    retain_tolerance: NotRequired[float | None]
 
 
 class _Training(TypedDict):
@@ -48,8 +49,8 @@ class TrainedProvenance(Record):
         data: set -> number of samples and SHA-256 of their tokens.
         figures: the last logged values of the losses, of the gradients' cosines and of the share of conflicting
             elements.
-        checks: {step, forget, retain} of every check of the target: the mean cross-entropy of the forget rows and of as
-            many retain rows, nats per token. Empty without a target.
+        checks: {step, forget, retain} of the start and of every evaluation: the mean cross-entropy of the forget rows
+            and of the held-out rows, or else of as many retain rows, nats per token. Empty where nothing was evaluated.
         rank: the rank of the emitted adapter, the same in every layer.
         dtype: of the emitted factors.
         versions: package -> version.
@@ -81,16 +82,25 @@ class TrainedProvenance(Record):
         )
 
     def _end(self) -> list[str]:
-        """How the run ended, with respect to its target; empty without one."""
-        target = self.settings.get("target_forget_loss")
-        if not self.checks or target is None:
+        """How the run ended, with respect to its goals; empty where nothing was evaluated."""
+        if not self.checks:
             return []
-        last = self.checks[-1]
-        reached = "" if last["forget"] >= target else "; the target was NOT reached: train longer"
-        return [
-            f"forget loss {last['forget']:.3f} for the target {target:.3f}, retain loss {last['retain']:.3f} (at the "
-            f"start {self.checks[0]['forget']:.3f} and {self.checks[0]['retain']:.3f}), at step {last['step']}{reached}"
+        target, tolerance = self.settings.get("target_forget_loss"), self.settings.get("retain_tolerance")
+        start, last = self.checks[0], self.checks[-1]
+        taken = next((check for check in self.checks if check["step"] == self.training["steps"]), last)
+        goal = f" for the target {target:.3f}" if target is not None else ""
+        end = [
+            f"forget loss {taken['forget']:.3f}{goal}, retain loss {taken['retain']:.3f} (at the start "
+            f"{start['forget']:.3f} and {start['retain']:.3f}), at step {taken['step']}"
         ]
+        if taken is not last and tolerance is not None:
+            end += [
+                f"training stopped at step {last['step']}, where the retain loss was {last['retain']:.3f}, past the "
+                f"tolerance of {tolerance:g}"
+            ]
+        if target is not None and taken["forget"] < target:
+            end += ["the target was NOT reached" + (": train longer" if taken is last else "")]
+        return ["; ".join(end)]
 
     def card_section(self) -> list[str]:
         """The lines of the model card that say what was done."""

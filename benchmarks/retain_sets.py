@@ -28,6 +28,7 @@ COMMON: dict[str, Any] = {
     "task_adapter": str(ASSETS / "task_adapter"),
     "retain_only_adapter": str(ASSETS / "retain_adapter"),
     "forget": str(ASSETS / "forget.jsonl"),
+    "method": "rmu+directions",
     "retain_tolerance": 0.3,
     "judging": {"attacked_rows": 0},
 }

@@ -169,7 +169,7 @@ def test_what_unlearn_returns_goes_there_without_its_report(hub, adapter):
         evaluation={},
         missed={},
         recipe=recipe_of({}),
-        summary="",
+        lines={},
         report="Khan",
     )
     assert unlearned.push_to_hub(NAME).endswith(f"/{NAME}")

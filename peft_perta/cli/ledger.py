@@ -17,7 +17,7 @@ from ..adapters import (
     PROVENANCE_NAME,
     Ledger,
     Request,
-    Served,
+    ServedAdapter,
     add_request,
     check_ledger,
     format_checks,
@@ -210,14 +210,14 @@ def _lines(request: Request, width: int) -> list[str]:
     return [f"{request.name:<{width}}  {added.date}  {state}: {facts}", *_verdicts(request, width)]
 
 
-def _served_lines(served: Served, width: int) -> list[str]:
+def _served_lines(served: ServedAdapter, width: int) -> list[str]:
     rebuilt = served.rebuilt
     state = "stale, requests came or were taken back since" if served.stale else "of all open requests"
     facts = f"{rebuilt.adapter['path']} ({rebuilt.adapter['factors_sha256'][:16]})"
     return [f"{'':<{width}}  {rebuilt.date}  {state}: {facts}", *_verdicts(served, width)]
 
 
-def _verdicts(of: Request | Served, width: int) -> list[str]:
+def _verdicts(of: Request | ServedAdapter, width: int) -> list[str]:
     return [
         f"{'':<{width}}  {entry.date}  {' '.join(entry.audit['because'].split())}, on {entry.audit['rows']} rows, "
         f"against the {entry.audit['yardstick']} model"

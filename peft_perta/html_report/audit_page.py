@@ -71,9 +71,7 @@ def _evidence(found: Audit) -> Markup:
         f"{TRACE} nothing tells the model from one that never learned.",
         class_="fine",
     )
-    strongest = _evidence_table(
-        "Plain answers, and the measure that finds most under each attack", found.strongest, found
-    )
+    strongest = _evidence_table("Plain answers, and each attack's strongest", found.strongest, found)
     everything = element(
         "details",
         element("summary", f"All {len(found.evidence)} measures"),

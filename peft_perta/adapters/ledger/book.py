@@ -38,7 +38,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedAdapter:
     """The one adapter that was made of the open requests.
 
     Attributes:
@@ -67,7 +67,7 @@ class Ledger:
     directory: Path
     entries: list[AnyEntry]
     requests: dict[str, Request]
-    served: Served | None = None
+    served: ServedAdapter | None = None
 
     @property
     def open(self) -> list[Request]:
@@ -116,7 +116,7 @@ def replayed(directory: Path, entries: Sequence[AnyEntry]) -> Ledger:
             open requests is rebuilt of none, or audited before it was.
     """
     requests: dict[str, Request] = {}
-    served: Served | None = None
+    served: ServedAdapter | None = None
     for number, entry in enumerate(entries, start=1):
         try:
             if isinstance(entry, Rebuilt) or (isinstance(entry, Audited) and entry.request is None):
@@ -131,11 +131,13 @@ def replayed(directory: Path, entries: Sequence[AnyEntry]) -> Ledger:
     return Ledger(directory, list(entries), {request.name: request for request in in_order}, served)
 
 
-def _served_after(entry: Rebuilt | Audited, served: Served | None, requests: dict[str, Request]) -> Served:
+def _served_after(
+    entry: Rebuilt | Audited, served: ServedAdapter | None, requests: dict[str, Request]
+) -> ServedAdapter:
     if isinstance(entry, Rebuilt):
         if all(request.withdrawn for request in requests.values()):
             raise ValueError("no request is open")
-        return Served(entry)
+        return ServedAdapter(entry)
     if served is None:
         raise ValueError("no adapter of all open requests was rebuilt")
     return dataclasses.replace(served, audits=(*served.audits, entry))

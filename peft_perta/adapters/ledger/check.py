@@ -18,7 +18,7 @@ from ...model import (
     identify_base_files,
 )
 from ..verify import Check
-from .book import Ledger, Request, Served, read_ledger
+from .book import Ledger, Request, ServedAdapter, read_ledger
 from .entries import Added, Rebuilt, hash_row
 
 
@@ -129,7 +129,7 @@ def _check_adapter(ledger: Ledger, request: Request) -> Check:
     return check
 
 
-def _check_served(ledger: Ledger, served: Served) -> Check:
+def _check_served(ledger: Ledger, served: ServedAdapter) -> Check:
     """Whether the adapter of all open requests is as it was entered, and the open requests are still those."""
     check = _check_files(ledger, served.rebuilt, "the adapter of all")
     if check.passed and served.stale:

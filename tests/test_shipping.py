@@ -402,6 +402,15 @@ def test_a_fault_is_found_by_its_own_check(fault, emitted, tmp_path):
     assert name in failed(directory)
 
 
+def test_an_adapter_that_changes_nothing_is_found(emitted, tmp_path):
+    def silent(tensors):
+        return {key: value * ("lora_A" in key) for key, value in tensors.items()}
+
+    directory = copied(emitted, tmp_path / "silent", change_tensors=silent)
+    assert failed(directory) == []
+    assert failed(directory, str(builders.llama_directory())) == ["PEFT: changes the logits"]
+
+
 @pytest.mark.fresh_process
 def test_a_missing_layer_is_found(emitted, tmp_path):
     directory = copied(emitted, tmp_path / "bad", None, without_a_layer)

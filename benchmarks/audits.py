@@ -1,10 +1,10 @@
 """Audits side by side: the full model, the retain-only model, and adapters of a testbed's model.
 
 The full and the retain-only model are the two ends of every scale; the verdict on them must be 'still there' and
-'forgotten as if never learned'. Every audit measures both, so their columns cost nothing. What an interrupted run has
-made is kept in the output.
+'forgotten as if never learned'. The first audit measures both, the others take that from it. What an interrupted run
+has made is kept in the output.
 
-    python -m benchmarks.audits negation=DIR perta=DIR [--testbed smollm2] [--rows 40] [--minutes 10] --output DIR
+    python -m benchmarks.audits negation=DIR perta=DIR [--testbed smollm2] [--attacked 10] [--minutes 10] --output DIR
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--testbed", choices=sorted(TESTBEDS), default="small", help="whose model (default: small)")
     parser.add_argument("--rows", type=int, default=40, help="forget rows, from the first (default: 40)")
     parser.add_argument("--judged-rows", type=int, default=60, help="retain rows, from the last (default: 60)")
+    parser.add_argument("--attacked", type=int, metavar="COUNT", help="of these, at even distances (default: all)")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--minutes", type=float, help="of each audit (default: no limit)")
     parser.add_argument("--output", required=True, type=Path)
@@ -77,17 +78,20 @@ def main() -> None:
     model, tokenizer = load_base(testbed.base)
     model = attach_adapters(model, {**own, **given})
     settings = AttackSettings(
-        relearning_rows=tuple(sorted({1, min(10, len(forget) // 2)})), max_new_tokens=options.max_new_tokens
+        relearning_rows=tuple(sorted({1, min(10, (options.attacked or len(forget)) // 2)})),
+        rows=options.attacked,
+        max_new_tokens=options.max_new_tokens,
     )
-    audits = {}
+    audits: dict[str, Audit] = {}
     for label, stack in ({name: [TASK, name] for name in given} or {"full": [TASK]}).items():
         unlearned, full, retain_only = (Subject(model, tokenizer, names) for names in (stack, [TASK], [RETAIN_ONLY]))
-        where = options.output / label
+        where, first = options.output / label, next(iter(audits), None)
         audits[label] = audit(
             Victims(unlearned, full, retain_only, forget, retain, read_rows(PROSE)),
             settings=settings,
             minutes=options.minutes,
             output_dir=where,
+            beside=None if first is None else options.output / first,
         )
         write_audit_page(audits[label], testbed.base, stack, where / "audit.html")
     any_audit = next(iter(audits.values()))

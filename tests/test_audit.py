@@ -194,6 +194,43 @@ def test_other_rows_are_another_audit(model, tmp_path, capsys):
     assert "is of another audit (the rows changed); it is made anew" in capsys.readouterr().err
 
 
+def test_what_an_audit_beside_it_measured_is_not_measured_again(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(RUN, "_ORDER", ("depth", "logit-lens", "relearning", "conversation", "switched-off"))
+    forward, forwards = torch.nn.Embedding.forward, []
+    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda *a: forwards.append(1) or forward(*a))
+
+    def made(unlearned, **options):
+        forwards.clear()
+        return audit(victims(model, unlearned), settings=QUICK, **options).to_dict(), len(forwards)
+
+    alone, of_three = made(["task", "negation"])
+    made(["task"], output_dir=tmp_path)
+    with laws.untouched(model):
+        beside, of_one = made(["task", "negation"], beside=tmp_path)
+    assert beside == alone
+    assert of_one < 0.5 * of_three
+
+
+def test_an_audit_of_other_rows_or_settings_cannot_stand_beside(model, tmp_path, monkeypatch):
+    asked = victims(model, ["retain"])
+    audit(asked, settings=QUICK, minutes=1e-9, output_dir=tmp_path)
+    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda *_: pytest.fail("a forward ran"))
+    with pytest.raises(ConfigError, match="found one where the rows differ; audit without it"):
+        audit(dataclasses.replace(asked, rows=FORGET[:6]), settings=QUICK, beside=tmp_path)
+    with pytest.raises(ConfigError, match="found one where the settings differ"):
+        audit(asked, settings=dataclasses.replace(QUICK, seed=1), beside=tmp_path)
+    with pytest.raises(ConfigError, match="found one where the retain-only model differ"):
+        audit(victims(model, ["retain"], retain_only=()), settings=QUICK, beside=tmp_path)
+    record = (tmp_path / AUDIT_RECORD_NAME).read_text()
+    for damage in (None, "[]", record.replace("0.", "1.", 1)):
+        (tmp_path / AUDIT_RECORD_NAME).unlink()
+        if damage is not None:
+            (tmp_path / AUDIT_RECORD_NAME).write_text(damage)
+        with pytest.raises(ConfigError, match="found none that can be read"):
+            audit(asked, settings=QUICK, beside=tmp_path)
+        (tmp_path / AUDIT_RECORD_NAME).write_text("")
+
+
 def test_a_row_in_both_sets_is_refused(model, monkeypatch):
     monkeypatch.setattr(torch.nn.Embedding, "forward", lambda *_: pytest.fail("a forward ran"))
     with pytest.raises(DataError, match="row 9 of the retain set is also in the forget set"):
@@ -424,6 +461,7 @@ def test_the_command_applies_the_strengths_and_says_what_it_did_not_try(place, c
         ([], ("negation",), "needs a yardstick of 'never learned'"),
         (["--minutes", "0"], ("task", "negation"), "minutes: expected"),
         (["--retain-only-adapter", "nowhere"], ("task", "negation"), "nowhere"),
+        (["--beside", "nowhere"], ("task", "negation"), "expected the output of an audit of another adapter"),
     ],
 )
 def test_a_request_that_cannot_be_met_is_one_line_before_a_forward(

@@ -55,6 +55,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--minutes", type=float, metavar="MINUTES", help="begin no attack after that time (default: no limit)"
     )
     parser.add_argument(
+        "--beside", metavar="DIR",
+        help="the output of an audit of another adapter, for the same models, rows and settings: what it measured of "
+        "the full and the retain-only model is taken from there (default: measured anew)",
+    )  # fmt: skip
+    parser.add_argument(
         "--model-card", action="store_true",
         help="write the verdict into the model card of the last adapter too (default: not)",
     )  # fmt: skip
@@ -108,7 +113,7 @@ def run(options: argparse.Namespace) -> int:
             scaled.enter_context(adapter_strength(model, name, strength))
         found = audit(
             victims, yardstick=_YARDSTICK if yardstick else "origin", settings=settings,
-            minutes=options.minutes, output_dir=output,
+            minutes=options.minutes, output_dir=output, beside=options.beside,
         )  # fmt: skip
     factors = [hash_factors(find_adapter(directory)) for directory in strengths]  # paths may come to mean others
     result = {"model": options.model, "adapters": strengths, "factors": factors, **found.to_dict()}

@@ -49,6 +49,8 @@ class Victims:
         retain: rows to keep, that an attacker can have; relearning trains on them, a conversation shows some.
         unrelated: rows that have nothing to do with either, that relearning trains on.
         never_seen: rows of the forget rows' kind that no model saw; an audit asks whether the two can be told apart.
+        measured: the results of the same attacks on another unlearned model. What they hold of the full and the
+            retain-only model, which must be the same, is not measured again.
     """
 
     unlearned: Subject
@@ -58,13 +60,23 @@ class Victims:
     retain: Sequence[dict] = ()
     unrelated: Sequence[dict] = ()
     never_seen: Sequence[dict] = ()
+    measured: Sequence[AttackResult] = ()
 
     def subjects(self) -> Iterator[tuple[str, Subject]]:
         """(role, subject) of every model that is given."""
-        models = {"unlearned": self.unlearned, "full": self.full, "retain-only": self.retain_only}
-        for role, subject in models.items():
+        yield "unlearned", self.unlearned
+        yield from self.ends()
+
+    def ends(self) -> Iterator[tuple[str, Subject]]:
+        """(role, subject) of the full and the retain-only model, where they are given."""
+        for role, subject in {"full": self.full, "retain-only": self.retain_only}.items():
             if subject is not None:
                 yield role, subject
+
+    def known(self, attack: str, role: str) -> dict[str, Measured]:
+        """Setting -> what is known of a model from ``measured``."""
+        results = [result for result in self.measured if result.attack == attack and role in result.rows]
+        return {result.setting: Measured(result.rows[role]) for result in results}
 
 
 @dataclass(frozen=True)
@@ -193,7 +205,10 @@ def compare(
         victims: the models.
         measure: (subject, its name on progress bars) -> setting -> what was measured.
     """
-    found = {role: measure(subject, f"{attack}, {role}") for role, subject in victims.subjects()}
+    found = {"unlearned": measure(victims.unlearned, f"{attack}, unlearned")}
+    for role, subject in victims.ends():
+        known = victims.known(attack, role)
+        found[role] = known if found["unlearned"].keys() <= known.keys() else measure(subject, f"{attack}, {role}")
     results = []
     for setting, unlearned in found["unlearned"].items():
         by_role = {role: settings[setting] for role, settings in found.items() if setting in settings}

@@ -51,7 +51,12 @@ def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
     full, retain_only = victims.full, victims.retain_only
     assert full is not None and retain_only is not None  # noqa: PT018
     samples = full.encode(attacked_rows(victims, settings), _NAME)
-    carried = patched_falls(full, retain_only, samples, f"{_NAME}, retain-only")
+    known = victims.known(_NAME, "retain-only").get("all blocks")
+    if known is None:
+        carried = patched_falls(full, retain_only, samples, f"{_NAME}, retain-only")
+    else:
+        blocks = range(1, len(blocks_of(full, _NAME)) + 1)
+        carried = torch.tensor([known.values[fall_after(block)] for block in blocks], dtype=torch.float64).T
     gone = patched_falls(full, victims.unlearned, samples, f"{_NAME}, unlearned")
     half = carried.shape[1] // 2
     parts = {"all blocks": slice(None), "lower half": slice(half), "upper half": slice(half, None)}

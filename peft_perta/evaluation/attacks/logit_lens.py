@@ -17,7 +17,7 @@ from ...model import input_device, preserved
 from ..subject import Subject
 from .attack import Attack, AttackResult, AttackSettings, Measured, Victims, attacked_rows, check_victims, compare
 from .measures import of_losses
-from .states import blocks_of, losses_with, states_and_losses
+from .states import blocks_of, losses_after_each
 
 _NAME = "logit-lens"
 
@@ -53,7 +53,8 @@ ATTACK = Attack(_NAME, "Read the answer out of the states after every block.", c
 def lens(subject: Subject, samples: list[Sample], name: str) -> Tensor:
     """The loss of each completion as read after each block: [N, L], nats per token, float64 on the CPU.
 
-    The states after block l take the place of the last block's output, so that the model itself applies what follows.
+    The states after block l take the place of the last block's output, so that the model itself applies what follows
+    (its norm and its head).
 
     Args:
         subject: the model.
@@ -69,11 +70,7 @@ def lens(subject: Subject, samples: list[Sample], name: str) -> Tensor:
     with bar, preserved(subject.model, subject.adapters), torch.no_grad():
         for batch in batches(samples, subject.batch_size):
             own = batch.to(input_device(subject.model))
-            states, losses = states_and_losses(subject.model, blocks, own)
-            for place, state in enumerate(states[:-1]):
-                read = losses_with(subject.model, blocks[-1], state, own)
-                rows[batch.indices, place] = read.double().cpu()
-            rows[batch.indices, -1] = losses.double().cpu()
+            rows[batch.indices] = losses_after_each(subject.model, blocks, own).double().cpu()
             bar.update(len(batch.indices))
     if not rows.isfinite().all():
         raise NumericalError(f"{name}: a loss is not finite; evaluate in float32 or bfloat16")

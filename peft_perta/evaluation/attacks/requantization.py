@@ -50,6 +50,7 @@ from ..subject import Subject
 from .attack import Attack, AttackResult, AttackSettings, Measured, Victims, attacked_rows, check_victims, compare
 from .measures import measured
 from .projections import Projection, projections
+from .stand_in import standing_in
 
 
 def _nf4(weight: Tensor) -> Callable[[], Tensor]:
@@ -120,7 +121,8 @@ def rounded(model: nn.Module, rounding: str) -> Iterator[None]:
     with ExitStack() as replaced, torch.no_grad():
         for projection in projections(model):
             weight = _merged(projection, deltas.get(id(projection.layer), []))
-            replaced.enter_context(_forward_of(projection, ROUNDINGS[rounding](weight)))
+            forward = _forward_of(projection, ROUNDINGS[rounding](weight))
+            replaced.enter_context(standing_in(projection.module, forward))
         yield
 
 
@@ -137,24 +139,15 @@ def _merged(projection: Projection, targets: list[Target]) -> Tensor:
     return weight.contiguous()
 
 
-@contextmanager
-def _forward_of(projection: Projection, weight: Callable[[], Tensor]) -> Iterator[None]:
-    """Within the block, the module that the model calls computes x W^T + bias with this weight."""
+def _forward_of(projection: Projection, weight: Callable[[], Tensor]) -> Callable[..., Tensor]:
+    """x -> x W^T + bias with this weight."""
     layer: Any = projection.layer
-    attributes = vars(projection.module)
-    before = attributes.get("forward")  # accelerate sets one on the instance
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         bias = None if layer.bias is None else layer.bias.to(x.device, x.dtype)
         return nn.functional.linear(x, weight().to(x.device, x.dtype), bias)
 
-    attributes["forward"] = forward
-    try:
-        yield
-    finally:
-        attributes.pop("forward")
-        if before is not None:
-            attributes["forward"] = before
+    return forward
 
 
 def _deltas(model: nn.Module) -> dict[int, list[Target]]:

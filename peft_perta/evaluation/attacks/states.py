@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ...errors import UnsupportedLayerError
 from ...gradients import at_each_block, find_blocks, hidden_states
 from ...model import sample_losses
 from ..subject import Subject
+from .stand_in import standing_in
 
 
 def blocks_of(subject: Subject, attack: str) -> list[nn.Module]:
@@ -62,6 +63,27 @@ def losses_with(model: nn.Module, block: nn.Module, states: Tensor, batch: Batch
         return sample_losses(model, batch)
 
 
+def losses_after_each(model: nn.Module, blocks: list[nn.Module], batch: Batch) -> Tensor:
+    """The losses [N, L], nats per token, as what follows the last block reads them out of the states after each.
+
+    One pass through the blocks; after it none of them runs.
+
+    Raises:
+        UnsupportedLayerError: as ``states_and_losses``.
+    """
+    outputs: list[Any] = []
+    with at_each_block(blocks[-1:], after=lambda index, output: outputs.append(output)):
+        states, losses = states_and_losses(model, blocks, batch)
+    read = []
+    for own in states[:-1]:
+        output = _with_states(outputs[0], own, _predicting(batch))
+        with ExitStack() as replaced:
+            for block in blocks:
+                replaced.enter_context(standing_in(block, lambda *args, output=output, **kwargs: output))
+            read.append(sample_losses(model, batch))
+    return torch.stack([*read, losses], 1)
+
+
 def _predicting(batch: Batch) -> Tensor:
     """[N, T], true where the next token has a loss."""
     return nn.functional.pad(batch.labels[:, 1:] != IGNORED, (0, 1))
@@ -69,10 +91,12 @@ def _predicting(batch: Batch) -> Tensor:
 
 @contextmanager
 def _replaced(block: nn.Module, states: Tensor, where: Tensor) -> Iterator[None]:
-    def replace(index: int, output: Any) -> Any:
-        hidden = hidden_states(output)
-        own = hidden.masked_scatter(where.to(hidden.device).unsqueeze(-1), states.to(hidden))
-        return own if isinstance(output, Tensor) else (own, *output[1:])
-
-    with torch.no_grad(), at_each_block([block], after=replace):
+    with torch.no_grad(), at_each_block([block], after=lambda index, output: _with_states(output, states, where)):
         yield
+
+
+def _with_states(output: Any, states: Tensor, where: Tensor) -> Any:
+    """A block's output with these states [K, H] at K tokens."""
+    hidden = hidden_states(output)
+    own = hidden.masked_scatter(where.to(hidden.device).unsqueeze(-1), states.to(hidden))
+    return own if isinstance(output, Tensor) else (own, *output[1:])

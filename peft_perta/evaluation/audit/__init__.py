@@ -7,7 +7,8 @@ rule makes a verdict of them.
 from .evidence import Evidence, evidence_of, shown_measure
 from .never_seen import NeverSeen
 from .reading import AuditResult, read_audit
-from .run import AUDIT_RECORD_NAME, Audit, audit
+from .record import AUDIT_RECORD_NAME
+from .run import Audit, audit
 from .verdict import FORGOTTEN, PRESENT, RULE, STILL_THERE, SUPPRESSED, TRACE, Verdict, decide
 
 __all__ = [

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -16,21 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data import check_disjoint, note, read_json, write_file
+from ...data import check_disjoint
 from ...errors import ConfigError
-from ...model import identify
 from ..attacks import CANNOT_BE_APPLIED, check_attacks, run_attacks, skipped_result
 from ..attacks.as_asked import AS_ASKED
 from ..attacks.attack import Answer, AttackResult, AttackSettings, Victims, attacked_rows
 from ..completions import losses_of
 from ..metrics.bootstrap import Interval
 from ..subject import Subject
-from ..suites import hash_stack
 from .evidence import Evidence, evidence_of, ratio
 from .never_seen import NeverSeen, compare_never_seen
+from .record import AuditRecord, identity_of, measured_beside
 from .verdict import RULE, Verdict, decide
 
-AUDIT_RECORD_NAME = "audit_record.json"  # the attacks that are made
 # What finds most of what is left in the least time comes first.
 _ORDER = (
     "depth", "logit-lens", "relearning", "prefix", "hops", "paraphrase", "rewording", "aliases", "conversation",
@@ -119,6 +115,7 @@ def audit(
     settings: AttackSettings | None = None,
     minutes: float | None = None,
     output_dir: str | Path | None = None,
+    beside: str | Path | None = None,
 ) -> Audit:
     """Attack an unlearned model in every way, and say whether the rows are forgotten as if they had never been learned.
 
@@ -130,9 +127,12 @@ def audit(
         minutes: no attack begins after that time; None for no limit. Plain answers are always measured.
         output_dir: a directory where each attack is kept once it is made, in ``AUDIT_RECORD_NAME``: the same audit goes
             on from there.
+        beside: such a directory of an audit of another unlearned model: what that measured of the full model and of the
+            yardstick is taken from there, which is about two thirds of the time.
 
     Raises:
-        ConfigError: a model is missing, or ``minutes`` is no number above 0.
+        ConfigError: a model is missing, ``minutes`` is no number above 0, or ``beside`` is of other models, rows or
+            settings.
         DataError: a set is empty or malformed, a row is in both sets, or the forget rows cannot tell the full model
             from the yardstick. The models are as they were, whatever is raised.
     """
@@ -147,7 +147,10 @@ def audit(
     if victims.never_seen:
         check_disjoint(forget, encode(victims.never_seen, "the never-seen rows"), "the never-seen set")
     skipped = check_attacks(victims, None, settings)
-    record = AuditRecord(output_dir, _identity(victims, settings)) if output_dir is not None else None
+    identity = identity_of(victims, settings)
+    record = AuditRecord(output_dir, identity) if output_dir is not None else None
+    if beside is not None:
+        victims = dataclasses.replace(victims, measured=measured_beside(beside, identity))
     began = time.perf_counter()
     results, not_tried = [], []
     for name in (AS_ASKED.name, *_ORDER):
@@ -189,63 +192,3 @@ def _probabilities(subject: Subject, rows: Sequence[Mapping]) -> Tensor:
     samples = subject.encode(rows, "the retain rows")
     losses = losses_of(subject.model, samples, adapters=subject.adapters, batch_size=subject.batch_size)
     return losses.to(torch.float64).neg().exp()
-
-
-def _identity(victims: Victims, settings: AttackSettings) -> dict[str, str]:
-    """Part -> hash, of everything that the results depend on."""
-    parts: dict[str, str] = {}
-    for role, subject in victims.subjects():
-        facts = [identify(subject.model, subject.tokenizer), hash_stack(subject), subject.max_length]
-        parts[f"the {role} model"] = _hash(facts)
-    return {
-        **parts,
-        "the rows": _hash([victims.rows, list(victims.retain), list(victims.unrelated)]),
-        "the settings": _hash(dataclasses.asdict(settings)),
-    }
-
-
-def _hash(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-class AuditRecord:
-    """The attacks that are made, in a file."""
-
-    def __init__(self, directory: str | Path, identity: dict[str, str]) -> None:
-        self._path = Path(directory) / AUDIT_RECORD_NAME
-        self._identity = identity
-        self.found: dict[str, list[AttackResult]] = {}
-        try:
-            stored = read_json(self._path)
-            changed = [part for part, value in identity.items() if stored["of"].get(part) != value]
-            if stored["sha256"] != _hash(stored["attacks"]):
-                note(f"{self._path} is damaged; the audit is made anew")
-            elif not changed:
-                self.found = {name: [_read(entry) for entry in entries] for name, entries in stored["attacks"].items()}
-            elif stored["attacks"]:
-                note(f"{self._path} is of another audit ({', '.join(changed)} changed); it is made anew")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            self.found = {}  # there is none yet, or a damaged one
-
-    def add(self, name: str, results: list[AttackResult]) -> None:
-        """Keep an attack's results."""
-        self.found[name] = results
-        attacks = {key: [_stored(result) for result in made] for key, made in self.found.items()}
-        record = {"of": self._identity, "sha256": _hash(attacks), "attacks": attacks}
-        write_file(self._path, json.dumps(record) + "\n")
-
-
-def _stored(result: AttackResult) -> dict[str, Any]:
-    rows = {
-        role: {name: [None if math.isnan(value) else value for value in values] for name, values in of_role.items()}
-        for role, of_role in result.rows.items()
-    }
-    return {**dataclasses.asdict(result), "rows": rows, "answers": [answer._asdict() for answer in result.answers]}
-
-
-def _read(entry: Mapping[str, Any]) -> AttackResult:
-    rows = {
-        role: {name: [math.nan if value is None else float(value) for value in values] for name, values in of.items()}
-        for role, of in entry["rows"].items()
-    }
-    return AttackResult(**{**entry, "rows": rows, "answers": [Answer(**answer) for answer in entry["answers"]]})

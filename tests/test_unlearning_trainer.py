@@ -795,13 +795,15 @@ def test_the_command_refuses(more, message, place):
 
 
 def steps_of_losses(directory, batch_size):
-    """The gradients and the trained factors of one step of each forget loss, and of three of NPO, over 4 rows."""
+    """The gradients and the trained factors of one step of each forget loss, and of three of NPO, without an attacker
+    and with one, over 4 rows."""
     results = {}
-    for loss in FORGET_LOSSES:
+    each = {loss: with_loss(loss) for loss in FORGET_LOSSES} | {"attacked": UnlearningSettings(relearning_steps=2)}
+    for loss, settings in each.items():
         model, seen = stacked(), Gradients()
         trainer_of(
             model, directory, [*WITH_PROMPTS, {"prompt": "His name ", "completion": "is Ned"}],
-            settings=with_loss(loss), callbacks=[seen], max_steps=3 if loss == "npo" else 1,
+            settings=settings, callbacks=[seen], max_steps=3 if loss in ("npo", "attacked") else 1,
             per_device_train_batch_size=batch_size, gradient_accumulation_steps=2,
         ).train()  # fmt: skip
         results[loss] = [*seen.steps, trained(model)]
@@ -842,7 +844,7 @@ def test_two_processes_train_as_one(tmp_path):
     for rank in (0, 1):
         split = torch.load(tmp_path / f"result {rank}", weights_only=False)
         for loss, expected in whole.items():
-            assert len(split[loss]) == len(expected) == (4 if loss == "npo" else 2)
+            assert len(split[loss]) == len(expected) == (4 if loss in ("npo", "attacked") else 2)
             for step, of_whole in zip(split[loss], expected, strict=True):
                 close({name.removeprefix("module."): g for name, g in step.items()}, of_whole, 1e-6)
 

@@ -63,7 +63,8 @@ def trained(start: MakeAdapter | None = None, *, learning_rate: float = 1e-3, **
 
 def _cost(setup: Setup, settings: UnlearningSettings) -> float:
     """Forward-equivalents of the training: a forward and backward pass (2) of each sample of a step, and a forward pass
-    (1) of each frozen model that a loss reads."""
+    (1) of each frozen model that a loss reads; another pass forward and backward (2) of the forget rows for an attacker.
+    """
     rows = {"forget": setup.forget_rows, "retain": setup.retain_rows}
     length = row_length(setup.model, None)
     both_sets, spent = 0, 0.0
@@ -72,5 +73,6 @@ def _cost(setup: Setup, settings: UnlearningSettings) -> float:
         tokens = sum(len(sample.input_ids) for sample in samples)
         epochs = STEPS * BATCH / len(rows[name])
         both_sets += tokens
-        spent += epochs * tokens * (2 + sum(forward_pass.is_frozen for forward_pass in loss.reads))
+        attack = 2 if name == "forget" and settings.relearning_steps else 0
+        spent += epochs * tokens * (2 + attack + sum(forward_pass.is_frozen for forward_pass in loss.reads))
     return spent / both_sets

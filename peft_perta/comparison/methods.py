@@ -22,6 +22,7 @@ REFINED = "+directions"  # ends the name of a trained method that is refined
 _PAPER: dict[str, Any] = {"granularity": "delta", "input_directions": False}
 _WIDE: dict[str, Any] = {"rank": SERVABLE_RANKS[-1]}
 _NPO = {"forget_loss": "npo", "beta": 0.03}  # at 0.1 it stalls before the retain-only model's forget loss
+_SAGO: dict[str, Any] = {**_NPO, "combiner": "sago", "learning_rate": 2e-3}
 _RMU = {"forget_loss": "rmu", "retain_loss": "embed-diff", "retain_weight": 30.0}
 
 
@@ -64,9 +65,8 @@ _TRAINED: dict[str, Method] = {
         combiner="sum",
     ),
     "pcgrad": _train("trained: NPO, its two gradients combined per tensor by PCGrad", **_NPO, combiner="pcgrad"),
-    "sago": _train(
-        "trained: NPO, its two gradients combined per element by SAGO", **_NPO, combiner="sago", learning_rate=2e-3
-    ),
+    "sago": _train("trained: NPO, its two gradients combined per element by SAGO", **_SAGO),
+    "sago+attacker": _train("trained: sago, against an attacker that relearns", **_SAGO, relearning_steps=8),
 }
 
 METHODS: dict[str, Method] = {
@@ -151,7 +151,7 @@ METHODS: dict[str, Method] = {
     **{f"{name}{REFINED}": _refined(method, name) for name, method in _TRAINED.items()},
     "perta+sago": Method(
         "trained: sago, started from perta-grad's adapter",
-        trained(perta(), **_NPO, combiner="sago", learning_rate=2e-3),
+        trained(perta(), **_SAGO),
         "trained",
     ),
 }

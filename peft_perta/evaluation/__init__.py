@@ -9,6 +9,7 @@ from .attacks import ATTACKS, check_attacks, run_attacks
 from .attacks.attack import Answer, Attack, AttackResult, AttackSettings, Victims
 from .attacks.depth import fall_after, patched_falls
 from .attacks.formatting import format_attacks
+from .attacks.relearning import fresh_adapter, with_factors
 from .audit import (
     AUDIT_RECORD_NAME,
     FORGOTTEN,
@@ -94,6 +95,7 @@ __all__ = [
     "forget_rows",
     "format_attacks",
     "format_rescored",
+    "fresh_adapter",
     "general_benchmarks",
     "generate",
     "interval",
@@ -113,5 +115,6 @@ __all__ = [
     "score_false_answers",
     "stream",
     "summary",
+    "with_factors",
     "write_log",
 ]

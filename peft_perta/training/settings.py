@@ -115,6 +115,12 @@ class UnlearningSettings:
         "by more than this since the start, and take the adapter of the evaluation before: a number > 0, nats per "
         "token. By default training runs to its end.",
     )
+    relearning_steps: int | None = setting(
+        None,
+        "Withstand relearning: an attacker's adapter, LoRA on every linear layer, learns the forget rows again, a step "
+        "of AdamW after each step of training, and begins anew after so many; the forget gradient is taken with it on. "
+        "An integer from 1; one more forward and backward pass over the forget rows. By default there is no attacker.",
+    )
     beta: float | None = setting(
         None,
         f"beta of the forget loss: a number > 0, without a unit. By default the loss's own: {_own_values('beta')}.",
@@ -151,6 +157,8 @@ class UnlearningSettings:
         budget = self.retain_budget
         if budget is not None:
             check_setting(is_number(budget) and budget >= 0, "retain_budget", "a number >= 0", budget)
+        steps = self.relearning_steps
+        check_setting(steps is None or is_count(steps), "relearning_steps", "an integer from 1", steps)
         for name in ("target_forget_loss", "retain_tolerance"):
             value = getattr(self, name)
             if value is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ._agreement import agreement
 from ._evaluation import Evaluations, evaluate_by_default
 from ._model_in_training import adapter_in_training, adapters_beside, block_of_states, check_origin
 from ._pairs import Pairs, PairSampler, collate, load_held_out, load_pairs
+from ._relearner import RELEARNER_NAME, Relearner
 from ._training_arguments import adjust_arguments, check_supported
 from ._whole_checkpoints import is_write_failure
 from .combiners import COMBINERS
@@ -44,11 +46,12 @@ class UnlearningTrainer(Trainer):
 
     It logs, beside what every Trainer logs, means since the last log of ``forget_loss``, ``retain_loss``,
     ``cosine_forget_retain``, ``cosine_combined_forget``, ``cosine_combined_retain`` and ``conflicting_share``; with a
-    ``retain_budget`` also ``retain_weight``. An evaluation (``eval_strategy``, ``eval_steps``) logs
-    ``eval_forget_loss`` and ``eval_retain_loss``, the mean cross-entropy of the forget rows and of ``eval_dataset``,
-    nats per token; ``evaluations.points`` has the path. With a ``target_forget_loss`` or a ``retain_tolerance`` it
-    stops at an evaluation; there are four an epoch where ``args`` names no strategy. A checkpoint holds the adapter in
-    training alone; resuming is exact.
+    ``retain_budget`` also ``retain_weight``, with ``relearning_steps`` also ``relearner_loss``, the attacker's on the
+    forget rows. An evaluation (``eval_strategy``, ``eval_steps``) logs ``eval_forget_loss`` and ``eval_retain_loss``,
+    the mean cross-entropy of the forget rows and of ``eval_dataset``, nats per token; ``evaluations.points`` has the
+    path. With a ``target_forget_loss`` or a ``retain_tolerance`` it stops at an evaluation; there are four an epoch
+    where ``args`` names no strategy. A checkpoint holds the adapter in training alone, and the attacker; resuming is
+    exact.
 
     Args:
         model: a PeftModel in float or 4 bit. Adapters that are on besides the one in training stay on, without
@@ -91,7 +94,7 @@ class UnlearningTrainer(Trainer):
         self._block = block_of_states(model, self.settings, self._factors)
         self._reference = adapters_beside(model, self.adapter_name)
         check_origin(self.settings, self._reference)
-        self._reset()
+        self._reset(args)
         length = row_length(model, max_length)
         pairs = load_pairs(forget, retain, processing_class, self.settings, max_length=length)
         adjust_arguments(args, model)
@@ -116,12 +119,14 @@ class UnlearningTrainer(Trainer):
 
     def train(self, *arguments: Any, **options: Any) -> TrainOutput:
         """Train as ``Trainer.train`` does."""
-        self._reset()
+        self._reset(self.args)
         return super().train(*arguments, **options)
 
-    def _reset(self) -> None:
+    def _reset(self, args: TrainingArguments) -> None:
         """Drop the sums that an interrupted run left within a step, and begin with the retain weight that was set."""
         self._retain_weight = self.settings.retain_weight
+        steps = self.settings.relearning_steps
+        self._relearner = None if steps is None else Relearner(steps, args.seed)
         self._sums: dict[str, dict[str, Tensor]] = {"forget": {}, "retain": {}}
         self._totals = {"forget": 0.0, "retain": 0.0, "samples": 0.0}
         self._figures: dict[str, float] = {}
@@ -139,13 +144,18 @@ class UnlearningTrainer(Trainer):
         weights = {"forget": self.settings.forget_weight, "retain": self._retain_weight}
         weighted = torch.zeros((), device=self.args.device)
         for name, loss in self.settings.losses.items():
-            with self.compute_loss_context_manager():
-                loss_inputs = self._loss_inputs(bare, batches, name, loss)
-                total = loss.function(loss_inputs, *self.settings.loss_parameters).sum()
-            self._add_gradients(name, total)
+            attacker = self._relearner if name == "forget" else None
+            with nullcontext() if attacker is None else attacker.on(bare):
+                with self.compute_loss_context_manager():
+                    loss_inputs = self._loss_inputs(bare, batches, name, loss)
+                    total = loss.function(loss_inputs, *self.settings.loss_parameters).sum()
+                self._add_gradients(name, total)
             self._totals[name] += float(total.detach())
             weighted += weights[name] * total.detach().to(weighted.device) / samples
         self._totals["samples"] += samples
+        if self._relearner is not None:
+            with self.compute_loss_context_manager():
+                self._relearner.learn(bare, batches["forget"])
         if self.accelerator.sync_gradients:
             self._combine()
         return weighted / self.current_gradient_accumulation_steps
@@ -187,6 +197,8 @@ class UnlearningTrainer(Trainer):
         """Put the combined gradient of the step on the parameters, at the scaler's scale, and reset the sums."""
         scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0
         losses = self._average(scale)
+        if self._relearner is not None:
+            losses["relearner_loss"] = self._relearner.step()
         forget, retain = self._sums["forget"], self._sums["retain"]
         weights = self.settings.forget_weight, self._retain_weight
         overflowed = [
@@ -301,19 +313,27 @@ class UnlearningTrainer(Trainer):
             self.model.save_pretrained(directory, selected_adapters=names, save_embedding_layers=False)  # type: ignore[operator, union-attr]
             if self.settings.retain_budget is not None:
                 (Path(directory) / _RETAIN_WEIGHT_NAME).write_text(json.dumps(self._retain_weight), encoding="utf-8")
+            if self._relearner is not None:
+                self._relearner.save(Path(directory))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         directory = Path(resume_from_checkpoint)
         weights = (directory if self.adapter_name == "default" else directory / self.adapter_name) / _WEIGHTS_NAME
         retain_weight = directory / _RETAIN_WEIGHT_NAME
-        needed = [weights] if self.settings.retain_budget is None else [weights, retain_weight]
-        missing = next((path.name for path in needed if not path.is_file()), None)
+        needed = {
+            weights: True,
+            retain_weight: self.settings.retain_budget is not None,
+            directory / RELEARNER_NAME: self._relearner is not None,
+        }
+        missing = next((path.name for path, is_needed in needed.items() if is_needed and not path.is_file()), None)
         if missing is not None:
             raise AdapterError(
                 f"{directory} holds no {missing} of adapter {self.adapter_name!r}; expected a checkpoint that "
                 "UnlearningTrainer wrote, with the same settings"
             )
-        if retain_weight in needed:
+        if needed[retain_weight]:
             self._retain_weight = read_json(retain_weight)
+        if self._relearner is not None:
+            self._relearner.load(directory, self.args.device)
         self.evaluations.load(directory)
         set_peft_model_state_dict(self.model, load_file(weights), adapter_name=self.adapter_name)

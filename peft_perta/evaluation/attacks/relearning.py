@@ -163,8 +163,20 @@ def fresh_adapter(model: nn.Module, seed: int) -> Iterator[list[Tensor]]:
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
         return A, B
 
-    with added(model, factors, lambda x, A, B: SCALING * (x @ A.T @ B.T)) as parameters:
+    with added(model, factors, _product) as parameters:
         yield parameters
+
+
+@contextmanager
+def with_factors(model: nn.Module, factors: Sequence[Tensor]) -> Iterator[None]:
+    """Within the block, add the adapter with these factors, as ``fresh_adapter`` yielded them."""
+    pairs = iter(zip(factors[::2], factors[1::2], strict=True))
+    with added(model, lambda projection, dtype: next(pairs), _product):
+        yield
+
+
+def _product(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return SCALING * (x @ A.T @ B.T)
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def trained(start: MakeAdapter | None = None, *, learning_rate: float = 1e-3, **
 
 def _cost(setup: Setup, settings: UnlearningSettings) -> float:
     """Forward-equivalents of the training: a forward and backward pass (2) of each sample of a step, and a forward pass
-    (1) of each frozen model that a loss reads; for an attacker, another forward and backward pass (2) of the forget rows.
+    (1) of each frozen model that a loss reads; for an attacker, forward and backward again (2) of the forget rows.
     """
     rows = {"forget": setup.forget_rows, "retain": setup.retain_rows}
     length = row_length(setup.model, None)

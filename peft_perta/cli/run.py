@@ -36,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_settings(parser, Request, "the job; a recipe also has the settings of each step")
     for action in parser._actions:
-        if action.dest in ("forget", "retain"):
+        if action.dest in ("forget", "retain", "held_out"):
             action.metavar = ROWS_METAVAR  # ``--columns`` goes with it
 
 

@@ -17,7 +17,7 @@ from ._judge import judge_steps
 from ._plan import Plan, clock
 from ._record import JOB_NAME, Record, hash_of
 from ._resolution import Resolved, resolve
-from ._steps import OWN_ROWS, Step, on_own_rows, own_rows_step, performed, steps_of
+from ._steps import Step, own_rows_step, performed, steps_of
 from ._summary import Summary
 from ._workshop import RETAIN_ONLY, Rows, Workshop
 from .recipe import RECIPE_NAME, Recipe, recipe_of
@@ -53,7 +53,7 @@ class Job:
 
         Raises:
             AdapterError: an adapter's files are not those of a plain LoRA adapter.
-            ConfigError: the recipe is bad, or lacks the model or the rows.
+            ConfigError: the recipe is bad, or lacks the model or the rows; or the package of a report is missing.
             DataError: a file of rows is missing or malformed.
             OutputError: the output may not be written.
         """
@@ -65,7 +65,8 @@ class Job:
         for path in _adapters(request).values():
             check_adapter_files(path)
         retain = None if request.retain == SELF else read_rows(str(request.retain))
-        rows = Rows.of(read_rows(str(request.forget)), retain)
+        held_out = None if request.held_out is None else read_rows(request.held_out)
+        rows = Rows.of(read_rows(str(request.forget)), retain, held_out)
         values = {**values, "output": str(directory)}
         resolved = resolve(values, rows, has_task=request.task_adapter is not None)
         return cls(resolved, rows, directory, all_steps(resolved.recipe))
@@ -76,7 +77,7 @@ class Job:
         facts: dict[str, Any] = {
             "base": identify_base_files(str(recipe.model), recipe.revision) or recipe.model,
             "adapters": {name: hash_factors(find_adapter(path)) for name, path in _adapters(recipe).items()},
-            "rows": [self.rows.forget, self.rows.retain, self.rows.unseen],
+            "rows": [self.rows.forget, self.rows.retain, self.rows.unseen, self.rows.held_out],
             "loaded": [recipe.four_bit, recipe.max_length],
             "versions": versions(),
         }
@@ -109,8 +110,8 @@ class Job:
             retain_only=RETAIN_ONLY if recipe.retain_only_adapter else None,
             show_progress_bar=show_progress_bar,
         )
-        if OWN_ROWS in kept:
-            workshop = on_own_rows(workshop)
+        for step in self.steps:
+            workshop = step.after(workshop) if step.name in kept else workshop
         workshop.samples  # noqa: B018 - a malformed row is refused here, before anything is computed
         return workshop
 

@@ -11,6 +11,9 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..adapters import Check
+from ..data import visible
+
 _MARKS = {"green": r"^pass$|goal met|The goal was met\.|every check passed", "bold red": r"FAIL(ED)?|NOT met|CHANGED"}
 
 
@@ -65,9 +68,14 @@ def named(lines: Mapping[str, str]) -> Table:
     return drawn
 
 
+def checked(checks: Iterable[Check]) -> Table:
+    """Checks, one in a row."""
+    return grid((check.mark, check.name, check.found) for check in checks)
+
+
 def marked(text: str) -> Text:
     """The text, with what passed in green and what failed in red."""
-    drawn = Text(text)
+    drawn = Text(visible(text))
     for style, words in _MARKS.items():
         drawn.highlight_regex(words, style)
     return drawn

@@ -119,9 +119,7 @@ def run(options: argparse.Namespace) -> int:
     write_audit_page(found, options.model, list(strengths), output / AUDIT_PAGE_NAME)
     if options.model_card:
         add_audit(adapter, found)
-    evidence = [(piece.name, str(piece.share) if piece.share else "the rows cannot tell") for piece in found.evidence]
-    others = "\n".join(_others(found))
-    show(f"{_text(evidence)}\n{others}", table(["", _SHARE], evidence, texts=2), marked(others))
+    _show(found)
     print(f"The evidence is in {output / RESULT_NAME}, the page in {output / AUDIT_PAGE_NAME}")
     if found.not_tried:
         print(f"Not tried, for want of time: {', '.join(found.not_tried)}; the same command without --minutes goes on")
@@ -133,13 +131,19 @@ def resume_path(options: argparse.Namespace) -> str:
     return os.path.join(options.output, AUDIT_RECORD_NAME)
 
 
+def _show(found: Audit) -> None:
+    """Print the evidence as a table, what was skipped and what was kept, and the verdict."""
+    evidence = [(piece.name, str(piece.share) if piece.share else "the rows cannot tell") for piece in found.evidence]
+    others = "\n".join(_others(found))
+    show(f"{_text(evidence)}\n{others}", table(["", _SHARE], evidence, texts=2), marked(others))
+
+
 def _text(evidence: Sequence[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in evidence)
     return "\n".join([f"{_SHARE:<{width}}", *(f"{name:<{width}}  {share}" for name, share in evidence)])
 
 
 def _others(found: Audit) -> list[str]:
-    """What was skipped and what was kept, and the verdict."""
     skipped = [f"{result.attack} was skipped: {result.skipped}" for result in found.results if result.skipped]
     kept = [f"kept of the retain rows' probability ({role}): {interval}" for role, interval in found.kept.items()]
     return [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,14 +107,7 @@ def unlearn(
         AdapterError: an adapter is missing on the model, or the method's adapter cannot be made on it.
         NumericalError: there is nothing to forget, or no strength forgets within the retain tolerance.
     """
-    refused = next((name for name in _GIVEN if name in recipe), None)
-    if refused is not None:
-        raise ConfigError(f"{refused}: expected none, since the model and the rows are given; leave it out")
-    if recipe.get("report_to") == "tensorboard" and _REPORTS not in os.environ:
-        raise ConfigError(
-            f"report_to='tensorboard': expected the environment variable {_REPORTS}, as no output is written that its "
-            "files could go to; set it, or take another reporter"
-        )
+    _check_given(recipe)
     named = {"task_adapter": task_adapter, "retain_only_adapter": retain_only_adapter}
     named["retain"] = retain if isinstance(retain, str) and retain in STANDS_FOR else None
     held_out = None if recipe.get("held_out") is None else _rows(recipe["held_out"])
@@ -136,6 +130,21 @@ def unlearn(
         finally:
             workshop.restore()
         return _result(Summary.read(resolved.recipe, resolved.because, Path(scratch)))
+
+
+def _check_given(recipe: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: the recipe names what is given already, or a report that would have no place.
+    """
+    refused = next((name for name in _GIVEN if name in recipe), None)
+    if refused is not None:
+        raise ConfigError(f"{refused}: expected none, since the model and the rows are given; leave it out")
+    if recipe.get("report_to") == "tensorboard" and _REPORTS not in os.environ:
+        raise ConfigError(
+            f"report_to='tensorboard': expected the environment variable {_REPORTS}, as no output is written that its "
+            "files could go to; set it, or take another reporter"
+        )
 
 
 def _rows(data: Any) -> list[dict]:

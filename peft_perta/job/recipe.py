@@ -152,7 +152,7 @@ class Request:
     )
     report_to: str | None = setting(
         None,
-        "send what training logs there. By default nowhere; tensorboard's files go into the output.",
+        "send what is logged there while it trains. By default nowhere; tensorboard's files go into the output.",
         ("trackio", "wandb", "tensorboard"),
     )
     output: str | None = setting(None, "the directory to write everything to (default: forgotten)")

@@ -217,6 +217,7 @@ PAGES = {
         calibration=calibration(negation=[], retain_only=None),
     ),
     "fused": complete(provenance=FUSED.to_dict()),
+    "scaled": complete(provenance=dataclasses.replace(FUSED, calibration=calibration()).to_dict()),
     "trained": complete(provenance=TRAINED.to_dict()),
     "unlearned alone": complete(
         models={"unlearned": {"forget_Q_A_Prob": 0.2}}, generations={"forget": [{"prompt": "p"}]}
@@ -294,7 +295,8 @@ def test_every_section_has_content_or_says_what_is_missing(data):
         if is_there:
             assert section.all(tag, **attributes), name
         else:
-            assert "Missing." in section.text, name
+            of_another_kind = name == "layers" and data.provenance is not None
+            assert ("Only the provenance of" if of_another_kind else "Missing.") in section.text, name
             assert not section.all(tag, **attributes), name
 
 
@@ -555,6 +557,33 @@ def test_recovery_is_the_distance_from_the_retain_only_model_under_the_same_atta
     assert tile.one("p", class_=f"verdict {class_}").text.endswith(verdict)
     assert float(tile.one("p", class_="pair").one("data").attributes["value"]) == unlearned
     assert "Anyone can switch the adapter off. The probability is then 0.900." in tile.text
+
+
+def test_an_attack_under_which_the_models_hardly_differ_is_not_the_strongest():
+    """Full and retain-only are 0.05 apart under it: a word more in one answer is a large share of that."""
+    near = AttackResult("hops", "", {"rouge_l_recall": 0.09}, {"rouge_l_recall": 0.11}, {"rouge_l_recall": 0.06})
+    far = AttackResult("relearning", "", {"probability": 0.2}, {"probability": 0.9}, {"probability": 0.04})
+    tile = read(complete(attacks=[near, far])).one("section", id="summary").all("article")[2]
+    assert tile.one("p", class_="verdict bad").text.endswith("Relearning brings back 19%")
+    tile = read(complete(attacks=[near])).one("section", id="summary").all("article")[2]
+    assert tile.one("p", class_="verdict bad").text.endswith("Hops brings back 60%")
+
+
+@pytest.mark.parametrize(
+    ("name", "class_"), [("suppressed", "mixed"), ("still there", "bad"), ("forgotten as if never learned", "good")]
+)
+def test_the_verdict_of_an_audit_is_that_of_the_page(name, class_):
+    data = complete(verdict=f"{name}: relearning finds 0.47 of it")
+    tile = read(data).one("section", id="summary").all("article")[2]
+    assert tile.one("p", class_=f"verdict {class_}").text.endswith(name.capitalize())
+    assert "The audit: relearning finds 0.47 of it." in tile.text
+
+
+def test_the_cost_by_one_metric_is_told_once():
+    models = {"full": {"retain_Q_A_Prob": 0.8}, "unlearned": {"retain_Q_A_Prob": 0.6}}
+    tile = read(complete(models=models)).one("section", id="summary").all("article")[1]
+    assert tile.one("p", class_="verdict mixed").text.endswith("25% lost")
+    assert "among" not in tile.text
 
 
 def test_the_tables_hold_the_attacks():

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import hashlib
 import html
+import importlib.util
 import json
 import re
 import shutil
@@ -25,6 +26,7 @@ from peft_perta.job._record import Record
 from peft_perta.job.recipe import SECTIONS, Request
 from peft_perta.job.recommendation import PREFERENCES, Known
 
+HELD_OUT = [{"question": "What colour is snow?", "answer": "White."}, {"question": "Is ice hot?", "answer": "No."}]
 QUICK = {"judging": {"attacked_rows": 0, "max_new_tokens": 2}, "retain_tolerance": 100.0}
 
 
@@ -128,7 +130,7 @@ def test_a_number_in_scientific_notation_is_a_number(tmp_path):
 
 STEPS = {"forget": "forget_training", "unlearn": "unlearn", "train": "train", "refine": "refine"}
 JOBS_OWN = {  # options of the single commands that say which files they read and write, and how: the job knows
-    "help", "adapter", "start_adapter", "html_report", "columns", "report_to", "held_out",
+    "help", "adapter", "start_adapter", "html_report", "columns",
 }  # fmt: skip
 
 
@@ -194,6 +196,12 @@ def test_a_recipe_of_every_method_reads_back_as_itself(method, place):
         ({"method": "npo", "refine": {}}, "refine: expected none with the method npo"),
         ({"method": "npo", "forget_adapter": "task"}, "forget_adapter: expected none with the method npo"),
         ({"model": None}, "model: expected one, found none"),
+        ({"method": "negation", "held_out": "retain.jsonl"}, "held_out: expected none with the method negation"),
+        (
+            {"method": "negation", "forget_adapter": "task", "report_to": "trackio"},
+            "report_to: expected none with the method negation on a forget adapter",
+        ),
+        ({"report_to": "stdout"}, "the recipe: report_to: expected one of"),
     ],
 )
 def test_what_the_method_does_not_use_is_refused(more, message, place):
@@ -232,6 +240,35 @@ def test_run_from_end_to_end(place, offline, capsys):
     first, second = files(place / "out"), files(place / "again")
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name] and name not in unequal] == []
+
+
+def test_the_training_of_a_job_is_evaluated_on_rows_held_out_and_reports(place, offline, capsys):
+    """It stops at the training's own tolerance, which those rows tell."""
+    pytest.importorskip("tensorboardX")
+    (place / "held.jsonl").write_text("\n".join(map(json.dumps, HELD_OUT)))
+    stopping = {**REFINED, "train": {**REFINED["train"], "epochs": 20, "eval_steps": 1, "retain_tolerance": 0.05}}
+    given = ["--held-out", "held.jsonl", "--report-to", "tensorboard"]
+    assert main(["run", written(place, **stopping), *given]) in (0, 1)
+    assert "out/trained.runs" in capsys.readouterr().out
+    assert list((place / "out/trained.runs").glob("events.*"))
+    made = json.loads((place / "out/trained/perta_provenance.json").read_text())["trained"]
+    assert made["data"]["held-out"]["samples"] == len(HELD_OUT)
+    rises = [point["retain"] - made["checks"][0]["retain"] for point in made["checks"]]
+    assert max(rises[:-1]) <= 0.05 < rises[-1]
+
+
+def test_rows_held_out_are_in_no_other_set(place, monkeypatch, capsys):
+    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda *_: pytest.fail("a forward ran"))
+    (place / "held.jsonl").write_text("\n".join(map(json.dumps, [*HELD_OUT, builders.retain_rows()[1]])))
+    assert main(["run", written(place, held_out="held.jsonl")]) == 2
+    assert "row 3 of the held-out set is also in the retain rows that judge" in capsys.readouterr().err
+    assert not (place / "out").exists()
+
+
+def test_a_report_that_cannot_be_sent_is_refused_before_a_model_is_loaded(place, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    with pytest.raises(ConfigError, match="report_to: expected a reporter whose package is installed, found 'trackio'"):
+        Job.of(values(report_to="trackio"))
 
 
 @pytest.fixture(scope="module")
@@ -454,7 +491,14 @@ def test_unlearn_lets_the_model_write_the_rows_to_keep(monkeypatch):
     assert seen == [([], builders.forget_rows(), 3)]
 
 
-@pytest.mark.parametrize(("key", "message"), [("output", "output: expected none"), ("modle", "no key 'modle'")])
-def test_unlearn_refuses_what_it_is_given_twice_or_does_not_know(key, message):
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"output": "x"}, "output: expected none"),
+        ({"modle": "x"}, "no key 'modle'"),
+        ({"report_to": "tensorboard"}, "expected the environment variable TENSORBOARD_LOGGING_DIR"),
+    ],
+)
+def test_unlearn_refuses_what_it_cannot_take(more, message):
     with pytest.raises(ConfigError, match=message):
-        unlearn(None, forget=builders.forget_rows(), retain=builders.retain_rows(), tokenizer=None, **{key: "x"})
+        unlearn(None, forget=builders.forget_rows(), retain=builders.retain_rows(), tokenizer=None, **more)

@@ -56,7 +56,7 @@ from .provenance import (
 from .push import push_adapter
 from .runtimes import RUNTIMES, format_runtimes, judge_runtimes
 from .servable import DTYPES, SERVABLE_RANKS, check_servable, dtype_name, servable_rank, torch_dtype
-from .verify import format_checks, re_evaluate, verify_adapter
+from .verify import Check, format_checks, re_evaluate, verify_adapter
 
 __all__ = [
     "DTYPES",
@@ -68,6 +68,7 @@ __all__ = [
     "PROVENANCE_NAME",
     "RUNTIMES",
     "SERVABLE_RANKS",
+    "Check",
     "Edit",
     "EmittedAdapter",
     "ExportRecord",

@@ -80,9 +80,14 @@ class RuntimeVerdict:
     verdict: Verdict
     why: str = ""
 
-    def __str__(self) -> str:
+    @property
+    def known(self) -> str:
+        """By which version's rules, why, and what else is known of the runtime."""
         more = "; ".join(part for part in (self.why, self.runtime.status) if part)
-        return f"{self.verdict:<15}{self.runtime.name:<14}({self.runtime.known}){f': {more}' if more else ''}"
+        return f"({self.runtime.known}){f': {more}' if more else ''}"
+
+    def __str__(self) -> str:
+        return f"{self.verdict:<15}{self.runtime.name:<14}{self.known}"
 
 
 def judge_runtimes(directory: str | Path, checks: Sequence[Check]) -> list[RuntimeVerdict]:

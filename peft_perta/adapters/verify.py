@@ -54,8 +54,13 @@ class Check:
         """Whether the adapter is at fault."""
         return self.passed is False
 
+    @property
+    def mark(self) -> str:
+        """'pass', 'FAIL' or 'n/a'."""
+        return _LABELS[self.passed]
+
     def __str__(self) -> str:
-        return f"{_LABELS[self.passed]:<6}{self.name:<37}{self.found}"
+        return f"{self.mark:<6}{self.name:<37}{self.found}"
 
 
 _LABELS = {True: "pass", False: "FAIL", None: "n/a"}

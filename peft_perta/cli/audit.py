@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from ..adapters import add_audit, read_card
@@ -31,9 +32,11 @@ from ._options import (
     read_strengths,
 )
 from ._output import check_output_of
+from ._terminal import marked, show, table
 
 RESULT_NAME = "audit.json"
 _YARDSTICK = "retain-only"
+_SHARE = "share of what was known: 0 never learned, 1 as before"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -121,7 +124,7 @@ def run(options: argparse.Namespace) -> int:
     write_audit_page(found, options.model, list(strengths), output / AUDIT_PAGE_NAME)
     if options.model_card:
         add_audit(adapter, found)
-    print(_shown(found))
+    _show(found)
     print(f"The evidence is in {output / RESULT_NAME}, the page in {output / AUDIT_PAGE_NAME}")
     if found.not_tried:
         print(f"Not tried, for want of time: {', '.join(found.not_tried)}; the same command without --minutes goes on")
@@ -133,22 +136,24 @@ def resume_path(options: argparse.Namespace) -> str:
     return os.path.join(options.output, AUDIT_RECORD_NAME)
 
 
-def _shown(found: Audit) -> str:
-    """The evidence as a table, what was kept, and the verdict."""
-    rows = [(piece.name, str(piece.share) if piece.share else "the rows cannot tell") for piece in found.evidence]
-    width = max(len(name) for name, _ in rows)
-    lines = [
-        f"{'share of what was known: 0 never learned, 1 as before':<{width}}",
-        *(f"{name:<{width}}  {share}" for name, share in rows),
-    ]
+def _show(found: Audit) -> None:
+    """Print the evidence as a table, what was skipped and what was kept, and the verdict."""
+    evidence = [(piece.name, str(piece.share) if piece.share else "the rows cannot tell") for piece in found.evidence]
+    others = "\n".join(_others(found))
+    show(f"{_text(evidence)}\n{others}", table(["", _SHARE], evidence, texts=2), marked(others))
+
+
+def _text(evidence: Sequence[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in evidence)
+    return "\n".join([f"{_SHARE:<{width}}", *(f"{name:<{width}}  {share}" for name, share in evidence)])
+
+
+def _others(found: Audit) -> list[str]:
     skipped = [f"{result.attack} was skipped: {result.skipped}" for result in found.results if result.skipped]
     kept = [f"kept of the retain rows' probability ({role}): {interval}" for role, interval in found.kept.items()]
-    return "\n".join(
-        [
-            *lines,
-            *skipped,
-            *kept,
-            *([str(found.never_seen)] if found.never_seen else []),
-            f"Verdict, on {found.rows} rows, against the {found.yardstick} model: {found.verdict}",
-        ]
-    )
+    return [
+        *skipped,
+        *kept,
+        *([str(found.never_seen)] if found.never_seen else []),
+        f"Verdict, on {found.rows} rows, against the {found.yardstick} model: {found.verdict}",
+    ]

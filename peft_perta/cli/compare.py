@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rich.markdown import Markdown
+
 from ..comparison import (
     CONFIG_NAME,
     METHODS,
@@ -35,6 +37,7 @@ from ..data import check_file, write_file
 from ..errors import ConfigError
 from ._options import BASE_MODEL, add_forget, add_four_bit, add_overwrite, add_retain, add_task_adapter, flag
 from ._output import check_output_of
+from ._terminal import show
 
 _OWN = ("task_adapter", "forget", "retain", "general", "retain_only_adapter", "retain_only_log", "target_forget_loss")
 _YARDSTICKS = ("retain_only_adapter", "retain_only_log", "target_forget_loss")
@@ -103,7 +106,8 @@ def run(options: argparse.Namespace) -> None:
     results = run_comparison(options.output, settings, testbed)
     if options.json:
         write_file(options.json, "".join(json.dumps(result) + "\n" for result in results))
-    print(format_table(results))
+    text = format_table(results)
+    show(text, Markdown(text))
     print(f"The results, the table and the picture are in {options.output}")
     if options.model:
         print(_recommendation(results, options, settings, testbed))

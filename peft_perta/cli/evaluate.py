@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +44,7 @@ from ..html_report import ReportHeader, report_data_of_logs, write_html_report
 from ..model import adapter_strength, attach_adapters, check_adapter_files
 from ._options import HTML_REPORT_NAME, add_judging, add_model, add_output, add_stack, load_model, read_strengths
 from ._output import check_output_of
+from ._terminal import show, table
 
 ATTACKS_NAME = "attacks.json"
 RETAIN_ONLY, FULL, UNLEARNED = "retain-only", "full", "unlearned"  # labels of the models
@@ -110,7 +111,8 @@ def run(options: argparse.Namespace) -> None:
         attack = _attack(subjects, stack[:-1], request, options) if options.attacks else None
         logs = _judge(subjects, request, options)
         results = attack() if attack else []
-    print(_table(logs))
+    header, *lines = _cells(logs)
+    show(_text([header, *lines]), table(header, lines))
     if results:
         print(f"\n{format_attacks(results)}")
     print(f"The logs are in {output}")
@@ -246,20 +248,21 @@ def _attack(
     return attack
 
 
-def _table(logs: Mapping[str, Mapping[str, Log]]) -> str:
-    """A line for each metric, a column for each model."""
+def _cells(logs: Mapping[str, Mapping[str, Log]]) -> Iterator[list[str]]:
+    """A line for each metric, a column for each model, below a header."""
     columns = {
         label: {metric: value for log in logs[label].values() for metric, value in summary(log).items()}
         for label in (FULL, UNLEARNED, RETAIN_ONLY)
         if label in logs
     }
-    metrics = sorted({metric for column in columns.values() for metric in column})
-    width = max((len(metric) for metric in metrics), default=6)
-    lines = [f"{'':<{width}}" + "".join(f"{label:>14}" for label in columns)]
-    for metric in metrics:
-        cells = [f"{column[metric]:.4g}" if metric in column else "-" for column in columns.values()]
-        lines.append(f"{metric:<{width}}" + "".join(f"{cell:>14}" for cell in cells))
-    return "\n".join(lines)
+    yield ["", *columns]
+    for metric in sorted({metric for column in columns.values() for metric in column}):
+        yield [metric, *(f"{column[metric]:.4g}" if metric in column else "-" for column in columns.values())]
+
+
+def _text(lines: Sequence[Sequence[str]]) -> str:
+    width = max((len(name) for name, *_ in lines[1:]), default=6)
+    return "\n".join(f"{name:<{width}}" + "".join(f"{cell:>14}" for cell in cells) for name, *cells in lines)
 
 
 def _write_html_report(logs: Logs, results: list[AttackResult], request: _Request, options: argparse.Namespace) -> None:

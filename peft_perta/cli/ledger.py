@@ -8,9 +8,9 @@ Example:
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..adapters import (
     LEDGER_NAME,
@@ -34,8 +34,12 @@ from ..errors import OutputError
 from ._goal import add_goal_without_forget, load_search, search_adapters
 from ._options import BASE_MODEL, ROWS, add_forget, add_model, add_output, add_revision, print_next, save_adapter
 from ._output import check_output_of
+from ._terminal import checked, grid, marked, show
 
 _OPEN_ROWS = f"the forget rows: {ROWS}; give one option for each file, all rows of the open requests and no others"
+
+
+_Line = tuple[str, str, str]  # a request or nothing, a date, and what is told
 
 
 class _Action(NamedTuple):
@@ -73,7 +77,7 @@ def _add(options: argparse.Namespace) -> int:
     ledger = add_request(
         options.ledger, options.request, adapter=options.adapter, forget=options.forget, date=options.date
     )
-    print(_shown(ledger))
+    _show(ledger)
     return 0
 
 
@@ -85,7 +89,7 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
 
 
 def _audit(options: argparse.Namespace) -> int:
-    print(_shown(record_audit(options.ledger, options.audit, date=options.date)))
+    _show(record_audit(options.ledger, options.audit, date=options.date))
     return 0
 
 
@@ -95,7 +99,7 @@ def _add_withdraw(parser: argparse.ArgumentParser) -> None:
 
 
 def _withdraw(options: argparse.Namespace) -> int:
-    print(_shown(withdraw_request(options.ledger, options.request, date=options.date)))
+    _show(withdraw_request(options.ledger, options.request, date=options.date))
     return 0
 
 
@@ -104,7 +108,7 @@ def _add_list(parser: argparse.ArgumentParser) -> None:
 
 
 def _list(options: argparse.Namespace) -> int:
-    print(_shown(read_ledger(options.ledger)))
+    _show(read_ledger(options.ledger))
     return 0
 
 
@@ -137,7 +141,7 @@ def _rebuild(options: argparse.Namespace) -> int:
     )
     save_adapter(emitted, options.output)
     if ledger.directory.resolve() in output.resolve().parents:
-        print(_shown(record_rebuilt(options.ledger, output, seen=ledger.last, date=options.date)))
+        _show(record_rebuilt(options.ledger, output, seen=ledger.last, date=options.date))
     else:
         print(f"It does not lie below {options.ledger}, so the ledger does not hold it")
     print_next(options, ", then serve it alone, or beside the task adapter")
@@ -158,7 +162,8 @@ def _check(options: argparse.Namespace) -> int:
         options.ledger, forget=options.forget, base=options.model, revision=options.revision, seen=options.seen
     )
     options.status = int(any(check.failed for check in checks))
-    print(visible(format_checks(checks)))
+    text = format_checks(checks)
+    show(visible(text), checked(checks), marked(text.splitlines()[-1]))
     return options.status
 
 
@@ -194,32 +199,34 @@ def _check_beside(ledger: Ledger, output: Path) -> None:
             raise OutputError(f"{output} is the adapter of the request {request.name!r}; choose another output")
 
 
-def _shown(ledger: Ledger) -> str:
-    """A line for each request and each verdict, and the hash that stands for them."""
+def _show(ledger: Ledger) -> None:
+    """Print a line for each request and each verdict, and the hash that stands for them."""
     width = max((len(name) for name in ledger.requests), default=0)
-    lines = [line for request in ledger.requests.values() for line in _lines(request, width)]
+    lines = [line for request in ledger.requests.values() for line in _lines(request)]
     if ledger.served is not None:
-        lines += _served_lines(ledger.served, width)
-    return visible("\n".join([*lines, str(ledger)]))
+        lines += _served_lines(ledger.served)
+    texts = [f"{name:<{width}}  {date}  {facts}" for name, date, facts in lines]
+    show(visible("\n".join([*texts, str(ledger)])), grid(lines), marked(str(ledger)))
 
 
-def _lines(request: Request, width: int) -> list[str]:
+def _lines(request: Request) -> list[_Line]:
     added = request.added
     state = f"withdrawn {request.withdrawn}" if request.withdrawn else "open"
     facts = f"{added.adapter['path']} ({added.adapter['factors_sha256'][:16]}), {len(added.forget)} rows"
-    return [f"{request.name:<{width}}  {added.date}  {state}: {facts}", *_verdicts(request, width)]
+    return [(request.name, added.date, f"{state}: {facts}"), *_verdicts(request)]
 
 
-def _served_lines(served: ServedAdapter, width: int) -> list[str]:
+def _served_lines(served: ServedAdapter) -> list[_Line]:
     rebuilt = served.rebuilt
     state = "stale, requests came or were taken back since" if served.stale else "of all open requests"
     facts = f"{rebuilt.adapter['path']} ({rebuilt.adapter['factors_sha256'][:16]})"
-    return [f"{'':<{width}}  {rebuilt.date}  {state}: {facts}", *_verdicts(served, width)]
+    return [("", rebuilt.date, f"{state}: {facts}"), *_verdicts(served)]
 
 
-def _verdicts(of: Request | ServedAdapter, width: int) -> list[str]:
-    return [
-        f"{'':<{width}}  {entry.date}  {' '.join(entry.audit['because'].split())}, on {entry.audit['rows']} rows, "
-        f"against the {entry.audit['yardstick']} model"
-        for entry in of.audits
-    ]
+def _verdicts(of: Request | ServedAdapter) -> list[_Line]:
+    return [("", entry.date, _verdict(entry.audit)) for entry in of.audits]
+
+
+def _verdict(audit: Mapping[str, Any]) -> str:
+    because = " ".join(audit["because"].split())
+    return f"{because}, on {audit['rows']} rows, against the {audit['yardstick']} model"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..data import IGNORED, Sample, load_samples, spread, visible
 from ..errors import ConfigError
 from ..model import load_skeleton, load_tokenizer, row_length
 from ._options import ROWS, add_base_model, add_max_length, check_rows
+from ._terminal import at_terminal
 
 _MARKS = ("[[", "]]")
 _BOLD = ("\x1b[1m", "\x1b[0m")
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
     max_length = row_length(load_skeleton(options.model, revision=options.revision), options.max_length)
     tokenizer = load_tokenizer(options.model, revision=options.revision)
     samples = load_samples(options.source, tokenizer, max_length=max_length, name="the rows")
-    in_bold = sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    in_bold = at_terminal() and "NO_COLOR" not in os.environ
     firsts = [next(of_row) for _, of_row in itertools.groupby(samples, lambda sample: sample.row)]
     shown = [_shown(sample, tokenizer, _BOLD if in_bold else _MARKS) for sample in spread(firsts, options.show)]
     legend = "in bold" if in_bold else f"between {' and '.join(_MARKS)}"

@@ -8,6 +8,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import os
@@ -17,9 +18,11 @@ from ..data import check_file, write_file
 from ..errors import ConfigError
 from ..job import JOB_NAME, OUTPUT, RECIPE_NAME, Job, Request, read_recipe, recipe_of, starting_recipe
 from ..model import distributed
+from ._job_display import JobDisplay, plan_lines, plan_table
 from ._options import ROWS_METAVAR
 from ._output import check_output_of
 from ._settings import add_settings
+from ._terminal import at_terminal, marked, named, show
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_settings(parser, Request, "the job; a recipe also has the settings of each step")
     for action in parser._actions:
-        if action.dest in ("forget", "retain"):
+        if action.dest in ("forget", "retain", "held_out"):
             action.metavar = ROWS_METAVAR  # ``--columns`` goes with it
 
 
@@ -52,12 +55,23 @@ def run(options: argparse.Namespace) -> int:
     check_output_of(argparse.Namespace(**vars(recipe_of(values))), JOB_NAME, grows=True)
     job = Job.of(values)
     if options.dry_run:
-        print(job.planned())
+        _show_plan(job)
         return 0
-    summary = job.run(functools.partial(print, flush=True))
+    with JobDisplay() if at_terminal() else contextlib.nullcontext() as display:
+        summary = job.run(functools.partial(print, flush=True) if display is None else display.say)
     options.status = int(bool(summary.missed))
-    print(summary)
+    *lines, verdict = summary.lines
+    told = {name: summary.lines[name] for name in lines}
+    show(str(summary), "", named(told), "", marked(summary.lines[verdict]))
     return options.status
+
+
+def _show_plan(job: Job) -> None:
+    plan = job.planned()
+    if plan is None:
+        print(f"everything is in {job.directory} already")
+    else:
+        show(str(plan), *plan_lines(plan), "", plan_table(plan))
 
 
 def _values(options: argparse.Namespace) -> dict[str, Any]:

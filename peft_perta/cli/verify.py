@@ -14,6 +14,7 @@ from ..data import load_samples
 from ..errors import ConfigError
 from ..model import attach_adapters, load_base, row_length
 from ._options import BASE_MODEL, add_forget, add_retain, add_revision, add_task_adapter, check_rows
+from ._terminal import checked, grid, marked, show
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +47,8 @@ def run(options: argparse.Namespace) -> int:
         }
         checks += re_evaluate(model, samples, "unlearn", ["task"] if options.task_adapter else [])
     options.status = int(any(check.failed for check in checks))
-    print(format_checks(checks))
-    print(format_runtimes(judge_runtimes(options.adapter, checks)))
+    text, verdicts = format_checks(checks), judge_runtimes(options.adapter, checks)
+    show(text, checked(checks), marked(text.splitlines()[-1]), "")
+    text = format_runtimes(verdicts)
+    show(text, text.splitlines()[0], grid((each.verdict, each.runtime.name, each.known) for each in verdicts))
     return options.status

@@ -22,6 +22,9 @@ _MEASURES = {
     "uds": "unlearning depth score",
 }
 _HIGHER_IS_BETTER = ("loss", "uds")
+_LEAST_DISTANCE = (
+    0.1  # of a probability or a recall: of full and retain-only that are closer, a few rows decide the share
+)
 _NO_DISTANCE = 0.02  # relative: if full and retain-only are this close, what was brought back cannot be told
 
 
@@ -53,7 +56,8 @@ def strongest_attack(results: Sequence[AttackResult]) -> StrongestAttack | None:
         for result in results
         if result.attack != _SWITCHED_OFF and (values := _values(result, measure)).unlearned is not None
     ]
-    ranked = [attack for attack in attacks if attack.recovered is not None]
+    told = [attack for attack in attacks if attack.recovered is not None]
+    ranked = [attack for attack in told if _distance(attack.values) >= _LEAST_DISTANCE] or told
     if ranked:
         return max(ranked, key=lambda attack: attack.recovered or 0.0)
     return max(
@@ -61,6 +65,10 @@ def strongest_attack(results: Sequence[AttackResult]) -> StrongestAttack | None:
         key=lambda attack: attack.values.unlearned or 0.0,
         default=None,
     )
+
+
+def _distance(values: Values) -> float:
+    return abs((values.full or 0.0) - (values.retain_only or 0.0))
 
 
 def switched_off(results: Sequence[AttackResult]) -> float | None:

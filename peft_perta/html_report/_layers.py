@@ -40,7 +40,7 @@ def layers_section(provenance: Provenance | None) -> Markup:
     heading = "Layers"
     if not isinstance(provenance, PerTAProvenance):
         reason = "Only the provenance of an adapter from peft-perta unlearn records weights and energy for each layer."
-        return section("layers", heading, missing(reason, UNLEARN))
+        return section("layers", heading, element("p", reason) if provenance else missing(reason, UNLEARN))
     introduction = element(
         "p", "A weight is the share of a parameter's edit that stays: near 1 if the parameter matters to the forget "
         "rows, near 0 if it matters to the retain rows. Each row of a map is a block of the model, the first block on "

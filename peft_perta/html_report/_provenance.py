@@ -51,8 +51,8 @@ def _fused(stack: list[tuple[str, Cell]], provenance: FusedProvenance) -> Iterat
         [element("code", str(part["name"])), number(part["strength"]), _hash(part["sha256"])]
         for part in provenance.parts
     ]
-    yield table("The adapters that were fused into one", ["adapter", "strength", "SHA-256"], parts)
-    yield missing("How each part was made is in the provenance of that part.", UNLEARN)
+    yield table("The adapters that it is the sum of", ["adapter", "strength", "SHA-256"], parts)
+    yield element("p", "How each part was made is in its own provenance: ", element("code", "peft-perta inspect PART"))
 
 
 def _perta(provenance: PerTAProvenance) -> Iterator[tuple[str, Cell]]:

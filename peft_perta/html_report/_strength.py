@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..adapters import PerTAProvenance, Provenance
 from ..evaluation import TOLERANCE, Calibration
 from ._elements import missing, section
 from ._html import Markup, element
@@ -9,7 +10,7 @@ from ._remedies import COMPARE_STRENGTHS, SEARCH_STRENGTH
 from ._strength_curve import curve_tables, draw_curve
 
 
-def strength_section(calibration: Calibration | None) -> Markup:
+def strength_section(calibration: Calibration | None, provenance: Provenance | None) -> Markup:
     """The search for the strength, as a drawing and as tables."""
     heading = "Strength"
     if calibration is None:
@@ -17,8 +18,8 @@ def strength_section(calibration: Calibration | None) -> Markup:
         return section("strength", heading, missing(reason, SEARCH_STRENGTH))
     form = f", with the base in {calibration.measured_on}" if calibration.measured_on else ""
     introduction = element(
-        "p", f"The goal was {_goal(calibration)}{form}. The strength scales the negative adapter: a higher strength "
-        "forgets more and damages more. The curve shows this trade-off.",
+        "p", f"The goal was {_goal(calibration)}{form}. The strength scales the adapter: a higher strength forgets "
+        "more and damages more. The curve shows this trade-off.",
     )  # fmt: skip
     notes = []
     if not calibration.reached:
@@ -26,10 +27,10 @@ def strength_section(calibration: Calibration | None) -> Markup:
             "p", element("strong", "The goal was not reached"), f" within {TOLERANCE:.0%} of the target.",
             class_="warning",
         ))  # fmt: skip
-    gaps = []
-    if not calibration.negation:
+    gaps, is_negative = [], isinstance(provenance, PerTAProvenance)  # `calibrate` compares no other adapter
+    if is_negative and not calibration.negation:
         gaps.append(missing("Plain negation of the forget adapter was not measured for comparison.", COMPARE_STRENGTHS))
-    if not calibration.retain_only:
+    if is_negative and not calibration.retain_only:
         gaps.append(missing("A retain-only model was not measured for comparison.", COMPARE_STRENGTHS))
     return section(
         "strength", heading, introduction, *notes, draw_curve(calibration), curve_tables(calibration), *gaps

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from typing import NamedTuple
 
-from ..evaluation import ATTACKS, Calibration, metric_of
+from ..evaluation import ATTACKS, FORGOTTEN, STILL_THERE, Calibration, metric_of
 from ._attacks import StrongestAttack, attacks_not_run, measure_label, strongest_attack, switched_off
 from ._elements import section
 from ._html import Markup, element, join
@@ -30,6 +30,8 @@ GOOD, MIXED, BAD, UNKNOWN = (
     _Rating("✕", "bad"),
     _Rating("?", "unknown"),
 )
+
+_VERDICTS = {FORGOTTEN: GOOD, STILL_THERE: BAD}  # of an audit; any other is mixed
 
 
 def summary_section(data: ReportData, calibration: Calibration | None) -> Markup:
@@ -170,7 +172,9 @@ def _cost(data: ReportData, calibration: Calibration | None) -> Markup:
         return _tile(question, UNKNOWN, "See the table of metrics", pair)
     worst = max(shares, key=lambda name: shares[name])
     if shares[worst] <= 0:
-        return _tile(question, GOOD, f"No loss by {len(shares)} metrics", pair)
+        return _tile(question, GOOD, f"No loss by {len(shares)} metric{'s' * (len(shares) > 1)}", pair)
+    if len(shares) == 1:
+        return _tile(question, MIXED, f"{percent(shares[worst])} lost", pair)
     remark = element(
         "p", f"The largest loss among {len(shares)} metrics: {metric_of(worst).label}, ", number(metrics[worst].full),
         _ARROW, number(metrics[worst].unlearned), ".",
@@ -201,11 +205,15 @@ def _recovery(data: ReportData) -> Markup:
         else Markup()
     )
     attack = strongest_attack(data.attacks)
+    name, _, because = data.verdict.partition(": ")
+    audited = element("p", f"The audit: {because}.") if data.verdict else Markup()
+    rating, verdict = _VERDICTS.get(name, MIXED), name.capitalize()
     if attack is None:
-        return _tile(question, UNKNOWN, "See the table of attacks", switch)
-    rating, verdict = _verdict_on_recovery(attack)
-    name = f"{attack.name}, {attack.setting}" if attack.setting else attack.name
-    quantity = f"{measure_label(attack.measure)} of the forget rows under the strongest attack: {name}"
+        return _tile(question, rating if name else UNKNOWN, verdict or "See the table of attacks", audited, switch)
+    if not name:
+        rating, verdict = _verdict_on_recovery(attack)
+    made = f"{attack.name}, {attack.setting}" if attack.setting else attack.name
+    quantity = f"{measure_label(attack.measure)} of the forget rows under the strongest attack: {made}"
     content = [
         element("p", quantity[0].upper() + quantity[1:], class_="quantity"),
         element("p", element("strong", number(attack.values.unlearned)), class_="pair"),
@@ -216,7 +224,7 @@ def _recovery(data: ReportData) -> Markup:
     left = len(attacks_not_run(data.attacks))
     if left:
         content.append(element("p", f"{left} of {len(ATTACKS)} kinds of attack were not run.", class_="fine"))
-    return _tile(question, rating, verdict, *content, switch)
+    return _tile(question, rating, verdict, audited, *content, switch)
 
 
 def _verdict_on_recovery(attack: StrongestAttack) -> tuple[_Rating, str]:

@@ -58,7 +58,7 @@ def render(data: ReportData) -> str:
         limits_section(data, provenance),
         edit_section(data, provenance),
         metrics_section(data),
-        strength_section(calibration),
+        strength_section(calibration, provenance),
         layers_section(provenance),
         generations_section(data),
         attacks_section(data),

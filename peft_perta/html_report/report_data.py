@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..adapters import PROVENANCE_NAME, PerTAProvenance, Provenance, load_provenance, read_provenance, versions
+from ..adapters import (
+    PROVENANCE_NAME,
+    FusedProvenance,
+    PerTAProvenance,
+    Provenance,
+    load_provenance,
+    read_provenance,
+    versions,
+)
 from ..errors import DataError
 from ..evaluation import AttackResult, Calibration
 
@@ -53,6 +61,7 @@ class ReportData:
         generations: split (``forget``, ``retain``) -> rows with the keys ``prompt``, ``expected`` and one key for each
             label in ``models``.
         attacks: results of the attacks on the forget rows.
+        verdict: what an audit made of them: its name, a colon, and what decided it; empty without an audit.
         made_with: package -> version.
     """
 
@@ -61,6 +70,7 @@ class ReportData:
     models: dict[str, dict[str, float]] = field(default_factory=dict)
     generations: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     attacks: Sequence[AttackResult] = ()
+    verdict: str = ""
     made_with: dict[str, str] = field(default_factory=dict)
 
     def value(self, label: str, metric: str) -> float | None:
@@ -99,7 +109,7 @@ class ReportData:
             DataError: ``provenance`` is damaged.
         """
         provenance = self.read_provenance()
-        return provenance.calibration if isinstance(provenance, PerTAProvenance) else None
+        return provenance.calibration if isinstance(provenance, (PerTAProvenance, FusedProvenance)) else None
 
 
 def build_report_data(
@@ -112,4 +122,4 @@ def build_report_data(
     provenance = None
     if header.adapters and (Path(header.adapters[-1]) / PROVENANCE_NAME).is_file():
         provenance = load_provenance(header.adapters[-1])[0].to_dict()
-    return ReportData(header, provenance, models, generations, attacks, versions())
+    return ReportData(header, provenance, models, generations, attacks, made_with=versions())

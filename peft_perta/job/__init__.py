@@ -5,6 +5,7 @@ A recipe says everything; its steps are those of the single commands, and each i
 Imports from: errors, data, model, gradients, evaluation, adapters, perta, training, html_report, comparison.
 """
 
+from .plan import Begun, Plan, clock
 from .recipe import RECIPE_NAME, Recipe, Request, read_recipe, recipe_of
 from .recommendation import RECOMMENDATIONS, recommend
 from .run import JOB_NAME, OUTPUT, Job
@@ -16,10 +17,13 @@ __all__ = [
     "OUTPUT",
     "RECIPE_NAME",
     "RECOMMENDATIONS",
+    "Begun",
     "Job",
+    "Plan",
     "Recipe",
     "Request",
     "Unlearned",
+    "clock",
     "read_recipe",
     "recipe_of",
     "recommend",

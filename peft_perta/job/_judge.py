@@ -50,7 +50,7 @@ def judge(workshop: Workshop) -> None:
         )
         found, reason = _audited(workshop)
     if found is not None:
-        report = dataclasses.replace(report, attacks=found.results)
+        report = dataclasses.replace(report, attacks=found.results, verdict=str(found.verdict))
         write_audit_page(found, workshop.model_name, workshop.header().adapters, directory / AUDIT_PAGE_NAME)
     write_html_report(report, directory / REPORT_NAME)
     emitted = load_emitted(directory / ADAPTER)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..comparison import training_schedule
 from ..errors import ConfigError
+from ..training import check_reporter
 from ._workshop import Rows
 from .recipe import Recipe, recipe_of
 from .recommendation import AUTO, Known, method_of, recommend
@@ -63,7 +64,7 @@ def resolve(values: Mapping[str, Any], rows: Rows, *, has_task: bool) -> Resolve
 def _check_used(values: Mapping[str, Any], own: Mapping[str, Any], method: str, request: Recipe) -> None:
     """
     Raises:
-        ConfigError: the recipe names what the method does not use.
+        ConfigError: the recipe names what the method does not use, or a report whose package is missing.
     """
     for section in ("forget_training", "unlearn", "train", "refine"):
         if values.get(section) is not None and section not in own:
@@ -71,6 +72,18 @@ def _check_used(values: Mapping[str, Any], own: Mapping[str, Any], method: str, 
                 f"{section}: expected none with the method {method}, which has no such step; leave it out, or name "
                 "another method"
             )
+    if request.held_out is not None and "train" not in own:
+        raise ConfigError(
+            f"held_out: expected none with the method {method}, whose step is not evaluated on the way; leave it out, "
+            "or name a method that trains, such as sago+directions"
+        )
+    if request.report_to is not None:
+        if not {"train", "forget_training"} & set(own):
+            raise ConfigError(
+                f"report_to: expected none with the method {method} on a forget adapter, as nothing is trained; leave "
+                "it out"
+            )
+        check_reporter(request.report_to)
     if request.forget_adapter is not None and "unlearn" not in own:
         raise ConfigError(
             f"forget_adapter: expected none with the method {method}, which trains an adapter of its own; leave it "

@@ -42,6 +42,7 @@ class Step:
         settings: the keys of the recipe that it depends on, beside the model and the rows; ``section.key`` for one of
             a section.
         needs: the steps whose output it reads.
+        after: the workshop of the steps that come after it.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Step:
     run: Callable[[Workshop], None]
     settings: tuple[str, ...]
     needs: tuple[str, ...] = ()
+    after: Callable[[Workshop], Workshop] = lambda workshop: workshop
 
 
 def steps_of(recipe: Recipe) -> list[Step]:
@@ -75,18 +77,20 @@ def own_rows_step(recipe: Recipe) -> list[Step]:
     """The step that comes before all others where the full model writes the rows to keep."""
     if recipe.retain != SELF:
         return []
-    return [Step(OWN_ROWS, "let the full model write the rows to keep", _write_rows, ("seed", "judging.batch_size"))]
+    settings = ("seed", "judging.batch_size")
+    return [Step(OWN_ROWS, "let the full model write the rows to keep", _write_rows, settings, after=_on_own_rows)]
 
 
 def performed(step: Step, workshop: Workshop) -> Workshop:
-    """Do a step. Returns the workshop of the steps after it, which has the rows that it wrote."""
+    """Do a step. Returns the workshop of the steps after it."""
     step.run(workshop)
-    return on_own_rows(workshop) if step.name == OWN_ROWS else workshop
+    return step.after(workshop)
 
 
-def on_own_rows(workshop: Workshop) -> Workshop:
+def _on_own_rows(workshop: Workshop) -> Workshop:
     """The workshop with the rows to keep that the full model wrote."""
-    return replace(workshop, rows=Rows.of(workshop.rows.forget, read_rows(workshop.directory / OWN_ROWS)))
+    rows, written = workshop.rows, read_rows(workshop.directory / OWN_ROWS)
+    return replace(workshop, rows=Rows.of(rows.forget, written, rows.held_out))
 
 
 def _write_rows(workshop: Workshop) -> None:
@@ -138,14 +142,15 @@ def _train_forget_adapter(workshop: Workshop) -> None:
         lora_config=LoraSettings(**part_of(settings, LoraSettings)).to_lora_config(),
         max_length=workshop.recipe.max_length,
         show_progress_bar=workshop.show_progress_bar,
-        **_trainer_settings(settings),
-        seed=workshop.recipe.seed,
+        **_trainer_settings(settings, workshop.recipe),
     )
     workshop.detach(model, "forget")
 
 
-def _trainer_settings(settings: Schedule) -> dict[str, Any]:
+def _trainer_settings(settings: Schedule, recipe: Recipe) -> dict[str, Any]:
     return {
+        "seed": recipe.seed,
+        "report_to": recipe.report_to or "none",
         "num_train_epochs": settings.epochs,
         "learning_rate": settings.learning_rate,
         "warmup_steps": settings.warmup_steps,
@@ -182,16 +187,16 @@ def _train(workshop: Workshop) -> None:
         workshop.tokenizer,
         UnlearningSettings(**part_of(settings, UnlearningSettings)),
         output_dir=output,
+        held_out=workshop.rows.held_out,
         task_adapter=workshop.task,
         lora_config=LoraSettings(**part_of(settings, LoraSettings)).to_lora_config(),
         dtype=settings.dtype,
         max_length=workshop.recipe.max_length,
         checkpoint_dir=_checkpoint(output),
         show_progress_bar=workshop.show_progress_bar,
-        **_trainer_settings(settings),
+        **_trainer_settings(settings, workshop.recipe),
         gradient_accumulation_steps=settings.accumulation_steps,
         **evaluation_arguments(settings.eval_steps),
-        seed=workshop.recipe.seed,
     )
     remove_checkpoint(_checkpoint(output))
 

@@ -13,8 +13,9 @@ from ..data import read_json
 from ..evaluation import TOLERANCE
 from ..html_report import AUDIT_PAGE_NAME
 from ..model import WEIGHTS_NAME, show_size
+from ..training import reports_beside
 from ._judge import JUDGED, REPORT_NAME, VERIFIED
-from ._steps import BEFORE, target_of
+from ._steps import BEFORE, FORGET_ADAPTER, TRAINED, target_of
 from ._workshop import ADAPTER
 from .recipe import RECIPE_NAME, STANDS_FOR, Recipe
 
@@ -140,6 +141,8 @@ class Summary:
 
     def _read(self) -> str:
         pages = [REPORT_NAME, *([AUDIT_PAGE_NAME] if self.judged["audit"] else []), f"{ADAPTER}/{PROVENANCE_NAME}"]
+        reports = [reports_beside(name) for name in (FORGET_ADAPTER, TRAINED)]  # of tensorboard
+        pages += [report for report in reports if (self.directory / report).is_dir()]
         return ", ".join(str(self.directory / page) for page in pages)
 
     def _serve(self) -> str:

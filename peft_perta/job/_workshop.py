@@ -30,27 +30,29 @@ class Rows:
         unseen: the retain rows that judge, which no method sees.
         are_written: False where the full model is yet to write the rows to keep; the forget rows then stand for them,
             to plan by.
+        held_out: the retain rows that training is evaluated on; None for some of those that it sees.
     """
 
     forget: list[dict]
     retain: list[dict]
     unseen: list[dict]
     are_written: bool = True
+    held_out: list[dict] | None = None
 
     @classmethod
-    def of(cls, forget: Sequence[dict], retain: Sequence[dict] | None) -> Rows:
+    def of(cls, forget: Sequence[dict], retain: Sequence[dict] | None, held_out: list[dict] | None = None) -> Rows:
         """Every second retain row judges, as in `peft-perta compare`; None stands for rows yet to be written.
 
         Raises:
             DataError: there are too few retain rows.
         """
         if retain is None:
-            return cls(*[list(forget)] * 3, are_written=False)
+            return cls(*[list(forget)] * 3, are_written=False, held_out=held_out)
         if len(retain) < 2:
             raise DataError(
                 f"the retain set: expected at least 2 rows, one for the method and one to judge by, found {len(retain)}"
             )
-        return cls(list(forget), list(retain[::2]), list(retain[1::2]))
+        return cls(list(forget), list(retain[::2]), list(retain[1::2]), held_out=held_out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,19 +107,23 @@ class Workshop:
 
     @cached_property
     def samples(self) -> dict[str, list[Sample]]:
-        """'forget', 'retain' (the method's) and 'unseen' -> samples.
+        """'forget', 'retain' (the method's), 'unseen' and, where there are some, 'held_out' -> samples.
 
         Raises:
-            DataError: a row is malformed, or in both sets.
+            DataError: a row is malformed, or in two sets.
         """
         length = row_length(self.model, self.recipe.max_length)
         names = {"forget": "the forget set", "retain": "the retain set", "unseen": "the retain rows that judge"}
+        names |= {"held_out": "the held-out set"} if self.rows.held_out is not None else {}
         samples = {
             name: load_samples(getattr(self.rows, name), self.tokenizer, max_length=length, name=text)
             for name, text in names.items()
         }
         for name in ("retain", "unseen") if self.rows.are_written else ():
             check_disjoint(samples["forget"], samples[name])
+        if "held_out" in samples:
+            for name in ("forget", "retain", "unseen") if self.rows.are_written else ("forget",):
+                check_disjoint(samples[name], samples["held_out"], names["held_out"], names[name])
         return samples
 
     @property

@@ -145,6 +145,16 @@ class Request:
     forget_adapter: str | None = setting(
         None, "a LoRA adapter trained on the forget rows alone. By default one is trained where the method needs one."
     )
+    held_out: str | None = setting(
+        None,
+        "retain rows to evaluate on while the adapter trains, in the same formats, of which none is in another set. By "
+        "default some of those that it trains on.",
+    )
+    report_to: str | None = setting(
+        None,
+        "send what is logged there while it trains. By default nowhere; tensorboard's files go into the output.",
+        ("trackio", "wandb", "tensorboard"),
+    )
     output: str | None = setting(None, "the directory to write everything to (default: forgotten)")
     method: str = setting(AUTO, "a method of `peft-perta compare --list`, or 'auto', the measured recommendation")
     prefer: str = setting("keep", "what 'auto' puts first", tuple(PREFERENCES))

@@ -14,12 +14,12 @@ from ..data import SELF, check_output, claimed_directory, read_rows, write_file
 from ..errors import ConfigError
 from ..model import attach_adapters, check_adapter_files, find_adapter, hash_factors, identify_base_files, load_base
 from ._judge import judge_steps
-from ._plan import Plan, clock
 from ._record import JOB_NAME, Record, hash_of
 from ._resolution import Resolved, resolve
-from ._steps import OWN_ROWS, Step, on_own_rows, own_rows_step, performed, steps_of
+from ._steps import Step, own_rows_step, performed, steps_of
 from ._summary import Summary
 from ._workshop import RETAIN_ONLY, Rows, Workshop
+from .plan import Begun, Plan, clock
 from .recipe import RECIPE_NAME, Recipe, recipe_of
 
 _TASK = "task"
@@ -53,7 +53,7 @@ class Job:
 
         Raises:
             AdapterError: an adapter's files are not those of a plain LoRA adapter.
-            ConfigError: the recipe is bad, or lacks the model or the rows.
+            ConfigError: the recipe is bad, or lacks the model or the rows; or the package of a report is missing.
             DataError: a file of rows is missing or malformed.
             OutputError: the output may not be written.
         """
@@ -65,7 +65,8 @@ class Job:
         for path in _adapters(request).values():
             check_adapter_files(path)
         retain = None if request.retain == SELF else read_rows(str(request.retain))
-        rows = Rows.of(read_rows(str(request.forget)), retain)
+        held_out = None if request.held_out is None else read_rows(request.held_out)
+        rows = Rows.of(read_rows(str(request.forget)), retain, held_out)
         values = {**values, "output": str(directory)}
         resolved = resolve(values, rows, has_task=request.task_adapter is not None)
         return cls(resolved, rows, directory, all_steps(resolved.recipe))
@@ -76,7 +77,7 @@ class Job:
         facts: dict[str, Any] = {
             "base": identify_base_files(str(recipe.model), recipe.revision) or recipe.model,
             "adapters": {name: hash_factors(find_adapter(path)) for name, path in _adapters(recipe).items()},
-            "rows": [self.rows.forget, self.rows.retain, self.rows.unseen],
+            "rows": [self.rows.forget, self.rows.retain, self.rows.unseen, self.rows.held_out],
             "loaded": [recipe.four_bit, recipe.max_length],
             "versions": versions(),
         }
@@ -109,8 +110,8 @@ class Job:
             retain_only=RETAIN_ONLY if recipe.retain_only_adapter else None,
             show_progress_bar=show_progress_bar,
         )
-        if OWN_ROWS in kept:
-            workshop = on_own_rows(workshop)
+        for step in self.steps:
+            workshop = step.after(workshop) if step.name in kept else workshop
         workshop.samples  # noqa: B018 - a malformed row is refused here, before anything is computed
         return workshop
 
@@ -118,22 +119,23 @@ class Job:
         """The steps whose output is not there, or was made of something else."""
         return [step for step in self.steps if not record.holds(step.name, hashes[step.name])]
 
-    def planned(self) -> str:
-        """The plan of what is to be done. The model is loaded and a few rows run forward; nothing is written."""
+    def planned(self) -> Plan | None:
+        """The plan of what is to be done, if anything is. The model is loaded and a few rows run forward; nothing is
+        written."""
         todo = self.missing(Record(self.directory), self.hashes())
         if not todo:
-            return f"everything is in {self.directory} already"
+            return None
         kept = self._kept(todo)
-        return str(Plan.of(self.workshop(kept), todo, because=self.resolved.because, kept=kept))
+        return Plan.of(self.workshop(kept), todo, because=self.resolved.because, kept=kept)
 
     def _kept(self, todo: Sequence[Step]) -> list[str]:
         return [step.name for step in self.steps if step not in todo]
 
-    def run(self, say: Callable[[str], None], *, show_progress_bar: bool = True) -> Summary:
+    def run(self, say: Callable[[Plan | Begun | str], None], *, show_progress_bar: bool = True) -> Summary:
         """Do the steps that the output does not hold yet.
 
         Args:
-            say: takes each line that tells where the job is.
+            say: takes what tells where the job is: the plan, each step as it begins, and a last line; each has a text.
             show_progress_bar: show the plans and progress bars of the steps.
         """
         hashes = self.hashes()
@@ -142,17 +144,18 @@ class Job:
                 self._do(hashes, say, show_progress_bar)
         return Summary.read(self.recipe, self.resolved.because, self.directory)
 
-    def _do(self, hashes: Mapping[str, str], say: Callable[[str], None], show_progress_bar: bool) -> None:
+    def _do(
+        self, hashes: Mapping[str, str], say: Callable[[Plan | Begun | str], None], show_progress_bar: bool
+    ) -> None:
         """Do what is missing, while no other process writes to the output."""
         record = Record(self.directory)
         todo = self.missing(record, hashes)
         kept = self._kept(todo)
         workshop = self.workshop(kept, show_progress_bar=show_progress_bar)
         plan = Plan.of(workshop, todo, because=self.resolved.because, kept=kept)
-        say(str(plan))
+        say(plan)
         for step in todo:
-            number = self.steps.index(step) + 1
-            say(f"step {number} of {len(self.steps)}: {step.what}{plan.left(step.name)}")
+            say(Begun(plan, step, self.steps.index(step) + 1, len(self.steps)))
             record.begin(step.name)
             with plan.timed(step.name):
                 workshop = performed(step, workshop)

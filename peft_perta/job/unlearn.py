@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
+import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from .recipe import STANDS_FOR, Recipe
 from .run import all_steps
 
 _GIVEN = ("model", "revision", "four_bit", "device_map", "safetensors_only", "forget", "retain", "output")
+_REPORTS = "TENSORBOARD_LOGGING_DIR"  # where transformers' callback writes to, if it is set
 
 
 @dataclass(frozen=True, repr=False)
@@ -104,12 +107,11 @@ def unlearn(
         AdapterError: an adapter is missing on the model, or the method's adapter cannot be made on it.
         NumericalError: there is nothing to forget, or no strength forgets within the retain tolerance.
     """
-    refused = next((name for name in _GIVEN if name in recipe), None)
-    if refused is not None:
-        raise ConfigError(f"{refused}: expected none, since the model and the rows are given; leave it out")
+    _check_given(recipe)
     named = {"task_adapter": task_adapter, "retain_only_adapter": retain_only_adapter}
     named["retain"] = retain if isinstance(retain, str) and retain in STANDS_FOR else None
-    rows = Rows.of(_rows(forget), None if named["retain"] == SELF else _rows(retain))
+    held_out = None if recipe.get("held_out") is None else _rows(recipe["held_out"])
+    rows = Rows.of(_rows(forget), None if named["retain"] == SELF else _rows(retain), held_out)
     resolved = resolve({**recipe, **named}, rows, has_task=task_adapter is not None)
     with tempfile.TemporaryDirectory() as scratch:
         workshop = Workshop(
@@ -128,6 +130,21 @@ def unlearn(
         finally:
             workshop.restore()
         return _result(Summary.read(resolved.recipe, resolved.because, Path(scratch)))
+
+
+def _check_given(recipe: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: the recipe names what is given already, or a report that would have no place.
+    """
+    refused = next((name for name in _GIVEN if name in recipe), None)
+    if refused is not None:
+        raise ConfigError(f"{refused}: expected none, since the model and the rows are given; leave it out")
+    if recipe.get("report_to") == "tensorboard" and _REPORTS not in os.environ:
+        raise ConfigError(
+            f"report_to='tensorboard': expected the environment variable {_REPORTS}, as no output is written that its "
+            "files could go to; set it, or take another reporter"
+        )
 
 
 def _rows(data: Any) -> list[dict]:

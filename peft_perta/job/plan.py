@@ -57,19 +57,28 @@ class Plan:
 
     def __str__(self) -> str:
         width = max(len(step.what) for step in self.steps)
-        times = [
-            f"  {step.what:<{width}}  {_about(self.predicted.get(step.name)):>9}  -> {step.name}" for step in self.steps
-        ]
+        times = [f"  {step.what:<{width}}  {self.expected(step.name):>9}  -> {step.name}" for step in self.steps]
         return "\n".join([*self.lines, "steps, predicted time, output:", *times])
 
-    def left(self, name: str) -> str:
-        """The predicted time from this step on, as far as it is known, corrected by how long the last steps took."""
+    def expected(self, name: str) -> str:
+        """The time that a step is predicted to take."""
+        return clock(self.predicted[name]) if name in self.predicted else "unknown"
+
+    def left(self, name: str, elapsed: float = 0.0) -> str:
+        """The predicted time from this step on, as far as it is known, corrected by how long the last steps took.
+
+        Args:
+            name: the step.
+            elapsed: seconds since it began.
+        """
         names = [step.name for step in self.steps]
         ahead = [self.predicted[step] for step in names[names.index(name) :] if step in self.predicted]
         done = [step for step in self.took if step in self.predicted]
         expected = sum(self.predicted[step] for step in done)
         factor = sum(self.took[step] for step in done) / expected if expected else 1.0
-        return f" (about {clock(factor * sum(ahead))} left, and the time of judging)" if ahead else ""
+        of_others = factor * sum(ahead[name in self.predicted :])
+        of_this = max(factor * self.predicted.get(name, 0.0) - elapsed, 0.0)
+        return f"about {clock(of_this + of_others)} left, and the time of judging" if ahead else ""
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -79,15 +88,32 @@ class Plan:
         self.took[name] = time.perf_counter() - began
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A step begins; its text is the line that tells of it.
+
+    Attributes:
+        plan: the steps that are to be done.
+        step: the one that begins.
+        number: its place among all steps of the job, those that were done before included.
+        of: how many these are.
+    """
+
+    plan: Plan
+    step: Step
+    number: int
+    of: int
+
+    def __str__(self) -> str:
+        left = self.plan.left(self.step.name)
+        return f"step {self.number} of {self.of}: {self.step.what}{left and f' ({left})'}"
+
+
 def clock(seconds: float) -> str:
     """A time for people."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def _about(seconds: float | None) -> str:
-    return "unknown" if seconds is None else clock(seconds)
 
 
 def _seconds_per_token(workshop: Workshop) -> float:

@@ -164,6 +164,7 @@ def test_the_table_names_methods_of_compare_and_each_row_can_be_taken():
         (Known("keep", False, False), "sago+directions"),
         (Known("keep", True, False), "rmu+directions"),
         (Known("time", False, False), "perta-grad"),
+        (Known("robustness", False, False), "sago+attacker+directions"),
         (Known("keep", False, True), "perta-grad"),
     ],
 )

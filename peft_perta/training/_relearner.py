@@ -44,7 +44,8 @@ class Relearner:
 
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
-        """Within the block, the attacker's adapter is on. It gets no gradient from the losses of the block."""
+        """Within the block, the attacker's adapter is on, whichever other adapters are. It gets no gradient from the
+        losses of the block."""
         if self._optimizer is None:
             with fresh_adapter(model, self._seed + self._taken) as factors:
                 self._begin(factors)

@@ -71,7 +71,9 @@ def measured_beside(directory: str | Path, identity: dict[str, str]) -> list[Att
     try:
         of, found = _contents(path)
     except _UNREADABLE as error:
-        raise ConfigError(f"{path}: {expected}, found none that can be read ({error})") from error
+        raise ConfigError(
+            f"{path}: {expected}, found none that can be read ({error}); check the path, or audit without it"
+        ) from error
     changed = [part for part in _changed(of, identity) if part != _UNLEARNED]
     if changed:
         raise ConfigError(f"{path}: {expected}, found one where {', '.join(changed)} differ; audit without it")

@@ -128,7 +128,7 @@ def audit(
         output_dir: a directory where each attack is kept once it is made, in ``AUDIT_RECORD_NAME``: the same audit goes
             on from there.
         beside: such a directory of an audit of another unlearned model: what that measured of the full model and of the
-            yardstick is taken from there, which is about two thirds of the time.
+            yardstick is taken from there, so that one model is attacked instead of three.
 
     Raises:
         ConfigError: a model is missing, ``minutes`` is no number above 0, or ``beside`` is of other models, rows or

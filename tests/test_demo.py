@@ -36,7 +36,7 @@ def shipped():
 def losses(shipped, split: str, adapters: list[str]):
     model, tokenizer = shipped
     rows = read_rows(ASSETS / f"{split}.jsonl")
-    return losses_of(model, load_samples(rows[:: max(1, len(rows) // 100)], tokenizer), adapters=adapters)
+    return losses_of(model, load_samples(rows[:: max(1, len(rows) // 40)], tokenizer), adapters=adapters)
 
 
 @pytest.mark.parametrize("split", ["forget", "retain"])

@@ -94,7 +94,8 @@ def load_quantised(
         LLM.int8 (arXiv 2208.07339), for int8.
     """
     gguf = find_gguf(name, gguf_file)
-    model_class = _checked_class(name, _read_config(name, revision, gguf))
+    config = _read_config(name, revision, gguf)
+    model_class = _checked_class(name, config)
     if gguf is not None:
         note(f"{gguf} is dequantised")
         if quantisation:
@@ -105,7 +106,7 @@ def load_quantised(
         settings["use_safetensors"] = True
     with _reported(name):
         model, found = model_class.from_pretrained(
-            source, **more, revision=revision, output_loading_info=True, **settings
+            source, config=config, **more, revision=revision, output_loading_info=True, **settings
         )
         tokenizer = _tokenizer(name, revision, gguf)
     _check_complete(name, model, found)

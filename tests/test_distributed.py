@@ -1,9 +1,11 @@
-"""Several processes emit the adapter that one emits; sharded models are refused."""
+"""Several processes emit the adapter that one emits, also of a model that FSDP2 shards over them."""
 
 import collections
+import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,13 +17,40 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from peft_perta import ConfigError, load_base
+from peft_perta import (
+    ConfigError,
+    PerTAError,
+    UnlearningSettings,
+    erase_instances,
+    load_base,
+    train_forget_adapter,
+    train_unlearning,
+    unlearn,
+)
 from peft_perta.cli import main
-from peft_perta.gradients import Plan, checkpoint, engine
+from peft_perta.data import load_samples
+from peft_perta.evaluation import Subject
+from peft_perta.gradients import (
+    Collector,
+    InputMoments,
+    Job,
+    Limits,
+    Plan,
+    checkpoint,
+    choose_plan,
+    engine,
+    find_blocks,
+    gather,
+)
+from peft_perta.gradients._probe import measure
 from peft_perta.gradients._taps import Taps
-from peft_perta.model import distributed
+from peft_perta.model import distributed, resolve_targets
 from peft_perta.model.distributed import refuse_sharded
+from peft_perta.perta import GRANULARITIES, RefinementSettings, refine_adapter
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "peft_perta"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -50,11 +79,14 @@ def run(command: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=240)
 
 
-def deltas(directory: Path) -> dict[str, torch.Tensor]:
-    state = load_file(directory / "adapter_model.safetensors")
+def products(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {
         key: state[key.replace("lora_A", "lora_B")].double() @ A.double() for key, A in state.items() if "lora_A" in key
     }
+
+
+def deltas(directory: Path) -> dict[str, torch.Tensor]:
+    return products(load_file(directory / "adapter_model.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -78,48 +110,6 @@ def test_two_processes_emit_the_adapter_that_one_emits(settings, inputs, tmp_pat
         assert delta.norm() > 0
         assert (found[key] - delta).norm() <= 1e-6 * delta.norm(), key
     assert sorted(os.listdir(tmp_path)) == ["one", "two"]  # no checkpoint is left
-
-
-LAYER_BY_LAYER = """
-import dataclasses, sys
-sys.path.insert(0, {tests!r})
-import builders, torch
-from peft_perta import PerTAConfig
-from peft_perta.data import load_samples
-from peft_perta.gradients import Collector, Job, Limits, choose_plan, gather
-from peft_perta.perta import GRANULARITIES
-from peft_perta.model import distributed, resolve_targets
-
-distributed.start()
-model = builders.adapted_llama()
-targets = resolve_targets(model, "forget")
-rows = dict(forget=builders.forget_rows(), retain=builders.retain_rows())
-sets = {{name: load_samples(found, builders.tokenizer()) for name, found in rows.items()}}
-collector = Collector((GRANULARITIES["delta"],))
-job = Job(model, targets, sets, collector, "mean", limits=Limits(1), show_progress_bar=False)
-plan = dataclasses.replace(choose_plan(job), mode="layerwise")
-sums = {{}}
-for group, found in gather(job, plan):
-    for target in group:
-        sums[target.name] = {{name: of[target.name].gradients["weight"] for name, of in found.items()}}
-if distributed.is_main():
-    torch.save(sums, sys.argv[1])
-distributed.finish()
-"""
-
-
-def test_two_processes_agree_in_layerwise_mode(tmp_path):
-    script = tmp_path / "job.py"
-    script.write_text(LAYER_BY_LAYER.format(tests=str(Path(__file__).parent)))
-    one = run([sys.executable, str(script), str(tmp_path / "one.pt")])
-    two = run([*LAUNCH[:-2], str(script), str(tmp_path / "two.pt")])
-    assert one.returncode == 0, one.stderr
-    assert two.returncode == 0, two.stderr
-    expected, found = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
-    assert len(expected) == 14
-    for name, of_sets in expected.items():
-        for key, total in of_sets.items():
-            assert (found[name][key] - total).norm() <= 1e-6 * total.norm(), (name, key)
 
 
 def test_an_error_in_one_process_ends_all(inputs, tmp_path):
@@ -149,15 +139,36 @@ def test_an_error_in_one_process_ends_all(inputs, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def one_of_two(rank, port, at, path):
-    """One of two processes that gather two groups of layers.
-
-    The main process writes slowly, the other one reads slowly. Both are interrupted before backward number ``at``; the
-    next two processes make the same call again.
-    """
+def join_two(rank, port):
+    """Become one of two processes on this machine."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
     os.environ |= {"LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+    distributed.start()
+
+
+def two_processes(target, *arguments):
+    """The exit codes of two processes that run ``target(rank, port, *arguments)``."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["peft_perta.cli.unlearn", "peft_perta.cli.train"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [context.Process(target=target, args=(rank, port, *arguments)) for rank in (0, 1)]
+    for child in both:
+        child.start()
+    for child in both:
+        child.join(200)
+    return [child.exitcode for child in both]
+
+
+def one_of_two(rank, port, at, path):
+    """One of two processes that gather two groups of layers.
+
+    The main process writes slowly, the other one reads slowly. Both are interrupted before backward number
+    ``at[rank]``; the next two processes make the same call again.
+    """
+    join_two(rank, port)
 
     def slowly(function):
         return lambda *args, **kwargs: (time.sleep(0.2), function(*args, **kwargs))[1]
@@ -176,7 +187,7 @@ def one_of_two(rank, port, at, path):
 
     def counted(*args, **kwargs):
         nonlocal taken
-        if taken == at:
+        if taken == at[rank]:
             raise KeyboardInterrupt("on purpose")
         taken += 1
         return backward(*args, **kwargs)
@@ -186,7 +197,6 @@ def one_of_two(rank, port, at, path):
         return add(taps, target, *args)
 
     torch.Tensor.backward, Taps._add = counted, added
-    distributed.start()
     try:
         result = builders.negate(
             builders.adapted_llama(), checkpoint_dir=path / "c", granularity="delta", rank=3, batch_size=1
@@ -203,18 +213,8 @@ def test_two_processes_resume_from_one_checkpoint(tmp_path):
     """The processes share 5 forget samples (3 and 2) and 4 retain samples (2 and 2). They are interrupted in the second
     group, after its forget set. However slow the disk is, both resume from the same state."""
     expected = builders.negate(builders.adapted_llama(), granularity="delta", rank=3, batch_size=1)[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["peft_perta.cli.unlearn"])
-    for at in ({0: 3 + 2 + 3, 1: 2 + 2 + 2}, {0: None, 1: None}):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        both = [context.Process(target=one_of_two, args=(rank, port, at[rank], tmp_path)) for rank in (0, 1)]
-        for child in both:
-            child.start()
-        for child in both:
-            child.join(100)
-        assert [child.exitcode for child in both] == ([0, 0] if at[0] is None else [130, 130])
+    for at, exit_codes in (((3 + 2 + 3, 2 + 2 + 2), [130, 130]), ((None, None), [0, 0])):
+        assert two_processes(one_of_two, at, tmp_path) == exit_codes
     for rank in (0, 1):
         state_dict, layers = torch.load(tmp_path / f"result {rank}", weights_only=False)
         for key, tensor in expected.items():
@@ -223,34 +223,262 @@ def test_two_processes_resume_from_one_checkpoint(tmp_path):
         assert set(layers.values()) == {2}, "nor is the forget set of the lower group"
 
 
-FSDP2 = """
-import os, sys
-sys.path.insert(0, {tests!r})
-os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT={port!r}, RANK="0", WORLD_SIZE="1")
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-import builders
-from peft_perta import ConfigError
-from peft_perta.perta import get_perta_state_dict
-from peft_perta import PerTAConfig
-dist.init_process_group("gloo")
-model = builders.adapted_llama()
-fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-try:
-    get_perta_state_dict(model, PerTAConfig(), builders.forget_rows(), builders.retain_rows())
-except ConfigError as error:
-    print(error)
-dist.destroy_process_group()
-"""
+# Two processes that compute all of this after one start
 
 
-def test_fsdp2_is_refused(tmp_path):
-    script = tmp_path / "fsdp2.py"
-    script.write_text(FSDP2.format(tests=str(Path(__file__).parent), port=str(29500 + os.getpid() % 1000)))
-    finished = run([sys.executable, str(script)])
-    assert "DTensor (FSDP2 or tensor parallelism)" in finished.stdout, finished.stderr
-    assert "load the whole model in every process" in finished.stdout
+def sharded(model, shards, *, root=True):
+    """The model; where it is to be sharded, FSDP2 shards its blocks, and what is outside of them too."""
+    for block in [*find_blocks(model), *([model] if root else [])] if shards else []:
+        fully_shard(block)
+    return model
+
+
+def on_loaded_base(shards):
+    """The saved Llama with its adapters, in double precision; its norms compute in single precision."""
+    device_map = "fsdp" if shards else None
+    base, _ = load_base(str(builders.llama_directory()), dtype=torch.float64, device_map=device_map)
+    return builders.with_adapters(base, task=builders.lora_config(r=8, lora_alpha=8)).to(torch.float64)
+
+
+def edits(emitted):
+    return products(emitted.state_dict)
+
+
+def trained(shards):
+    """Two steps of SAGO with an attacker, between evaluations; the losses read the reference model and a hidden state.
+    Of the rows that are held out, the third is one process's alone."""
+    emitted = train_unlearning(
+        on_loaded_base(shards), builders.forget_rows()[:4], builders.retain_rows(), builders.tokenizer(),
+        UnlearningSettings("rmu", "embed-diff", "sago", layer=2, relearning_steps=2),
+        held_out=[{"text": "One."}, {"text": "Two, four."}, {"text": "Three"}],
+        task_adapter="task", lora_config=builders.lora_config(lora_dropout=0.0), show_progress_bar=False, max_steps=2,
+        per_device_train_batch_size=1 if shards else 2, gradient_accumulation_steps=2, learning_rate=5e-3, eval_steps=2,
+        eval_strategy="steps",
+    )  # fmt: skip
+    path = [list(point.values()) for point in emitted.provenance.checks]
+    return edits(emitted) | {"evaluations": torch.tensor(path, dtype=torch.float64)}
+
+
+def job_on(model):
+    targets = resolve_targets(model, "forget")
+    rows = {"forget": builders.forget_rows(), "retain": builders.retain_rows()}
+    sets = {name: load_samples(found, builders.tokenizer()) for name, found in rows.items()}
+    collector = Collector((GRANULARITIES["delta"],), (InputMoments(),))
+    return Job(model, targets, sets, collector, "squares", limits=Limits(1), show_progress_bar=False)
+
+
+def measured_bytes(model, shards):
+    """What the planner counts. Beside a whole model's bytes, a sharded one needs what FSDP2 gathers."""
+    measured = measure(job_on(model))
+    blocks = [sum(8 * parameter.numel() for parameter in block.parameters()) for block in find_blocks(model)]
+    gathered = 0 if shards else sum(8 * p.numel() for p in model.parameters()) - sum(blocks) + 4 * max(blocks)
+    found = measured.activations["cpu"], measured.block_activations["cpu"], measured.fixed["cpu"] + gathered
+    return {"bytes": torch.tensor(found, dtype=torch.float64)}
+
+
+def layerwise_sums(model):
+    job = job_on(model)
+    plan = dataclasses.replace(choose_plan(job), mode="layerwise")
+    return {
+        f"{target.name} {name} {kind}": total
+        for group, found in gather(job, plan)
+        for target in group
+        for name, of_set in found.items()
+        for kind, total in {**of_set[target.name].gradients, **of_set[target.name].moments}.items()
+    }
+
+
+COMPUTED = {  # name -> what is computed, given whether FSDP2 shards the model, and a place for files
+    "layer by layer, whole": lambda shards, place: layerwise_sums(builders.adapted_llama(torch.float64)),
+    "layer by layer": lambda shards, place: layerwise_sums(sharded(builders.adapted_llama(torch.float64), shards)),
+    "bytes": lambda shards, place: measured_bytes(sharded(builders.adapted_llama(torch.float64), shards), shards),
+    "unlearn": lambda shards, place: edits(
+        builders.negate(sharded(builders.adapted_llama(torch.float64), shards), input_directions=None, batch_size=1)
+    ),
+    "refine": lambda shards, place: edits(
+        refine_adapter(
+            sharded(builders.adapted_llama(torch.float64), shards), "forget", builders.forget_rows(),
+            builders.retain_rows(), RefinementSettings(batch_size=1), tokenizer=builders.tokenizer(),
+            show_progress_bar=False,
+        )
+    ),
+    "train": lambda shards, place: trained(shards),
+}  # fmt: skip
+ALSO_COMPUTED = {
+    "unlearn, blocks alone": lambda shards, place: edits(
+        builders.negate(
+            sharded(builders.adapted_gpt2(torch.float64), shards, root=False), input_directions=None, batch_size=1
+        )
+    ),
+    "unlearn, flat inputs": lambda shards, place: edits(
+        builders.negate(
+            sharded(builders.adapted_opt(("fc1", "v_proj")).double(), shards), granularity="delta",
+            weighting="empirical-fisher",
+        )
+    ),
+    "unlearn, experts": lambda shards, place: edits(
+        builders.negate(sharded(builders.adapted_mixtral(), shards), batch_size=1)
+    ),
+    "unlearn, checkpoint and strength": lambda shards, place: edits(
+        builders.negate(
+            on_loaded_base(shards), input_directions=None, granularity="delta", rank=3, strength="auto",
+            retain_tolerance=0.1, checkpoint_dir=place / "checkpoint",
+        )
+    ),
+    "unlearn, 4-bit": lambda shards, place: edits(
+        builders.negate(sharded(builders.adapted_nf4_llama(), shards), weighting="grad", batch_size=1)
+    ),
+}  # fmt: skip
+
+
+def tensor_parallel():
+    model = builders.llama()
+    head = distribute_tensor(model.lm_head.weight.detach(), init_device_mesh("cpu", (2,)), [Shard(0)])
+    model.lm_head.weight = nn.Parameter(head)
+    return model
+
+
+def hybrid():
+    model = builders.adapted_llama()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicas", "shards")))
+    return model
+
+
+def nan_of_one_row():
+    model = builders.adapted_llama()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[builders.tokenizer()("~")["input_ids"][0]] = torch.nan
+    return model
+
+
+REFUSED = {  # name -> (what is refused, given a sharded model, and a place for files; the message)
+    "erase": (
+        lambda model, place: erase_instances(
+            model, builders.forget_rows(), builders.forget_rows()[:1], builders.tokenizer()
+        ),
+        "sharded by FSDP2, expected whole weights; load the whole model in every process",
+    ),
+    "evaluate": (lambda model, place: Subject(model, builders.tokenizer()), "sharded by FSDP2, expected whole weights"),
+    "forget": (
+        lambda model, place: train_forget_adapter(model, builders.forget_rows(), builders.tokenizer()),
+        "sharded by FSDP2, expected whole weights",
+    ),
+    "the whole job": (
+        lambda model, place: unlearn(
+            model, forget=builders.forget_rows(), retain=builders.retain_rows(), tokenizer=builders.tokenizer()
+        ),
+        "sharded by FSDP2, expected whole weights",
+    ),
+    "tensor parallelism": (
+        lambda model, place: builders.negate(tensor_parallel()),
+        r"lm_head.weight is a DTensor on a mesh of \(2,\).*tensor parallelism",
+    ),
+    "hybrid sharding": (
+        lambda model, place: builders.negate(hybrid()),
+        r"is a DTensor on a mesh of \(1, 2\).*hybrid sharding",
+    ),
+    "8 bit": (
+        lambda model, place: builders.negate(sharded(builders.adapted_int8_llama(), True)),
+        "is an 8-bit weight that FSDP2 shards, without its scales",
+    ),
+    "train, sharded after loading": (
+        lambda model, place: train_unlearning(
+            model, builders.forget_rows(), builders.retain_rows(), builders.tokenizer()
+        ),
+        "sharded after it was loaded.*load_base",
+    ),
+    "train, with checkpoints": (
+        lambda model, place: train_unlearning(
+            on_loaded_base(True), builders.forget_rows(), builders.retain_rows(), builders.tokenizer(),
+            checkpoint_dir=place / "no checkpoint",
+        ),
+        "expected no checkpoint_dir, and save_strategy 'no', found 'epoch'",
+    ),
+    "4-bit on loading": (
+        lambda model, place: load_base(str(builders.llama_directory()), four_bit=True, device_map="fsdp"),
+        "expected safetensors in a floating-point type, found NF4",
+    ),
+    "strength of 4-bit": (
+        lambda model, place: builders.negate(
+            sharded(builders.adapted_nf4_llama(), True), strength="auto", retain_tolerance=0.5
+        ),
+        "a 4-bit layer that FSDP2 shards.*expected a fixed strength",
+    ),
+    "one process's loss": (
+        lambda model, place: builders.negate(
+            sharded(nan_of_one_row(), True), [*builders.forget_rows(), {"text": "~"}], batch_size=1
+        ),
+        "the forget set, sample 6: the loss is nan",
+    ),
+}  # fmt: skip
+
+
+def refusals(place):
+    """name -> the message of what is refused."""
+    model = sharded(builders.adapted_llama(), True)
+    found = {}
+    for name, (attempt, _) in REFUSED.items():
+        try:
+            attempt(model, place)
+        except PerTAError as error:
+            found[name] = str(error)
+    return found
+
+
+def one_that_computes(rank, port, table, base, place):
+    join_two(rank, port)
+    builders.llama_directory = lambda: base  # transformers writes nothing in the second process
+    results = {name: compute(True, place) for name, compute in globals()[table].items()}
+    torch.save((results, refusals(place) if table == "COMPUTED" else {}), place / f"result {rank}")
+    builders._scratch.cleanup()
+    distributed.finish()
+
+
+def computed_by_two(table, place):
+    """What each of two processes computes of a table, and the messages of what they refuse."""
+    assert two_processes(one_that_computes, table, builders.llama_directory(), place) == [0, 0]
+    return [torch.load(place / f"result {rank}", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    return computed_by_two("COMPUTED", tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def more_of_two(tmp_path_factory):
+    return computed_by_two("ALSO_COMPUTED", tmp_path_factory.mktemp("two"))
+
+
+def check_as_one(of_two, name, compute, place):
+    expected = compute(False, place)
+    for results, _ in of_two:
+        assert results[name].keys() == expected.keys()
+        for key, tensor in expected.items():
+            assert tensor.norm() > 0
+            assert (results[name][key] - tensor).norm() <= 1e-6 * tensor.norm(), key
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_two_processes_compute_what_one_computes(name, of_two, tmp_path):
+    check_as_one(of_two, name, COMPUTED[name], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALSO_COMPUTED)
+def test_two_processes_compute_more_as_one_does(name, more_of_two, tmp_path):
+    check_as_one(more_of_two, name, ALSO_COMPUTED[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_sharded_model_is_refused_in_all_processes(name, of_two):
+    for _, refused in of_two:
+        assert re.search(REFUSED[name][1], refused[name])
+
+
+def test_one_process_shards_nothing():
+    with pytest.raises(ConfigError, match="expected several processes to shard the model over, found one"):
+        load_base(str(builders.llama_directory()), device_map="fsdp")
 
 
 def test_zero3_is_refused():
@@ -263,7 +491,7 @@ def test_zero3_is_refused():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("FullyShardedDataParallel", "sharded by FSDP, expected a model with whole weights.*load the whole model"),
+        ("FullyShardedDataParallel", "sharded by FSDP1, expected FSDP2.*load the whole model"),
         ("DistributedDataParallel", r"wrapped in DistributedDataParallel, expected the bare model.*pass model\.module"),
     ],
 )

@@ -297,7 +297,9 @@ def test_sharding_by_accelerate_is_refused(plugin, tmp_path, monkeypatch):
         self.is_fsdp_enabled, self.is_deepspeed_enabled = plugin == "fsdp_plugin", plugin == "deepspeed_plugin"
 
     monkeypatch.setattr(UnlearningTrainer, "create_accelerator_and_postprocess", sharded)
-    with pytest.raises(ConfigError, match="configured for FSDP or DeepSpeed, which shard the model"):
+    with pytest.raises(
+        ConfigError, match="configured for FSDP or DeepSpeed, which would shard the adapter in training too"
+    ):
         trainer_of(stacked(), tmp_path)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..data import Sample, encode_row, note_left_out
 from ..errors import DataError
-from ..model import row_length
+from ..model import distributed, row_length
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,9 @@ class Subject:
         max_length: tokens kept per row, counted from the left; None stands for 1024, or for the model's number of
             positions if that is less. It is a number from then on.
         show_progress_bar: show a bar for each pass over rows.
+
+    Raises:
+        ConfigError: the model is sharded.
     """
 
     model: nn.Module
@@ -35,6 +38,7 @@ class Subject:
     show_progress_bar: bool = True
 
     def __post_init__(self) -> None:
+        distributed.refuse_sharded(self.model)
         object.__setattr__(self, "max_length", row_length(self.model, self.max_length))
 
     def encode(self, rows: Sequence[Mapping], name: str) -> list[Sample]:

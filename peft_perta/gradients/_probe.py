@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
@@ -23,6 +24,7 @@ from .plan import LayerCost, Measured
 
 _TRANSIENT = 3  # gradients of the size of the largest tensor kept, beside it
 _HEAP = 1.6  # host memory that the C allocator holds for temporary tensors, over the bytes in them
+_GATHERED_COPIES = 4  # of a block's weights: it runs while the next one is fetched, and each came in a buffer
 _INPUT_COPIES = 3  # of an input while its moments are taken: one in 32 bits on a CPU, and a part of it, masked
 _CPU_WORKSPACE, _GPU_WORKSPACE = 32 * 2**20, 192 * 2**20
 
@@ -94,6 +96,7 @@ class _Trace:
         """A forward pre-hook of every module that owns a weight or is tapped."""
         if id(module) in self.order:
             return
+        self.saved.exclude(module.parameters())  # FSDP2 has just gathered them, and frees them after the forward pass
         self.order[id(module)] = len(self.order)
         self.before[id(module)] = self.elements
         self.elements += _elements(module)
@@ -128,16 +131,21 @@ class _SavedBytes:
         self.pools: list[str] = []
         self._sizes: dict[tuple[int | None, str], list[int]] = defaultdict(list)
         self._seen: dict[int, StorageWeakRef] = {}
-        self._weights = {
-            t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers()) if not t.is_meta
-        }
+        self._weights: set[int] = set()
+        self.exclude((*model.parameters(), *model.buffers()))
+
+    def exclude(self, tensors: Iterable[Tensor]) -> None:
+        """Take these tensors for weights, which are in memory anyway. A storage is known by its own address: that of
+        its bytes changes when it is freed and filled again."""
+        whole = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+        self._weights |= {tensor.untyped_storage()._cdata for tensor in whole if not tensor.is_meta}
 
     def pack(self, tensor: Tensor) -> None:
         """The pack hook of ``saved_tensors_hooks``; each storage counts once, the model's own not at all."""
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
         seen = self._seen.get(address)
-        if address in self._weights or (seen is not None and not seen.expired()):
+        if storage._cdata in self._weights or (seen is not None and not seen.expired()):
             return
         self._seen[address] = StorageWeakRef(storage)
         pool = str(tensor.device)
@@ -161,7 +169,8 @@ def _traced_forward(job: Job, sample: Sample, blocks: list[nn.Module]) -> _Trace
     tapped = {id(target.base_layer) for target in job.targets}
     trace = _Trace(model, tapped)
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    modules = [m for m in model.modules() if m is not embeddings and (id(m) in tapped or _owns_weight(m))]
+    hooked = {*tapped, *map(id, blocks), *(id(m) for m in model.modules() if m._parameters.get("weight") is not None)}
+    modules = [m for m in model.modules() if id(m) in hooked and m is not embeddings]
     taps = Taps(job.targets, job.collector, job.statistic)
     with preserved(model, job.adapters), torch.enable_grad(), taps, ExitStack() as hooks:
         for module in modules:
@@ -199,25 +208,31 @@ def _needed(blocks: Iterable[Mapping[str, Sequence[int]]], pool: str) -> int:
 def _fixed(job: Job, layers: Sequence[LayerCost], pool: str) -> int:
     """Bytes of a pool that are needed whatever the batch size.
 
-    They are the libraries' work space, a packed weight while it is unpacked, a block of a second moment while it is
-    formed, and the copies that an edit makes: those are counted beside a batch, because the heap does not reuse for an
-    edit what a batch has left fragmented.
+    They are the libraries' work space, a packed weight while it is unpacked, the weights that FSDP2 has gathered, a
+    block of a second moment while it is formed, and the copies that an edit makes: those are counted beside a batch,
+    because the heap does not reuse for an edit what a batch has left fragmented.
     """
     packed = any(not parameter.is_floating_point() for parameter in job.model.parameters())
     unpacked = max((4 * _elements(target.base_layer) for target in job.targets), default=0) if packed else 0
     edited = job.edit_copies * max((layer.sum_bytes for layer in layers if layer.pool == pool), default=0)
     widths = {target.A.shape[1] for target in job.targets if job.collector.moment_shapes(target)}
     block = 4 * max((rows_of_a_gram_block(width) * width for width in widths), default=0)
-    return unpacked + (_CPU_WORKSPACE if pool == HOST else _GPU_WORKSPACE) + block + edited
+    return _gathered(job.model, pool) + unpacked + (_CPU_WORKSPACE if pool == HOST else _GPU_WORKSPACE) + block + edited
+
+
+def _gathered(model: nn.Module, pool: str) -> int:
+    """Bytes of a pool that FSDP2 fills with gathered weights: all outside of the blocks, and two blocks."""
+
+    def size(module: nn.Module) -> int:
+        sharded = [parameter for parameter in module.parameters() if isinstance(parameter, DTensor)]
+        return sum(parameter.numel() * parameter.itemsize for parameter in sharded if str(parameter.device) == pool)
+
+    of_blocks = [size(block) for block in find_blocks(model)]
+    return size(model) - sum(of_blocks) + _GATHERED_COPIES * max(of_blocks, default=0)
 
 
 def _no_backward(packed: None) -> Tensor:
     raise RuntimeError("nothing was kept for a backward pass")
-
-
-def _owns_weight(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.dim() > 1
 
 
 def _elements(module: Any) -> int:

@@ -110,7 +110,7 @@ class Taps:
         self._cast = None
 
     def begin(self, samples: int) -> None:
-        """Begin a batch of this many samples, before its backward pass."""
+        """Begin a batch of this many samples, before its backward pass. Of one of none, nothing is summed."""
         self._shared.flush()
         self._batch_samples = samples
         self._in_batch.clear()
@@ -158,7 +158,7 @@ class Taps:
     def _tap_layer(self, module: nn.Module, target: Target) -> Any:
         def sink(layer_input: Tensor, output_gradient: Tensor) -> None:
             if layer_input.dim() != 3:
-                if self._statistic == "squares" and self._batch_samples != 1:
+                if self._statistic == "squares" and self._batch_samples > 1:
                     raise UnsupportedLayerError(
                         f"{target.name}: expected an input of [N, T, in], found {tuple(layer_input.shape)}, which does "
                         "not say which token belongs to which sample; squares of such a layer need batch_size=1"
@@ -229,8 +229,6 @@ class Taps:
         self._handles.callback(setattr, module, "_old_forward", forward)
 
     def _add(self, target: Target, layer_input: Tensor, output_gradient: Tensor | None) -> None:
-        layer = target, layer_input, output_gradient
-        gradients, moments = self._collector.gradients_of(*layer), self._collector.moments_of(*layer)
         again = target.name in self._in_batch  # the layer runs several times in a forward: its gradient is their sum
         if again and self._statistic == "squares":
             raise UnsupportedLayerError(
@@ -239,6 +237,10 @@ class Taps:
                 "(exclude_modules)"
             )
         self._in_batch.add(target.name)
+        if not self._batch_samples:
+            return
+        layer = target, layer_input, output_gradient
+        gradients, moments = self._collector.gradients_of(*layer), self._collector.moments_of(*layer)
         sums = self.sums[target.name]
         others = {name: moment for name, moment in moments.items() if isinstance(moment, Outer)}
         sums.add(gradients, others, 0 if again else self._batch_samples)

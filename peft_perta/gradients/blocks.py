@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..data import Batch
-from ..model import base_model, input_device, sample_losses
+from ..model import base_model
 from .gradient_sums import Place
-from .passes import check_losses
+from .passes import run_backward
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
@@ -241,9 +241,7 @@ class Chain:
             return last[0] if isinstance(output, Tensor) else (last[0], *output[1:])
 
         with at_each_block(self.blocks, before, after):
-            losses = sample_losses(self.model, batch.to(input_device(self.model)))
-        check_losses(losses, batch, name)
-        losses.sum().backward()
+            run_backward(self.model, batch, name)
         self.calls[key] = calls
         self._gradients.put(key, last[0].grad)  # type: ignore[arg-type]
 

@@ -27,11 +27,8 @@ def choose_plan(job: Job) -> Plan:
     budget = {"max_memory": job.limits.max_memory, "host_memory": job.limits.host_memory}
     with distributed.failing_together():
         entry = job.checkpoint.load("plan") if job.checkpoint is not None else None
-        if entry is not None and entry[1]["limits"] == budget:
-            plan = Plan.from_dict(entry[1]["plan"])
-        else:
-            plan = _new_plan(job)
-    plan = distributed.from_main(plan)
+    kept = distributed.from_main({} if entry is None else entry[1])
+    plan = Plan.from_dict(kept["plan"]) if kept.get("limits") == budget else _new_plan(job)
     if job.checkpoint is not None:
         with distributed.failing_together():
             job.checkpoint.save("plan", {}, {"limits": budget, "plan": dataclasses.asdict(plan)})
@@ -56,7 +53,7 @@ def gather(job: Job, plan: Plan) -> Results:
                     job = job.without({target.name for target in targets})
                 return
             except torch.OutOfMemoryError as error:
-                if plan.micro_batch == 1:
+                if plan.micro_batch == 1 or distributed.is_sharded(job.model):
                     raise
                 smaller = plan.micro_batch // 2
                 reason = str(error).splitlines()[0]
@@ -69,7 +66,8 @@ def gather(job: Job, plan: Plan) -> Results:
 
 
 def _new_plan(job: Job) -> Plan:
-    measured = measure(job)
+    with distributed.failing_together(job.model):
+        measured = measure(job)
     measured = dataclasses.replace(  # each process keeps the inputs of its own batches only
         measured,
         block_input=measured.block_input // distributed.count(),
@@ -80,8 +78,12 @@ def _new_plan(job: Job) -> Plan:
     in_use = {pool: taken(pool) for pool in budget}
     modes = dict(MODES)
     while True:
-        plan = make_plan(measured, in_use, budget, limits.batch_size, modes)
-        obstacle = modes[plan.mode].obstacle(job)
+        with distributed.failing_together():
+            plan = make_plan(measured, in_use, budget, limits.batch_size, modes)
+        plan = distributed.from_main(plan)
+        with distributed.failing_together(job.model):
+            obstacle = modes[plan.mode].obstacle(job)
+        obstacle = distributed.from_main(obstacle)
         if obstacle is None:
             return plan
         _tell(f"{modes.pop(plan.mode).title} is not possible ({obstacle}); planning {_titles(modes)} instead")

@@ -1,19 +1,44 @@
-"""What every pass over samples needs: a progress bar, and a check of the losses."""
+"""What every pass over samples needs: this process's batches, their losses' gradient, and a progress bar."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..data import Batch
+from ..data import Batch, Sample, batches
 from ..errors import NumericalError
-from ..model import distributed
+from ..model import distributed, input_device, sample_losses
 
 Advance = Callable[[int], None]  # moves a progress bar on by a number of samples
+
+
+def shared_batches(samples: list[Sample], micro_batch: int, model: nn.Module) -> list[Batch]:
+    """This process's batches of a set. A filler, without indices, makes up the number on a sharded model: taps sum
+    nothing of it."""
+    own, fillers = distributed.share(list(batches(samples, micro_batch)), model)
+    return [*own, *(dataclasses.replace(filler, indices=[]) for filler in fillers)]
+
+
+def run_backward(model: nn.Module, batch: Batch, name: str) -> None:
+    """Run a batch forward, and backward from the sum of its losses.
+
+    Args:
+        model: the model.
+        batch: the batch.
+        name: the data set, for the error message.
+
+    Raises:
+        NumericalError: a loss is not finite; the message names the sample. All processes of a sharded model raise it.
+    """
+    with distributed.failing_together(model) if distributed.is_sharded(model) else nullcontext():
+        losses = sample_losses(model, batch.to(input_device(model)))
+        check_losses(losses, batch, name)
+    losses.sum().backward()
 
 
 def check_losses(losses: Tensor, batch: Batch, name: str) -> None:
@@ -28,7 +53,7 @@ def check_losses(losses: Tensor, batch: Batch, name: str) -> None:
         NumericalError: a loss is not finite; the message names the sample.
     """
     finite = torch.isfinite(losses)
-    if not bool(finite.all()):
+    if batch.indices and not bool(finite.all()):
         first = int((~finite).nonzero()[0])
         raise NumericalError(
             f"{name}, sample {batch.indices[first] + 1}: the loss is {losses[first].item()}; expected a finite loss. "

@@ -13,6 +13,7 @@ from typing import Any
 from ..adapters import EmittedAdapter, load_emitted, push_adapter
 from ..data import SELF, read_rows, write_file
 from ..errors import ConfigError
+from ..model import distributed
 from ._judge import REPORT_NAME
 from ._resolution import resolve
 from ._steps import performed
@@ -102,12 +103,13 @@ def unlearn(
         The adapter, its evaluation and its summary.
 
     Raises:
-        ConfigError: a key of the recipe is unknown or bad.
+        ConfigError: a key of the recipe is unknown or bad, or the model is sharded.
         DataError: a set is empty or malformed, or the sets share a row.
         AdapterError: an adapter is missing on the model, or the method's adapter cannot be made on it.
         NumericalError: there is nothing to forget, or no strength forgets within the retain tolerance.
     """
     _check_given(recipe)
+    distributed.refuse_sharded(model)
     named = {"task_adapter": task_adapter, "retain_only_adapter": retain_only_adapter}
     named["retain"] = retain if isinstance(retain, str) and retain in STANDS_FOR else None
     held_out = None if recipe.get("held_out") is None else _rows(recipe["held_out"])

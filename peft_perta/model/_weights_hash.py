@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 _WORD = 8  # bytes
 _BLOCK = 1024  # words
@@ -51,8 +52,13 @@ def hash_embeddings(model: Any) -> str | None:
     if _is_empty(model) or embeddings.weight.dtype == torch.float16:
         return None
     with align_module_device(embeddings):
-        weight = embeddings.weight.detach().to("cpu", torch.bfloat16).contiguous()
+        weight = _whole(embeddings.weight).to("cpu", torch.bfloat16).contiguous()
         return hashlib.sha256(weight.view(torch.int16).numpy().tobytes()).hexdigest()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The values of a tensor, gathered from all processes where FSDP2 shards it."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _is_empty(model: nn.Module) -> bool:
@@ -76,7 +82,7 @@ def _hash(model: nn.Module, *, rounded: bool) -> str:
                     if tensor is None or (kind == "buffer" and key in module._non_persistent_buffers_set):
                         continue
                     for part in (tensor, *_scales(module, tensor)):
-                        values = part.detach()
+                        values = _whole(part)
                         if rounded and values.is_floating_point():
                             values = values.to(torch.bfloat16)
                         path = f"{name}.{key}".replace(".base_layer", "")
@@ -103,7 +109,7 @@ def _add_values(digest: Any, values: Tensor) -> None:
 
 def _scales(module: nn.Module, weight: Any) -> list[Tensor]:
     """The quantisation scales and offset of a bitsandbytes weight; empty for other weights."""
-    state = getattr(weight, "quant_state", None)
+    state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)  # a shard has no state
     nested = getattr(state, "state2", None)
     row_scales = getattr(weight, "SCB", None)
     if row_scales is None:  # the first forward moved them to the layer's state

@@ -36,6 +36,7 @@ WEIGHTS_HASH_FILE = Path(__file__).with_name("_weights_hash.py")
 _NO_ARCHITECTURE = {
     "_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache",
     "return_dict", "output_attentions", "output_hidden_states", "quantization_config", "id2label", "label2id",
+    "distributed_config",
 }  # fmt: skip
 
 

@@ -21,15 +21,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging as transformers_logging
 
 from ..data import note
 from ..errors import AdapterError, ConfigError
+from ._weight_settings import SHARDED, check_shardable, weight_settings
 from .adapter_files import check_adapter_files, check_patterns, find_adapter
-from .distributed import local_rank
 from .gguf_files import check_whole, find_gguf, source_of, write_dequantised
 from .identity import adopt_base
 from .model_state import snapshot
@@ -57,7 +56,8 @@ def load_base(
         four_bit: quantise the linear layers to NF4 with double quantisation.
         dtype: the type of the weights, or of the computation in 4-bit. None: bfloat16 on a GPU, float32 on a CPU.
         revision: the branch, tag or commit of a hub model; None for its default branch.
-        device_map: 'auto' spreads the layers over all GPUs, and over the host what does not fit there. None puts the
+        device_map: 'auto' spreads the layers over all GPUs, and over the host what does not fit there. 'fsdp' shards
+            every weight over the processes of ``accelerate launch``, by FSDP2; each reads its own shard. None puts the
             whole model on one GPU, or on the host if there is no GPU.
         gguf_file: the name of the GGUF file, where the directory ``name`` holds several.
         safetensors_only: refuse weights in a pickle (pytorch_model.bin). False: transformers reads them, by torch's
@@ -67,7 +67,8 @@ def load_base(
         The model and its tokenizer.
 
     Raises:
-        ConfigError: the model cannot be found or read, is no causal language model, or lacks a weight in its files.
+        ConfigError: the model cannot be found or read, is no causal language model, or lacks a weight in its files; or
+            it is to be sharded over one process, or while it is quantised.
 
     Reference:
         QLoRA (arXiv 2305.14314), for NF4 and double quantisation.
@@ -96,12 +97,14 @@ def load_quantised(
     gguf = find_gguf(name, gguf_file)
     config = _read_config(name, revision, gguf)
     model_class = _checked_class(name, config)
+    if device_map == SHARDED:
+        check_shardable(quantisation, gguf)
     if gguf is not None:
         note(f"{gguf} is dequantised")
         if quantisation:
             return _load_quantised_gguf(gguf, quantisation, dtype, device_map)
     source, more = source_of(name, gguf)
-    settings = _weight_settings(dtype, device_map, quantisation)
+    settings = weight_settings(dtype, device_map, quantisation)
     if safetensors_only and gguf is None:
         settings["use_safetensors"] = True
     with _reported(name):
@@ -152,35 +155,6 @@ def _check_complete(name: str, model: PreTrainedModel, found: Mapping[str, Any])
         raise ConfigError(f"the model {name!r} holds {further[0]}, beyond the blocks that its config names; {expected}")
     if unexpected:
         note(f"{name} holds {len(unexpected)} weights that the model does not use, such as {unexpected[0]}")
-
-
-def _weight_settings(dtype: torch.dtype | None, device_map: str | None, quantisation: str | None) -> dict[str, Any]:
-    """How and where transformers puts a model's weights."""
-    on_gpu = torch.cuda.is_available()
-    dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
-    return {
-        "dtype": dtype,
-        "device_map": device_map or ({"": local_rank()} if on_gpu else None),
-        "quantization_config": _QUANTISATIONS[quantisation](dtype) if quantisation else None,
-        # On a CPU, a small model trains twice as fast with "eager" as with "sdpa".
-        "attn_implementation": None if on_gpu else "eager",
-    }
-
-
-def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def _int8(dtype: torch.dtype) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(load_in_8bit=True)
-
-
-_QUANTISATIONS = {"NF4": _nf4, "int8": _int8}
 
 
 def _load_quantised_gguf(

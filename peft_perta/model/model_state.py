@@ -10,6 +10,7 @@ import numpy
 import torch
 from torch import nn
 
+from .distributed import reshard
 from .layers import find_kind
 from .stack import switch_modules, tuner_modules
 
@@ -31,6 +32,7 @@ def preserved(
             training mode. Leave it False for generation, where checkpointing would disable the KV cache.
     """
     modules = list(model.modules())  # walked once: a large model has thousands
+    reshard(modules)  # a gathered parameter is not the one whose flag is to be restored
     training = [(module, module.training) for module in modules]
     gradient_flags = _gradient_flags(modules)
     switched = [(m, m._active_adapter, m._disable_adapters) for m in tuner_modules(modules)]
@@ -55,6 +57,7 @@ def preserved(
             _set_gradient_flags((module, name, False) for module, name, _ in gradient_flags)
             yield
         finally:
+            reshard(modules)
             # PEFT's setters also change requires_grad, and refuse some states that they accept elsewhere. The two
             # attributes are the whole state of a switch (of BaseTunerLayer and AuxiliaryTrainingWrapper).
             for module, active, disabled in switched:

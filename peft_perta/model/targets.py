@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..data import note
 from ..errors import AdapterError, NumericalError, UnsupportedLayerError
+from .distributed import whole
 from .identity import check_base
 from .layers import LAYER_KINDS, wrapped_kind
 from .layers.kind import LayerKind
@@ -197,7 +198,7 @@ def _unnested(path: str) -> str:
 def _copied(factor: nn.Module) -> Tensor:
     with align_module_device(factor):  # an offloaded module holds its weight only while it computes
         weight: Any = factor.weight
-        return weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        return whole(weight.detach()).to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
 
 def _check_untied(path: str, base_layer: nn.Module, parameter: str, base: nn.Module) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..adapters import versions
 from ..data import Sample, check_disjoint, drawn, fingerprint, load_samples
@@ -114,7 +115,7 @@ def describe(
     Raises:
         ConfigError, AdapterError, UnsupportedLayerError, DataError: as ``get_perta_state_dict``.
     """
-    distributed.refuse_sharded(model)
+    distributed.check_sharding(model)
     weighting = resolve_weighting(config.weighting, config.power)
     targets = changed_targets(resolve_targets(model, forget_adapter))
     if task_adapter is not None:
@@ -123,6 +124,7 @@ def describe(
         require_adapter(model, task_adapter)
         check_base(model, task_adapter)
     _check_experts(config, targets)
+    _check_sharded_packs(config, targets)
     ranks = ranks_of(config.rank, config.allocation, max(target.rank for target in targets))
     max_length = row_length(model, config.max_length)
     config = replace(config, max_length=max_length)
@@ -197,6 +199,16 @@ def _check_experts(config: PerTAConfig, targets: list[Target]) -> None:
         raise UnsupportedLayerError(
             f"{expert}: allocation='pattern' is not possible for expert parameters, which have no rank of their own in "
             "a rank_pattern; use allocation='padded'"
+        )
+
+
+def _check_sharded_packs(config: PerTAConfig, targets: list[Target]) -> None:
+    """Refuse settings that put the new adapter on the model, where PEFT cannot put one."""
+    packed = [t.name for t in targets if t.kind.name == "linear4bit" and isinstance(t.base_layer.weight, DTensor)]
+    if packed and (config.strength == "auto" or config.fit_kl_samples):
+        raise UnsupportedLayerError(
+            f"{packed[0]} is a 4-bit layer that FSDP2 shards, on which PEFT puts no new adapter; expected a fixed "
+            "strength and fit_kl_samples=0: search the strength afterwards with calibrate, on a base that is whole"
         )
 
 

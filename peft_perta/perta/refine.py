@@ -124,7 +124,7 @@ def refine_adapter(
         DataError: a set is missing, empty or malformed, or both are the same.
         NumericalError: a loss or a factor is not finite, or the inputs' spectrum too steep for single precision.
     """
-    distributed.refuse_sharded(model)
+    distributed.check_sharding(model)
     settings = settings or RefinementSettings()
     targets = changed_targets(resolve_targets(model, adapter_name))
     _check_task_adapter(model, task_adapter, adapter_name)

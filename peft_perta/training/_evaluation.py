@@ -151,10 +151,11 @@ class Evaluations(TrainerCallback):
                 factor.copy_(self._within[name])
 
     def _mean_loss(self, samples: list[Sample]) -> float:
-        share = distributed.share(samples)
+        own, fillers = distributed.share(samples, self._model)
         total = torch.zeros((), dtype=torch.float64)
-        if share:
-            total += losses_of(self._model, share, batch_size=self._batch_size).double().sum()
+        if own or fillers:
+            losses = losses_of(self._model, [*own, *fillers], batch_size=self._batch_size)
+            total += losses[: len(own)].double().sum()
         distributed.add_up(total)
         return float(total) / len(samples)
 

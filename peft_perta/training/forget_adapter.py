@@ -22,6 +22,7 @@ from ..model import (
     base_model,
     check_lora_config,
     check_new_name,
+    distributed,
     remove_adapter,
     resolve_layers,
     resolve_targets,
@@ -69,7 +70,7 @@ def train_forget_adapter(
 
     Raises:
         AdapterError, UnsupportedLayerError: the adapter could not be negated. Checked before training.
-        ConfigError: a training setting is invalid, or the tokenizer has no eos token.
+        ConfigError: a training setting is invalid, the model is sharded, or the tokenizer has no eos token.
         DataError: the forget set is empty or malformed.
         NumericalError: after training, a factor is NaN or infinite.
         OutputError: ``output_dir`` cannot be written, or holds other files.
@@ -99,6 +100,7 @@ def train_forget_adapter(
 
 def _checked_config(model: nn.Module, lora_config: LoraConfig | None, adapter_name: str) -> LoraConfig:
     """A copy of the user's config, or the default one."""
+    distributed.refuse_sharded(model)
     config = copy.copy(lora_config) if lora_config else default_lora_config()
     check_lora_config(config, adapter_name)
     check_new_name(model, adapter_name)

@@ -31,6 +31,7 @@ from ._evaluation import Evaluations, evaluate_by_default
 from ._model_in_training import adapter_in_training, adapters_beside, block_of_states, check_origin
 from ._pairs import Pairs, PairSampler, collate, load_held_out, load_pairs
 from ._relearner import RELEARNER_NAME, Relearner
+from ._shards import SHARD_ON_LOADING, check_shards
 from ._training_arguments import adjust_arguments, check_supported
 from ._whole_checkpoints import is_write_failure
 from .combiners import COMBINERS
@@ -87,8 +88,8 @@ class UnlearningTrainer(Trainer):
         **options: Any,
     ) -> None:
         self.settings = settings or UnlearningSettings()
-        distributed.refuse_sharded(model)
         check_supported(args, options)
+        check_shards(model, args)
         self.adapter_name = adapter_in_training(model)
         self._factors = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._block = block_of_states(model, self.settings, self._factors)
@@ -113,8 +114,8 @@ class UnlearningTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean over samples, whatever their number of tokens
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ConfigError(
-                "accelerate is configured for FSDP or DeepSpeed, which shard the model; expected processes that each "
-                "hold the whole model: use accelerate launch --multi_gpu"
+                "accelerate is configured for FSDP or DeepSpeed, which would shard the adapter in training too; use "
+                f"accelerate launch --multi_gpu, and shard the base alone where it must be: {SHARD_ON_LOADING}"
             )
 
     def train(self, *arguments: Any, **options: Any) -> TrainOutput:
@@ -240,7 +241,7 @@ class UnlearningTrainer(Trainer):
             self._check(math.isfinite(total), f"the {name} loss is {total / samples}")
             for key, parameter in self._factors.items():
                 gradient = sums.setdefault(key, torch.zeros_like(parameter))
-                distributed.add_up(gradient)
+                distributed.add_up(gradient)  # on a sharded base a Trainer has averaged it: their sum is the same
                 gradient.div_(scale * samples)
         return {f"{name}_loss": total / samples for name, total in zip(self._sums, totals, strict=True)}
 

@@ -161,7 +161,7 @@ def evaluation_arguments(steps: int | None) -> dict[str, Any]:
 
 def _check_request(model: nn.Module, dtype: str, output_dir: str | Path | None) -> None:
     check_setting(dtype in DTYPES, "dtype", f"one of {list(DTYPES)}", dtype)
-    distributed.refuse_sharded(model)
+    distributed.check_sharding(model)
     check_new_name(model, _NAME)
     if output_dir is not None:
         check_output(output_dir, PROVENANCE_NAME)

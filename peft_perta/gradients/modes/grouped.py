@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from ...data import batches
-from ...model import base_model, distributed, input_device, preserved, sample_losses
+from ...model import base_model, distributed, preserved
 from .._taps import Taps
 from ..gradient_sums import GradientSums, Place
 from ..job import Job, SetSums
 from ..partial_sums import load_sums, save_sums
-from ..passes import check_losses, progress
+from ..passes import progress, run_backward, shared_batches
 from ..plan import (
     GroupSums,
     LayerCost,
@@ -108,22 +107,19 @@ def sweep(
         NumericalError: a sample's loss or a layer's sums are not finite.
     """
     samples, label = job.samples[set_name], label or f"the {set_name} set"
-    device = input_device(job.model)
     taps = Taps(job.targets, job.collector, job.statistic, place)
     with (
         preserved(job.model, job.adapters, checkpointing=True),
         taps,
         _checkpointed_segments_pass_gradients(job.model),
-        distributed.failing_together(),
+        distributed.failing_together(job.model),
         torch.enable_grad(),
         _whole_recomputations(job.model),
         progress(len(samples), f"gradients on {label}", job.show_progress_bar) as advance,
     ):
-        for batch in distributed.share(list(batches(samples, micro_batch))):
+        for batch in shared_batches(samples, micro_batch, job.model):
             taps.begin(len(batch.indices))
-            losses = sample_losses(job.model, batch.to(device))
-            check_losses(losses, batch, label)
-            losses.sum().backward()
+            run_backward(job.model, batch, label)
             advance(len(batch.indices))
     taps.complete()
     taps.check(len(samples), label)

@@ -15,14 +15,14 @@ from functools import partial
 
 import torch
 
-from ...data import Batch, batches
+from ...data import Batch
 from ...model import DISK, HOST, Target, distributed, preserved
 from .._chain_check import why_no_chain
 from .._taps import Taps
 from ..blocks import Chain, find_blocks
 from ..gradient_sums import Place
 from ..job import Job, SetSums
-from ..passes import Advance, progress
+from ..passes import Advance, progress, shared_batches
 from ..plan import (
     LayerCost,
     Measured,
@@ -120,8 +120,7 @@ class _Passes:
         self.lowest = min((index for index, targets in enumerate(self.inside) if targets), default=len(blocks))
         self.chain = Chain(job.model, blocks, self.lowest, plan.inputs_place)
         self._batches: dict[str, list[Batch]] = {
-            set_name: distributed.share(list(batches(samples, plan.micro_batch)))
-            for set_name, samples in job.samples.items()
+            set_name: shared_batches(samples, plan.micro_batch, job.model) for set_name, samples in job.samples.items()
         }
 
     def through(self, targets: list[Target], step: Step, advance: Advance) -> SetSums:
@@ -129,7 +128,7 @@ class _Passes:
         sums: SetSums = {}
         for set_name, of_set in self._batches.items():
             with Taps(targets, self._job.collector, self._job.statistic) as taps:
-                with distributed.failing_together(), torch.enable_grad():
+                with distributed.failing_together(self._job.model), torch.enable_grad():
                     for number, batch in enumerate(of_set):
                         taps.begin(len(batch.indices))
                         step(set_name, number)

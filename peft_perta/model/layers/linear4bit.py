@@ -23,7 +23,8 @@ def _refusal(wrapper: nn.Module, base_layer: nn.Module) -> str | None:
             "(expected model.is_loaded_in_4bit to be True); load it with AutoModelForCausalLM.from_pretrained and a "
             "BitsAndBytesConfig(load_in_4bit=True), then attach the adapter"
         )
-    state = base_layer.weight.quant_state  # type: ignore[union-attr]
+    # FSDP2's shard of a weight has no state; the layer keeps its own.
+    state = getattr(base_layer.weight, "quant_state", None) or getattr(base_layer, "quant_state", None)
     if state is None:
         return "is a 4-bit layer that is not quantised yet (expected a quant_state); move the model to its device first"
     if getattr(state, "packing_format_for_cpu", False):

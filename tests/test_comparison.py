@@ -42,6 +42,7 @@ from peft_perta.comparison import (
     methods,
     read_testbed,
     run_comparison,
+    training_schedule,
 )
 from peft_perta.comparison._picture import STYLES, leaves_at, mean_curve
 from peft_perta.comparison.method import Method, MethodAdapter, Setup, once
@@ -162,8 +163,26 @@ def test_the_command_of_each_method_sets_what_the_method_sets(monkeypatch):
         options.add_argument("--learning-rate", type=float)
         add_settings(options, settings, "settings")
         read = read_settings(settings, options.parse_args(flags))
-        given = {key: value for key, value in method.make.items() if key != "learning_rate"}
+        given = {key: value for key, value in method.make.items() if key not in ("learning_rate", "rounds")}
         assert read == settings(**given)
+
+
+def test_a_method_that_trains_for_longer_takes_more_steps_and_its_command_more_epochs(made):
+    of_sago, of_attacker = (training_schedule(METHODS[name], 40) for name in ("sago", "sago+attacker"))
+    assert of_attacker == {**of_sago, "epochs": 2 * of_sago["epochs"]}
+    # Of a step, SAGO takes 2 + 1 passes of the forget rows and 2 of the retain rows; the attacker 2 more of the first.
+    sago, attacker = (made[name].forward_equivalents for name in ("sago", "sago+attacker"))
+    own = setup()
+    forget, retain = (
+        sum(len(sample.input_ids) for sample in load_samples(rows, own.tokenizer))
+        for rows in (own.forget_rows, own.retain_rows)
+    )
+    steps = 3 * _trained.BATCH
+    assert sago == pytest.approx(
+        steps * (3 * forget / len(own.forget_rows) + 2 * retain / len(own.retain_rows)) / (forget + retain)
+    )
+    more = 2 * forget / len(own.forget_rows)
+    assert attacker == pytest.approx(2 * (sago + steps * more / (forget + retain)))
 
 
 def test_every_method_that_a_user_can_run_has_a_command_that_parses():
@@ -402,7 +421,7 @@ def test_a_comparison_resumes_and_takes_new_methods(compared, assets, monkeypatc
         monkeypatch.setitem(METHODS, name, dataclasses.replace(METHODS[name], make=refuses))
     own = {"trained": trained, "idle": idle, "diverging": diverges}
     for name, make in own.items():
-        monkeypatch.setitem(METHODS, name, Method(name, make, "trained", needs_forget_adapter=False))
+        monkeypatch.setitem(METHODS, name, Method(name, make, "trained", needs_forget_adapter=name == "idle"))
     more = dataclasses.replace(settings, methods=(*settings.methods, *own))
     resumed = run_comparison(tmp_path, more, Testbed.of_directory(assets), show_progress_bar=False)
     assert resumed[: len(results)] == results
@@ -836,6 +855,16 @@ def test_a_resumed_comparison_takes_the_forget_adapter_that_it_trained(compared,
         del run["seconds"], run["memory"]
     assert of(whole, "perta-grad") == of(parts, "perta-grad")
     assert of(parts, "negation")["scores"] == {}
+
+
+def test_no_forget_adapter_is_trained_for_methods_that_need_none(compared, assets, tmp_path, monkeypatch):
+    settings, _, _ = compared
+    monkeypatch.setattr(bench, "train_forget_adapter", lambda *_, **__: pytest.fail("a forget adapter was trained"))
+    monkeypatch.setattr(_trained, "STEPS", 2)
+    alone = dataclasses.replace(settings, attacks=(), suite_rows=0, curve=(), methods=("rmu",))
+    results = run_comparison(tmp_path / "out", alone, Testbed.of_directory(assets), show_progress_bar=False)
+    assert of(results, "rmu")["seconds"]["forget_adapter"] == 0.0
+    assert not (tmp_path / "out" / "forget_adapters").exists()
 
 
 @pytest.mark.parametrize(

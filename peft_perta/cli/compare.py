@@ -183,7 +183,7 @@ def _recommendation(
         forget_adapter = Path(options.output) / "forget_adapters" / f"all-{run['seed']}"
         parts += [f"--forget-adapter {forget_adapter} --strength {run['strength']:.4g} --output unlearn_adapter"]
         return "\n".join([*lines, "  " + " ".join(parts)])
-    schedule = training_schedule(len(testbed.rows["forget"]))
+    schedule = training_schedule(method, len(testbed.rows["forget"]))
     parts += [*as_flags(schedule), f"--rank {settings.rank} --output trained_adapter"]
     lines.append("  " + " ".join(parts))
     made = "trained_adapter"

@@ -87,7 +87,7 @@ class Judge:
         rows = self.bench.judged_rows["forget"]
         settings = AttackSettings(
             relearning_rows=(min(_RELEARNED_ROWS, max(1, len(rows) // 2)),),
-            generated=self.settings.suite_rows,
+            generated=max(1, self.settings.suite_rows),
             max_new_tokens=self.settings.max_new_tokens,
         )
         victims = Victims(subject, None, None, rows)  # the full and the retain-only model have results of their own

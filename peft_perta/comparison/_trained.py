@@ -21,12 +21,15 @@ _START = "perta_start"
 BATCH = 10
 
 
-def trained(start: MakeAdapter | None = None, *, learning_rate: float = 1e-3, **options: Any) -> MakeAdapter:
+def trained(
+    start: MakeAdapter | None = None, *, learning_rate: float = 1e-3, rounds: int = 1, **options: Any
+) -> MakeAdapter:
     """Train an adapter on top of the task adapter. The options are the fields of UnlearningSettings.
 
     Args:
         start: the method whose adapter the training starts from; None to start from zero.
         learning_rate: of the training.
+        rounds: train for this many times ``STEPS``.
     """
     settings = UnlearningSettings(**options)
 
@@ -45,7 +48,7 @@ def trained(start: MakeAdapter | None = None, *, learning_rate: float = 1e-3, **
                 start_adapter=_START if start_adapter is not None else None,
                 lora_config=None if start_adapter is not None else default_lora_config(setup.rank),
                 show_progress_bar=False,
-                max_steps=STEPS,
+                max_steps=rounds * STEPS,
                 learning_rate=learning_rate,
                 warmup_steps=WARMUP,
                 per_device_train_batch_size=BATCH,
@@ -55,15 +58,16 @@ def trained(start: MakeAdapter | None = None, *, learning_rate: float = 1e-3, **
         finally:
             if start_adapter is not None:
                 setup.model.delete_adapter(_START)
-        cost = _cost(setup, settings) + (start_adapter.forward_equivalents if start_adapter is not None else 0.0)
+        started = start_adapter.forward_equivalents if start_adapter is not None else 0.0
+        cost = rounds * _cost(setup, settings) + started
         return MethodAdapter(lora_config, state_dict, cost)
 
     return make
 
 
 def _cost(setup: Setup, settings: UnlearningSettings) -> float:
-    """Forward-equivalents of the training: a forward and backward pass (2) of each sample of a step, and a forward pass
-    (1) of each frozen model that a loss reads; for an attacker, forward and backward again (2) of the forget rows.
+    """Forward-equivalents of ``STEPS`` steps: a forward and backward pass (2) of each sample of a step, and a forward
+    pass (1) of each frozen model that a loss reads; for an attacker, forward and backward again (2) of the forget rows.
     """
     rows = {"forget": setup.forget_rows, "retain": setup.retain_rows}
     length = row_length(setup.model, None)

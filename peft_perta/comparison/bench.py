@@ -38,7 +38,12 @@ ROW_SCORES = {"loss": "loss", "first-choice": "missed", "options": "misled"}  # 
 
 
 def prepare(
-    settings: BenchSettings, *, four_bit: bool, testbed: Testbed | None = None, cache: Path | None = None
+    settings: BenchSettings,
+    *,
+    four_bit: bool,
+    testbed: Testbed | None = None,
+    cache: Path | None = None,
+    has_forget_adapter: bool = True,
 ) -> tuple[PeftModel, Any, dict[str, list[dict]]]:
     """Load a model and its rows, and train a forget adapter.
 
@@ -47,6 +52,7 @@ def prepare(
         four_bit: quantise the base to NF4.
         testbed: the model and its rows; by default the shipped one.
         cache: directory of the trained forget adapter: it is read from there, or written there.
+        has_forget_adapter: False trains none, where the testbed has a task adapter.
 
     Returns:
         The model with the adapters 'forget' (trained here) and, where the testbed has them, 'task' and 'retain-only';
@@ -58,7 +64,7 @@ def prepare(
     model, tokenizer = load_base(testbed.base, four_bit=four_bit)
     if cache is not None and (cache / CONFIG_NAME).is_file():
         model = attach_adapters(model, {"forget": cache})
-    else:
+    elif has_forget_adapter or testbed.task_adapter is None:
         model = train_forget_adapter(
             model,
             rows["forget"],
@@ -73,7 +79,7 @@ def prepare(
             seed=settings.seed,
         )
     others = {"task": testbed.task_adapter, "retain-only": testbed.retain_only_adapter}
-    attach_adapters(model, {name: path for name, path in others.items() if path is not None})
+    model = attach_adapters(model, {name: path for name, path in others.items() if path is not None})
     return model, tokenizer, rows
 
 
@@ -136,7 +142,7 @@ class StrengthPath:
 
 
 class Bench:
-    """A model with one forget adapter, the rows that a method may use, and the rows that are judged.
+    """A model with its adapters, the rows that a method may use, and the rows that are judged.
 
     Attributes:
         setup: the input of every method.
@@ -155,10 +161,13 @@ class Bench:
         four_bit: bool = False,
         testbed: Testbed | None = None,
         cache: Path | None = None,
+        has_forget_adapter: bool = True,
     ) -> None:
         self.settings = settings
         testbed = testbed or small()
-        self.model, self.tokenizer, rows = prepare(settings, four_bit=four_bit, testbed=testbed, cache=cache)
+        self.model, self.tokenizer, rows = prepare(
+            settings, four_bit=four_bit, testbed=testbed, cache=cache, has_forget_adapter=has_forget_adapter
+        )
         has_task = testbed.task_adapter is not None
         self.origin, self.full = Stack([]), Stack(["task"] if has_task else [])
         self.retain_only = Stack(["retain-only"]) if testbed.retain_only_adapter is not None else None

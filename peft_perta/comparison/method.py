@@ -22,9 +22,10 @@ class Setup:
     """The input of a method.
 
     Attributes:
-        model: the origin model with the adapters 'forget' (the forget adapter, trained on the forget rows alone),
-            'task' (the task adapter, which makes it the full model; not where the origin itself must forget) and
-            'retain-only' (for the judge; a method must not use it). A method leaves the model as it was.
+        model: the origin model with the adapters 'forget' (the forget adapter, trained on the forget rows alone; not
+            where no method needs it and there is a task adapter), 'task' (the task adapter, which makes it the full
+            model; not where the origin itself must forget) and 'retain-only' (for the judge; a method must not use
+            it). A method leaves the model as it was.
         tokenizer: the model's tokenizer.
         forget_rows: the rows to forget.
         retain_rows: the retain rows that a method may use. The judge uses other retain rows.
@@ -117,6 +118,7 @@ class Method:
         step: the command that makes the same adapter from the user's files; None for what no user would make.
         options: the settings that the command takes beside its defaults.
         is_refined: `peft-perta refine` follows the command.
+        rounds: how many times as long as the others it trains.
     """
 
     description: str
@@ -126,6 +128,7 @@ class Method:
     step: Literal["unlearn", "train"] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     is_refined: bool = False
+    rounds: int = 1
 
     @property
     def command(self) -> str | None:

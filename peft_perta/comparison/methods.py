@@ -31,15 +31,16 @@ def _unlearn(description: str, *, family: Family = "perta", **options: Any) -> M
     return Method(description, perta(**options), family, step="unlearn", options=options)
 
 
-def _train(description: str, *, learning_rate: float = 1e-3, **options: Any) -> Method:
+def _train(description: str, *, learning_rate: float = 1e-3, rounds: int = 1, **options: Any) -> Method:
     """A trained method with these fields of UnlearningSettings, as `peft-perta train` runs it."""
     return Method(
         description,
-        once(trained(learning_rate=learning_rate, **options)),
+        once(trained(learning_rate=learning_rate, rounds=rounds, **options)),
         "trained",
         needs_forget_adapter=False,
         step="train",
         options={**options, "learning_rate": learning_rate},
+        rounds=rounds,
     )
 
 
@@ -66,7 +67,9 @@ _TRAINED: dict[str, Method] = {
     ),
     "pcgrad": _train("trained: NPO, its two gradients combined per tensor by PCGrad", **_NPO, combiner="pcgrad"),
     "sago": _train("trained: NPO, its two gradients combined per element by SAGO", **_SAGO),
-    "sago+attacker": _train("trained: sago, against an attacker that relearns", **_SAGO, relearning_steps=8),
+    "sago+attacker": _train(
+        "trained: sago, against an attacker that relearns, for twice as long", **_SAGO, relearning_steps=8, rounds=2
+    ),
 }
 
 METHODS: dict[str, Method] = {
@@ -195,6 +198,6 @@ def check_methods(names: Sequence[str]) -> None:
             raise ConfigError(f"methods: expected some of {list(METHODS)}, found {name!r}")
 
 
-def training_schedule(forget_rows: int) -> dict[str, float]:
+def training_schedule(method: Method, forget_rows: int) -> dict[str, float]:
     """The settings of `peft-perta train` that give this comparison's steps and batch on so many forget rows."""
-    return {"epochs": STEPS * BATCH / forget_rows, "batch_size": BATCH, "warmup_steps": WARMUP}
+    return {"epochs": method.rounds * STEPS * BATCH / forget_rows, "batch_size": BATCH, "warmup_steps": WARMUP}

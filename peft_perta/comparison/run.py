@@ -95,6 +95,7 @@ def _run_seed(
             four_bit=settings.four_bit,
             testbed=testbed,
             cache=results.directory / _FORGET_ADAPTERS / f"{authors or 'all'}-{seed}",
+            has_forget_adapter=any(METHODS[name].needs_forget_adapter for name in methods),
         )
     judge = Judge(bench, testbed.suite_rows, settings)
     retain_only = _judge_baselines(judge, results, authors)

@@ -48,7 +48,7 @@ def resolve(values: Mapping[str, Any], rows: Rows, *, has_task: bool) -> Resolve
     shared = {"max_length": request.max_length}
     own: dict[str, dict[str, Any]] = {}
     if method.step == "train":
-        schedule = training_schedule(len(rows.forget))
+        schedule = training_schedule(method, len(rows.forget))
         own["train"] = {**schedule, "epochs": max(schedule["epochs"], 1.0), **method.options}
     else:
         own["unlearn"] = {**shared, "seed": request.seed, **method.options}

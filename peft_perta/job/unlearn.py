@@ -109,12 +109,12 @@ def unlearn(
         NumericalError: there is nothing to forget, or no strength forgets within the retain tolerance.
     """
     _check_given(recipe)
-    distributed.refuse_sharded(model)
     named = {"task_adapter": task_adapter, "retain_only_adapter": retain_only_adapter}
     named["retain"] = retain if isinstance(retain, str) and retain in STANDS_FOR else None
     held_out = None if recipe.get("held_out") is None else _rows(recipe["held_out"])
     rows = Rows.of(_rows(forget), None if named["retain"] == SELF else _rows(retain), held_out)
     resolved = resolve({**recipe, **named}, rows, has_task=task_adapter is not None)
+    distributed.refuse_sharded(model)
     with tempfile.TemporaryDirectory() as scratch:
         workshop = Workshop(
             resolved.recipe,

@@ -17,8 +17,7 @@ from peft_perta.gradients.checkpoint import RUN_NAME
 # Slows down every batch, so that the kill happens during one, and forces a plan of several groups or of blocks.
 SLOWLY = """
 import dataclasses, sys, time
-from peft_perta.gradients import blocks, engine
-from peft_perta.gradients.modes import grouped
+from peft_perta.gradients import blocks, engine, passes
 from peft_perta.model import losses
 from peft_perta.cli import main
 
@@ -39,7 +38,7 @@ def slowly_back(*arguments, **named):
     time.sleep(pause)
     return back(*arguments, **named)
 
-grouped.sample_losses = blocks.sample_losses = slowly
+passes.sample_losses = slowly
 back, blocks.Chain.back = blocks.Chain.back, slowly_back
 engine._new_plan = forced
 sys.exit(main(sys.argv[3:]))

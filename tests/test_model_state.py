@@ -120,7 +120,7 @@ def test_an_exception_within_the_sweep_leaves_no_trace(kind, checkpointing, plac
     if "forward" in place:
         layer.register_forward_pre_hook(fail)
     elif place == "loss":
-        monkeypatch.setattr("peft_perta.gradients.modes.grouped.sample_losses", fail)
+        monkeypatch.setattr("peft_perta.gradients.passes.sample_losses", fail)
     elif place == "backward":
         layer.register_full_backward_hook(fail)
     else:
@@ -134,7 +134,7 @@ def test_a_keyboard_interrupt_leaves_no_trace(monkeypatch):
         raise KeyboardInterrupt("by hand")
 
     model = awkward(builders.adapted_llama())
-    monkeypatch.setattr("peft_perta.gradients.modes.grouped.sample_losses", interrupt)
+    monkeypatch.setattr("peft_perta.gradients.passes.sample_losses", interrupt)
     with laws.untouched(model), pytest.raises(KeyboardInterrupt, match="by hand"):
         unlearn(model)
 

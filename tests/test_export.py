@@ -157,6 +157,19 @@ def test_mlx_gets_transposed_factors_with_the_scaling_in_them(place):
     torch.testing.assert_close(logits(model), expected(place, -0.5), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("theta", "beside", "told"), [(1e5, False, True), (1e5, True, False), (1e4, False, False)])
+def test_where_mlx_lm_would_not_find_the_rotary_angles_is_told(theta, beside, told, place, capsys):
+    """transformers 5 writes rope_theta into rope_parameters alone; mlx-lm reads it beside them, and has a default."""
+    model = place / "model"
+    model.mkdir()
+    llama().save_pretrained(model)
+    config = json.loads((model / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = theta
+    (model / "config.json").write_text(json.dumps({**config, **({"rope_theta": theta} if beside else {})}))
+    EXPORTS["mlx"].check(str(model), llama())
+    assert ('add "rope_theta": 100000.0 to the file' in capsys.readouterr().err) == told
+
+
 def test_peft_and_vllm_get_one_adapter_and_vllm_its_rank(place):
     export(place, "peft")
     model = PeftModel.from_pretrained(llama(), place / "out")

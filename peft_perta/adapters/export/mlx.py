@@ -15,10 +15,12 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from ...data import note
 from ...errors import AdapterError
 from .format import Served, check_architecture, check_no_gguf
 
 _TESTED = ("llama", "mistral", "qwen2", "qwen3")  # tests/test_export_runtimes.py
+_ROPE_THETA = 10000  # that of mlx-lm where config.json names none
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
@@ -29,9 +31,18 @@ class Mlx:
     description = "adapters.safetensors and adapter_config.json in mlx-lm's layout"
 
     def check(self, base: str, model: PreTrainedModel) -> None:
-        """Refuse an architecture that was not tested, and a GGUF file, which mlx-lm does not load."""
+        """Refuse an architecture that was not tested, and a GGUF file, which mlx-lm does not load. Say if mlx-lm would
+        not find the base's rotary angles."""
         check_no_gguf("mlx-lm", base)
         check_architecture("mlx-lm", model, _TESTED)
+        file = Path(base, "config.json")
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        theta = (config.get("rope_parameters") or {}).get("rope_theta", _ROPE_THETA)
+        if theta != _ROPE_THETA and "rope_theta" not in config:
+            note(
+                f"{file} has rope_theta in rope_parameters alone, as transformers 5 writes it; mlx-lm reads it beside "
+                f'them, and would compute with {_ROPE_THETA} and answer wrongly: add "rope_theta": {theta} to the file'
+            )
 
     def write(self, served: Served, directory: Path, output: Path) -> list[str]:
         """Write the factors, transposed, and the config."""

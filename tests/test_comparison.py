@@ -167,7 +167,21 @@ def test_the_command_of_each_method_sets_what_the_method_sets(monkeypatch):
         assert read == settings(**given)
 
 
-def test_a_method_that_trains_for_longer_takes_more_steps_and_its_command_more_epochs(made):
+@pytest.mark.parametrize(("name", "rounds"), [("sago", 1), ("sago+attacker", 2), ("sago+attacker+directions", 2)])
+def test_a_method_trains_for_its_rounds(name, rounds, monkeypatch):
+    class Trained(Exception):
+        pass
+
+    def train(*_, max_steps, **__):
+        raise Trained(max_steps)
+
+    monkeypatch.setattr(_trained, "train_unlearning", train)
+    with pytest.raises(Trained, match=f"^{rounds * _trained.STEPS}$"):
+        METHODS[name].make(setup())
+    assert METHODS[name].rounds == rounds
+
+
+def test_a_method_that_trains_for_longer_costs_more_and_its_command_has_more_epochs(made):
     of_sago, of_attacker = (training_schedule(METHODS[name], 40) for name in ("sago", "sago+attacker"))
     assert of_attacker == {**of_sago, "epochs": 2 * of_sago["epochs"]}
     # Of a step, SAGO takes 2 + 1 passes of the forget rows and 2 of the retain rows; the attacker 2 more of the first.
@@ -861,9 +875,10 @@ def test_no_forget_adapter_is_trained_for_methods_that_need_none(compared, asset
     settings, _, _ = compared
     monkeypatch.setattr(bench, "train_forget_adapter", lambda *_, **__: pytest.fail("a forget adapter was trained"))
     monkeypatch.setattr(_trained, "STEPS", 2)
-    alone = dataclasses.replace(settings, attacks=(), suite_rows=0, curve=(), methods=("rmu",))
+    alone = dataclasses.replace(settings, attacks=("relearning",), suite_rows=0, curve=(), methods=("rmu",))
     results = run_comparison(tmp_path / "out", alone, Testbed.of_directory(assets), show_progress_bar=False)
     assert of(results, "rmu")["seconds"]["forget_adapter"] == 0.0
+    assert {of_attack["attack"] for of_attack in of(results, "full model")["attacks"]} == {"relearning"}
     assert not (tmp_path / "out" / "forget_adapters").exists()
 
 

@@ -43,6 +43,7 @@ def prepare(options: argparse.Namespace) -> Place:
     exports = {
         "peft": (str(base), both), "mlx": (str(base), both), "vllm": (str(base), both), "gguf": (quantised, both),
         "gguf_task": (quantised, {str(task): 1.0}), "gguf_negative": (quantised, {str(negative): 2.0}),
+        "vllm_task": (str(base), {str(task): 1.0}),
     }  # fmt: skip
     for name, (served, parts) in exports.items():
         if not place.exported(name).exists():
@@ -87,7 +88,7 @@ def run(runtime: Runtime, place: Place, questions: list[Question]) -> None:
     """Score all questions in one runtime, and keep what it says."""
     file = place.output / "scores" / f"{runtime.weights} {runtime.name}.json"
     version = version_of(runtime)
-    if file.is_file() or version is None:
+    if version is None or (file.is_file() and "answers" in json.loads(file.read_text(encoding="utf-8"))):
         return
     record: dict[str, Any] = {"version": version}
     try:

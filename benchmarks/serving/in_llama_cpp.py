@@ -12,6 +12,8 @@ from typing import Any
 import gguf
 import numpy as np
 
+from peft_perta.adapters import EXPORTS, export_adapters
+
 from .job import Place, Runtime, Scorer, scores_of
 
 PACKAGE = "llama-cpp-python"
@@ -103,6 +105,32 @@ def _row(name: str, weights: str, adapters: Mapping[str, float]) -> Runtime:
     return Runtime(f"llama.cpp, {name}", PACKAGE, "adapters" if adapters else "base", weights, open_)
 
 
+def _merged(place: Place, weights: str) -> Path:
+    """The GGUF of the merged model, quantised by llama.cpp itself where ``weights`` is not float32."""
+    exported = place.exported("gguf-merged")
+    if not exported.exists():
+        parts = {str(place.task): 1.0, str(place.negative): 1.0}
+        export_adapters(str(place.base), parts, EXPORTS["gguf-merged"], exported)
+    whole, target = exported / "model.gguf", place.output / f"merged-{weights}.gguf"
+    if weights == "float32" or target.is_file():
+        return whole if weights == "float32" else target
+    lib: Any = importlib.import_module("llama_cpp.llama_cpp")
+    settings = lib.llama_model_quantize_default_params()
+    settings.ftype, settings.nthread = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{weights}"), 1
+    if lib.llama_model_quantize(str(whole).encode(), str(target).encode(), ctypes.byref(settings)):
+        raise RuntimeError(f"llama.cpp does not quantise {whole} to {weights}")
+    return target
+
+
+def _merged_row(weights: str) -> Runtime:
+    def open_(place: Place) -> Scorer:
+        llama = LlamaCpp(_merged(place, weights), {})
+        return lambda ids, start: scores_of(llama.logits(ids), ids, start)
+
+    name = "llama.cpp, merged" if weights == "float32" else "llama.cpp, merged and then quantised"
+    return Runtime(name, PACKAGE, "adapters", weights, open_)
+
+
 RUNTIMES = tuple(
     _row(name, weights, adapters)
     for weights in ("float32", "Q4_1")
@@ -111,4 +139,4 @@ RUNTIMES = tuple(
         "one fused": {"gguf": 1.0},
         "two, the negative one stored at 2 and scaled by 0.5": {"gguf_task": 1.0, "gguf_negative": 0.5},
     }.items()
-)
+) + tuple(map(_merged_row, ("float32", "Q4_1", "Q4_K_M")))

@@ -115,7 +115,7 @@ def add_stack(parser: argparse.ArgumentParser) -> None:
 def add_judging(parser: argparse.ArgumentParser, *, rows: str, max_new_tokens: int) -> None:
     """``--rows``, with its help, ``--batch-size``, ``--max-length`` and ``--max-new-tokens``."""
     parser.add_argument("--rows", type=int, help=f"{rows} (default: all)")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows per forward pass (default: 32)")
+    parser.add_argument("--batch-size", type=int, default=32, help="the most rows per forward pass (default: 32)")
     add_max_length(parser)
     parser.add_argument(
         "--max-new-tokens", type=int, default=max_new_tokens,

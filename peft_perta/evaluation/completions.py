@@ -16,6 +16,8 @@ from ..errors import DataError, NumericalError
 from ..model import TokenScores, input_device, preserved, sample_losses, token_scores
 from .subject import Subject
 
+_ROWS_A_THREAD = 4  # more rows leave a CPU's caches, and take longer
+
 
 @dataclass(frozen=True)
 class ScoredCompletion:
@@ -104,7 +106,7 @@ def losses_of(
         model: a causal language model.
         samples: N tokenised rows, such as ``peft_perta.data.load_samples`` gives.
         adapters: names of the adapters that are on; None leaves the model's own choice.
-        batch_size: samples per forward.
+        batch_size: the most samples per forward, as in ``forward_batches``.
 
     Raises:
         DataError: there are no samples.
@@ -137,13 +139,15 @@ def forward_batches(
         samples: N samples.
         compute: batch of n samples, on the model's device -> n results.
         adapters: names of the adapters that are on; None leaves the model's own choice.
-        batch_size: samples per batch.
+        batch_size: the most samples per batch. On a CPU there are at most ``_ROWS_A_THREAD`` for each thread.
         progress: the name of a progress bar; None shows none.
     """
     device = input_device(model)
     results: dict[int, Any] = {}
     bar = tqdm(total=len(samples), desc=progress, unit="row", disable=progress is None, leave=False)
     with bar, preserved(model, adapters), torch.no_grad():
+        if device.type == "cpu":
+            batch_size = min(batch_size, _ROWS_A_THREAD * torch.get_num_threads())
         for batch in batches(samples, batch_size):
             results.update(zip(batch.indices, compute(batch.to(device)), strict=True))
             bar.update(len(batch.indices))

@@ -21,7 +21,7 @@ class Subject:
         model: a causal language model, with or without PEFT adapters.
         tokenizer: the model's.
         adapters: names of the adapters that are on; None leaves the model's own choice.
-        batch_size: rows per forward.
+        batch_size: the most rows per forward.
         max_length: tokens kept per row, counted from the left; None stands for 1024, or for the model's number of
             positions if that is less. It is a number from then on.
         show_progress_bar: show a bar for each pass over rows.

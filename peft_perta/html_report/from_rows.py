@@ -48,7 +48,8 @@ def report_data_of_rows(
         answers = {}
         for label, stack in stacks.items():
             subject = Subject(model, tokenizer, stack)
-            scores = evaluate_split(subject, spread(list(split_rows), SCORED_ROWS), is_forget=split == "forget")
+            scored = spread(list(split_rows), SCORED_ROWS)
+            scores = evaluate_split(subject, scored, is_forget=split == "forget", compared=0)
             models[label][f"{split}_Q_A_Prob"] = scores.probability
             models[label][f"{split}_loss"] = scores.loss
             if asked:

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from ..adapters import load_emitted, verify_adapter
-from ..data import write_file
+from ..data import spread, write_file
 from ..errors import DataError
 from ..evaluation import AttackSettings, Audit, Victims, audit
 from ..html_report import (
@@ -81,7 +81,8 @@ def _audited(workshop: Workshop) -> tuple[Audit | None, str]:
         max_new_tokens=judging.max_new_tokens,
     )
     unlearned, full = workshop.subject([*workshop.full, _UNLEARN]), workshop.subject(workshop.full)
-    victims = Victims(unlearned, full, workshop.subject(yardstick), rows, workshop.rows.unseen)
+    kept = spread(workshop.rows.unseen, judging.rows)
+    victims = Victims(unlearned, full, workshop.subject(yardstick), rows, kept)
     try:
         found = audit(
             victims,

@@ -97,7 +97,7 @@ class Judging:
     rows: int = setting(100, "The most rows of each set that the strength is judged by, at even distances.")
     attacked_rows: int = setting(10, "The most forget rows that are attacked; 0 makes no attack.")
     minutes: float | None = setting(None, "Begin no attack after that time. By default no limit.")
-    batch_size: int = setting(32, "Rows per forward pass.")
+    batch_size: int = setting(32, "The most rows per forward pass.")
     max_new_tokens: int = setting(32, "The most tokens of an answer.")
 
     def __post_init__(self) -> None:

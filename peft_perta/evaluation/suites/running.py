@@ -48,7 +48,7 @@ def evaluate(
             measured.
         retain_only: a retain-only model, for the membership attack that compares with one.
         rows: the most rows of each split, taken at even distances; None for all.
-        batch_size: rows per forward.
+        batch_size: the most rows per forward.
         max_length: tokens kept per row. By default 1024, or the model's number of positions if that is less.
         max_new_tokens: the most tokens of a generated answer.
         output_dir: a directory for the suites' logs. A log that is already there, of the same model, rows and settings,

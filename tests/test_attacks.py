@@ -452,6 +452,33 @@ def test_gguf_rounds_blocks_of_32(name, steps):
     assert torch.equal(ROUNDINGS[f"GGUF {name}"](odd)(), odd.half().float()), "no whole number of blocks"
 
 
+def test_rounded_weights_are_unpacked_once_where_memory_is_free(monkeypatch):
+    model, calls = builders.adapted_llama(), []
+    monkeypatch.setitem(ROUNDINGS, "int8", counted_unpacking(ROUNDINGS["int8"], calls))
+    once = run_attacks(only(model, ["task"]), ["requantization"], QUICK)
+    layers = len(projections(model))
+    assert len(calls) == layers
+    calls.clear()
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert run_attacks(only(model, ["task"]), ["requantization"], QUICK) == once
+    assert len(calls) >= 2 * layers, "once in each forward"
+
+
+def counted_unpacking(rounding, calls):
+    """A rounding whose unpacking is noted in ``calls``."""
+
+    def counted(weight):
+        unpack = rounding(weight)
+
+        def noted():
+            calls.append(weight.shape)
+            return unpack()
+
+        return noted
+
+    return counted
+
+
 def test_a_delta_below_half_a_step_is_rounded_away():
     """Why the attack works: where no weight changes its quantisation step, the unlearned model equals the full one."""
     model = builders.adapted_llama()

@@ -34,7 +34,7 @@ from .identity import (
 from .layers import LAYER_KINDS, LayerKind, find_kind, wrapped_kind
 from .loading import attach_adapters, auto_class, load_base, load_skeleton, load_tokenizer, quiet
 from .losses import TokenScores, completion_logits, completion_losses, completion_states, sample_losses, token_scores
-from .memory import DISK, HOST, budgets, held_to, parse_size, peak_memory, show_size, taken
+from .memory import DISK, HOST, budgets, free_memory, held_to, parse_size, peak_memory, show_size, taken
 from .model_state import preserved, snapshot
 from .plain_lora import BASE_CHANGING_INITS, VARIANT_FIELDS, check_lora_config
 from .positions import fitting_new_tokens, row_length
@@ -92,6 +92,7 @@ __all__ = [
     "find_gguf",
     "find_kind",
     "fitting_new_tokens",
+    "free_memory",
     "give_memory",
     "hash_factors",
     "hash_file",

@@ -91,6 +91,11 @@ def peak_memory(pool: str, interval: float = 0.02) -> Iterator[Peak]:
         peak.bytes = max(peak.bytes, taken(pool))
 
 
+def free_memory(device: torch.device) -> int:
+    """The bytes that are free on a device; of the host for a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
 def budgets(
     devices: Iterable[str], max_memory: int | str | None, host_memory: int | str | None, sharing: int = 1
 ) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ from .layers import LAYER_KINDS, wrapped_kind
 from .layers.kind import LayerKind
 from .plain_lora import check_lora_config
 from .stack import base_model, check_decoder, require_adapter
+
+_Owners = list[tuple[str, nn.Module]]
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,12 @@ def resolve_layers(model: nn.Module, adapter_name: str) -> list[Target]:
         UnsupportedLayerError: it sits on a layer that cannot be read or edited.
     """
     base = base_model(model)
+    owners = _owners(base)
     targets = [
         target
         for path, module in base.named_modules()
         if isinstance(module, LoraLayer) and adapter_name in module._get_available_adapters()
-        for target in _resolve(path, module, adapter_name, base)
+        for target in _resolve(path, module, adapter_name, owners)
     ]
     if not targets:
         raise AdapterError(f"adapter {adapter_name!r} adapts no layer of the model; check its target_modules")
@@ -151,7 +155,7 @@ def hash_targets(targets: list[Target]) -> str:
     return digest.hexdigest()
 
 
-def _resolve(path: str, adapted: Any, adapter_name: str, base: nn.Module) -> list[Target]:
+def _resolve(path: str, adapted: Any, adapter_name: str, owners: Mapping[int, _Owners]) -> list[Target]:
     if adapted.merged:
         raise AdapterError(
             f"{path}: the adapters {adapted.merged_adapters} are merged into the weights; call unmerge_adapter() first"
@@ -173,7 +177,7 @@ def _resolve(path: str, adapted: Any, adapter_name: str, base: nn.Module) -> lis
     scaling = float(adapted.scaling[adapter_name])
     A, B = (_copied(factors[adapter_name]) for factors in (adapted.lora_A, adapted.lora_B))
     parameter = kind.expert_parameter(adapted)
-    _check_untied(path, base_layer, parameter.name if parameter else "weight", base)
+    _check_untied(path, base_layer, parameter.name if parameter else "weight", owners)
     transposed = kind.is_transposed(adapted)
     factors = kind.split(adapted, A, B)
     if parameter is None:
@@ -201,10 +205,18 @@ def _copied(factor: nn.Module) -> Tensor:
         return whole(weight.detach()).to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
 
-def _check_untied(path: str, base_layer: nn.Module, parameter: str, base: nn.Module) -> None:
-    weight = getattr(base_layer, parameter)
-    for other_path, other in base.named_modules():
-        if other is not base_layer and any(tensor is weight for tensor in other._parameters.values()):
+def _owners(base: nn.Module) -> dict[int, _Owners]:
+    """id of a parameter -> the modules that hold it, by their paths."""
+    owners: dict[int, _Owners] = {}
+    for path, module in base.named_modules():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append((path, module))
+    return owners
+
+
+def _check_untied(path: str, base_layer: nn.Module, parameter: str, owners: Mapping[int, _Owners]) -> None:
+    for other_path, other in owners.get(id(getattr(base_layer, parameter)), ()):
+        if other is not base_layer:
             raise UnsupportedLayerError(
                 f"{path} shares its weight with {other_path}: editing one would edit both; train the forget adapter "
                 "without it (exclude_modules; --exclude-modules)"

@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedLayerError
-from ...model import input_device, show_size
+from ...model import free_memory, input_device, show_size
 from .attack import Attack, AttackResult, AttackSettings, Victims, compare
 from .projections import projections
 from .relearning import added, check_rows, on_forget_rows, relearn
@@ -31,7 +30,7 @@ def check(victims: Victims, settings: AttackSettings) -> None:
     check_rows(victims, settings)
     needed = max(_BYTES * _weights(subject.model) for _, subject in victims.subjects())
     device = input_device(victims.unlearned.model)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = free_memory(device)
     if needed > free:
         raise UnsupportedLayerError(
             f"the full-rank attack trains a change of every weight: expected {show_size(needed)} free on {device}, "

@@ -9,14 +9,16 @@ W + sum s B A [O, I], taken in float32, rounded, and cast to the model's own dty
 - Q8_0 and Q4_1 in blocks of 32, as llama.cpp and Ollama serve a GGUF, by the package gguf where it is installed. (Its
   Q4_K needs llama.cpp's own tool: convert the merged model, and evaluate the file.)
 
-Output head and embeddings are not rounded, as in every loader. The model is never copied: layers are merged and rounded
-one at a time and kept packed (half a byte or one byte per weight) beside the model's own weights.
+Output head and embeddings are not rounded, as in every loader. Layers are merged and rounded one at a time. The rounded
+weights stand beside the model's own: unpacked if twice the memory for them is free, else packed (half a byte or one
+byte per weight), and then unpacked in each forward.
 
 Reference: Zhang et al. 2024, arXiv 2410.16454.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -41,6 +43,8 @@ from ...model import (
     Target,
     base_model,
     check_lora_config,
+    free_memory,
+    input_device,
     preserved,
     require_adapter,
     resolve_layers,
@@ -117,11 +121,14 @@ def rounded(model: nn.Module, rounding: str) -> Iterator[None]:
     Raises:
         NumericalError: a merged weight is not finite.
     """
-    deltas = _deltas(model)
+    deltas, layers = _deltas(model), projections(model)
+    weights = sum(outputs * inputs for outputs, inputs in (projection.shape for projection in layers))
+    dtype: Any = base_model(model).dtype
+    unpacked = 2 * weights * dtype.itemsize <= free_memory(input_device(model))
     with ExitStack() as replaced, torch.no_grad():
-        for projection in projections(model):
+        for projection in layers:
             weight = _merged(projection, deltas.get(id(projection.layer), []))
-            forward = _forward_of(projection, ROUNDINGS[rounding](weight))
+            forward = _forward_of(projection, ROUNDINGS[rounding](weight), unpacked=unpacked)
             replaced.enter_context(standing_in(projection.module, forward))
         yield
 
@@ -139,13 +146,18 @@ def _merged(projection: Projection, targets: list[Target]) -> Tensor:
     return weight.contiguous()
 
 
-def _forward_of(projection: Projection, weight: Callable[[], Tensor]) -> Callable[..., Tensor]:
-    """x -> x W^T + bias with this weight."""
+def _forward_of(projection: Projection, weight: Callable[[], Tensor], *, unpacked: bool) -> Callable[..., Tensor]:
+    """x -> x W^T + bias with this weight, which is kept unpacked from the first call on, or unpacked in each."""
     layer: Any = projection.layer
+
+    def weight_as(device: torch.device, dtype: torch.dtype) -> Tensor:
+        return weight().to(device, dtype)
+
+    weight_as = functools.lru_cache(maxsize=1)(weight_as) if unpacked else weight_as
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         bias = None if layer.bias is None else layer.bias.to(x.device, x.dtype)
-        return nn.functional.linear(x, weight().to(x.device, x.dtype), bias)
+        return nn.functional.linear(x, weight_as(x.device, x.dtype), bias)
 
     return forward
 

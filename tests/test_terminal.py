@@ -8,9 +8,11 @@ import pytest
 from tqdm.auto import tqdm
 
 from peft_perta.adapters import Check
-from peft_perta.cli import evaluate
+from peft_perta.cli import evaluate, main
 from peft_perta.cli._job_display import JobDisplay
 from peft_perta.cli._terminal import checked, marked, named, show, table
+from peft_perta.comparison import METHODS
+from peft_perta.evaluation import AttackResult
 from peft_perta.job import Begun, Plan
 from peft_perta.job._steps import Step
 
@@ -102,6 +104,31 @@ def test_the_table_of_an_evaluation_is_the_same_text_as_ever(monkeypatch):
         "loss                  0.5            12\n"
         "probability        0.3333             -"
     )
+
+
+def test_the_methods_of_a_comparison_are_a_table(opened):
+    terminal = opened()
+    main(["compare", "--list"])
+    assert max(map(len, terminal.text.splitlines())) <= 90
+    words = terminal.text.split()
+    assert words[:3] == ["method", "needs", "description"]
+    assert set(METHODS) <= set(words)
+
+
+def test_the_attacks_of_an_evaluation_are_a_table_and_say_what_was_skipped(opened):
+    values = {"loss": 3.0}
+    results = [
+        AttackResult("as-asked", "as it is", values, {"loss": 0.5}, None),
+        AttackResult("hops", "", {}, None, None, skipped="no row names anyone"),
+    ]
+    terminal = opened()
+    evaluate._show_attacks(results)
+    found = [line.split() for line in terminal.text.splitlines() if line.strip("─- ")]
+    assert found == [
+        ["attack", "setting", "measure", "unlearned", "retain-only", "full"],
+        ["as-asked", "as", "it", "is", "loss", "3.000", "-", "0.500"],
+        ["hops", "was", "skipped:", "no", "row", "names", "anyone"],
+    ]
 
 
 # A job

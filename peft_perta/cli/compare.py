@@ -29,6 +29,7 @@ from ..comparison import (
     best_method,
     format_methods,
     format_table,
+    method_cells,
     read_testbed,
     run_comparison,
     training_schedule,
@@ -37,7 +38,7 @@ from ..data import check_file, write_file
 from ..errors import ConfigError
 from ._options import BASE_MODEL, add_forget, add_four_bit, add_overwrite, add_retain, add_task_adapter, flag
 from ._output import check_output_of
-from ._terminal import show
+from ._terminal import show, table
 
 _OWN = ("task_adapter", "forget", "retain", "general", "retain_only_adapter", "retain_only_log", "target_forget_loss")
 _YARDSTICKS = ("retain_only_adapter", "retain_only_log", "target_forget_loss")
@@ -98,7 +99,8 @@ def run(options: argparse.Namespace) -> None:
     if options.lists:
         if options.json:
             write_file(options.json, json.dumps({"methods": list(METHODS)}, indent=1) + "\n")
-        print(format_methods())
+        header, *methods = method_cells()
+        show(format_methods(), table(header, methods, texts=3))
         return
     check_output_of(options, CONFIG_NAME, grows=True)
     testbed = _testbed(options)

@@ -29,6 +29,7 @@ from ..evaluation import (
     Splits,
     Subject,
     Victims,
+    attack_cells,
     check_attacks,
     check_lm_eval,
     evaluate,
@@ -37,6 +38,7 @@ from ..evaluation import (
     read_log,
     read_suites,
     run_attacks,
+    skipped_attacks,
     summary,
     write_log,
 )
@@ -44,7 +46,7 @@ from ..html_report import ReportHeader, report_data_of_logs, write_html_report
 from ..model import adapter_strength, attach_adapters, check_adapter_files
 from ._options import HTML_REPORT_NAME, add_judging, add_model, add_output, add_stack, load_model, read_strengths
 from ._output import check_output_of
-from ._terminal import show, table
+from ._terminal import marked, show, table
 
 ATTACKS_NAME = "attacks.json"
 RETAIN_ONLY, FULL, UNLEARNED = "retain-only", "full", "unlearned"  # labels of the models
@@ -114,11 +116,16 @@ def run(options: argparse.Namespace) -> None:
     header, *lines = _cells(logs)
     show(_text([header, *lines]), table(header, lines))
     if results:
-        print(f"\n{format_attacks(results)}")
+        _show_attacks(results)
     print(f"The logs are in {output}")
     if options.html_report:
         _write_html_report(logs, results, request, options)
         print(f"The HTML report is in {output / HTML_REPORT_NAME}")
+
+
+def _show_attacks(results: list[AttackResult]) -> None:
+    header, *lines = attack_cells(results)
+    show(f"\n{format_attacks(results)}", table(header, lines, texts=3), *map(marked, skipped_attacks(results)))
 
 
 def resume_path(options: argparse.Namespace) -> str:

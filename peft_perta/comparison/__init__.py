@@ -10,7 +10,7 @@ from .bench import Bench, prepare
 from .demo import run_demo
 from .intervals import kept_against
 from .method import Method, as_flags
-from .methods import METHODS, format_methods, training_schedule
+from .methods import METHODS, format_methods, method_cells, training_schedule
 from .run import CONFIG_NAME, run_comparison
 from .settings import MEASURES, ROWS_OF_AUTHOR, BenchSettings, ComparisonSettings, DemoSettings
 from .smollm2 import TESTBEDS, read_testbed
@@ -37,6 +37,7 @@ __all__ = [
     "format_methods",
     "format_table",
     "kept_against",
+    "method_cells",
     "prepare",
     "read_testbed",
     "run_comparison",

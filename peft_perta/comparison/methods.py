@@ -177,14 +177,17 @@ QUICK = (
 FIRST = ("negation", "perta-grad", "rmu", "rmu+directions", "sago", "sago+directions")  # on a user's own model
 
 
+def method_cells() -> list[tuple[str, str, str]]:
+    """Below a header, one line for each method: its name, what it needs, and its description."""
+    needs = {True: "forget adapter", False: "-"}
+    methods = [(name, needs[method.needs_forget_adapter], method.description) for name, method in METHODS.items()]
+    return [("method", "needs", "description"), *methods]
+
+
 def format_methods() -> str:
-    """One line for each method: its name, what it needs, and its description."""
+    """The table of ``method_cells`` as text."""
     width = max(map(len, METHODS))
-    lines = [f"{'method':<{width}}  {'needs':<14}  description"]
-    for name, method in METHODS.items():
-        needed = "forget adapter" if method.needs_forget_adapter else "-"
-        lines.append(f"{name:<{width}}  {needed:<14}  {method.description}")
-    return "\n".join(lines)
+    return "\n".join(f"{name:<{width}}  {needed:<14}  {described}" for name, needed, described in method_cells())
 
 
 def check_methods(names: Sequence[str]) -> None:

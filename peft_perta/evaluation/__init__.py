@@ -8,7 +8,7 @@ Imports from: errors, data, model, gradients.
 from .attacks import ATTACKS, check_attacks, run_attacks
 from .attacks.attack import Answer, Attack, AttackResult, AttackSettings, Victims
 from .attacks.depth import fall_after, patched_falls
-from .attacks.formatting import format_attacks
+from .attacks.formatting import attack_cells, format_attacks, skipped_attacks
 from .attacks.relearning import fresh_adapter, with_factors
 from .audit import (
     AUDIT_RECORD_NAME,
@@ -78,6 +78,7 @@ __all__ = [
     "Verdict",
     "Victims",
     "aggregate",
+    "attack_cells",
     "audit",
     "calibrate",
     "check_attacks",
@@ -113,6 +114,7 @@ __all__ = [
     "run_attacks",
     "score_completions",
     "score_false_answers",
+    "skipped_attacks",
     "stream",
     "summary",
     "with_factors",

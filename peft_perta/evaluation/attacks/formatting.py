@@ -10,10 +10,21 @@ _HEADER = ("attack", "setting", "measure", "unlearned", "retain-only", "full")
 
 
 def format_attacks(results: Sequence[AttackResult]) -> str:
-    """A table with one line per measure: the numbers of the unlearned, the retain-only and the full model.
+    """The table of ``attack_cells``, and below it the lines of ``skipped_attacks``."""
+    lines = attack_cells(results)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = [
+        "  ".join(
+            cell.ljust(width) if place < 3 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    return "\n".join([*table, *skipped_attacks(results)])
 
-    Below it, one line for each attack that was skipped.
-    """
+
+def attack_cells(results: Sequence[AttackResult]) -> list[tuple[str, ...]]:
+    """Below a header, one line per measure: the numbers of the unlearned, the retain-only and the full model."""
     lines: list[tuple[str, ...]] = [_HEADER]
     attack = ""
     for result in results:
@@ -25,12 +36,9 @@ def format_attacks(results: Sequence[AttackResult]) -> str:
             names = ("" if result.attack == attack else result.attack, result.setting if first else "", measure)
             lines.append((*names, *shown))
             attack, first = result.attack, False
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = [
-        "  ".join(
-            cell.ljust(width) if place < 3 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join([*table, *(f"{r.attack} was skipped: {r.skipped}" for r in results if r.skipped)])
+    return lines
+
+
+def skipped_attacks(results: Sequence[AttackResult]) -> list[str]:
+    """One line for each attack that was skipped, with the reason."""
+    return [f"{result.attack} was skipped: {result.skipped}" for result in results if result.skipped]

@@ -23,6 +23,7 @@ from peft_perta.adapters import EXPORT_NAME, EXPORTS, export_adapters, format_ch
 from peft_perta.adapters.export import merged_gguf
 from peft_perta.adapters.export._chat_pieces import read_pieces
 from peft_perta.cli import main
+from peft_perta.data import note
 
 IDS = torch.tensor([[5, 9, 12, 40, 7]])
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -322,11 +323,13 @@ def test_a_merged_gguf_without_a_converter_that_takes_the_model_is_refused_befor
     refused(place, "gguf-merged", ConfigError, "expected the full-precision base, found the GGUF file")
 
 
-def test_verify_compares_a_merged_gguf_with_its_base(place, converter):
+def test_verify_compares_a_merged_gguf_with_its_base(place, converter, capsys):
+    note.cache_clear()
     base = str(builders.llama_directory())
     model = builders.adapted_saved_llama()
     save_perta_adapter(place / "mine", *builders.negate(model, weighting="uniform"))
     export_adapters(base, {str(place / "mine"): 1.0}, EXPORTS["gguf-merged"], place / "out")
+    assert "rounding to 4 bits can undo the edit" in capsys.readouterr().err
     checks = verify_adapter(place / "out", base)
     assert all(check.passed for check in checks), format_checks(checks)
     llama_cpp = {each.runtime.name: each.verdict for each in judge_runtimes(place / "out", checks)}

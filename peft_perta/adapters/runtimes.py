@@ -60,9 +60,9 @@ RUNTIMES = (
     Runtime("SGLang", "0.5.23", "read in its source", rules=(_PATTERNS,)),
     Runtime("LoRAX", "commit 03679f3", "read in its source", rules=(_PATTERNS, _LAYERS)),
     Runtime("TGI", "commit 45d95bd", "read in its source", rules=(_ALPHA, _PATTERNS, _LAYERS), status="in maintenance"),
-    Runtime("llama.cpp", "0.4.0", "run by benchmarks.serving", exports=("gguf", "gguf-merged")),
+    Runtime("llama.cpp", "0.5.0", "run by benchmarks.serving", exports=("gguf", "gguf-merged")),
     Runtime("Ollama", "documents of 2026-11", "read there", exports=("ollama",)),
-    Runtime("MLX-LM", "0.32.2", "run on tiny models", exports=("mlx",), rules=("mlx-lm: tensors",)),
+    Runtime("MLX-LM", "0.32.2", "run by benchmarks.serving", exports=("mlx",), rules=("mlx-lm: tensors",)),
 )
 
 

@@ -35,7 +35,10 @@ def run(options: argparse.Namespace) -> int:
     rows = read_rows(options.check) if options.check else None
     dtype = torch_dtype(options.dtype) if options.dtype else None
     provenance = merge_adapters(options.model, parts, options.output, dtype=dtype, revision=options.revision)
-    print(f"{provenance}\nThe model is in {options.output}; it loads without PEFT")
+    print(
+        f"{provenance}\nThe model is in {options.output}; it loads without PEFT. If you quantise it, audit what you "
+        "serve: rounding to 4 bits can undo the edit (docs/serving.md)"
+    )
     if rows is None:
         return 0
     check = compare_merged(options.model, parts, options.output, rows, revision=options.revision)

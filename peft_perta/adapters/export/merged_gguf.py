@@ -15,6 +15,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from ...data import note
 from ...errors import ConfigError, OutputError
 from ...model import find_gguf, load_tokenizer
 from ..emitted import write_adapter_files
@@ -55,6 +56,7 @@ class MergedGguf:
         stored = _TYPES.get(str(served.model.config.dtype).removeprefix("torch."), "auto")
         _convert(merged, directory / MODEL_NAME, "--outtype", stored)
         shutil.rmtree(merged)
+        note("if you quantise the GGUF, measure what you serve: rounding to 4 bits can undo the edit (docs/serving.md)")
         file = shlex.quote(str(output / MODEL_NAME))
         return [f"llama-server -m {file}"]
 

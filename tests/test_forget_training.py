@@ -238,6 +238,11 @@ def test_a_tied_head_is_refused_before_training():
         ({"packing": True}, ConfigError, "'packing' is set by train_forget_adapter itself"),
         ({"learning_rat": 1}, ConfigError, "learning_rat.*expected fields of trl.SFTConfig"),
         ({"max_length": 3}, DataError, "no token of the completion is left"),
+        (
+            {"num_train_epochs": 1, "per_device_train_batch_size": 8, "warmup_steps": 0.1},
+            ConfigError,
+            "warmup_steps: expected 0 where training is a single step, found 0.1",
+        ),
     ],
 )
 def test_bad_settings_are_refused_before_training(settings, error, message):

@@ -57,7 +57,7 @@ def test_its_cells_run_in_order(tmp_path):
     code = "\n".join(CODE)
     for long, short in (
         ("from peft_perta.comparison import ASSETS", f"ASSETS = {str(assets)!r}"),
-        ("show_progress_bar=False,\n)", "show_progress_bar=False,\n    train={'epochs': 1.0},\n)"),
+        ("show_progress_bar=False,\n)", "show_progress_bar=False,\n    train={'epochs': 3.0},\n)"),
     ):
         assert long in code
         code = code.replace(long, short, 1)

@@ -877,6 +877,10 @@ BAD = {
     "smoothing": ({"label_smoothing_factor": 0.1}, ConfigError, "label_smoothing_factor=0.1 is not supported"),
     "unknown": ({"learning_rat": 1}, ConfigError, "learning_rat.*expected fields of transformers.TrainingArguments"),
     "ours": ({"output_dir": None, "disable_tqdm": True}, ConfigError, "'disable_tqdm' is set by train_unlearning"),
+    "one step of warm-up": (
+        {"num_train_epochs": 1, "per_device_train_batch_size": 8, "warmup_steps": 2}, ConfigError,
+        "warmup_steps: expected 0 where training is a single step, found 2",
+    ),
     "dtype": ({"dtype": "int8"}, ConfigError, "dtype: expected one of"),
     "no task": ({"task_adapter": "tusk"}, AdapterError, "no adapter named 'tusk'"),
     "one name": ({"task_adapter": "task", "start_adapter": "task"}, AdapterError, "are both 'task'"),

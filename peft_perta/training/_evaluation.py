@@ -15,6 +15,7 @@ from ..data import Sample
 from ..errors import AdapterError, NumericalError
 from ..evaluation import check_start, losses_of
 from ..model import distributed
+from ._training_arguments import global_batch
 from .settings import UnlearningSettings
 
 _METRICS = {"forget": "eval_forget_loss", "retain": "eval_retain_loss"}  # in the log history
@@ -167,6 +168,5 @@ def _point(step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
 def evaluate_by_default(args: TrainingArguments, samples: int) -> None:
     """Evaluate four times an epoch of so many samples, where the arguments name no strategy."""
     if args.eval_strategy == IntervalStrategy.NO:
-        global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         args.eval_strategy = IntervalStrategy.STEPS
-        args.eval_steps = max(1, samples // global_batch // _PER_EPOCH)
+        args.eval_steps = max(1, samples // global_batch(args) // _PER_EPOCH)

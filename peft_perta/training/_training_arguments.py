@@ -3,12 +3,13 @@ them an unlearning trainer takes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from ..errors import ConfigError
 
@@ -55,6 +56,26 @@ def training_arguments(
     except (TypeError, ValueError) as error:
         package = kind.__module__.partition(".")[0]
         raise ConfigError(f"training settings: {error}; expected fields of {package}.{kind.__name__}") from error
+
+
+def global_batch(args: TrainingArguments) -> int:
+    """Samples per step, over all processes."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def check_warmup(args: TrainingArguments, samples: int) -> None:
+    """Check that training on so many samples is more than the first step of a warm-up, whose learning rate is 0.
+
+    Raises:
+        ConfigError: it would change nothing.
+    """
+    of_epochs = math.ceil(args.num_train_epochs * math.ceil(samples / global_batch(args)))
+    steps = args.max_steps if args.max_steps > 0 else of_epochs
+    if steps == 1 and args.get_warmup_steps(1) and args.lr_scheduler_type != SchedulerType.CONSTANT:
+        raise ConfigError(
+            f"warmup_steps: expected 0 where training is a single step, found {args.warmup_steps:g}: the learning rate "
+            "of that step would be 0; train for more epochs, or without warm-up"
+        )
 
 
 def check_supported(args: TrainingArguments, options: Mapping[str, Any]) -> None:

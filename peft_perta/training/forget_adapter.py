@@ -30,7 +30,7 @@ from ..model import (
     snapshot,
     switch_modules,
 )
-from ._training_arguments import training_arguments
+from ._training_arguments import check_warmup, training_arguments
 from .new_adapter import default_lora_config, with_new_adapter
 from .reports import take_reporters
 
@@ -84,6 +84,7 @@ def train_forget_adapter(
     try:
         with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng():
             config = _sft_config(scratch, max_length, show_progress_bar, training_settings)
+            check_warmup(config, len(samples))
             reporters = take_reporters(config, output_dir)
             torch.manual_seed(config.seed)  # the initial A is drawn before the trainer sets the seed
             trained = partial(_train, config=config, samples=samples, tokenizer=tokenizer, callbacks=reporters)

@@ -46,7 +46,7 @@ from ..model import (
 )
 from ._evaluation import evaluate_by_default
 from ._pairs import Pairs, load_held_out, load_pairs
-from ._training_arguments import training_arguments
+from ._training_arguments import check_warmup, global_batch, training_arguments
 from ._whole_checkpoints import MarksCheckpoints, last_whole_checkpoint
 from .new_adapter import copy_factors, default_lora_config, with_new_adapter
 from .reports import take_reporters
@@ -231,6 +231,7 @@ def _arguments(run: _Run, scratch: str) -> TrainingArguments:
         "remove_unused_columns": False,
     }
     arguments = training_arguments(TrainingArguments, "train_unlearning", defaults, run.training_settings, fixed)
+    check_warmup(arguments, len(run.pairs))
     if run.held_out is not None:
         evaluate_by_default(arguments, len(run.pairs))
     return arguments
@@ -254,7 +255,7 @@ def _identity(run: _Run, arguments: TrainingArguments) -> dict[str, Any]:
         "data": {name: fingerprint(samples) for name, samples in run.samples.items()},
         "training": {name: str(value) for name, value in run.training_settings.items() if name != "report_to"},
         "adapter": config,
-        "global batch": _global_batch(arguments),
+        "global batch": global_batch(arguments),
         **{f"the model's {part}": value for part, value in identify(run.model).items()},
         "start adapter": run.start_sha256,
         "task adapter": _hash_factors(run.model, run.task_adapter),
@@ -305,7 +306,7 @@ def _provenance(run: _Run, trainer: UnlearningTrainer, rank: int, seconds: dict[
         settings=run.settings.to_dict(),
         training={
             "steps": steps,
-            "global_batch": _global_batch(arguments),
+            "global_batch": global_batch(arguments),
             "epochs": state.epoch if back is None else _epoch_of(state, back),
             "learning_rate": arguments.learning_rate,
             "scheduler": str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)),
@@ -324,11 +325,6 @@ def _provenance(run: _Run, trainer: UnlearningTrainer, rank: int, seconds: dict[
         versions=versions(),
         seconds=seconds,
     )
-
-
-def _global_batch(arguments: TrainingArguments) -> int:
-    """Samples of each set per step."""
-    return arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
 def _epoch_of(state: TrainerState, step: int) -> float:

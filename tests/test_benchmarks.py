@@ -23,7 +23,7 @@ from peft_perta.model import resolve_targets
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import audits, engine, gpu, refinement, retain_sets, scale
+from benchmarks import audits, engine, gpu, refinement, retain_sets, scale, scoring
 from benchmarks.matched_forgetting import table
 from benchmarks.serving import __main__ as serving
 from benchmarks.serving.job import Question, scores_of
@@ -184,6 +184,15 @@ def test_the_serving_benchmark_says_what_differs_and_what_did_not_run(tmp_path, 
     assert "| 0 of 1 | 2.5e-01 | 5.0e-01 | 1.750 | 1.750 |" in lines["merged"]
     assert "RuntimeError: no AVX512 here" in lines["PEFT, one fused"]
     assert "not run: no-such-package is not installed" in lines["vLLM, one fused"]
+
+
+def test_scoring_is_measured_for_each_number_of_rows_at_once(monkeypatch):
+    passes = []
+    monkeypatch.setattr(scoring, "losses_of", lambda model, samples, *, batch_size: passes.append(batch_size))
+    ratios = scoring.measure("small", 4, 2)
+    assert passes == 2 * list(scoring.ROWS_AT_ONCE)
+    assert list(ratios) == list(scoring.ROWS_AT_ONCE)
+    assert ratios[32] == 1.0
 
 
 @pytest.mark.parametrize("name", scale.SMALL)

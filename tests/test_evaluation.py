@@ -12,6 +12,7 @@ from transformers import WatermarkingConfig
 from peft_perta import DataError
 from peft_perta.data import encode_prompt, encode_row, load_samples
 from peft_perta.evaluation import SplitScores, Subject, evaluate_split, generate, losses_of
+from peft_perta.evaluation.completions import forward_batches
 from peft_perta.evaluation.metrics.rouge import rouge_l_recall
 from peft_perta.evaluation.metrics.truth_ratio import forget_truth_score, retain_truth_score, truth_ratio
 
@@ -93,6 +94,23 @@ def test_a_model_without_adapters_is_judged_too():
     torch.testing.assert_close(
         losses_of(model, load_samples(ROWS, builders.tokenizer())), expected, rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    ("threads", "batch_size", "expected"), [(1, 32, [4, 4, 2]), (2, 32, [8, 2]), (2, 3, [3, 3, 3, 1])]
+)
+def test_a_pass_on_a_cpu_has_at_most_four_rows_a_thread(threads, batch_size, expected, monkeypatch):
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    samples = load_samples([{"text": f"row {number}"} for number in range(10)], builders.tokenizer())
+    sizes = []
+
+    def compute(batch):
+        sizes.append(len(batch.indices))
+        return batch.indices
+
+    found = forward_batches(builders.llama(), samples, compute, batch_size=batch_size)
+    assert sizes == expected
+    assert found == list(range(10))
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 32])

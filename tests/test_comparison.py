@@ -167,7 +167,9 @@ def test_the_command_of_each_method_sets_what_the_method_sets(monkeypatch):
         assert read == settings(**given)
 
 
-@pytest.mark.parametrize(("name", "rounds"), [("sago", 1), ("sago+attacker", 2), ("sago+attacker+directions", 2)])
+@pytest.mark.parametrize(
+    ("name", "rounds"), [("sago", 1), ("sago+attacker", 2), ("sago+attacker+directions", 2), ("sago-longer", 3)]
+)
 def test_a_method_trains_for_its_rounds(name, rounds, monkeypatch):
     class Trained(Exception):
         pass
@@ -231,6 +233,7 @@ def test_settings_are_the_same_after_json(tmp_path):
     ("values", "message"),
     [
         ({"speed": 1}, "no setting 'speed'; expected some of .*'seeds'"),
+        ({"methods": ["sago+atacker"]}, r"found 'sago\+atacker'; did you mean 'sago\+attacker'\? --list"),
         ({"methods": ["magic"]}, "methods: expected some of .*'perta-grad'.*found 'magic'"),
         ({"methods": "negation"}, "methods: expected a list, found 'negation'"),
         ({"methods": [3]}, "methods: expected names"),

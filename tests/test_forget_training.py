@@ -1,6 +1,7 @@
 """A forget adapter is trained on the completions, on the origin model; adapters that cannot be negated are refused."""
 
 import random
+from contextlib import nullcontext
 
 import builders
 import family_models
@@ -8,6 +9,7 @@ import laws
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from transformers import TrainingArguments, get_scheduler
 from trl import SFTTrainer
 
 from peft_perta import (
@@ -24,6 +26,7 @@ from peft_perta import (
 )
 from peft_perta.data import batches, load_samples
 from peft_perta.model import sample_losses
+from peft_perta.training._training_arguments import check_warmup
 
 ROWS, TOKENIZER = builders.forget_rows(), builders.tokenizer()
 SETTINGS = {"num_train_epochs": 6, "learning_rate": 5e-3, "show_progress_bar": False, "logging_strategy": "no"}
@@ -297,3 +300,18 @@ def test_training_that_learned_nothing_or_diverged_is_refused_and_leaves_nothing
     with laws.untouched(model), pytest.raises(error, match=message):
         train(model, tmp_path / "out", num_train_epochs=1, learning_rate=rate, max_grad_norm=0.0, warmup_steps=0)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant", "constant_with_warmup", "reduce_lr_on_plateau"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_single_step_is_refused_where_its_learning_rate_would_be_zero(name, steps, tmp_path):
+    """The oracle is transformers' own schedule."""
+    settings = {"lr_scheduler_type": name, "warmup_steps": 2, "num_train_epochs": steps}
+    arguments = TrainingArguments(
+        tmp_path, per_device_train_batch_size=4, use_cpu=True, eval_strategy="epoch", **settings
+    )
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    get_scheduler(name, optimizer, num_warmup_steps=2, num_training_steps=steps)
+    idle = steps == 1 and optimizer.param_groups[0]["lr"] == 0
+    with pytest.raises(ConfigError, match="warmup_steps: expected 0") if idle else nullcontext():
+        check_warmup(arguments, 4)

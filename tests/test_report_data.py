@@ -30,6 +30,20 @@ def test_each_stack_scores_and_answers_the_rows_on_its_own():
     assert data.models["full"] != data.models["unlearned"]
 
 
+def test_false_answers_which_the_report_does_not_show_are_not_scored(monkeypatch):
+    rows = [{"question": "Who?", "answer": "Khan", "perturbed_answer": ["Li", "Bo"]}]
+    scored = []
+
+    def spied(model, samples, **options):
+        scored.append(len(samples))
+        return losses_of(model, samples, **options)
+
+    monkeypatch.setattr("peft_perta.evaluation.split_scores.losses_of", spied)
+    sets = {"forget": rows, "retain": rows}
+    report_data_of_rows(builders.adapted_llama(), builders.tokenizer(), sets, STACKS, HEADER, max_new_tokens=1)
+    assert scored == [1, 1, 1, 1], "each set once for each stack"
+
+
 def log(value: float, said: str) -> dict:
     row = {"input": "Who?", "ground_truth": "Khan", "generation": said, "rougeL_recall": value}
     return {

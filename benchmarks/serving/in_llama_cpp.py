@@ -112,8 +112,10 @@ def _merged(place: Place, weights: str) -> Path:
         parts = {str(place.task): 1.0, str(place.negative): 1.0}
         export_adapters(str(place.base), parts, EXPORTS["gguf-merged"], exported)
     whole, target = exported / "model.gguf", place.output / f"merged-{weights}.gguf"
-    if weights == "float32" or target.is_file():
-        return whole if weights == "float32" else target
+    if weights == "float32":
+        return whole
+    if target.is_file():
+        return target
     lib: Any = importlib.import_module("llama_cpp.llama_cpp")
     settings = lib.llama_model_quantize_default_params()
     settings.ftype, settings.nthread = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{weights}"), 1

@@ -7,6 +7,7 @@ To add a method: write a function from a ``Setup`` to a ``MethodAdapter`` in a f
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -201,7 +202,10 @@ def check_methods(names: Sequence[str]) -> None:
     """
     for name in names:
         if name not in METHODS:
-            raise ConfigError(f"methods: expected some of {list(METHODS)}, found {name!r}")
+            nearest = difflib.get_close_matches(name, METHODS, n=1)
+            hint = f"; did you mean {nearest[0]!r}? --list describes each" if nearest else ""
+            known = "one of the methods" if nearest else f"some of {list(METHODS)}"
+            raise ConfigError(f"methods: expected {known}, found {name!r}{hint}")
 
 
 def training_schedule(method: Method, forget_rows: int) -> dict[str, float]:

@@ -15,6 +15,8 @@ from ..errors import ConfigError
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
+_WITHOUT_WARMUP = (SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU)
+
 
 def default_arguments() -> dict[str, Any]:
     """Fields of ``TrainingArguments`` that suit a few hundred rows."""
@@ -71,7 +73,7 @@ def check_warmup(args: TrainingArguments, samples: int) -> None:
     """
     of_epochs = math.ceil(args.num_train_epochs * math.ceil(samples / global_batch(args)))
     steps = args.max_steps if args.max_steps > 0 else of_epochs
-    if steps == 1 and args.get_warmup_steps(1) and args.lr_scheduler_type != SchedulerType.CONSTANT:
+    if steps == 1 and args.get_warmup_steps(1) and args.lr_scheduler_type not in _WITHOUT_WARMUP:
         raise ConfigError(
             f"warmup_steps: expected 0 where training is a single step, found {args.warmup_steps:g}: the learning rate "
             "of that step would be 0; train for more epochs, or without warm-up"
